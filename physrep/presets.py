@@ -39,7 +39,7 @@ class SimPreset:
     n_frames: int
     frame_dt: float  # time between stored frames, units of the system
     dt: float  # time step
-    batch_size: int = 8  # trajectories that are stepped together
+    box: tuple[float, float] = (1.0, 1.0)  # lengths of the axes
 
     @property
     def n_trajectories(self) -> int:
@@ -147,7 +147,7 @@ PRESETS = {
         sims={
             "shear_flow": SimPreset(
                 **_SHEAR | dict(grid=128, store_grid=128, dt=0.0125, grid_values={"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0), "Schmidt": (0.25, 0.5, 1.0, 2.0)}),
-                counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48, batch_size=64,
+                counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48,
             )
         },
         encoders={"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))},
