@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .randomness import generator, randn_samples, sample_seeds, seed_for
+from .randomness import generator, rand_samples, randn_samples, sample_seeds, seed_for
 from .systems import System, get_system
 from .well import WellFile, find_files, fingerprint, read_stats
 
@@ -188,8 +188,6 @@ class LabelScaler:
 # %% ../nbs/00f_data.ipynb #ca35c478
 def symmetry_draws(seeds: torch.Tensor, system: System, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     "Shift `(b, 2)` in grid points and mirror `(b, 2)` bool per sample, from the samples' seeds."
-    from physrep.randomness import rand_samples
-
     u = rand_samples(seeds, (4,), name="symmetry").numpy()
     shifts = np.floor(u[:, :2] * grid).astype(int) * [b == "periodic" for b in system.boundary]
     mirrors = (u[:, 2:] < 0.5) & [axis in system.mirror_axes for axis in range(2)]

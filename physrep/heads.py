@@ -120,8 +120,8 @@ class ConvPredictor(nn.Module):
             clip = rearrange(tokens, "b (t h w) d -> b d t h w", t=t, h=h, w=w)
             tokens = rearrange(clip + self.mix(clip), "b d t h w -> b (t h w) d")
         maps = self.widen(rearrange(tokens, "b (t h w) d -> (b t) d h w", t=t, h=h, w=w))
-        maps = self.block(rearrange(maps, "b d h w -> b 1 h w d"))  # every frame by itself
-        return rearrange(self.narrow(rearrange(maps, "b 1 h w d -> b d h w")), "(b t) d h w -> b (t h w) d", t=t)
+        maps = self.block(maps[:, :, None])[:, :, 0]  # every frame by itself
+        return rearrange(self.narrow(maps), "(b t) d h w -> b (t h w) d", t=t)
 
 # %% ../nbs/01d_heads.ipynb #813626f1
 class TransformerDecoder(nn.Module):
@@ -163,7 +163,8 @@ class ConvDecoder(nn.Module):
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         check_tokens(tokens, grid)
         (t, h, w), (p, q, r) = grid, self.cell
-        pixels = self.out(self.block(rearrange(self.embed(tokens), "b (t h w) d -> b t h w d", t=t, h=h, w=w)))
+        maps = self.block(rearrange(self.embed(tokens), "b (t h w) d -> b d t h w", t=t, h=h, w=w))
+        pixels = self.out(rearrange(maps, "b d t h w -> b t h w d"))
         return rearrange(pixels, "b t h w (c p q r) -> b c (t p) (h q) (w r)", c=self.n_channels, p=p, q=q, r=r)
 
 

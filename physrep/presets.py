@@ -76,7 +76,7 @@ class Preset:
     frames: int = 16  # frames of one clip
     size: int | None = None  # clips are resized to size x size on the device; None: as stored
     train_stride: int = 1  # frames between window starts in training
-    probe_stride: int = 8  # frames between window starts in probing
+    probe_stride: int = 16  # frames between window starts in probing
     augment: bool = True  # exact symmetries of the system, in pretraining
     noise: float = 0.0  # std of noise on the (normalised) input
     probe_epochs: int = 20  # of the attentive probe
@@ -121,7 +121,7 @@ PRESETS = {
         says="seconds; shows that everything runs, its numbers mean nothing",
         sims={
             "shear_flow": SimPreset(
-                **_SHEAR | dict(grid=32, store_grid=32, dt=0.05, grid_values={"Reynolds": (100.0, 400.0), "Schmidt": (0.5, 2.0)}),
+                **_SHEAR | dict(grid_values={"Reynolds": (400.0, 3200.0), "Schmidt": (0.25, 2.0)}),
                 counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36,
             )
         },

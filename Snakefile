@@ -1,0 +1,89 @@
+# The graph simulate -> pretrain -> probe -> figures. Every job is a papermill call; the logic is in the notebooks and the library.
+# Results are written below runs/ (git-ignored); `make reproduce` copies the figures at the end.
+#
+# A job runs again if its output is missing, or if its parameters, an input, or the digest of the code and notebook source that it
+# uses have changed. A commit alone changes nothing.
+import sys
+from pathlib import Path
+
+from physrep.evaluate import ROWS
+from physrep.presets import get_preset, project_root
+from physrep.provenance import code_digest, notebook_digest
+from physrep.runs import constant_folder, default_data_dir, modules_of, resolve, run_folder
+
+ROOT = project_root()
+PRESET = get_preset(config.get("preset") or "laptop")
+DATA = Path(config.get("data") or default_data_dir(PRESET.name)).resolve()
+OUT = ROOT / "runs" / PRESET.name
+
+
+def stage(name, *modules):
+    "What a job of this notebook depends on, besides its inputs."
+    return notebook_digest(ROOT / "nbs" / f"{name}.ipynb") + code_digest(*modules)
+
+
+def papermill(name, out, **parameters):
+    """The command of a job. papermill reads a notebook from standard input if that is a pipe, so it never is one. Its output goes to a log beside the
+    notebook that it makes, progress bars to the terminal too, one line at a time; of a job that fails the end of the log is shown."""
+    target = OUT / "notebooks" / out
+    values = " ".join(f"-p {k} '{v}'" for k, v in ({"preset": PRESET.name} | ({"data_dir": DATA} if config.get("data") else {}) | parameters).items())
+    bars = f"""awk '/%.*[0-9]<[0-9?]/ {{ sub(/.*\\r/, ""); print "  {out}: " $0; fflush() }}'"""
+    return (
+        f"mkdir -p {target.parent} && {{ {sys.executable} -m papermill {ROOT}/nbs/{name}.ipynb {target}.ipynb --log-output --no-progress-bar {values} "
+        f"< /dev/null 2>&1 | tee {target}.log | {bars} ; }} || {{ tail -n 40 {target}.log; exit 1; }}"
+    )
+
+
+def simulated(system):
+    "The file that is written last when a system is simulated; nothing for The Well's own data."
+    return [DATA / system / "stats.yaml"] if system in PRESET.sims else []
+
+
+RESULTS = []
+
+for system in PRESET.systems:
+    if system in PRESET.sims:
+        rule:
+            name: f"simulate_{system}"
+            output: simulated(system)
+            params: code=stage("00g_simulate", "generate", f"sim.{system}"), command=papermill("00g_simulate", f"{system}-simulate", system=system)
+            threads: workflow.cores
+            shell: "{params.command}"
+
+    RESULTS.append(constant_folder(system, PRESET.name) / "result.json")
+    rule:
+        name: f"probe_{system}_constant"
+        input: simulated(system)
+        output: RESULTS[-1]
+        params: code=stage("04_probe", "evaluate"), command=papermill("04_probe", f"{system}-constant", system=system, objective="constant")
+        shell: "{params.command}"
+
+    for objective, encoder in ROWS:
+        for seed in PRESET.seeds:
+            run = resolve(system, objective, encoder, PRESET.name, seed=seed)
+            name, folder = f"{system}-{objective}-{encoder}-seed{seed}", run_folder(run)
+            values = dict(system=system, objective=objective, encoder=encoder, seed=seed)
+            RESULTS.append(folder / "result.json")
+            rule:
+                name: f"pretrain_{name}".replace("-", "_")
+                input: simulated(system)
+                output: folder / "encoder.safetensors"
+                params: code=stage("03_pretrain", *modules_of(run)), command=papermill("03_pretrain", f"{name}-pretrain", **values)
+                priority: {"jepa": 3, "supervised": 2, "mae": 1}.get(objective, 0)  # long jobs first
+                shell: "{params.command}"
+            rule:
+                name: f"probe_{name}".replace("-", "_")
+                input: folder / "encoder.safetensors"
+                output: folder / "result.json"
+                params: code=stage("04_probe", "evaluate", *modules_of(run)), command=papermill("04_probe", f"{name}-probe", **values)
+                shell: "{params.command}"
+
+rule table1:
+    input: RESULTS
+    output: expand(OUT / "figures" / "table1.{ext}", ext=["png", "svg", "csv", "json"])
+    params: code=stage("05_table1", "results"), command=papermill("05_table1", "table1")
+    shell: "{params.command}"
+
+rule all:
+    default_target: True
+    input: rules.table1.output

@@ -1,0 +1,624 @@
+"""Files of The Well: what is written, what is refused, what is read, and that the_well's own reader agrees."""
+
+import os
+import pickle
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from the_well.data import WellDataset
+from the_well.data.normalization import RMSNormalization, ZScoreNormalization
+
+from physrep.systems import SYSTEMS, get_system
+from physrep.well import (
+    STATS,
+    WellFile,
+    WellFormatError,
+    channel_stats,
+    find_files,
+    fingerprint,
+    read_stats,
+    write_stats,
+    write_well,
+)
+
+NX, NY, FRAMES = 12, 10, 9
+PARAMETERS = {
+    "active_matter": {"L": 10.0, "zeta": 3.0, "alpha": -2.0},
+    "shear_flow": {"Reynolds": 1e4, "Schmidt": 0.2},
+    "rayleigh_benard": {"Rayleigh": 1e6, "Prandtl": 0.7},
+}  # in The Well's order, which is not that of the labels of the system
+
+
+def make_fields(name, n=3, t=FRAMES, grid=(NX, NY), seed=0):
+    rng = np.random.default_rng(seed)
+    fields = {}
+    for f in get_system(name).fields:
+        scale = 10.0 ** rng.uniform(-2, 1, size=(2,) * f.rank)
+        fields[f.name] = (rng.standard_normal((n, t, *grid, *(2,) * f.rank)) * scale + rng.uniform(-1, 1)).astype(np.float32)
+    return fields
+
+
+def make(path, name="shear_flow", seed=0, n=3, **options):
+    arguments = {
+        "fields": make_fields(name, n=n, seed=seed),
+        "parameters": PARAMETERS[name],
+        "time": 0.5 * np.arange(FRAMES),
+        "box": (1.0, 2.0),
+        "coordinates": {"y": np.linspace(0, 1, NY)} if name == "rayleigh_benard" else None,
+        "initial_conditions": np.arange(n) + 40,
+    }
+    return write_well(path, name, **(arguments | options))
+
+
+def channels_of(name, fields):
+    "Reference for `window`: (B, c, T, x, y), built without physrep's reader."
+    parts = [np.moveaxis(fields[f.name].reshape(*fields[f.name].shape[:4], -1), -1, 1) for f in get_system(name).fields]
+    return np.concatenate(parts, axis=1)
+
+
+def edited(path, change):
+    "Apply `change(h5py.File)` to a file."
+    with h5py.File(path, "r+") as f:
+        change(f)
+    return path
+
+
+def refusal(path, name="shear_flow"):
+    with pytest.raises(WellFormatError) as error:
+        WellFile(path, name)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+# ---- written files
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_written_file_follows_the_format(tmp_path, name):
+    "Every group, attribute and type that the format's description and its checker ask for."
+    path, system = make(tmp_path / "a.hdf5", name), get_system(name)
+    with h5py.File(path) as f:
+        assert f.attrs["dataset_name"] == name and f.attrs["grid_type"] == "cartesian"
+        assert f.attrs["n_spatial_dims"] == 2 and f.attrs["n_trajectories"] == 3
+        assert list(f.attrs["simulation_parameters"]) == list(PARAMETERS[name])
+        assert {p: f.attrs[p] for p in PARAMETERS[name]} == PARAMETERS[name]
+        axes = f["dimensions"].attrs["spatial_dims"]
+        assert list(axes) == ["x", "y"] and isinstance(axes, np.ndarray) and isinstance(axes[0], str)
+        assert f["dimensions/time"].shape == (FRAMES,) and f["dimensions/x"].shape == (NX,) and f["dimensions/y"].shape == (NY,)
+        for rank in range(3):
+            group = f[f"t{rank}_fields"]
+            assert list(group.attrs["field_names"]) == [x.name for x in system.fields if x.rank == rank]
+            for dataset in group.values():
+                assert dataset.dtype == np.float32 and dataset.shape == (3, FRAMES, NX, NY, *(2,) * rank)
+                assert dataset.attrs["dim_varying"].tolist() == [True, True] and dataset.attrs["dim_varying"].dtype == bool
+                assert dataset.chunks is None and dataset.id.get_offset() % 4 == 0
+        flagged = [*f["dimensions"].values(), *f["scalars"].values(), *f["boundary_conditions"].values()]
+        flagged += [dataset for rank in range(3) for dataset in f[f"t{rank}_fields"].values()]
+        for item in flagged:
+            assert isinstance(item.attrs["sample_varying"], np.bool_) and isinstance(item.attrs["time_varying"], np.bool_)
+        assert list(f["scalars"].attrs["field_names"]) == list(PARAMETERS[name])
+        assert all(f["scalars"][p].shape == () and f["scalars"][p].dtype == np.float32 for p in PARAMETERS[name])
+        assert len(f["boundary_conditions"]) == 2
+        for boundary in f["boundary_conditions"].values():
+            (axis,) = boundary.attrs["associated_dims"]
+            assert isinstance(boundary.attrs["associated_fields"], np.ndarray)
+            assert boundary.attrs["bc_type"] == system.boundary[system.axes.index(axis)].upper()
+            assert boundary["mask"].dtype == bool and boundary["mask"].shape == f["dimensions"][axis].shape
+
+
+@pytest.mark.parametrize("normalization", [ZScoreNormalization, RMSNormalization])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_well_dataset_reads_the_same_values(tmp_path, name, normalization):
+    "the_well loads our files and statistics; every value of every window is that of our reader, normalised the same way."
+    system = get_system(name)
+    for i in range(2):
+        make(tmp_path / name / f"data/train/{i}.hdf5", name, seed=i)
+    write_stats(tmp_path, name)
+    stats = read_stats(tmp_path, name)
+    shift = channel_stats(stats, system, "mean") * (normalization is ZScoreNormalization)
+    scale = np.maximum(channel_stats(stats, system, "std" if normalization is ZScoreNormalization else "rms"), 1e-4)
+    theirs = WellDataset(
+        well_base_path=str(tmp_path),
+        well_dataset_name=name,
+        well_split_name="train",
+        n_steps_input=2,
+        n_steps_output=3,
+        use_normalization=True,
+        normalization_type=normalization,
+    )
+    flat = theirs.metadata.field_names
+    assert [c for rank in range(3) for c in flat[rank]] == system.channels
+    files = [WellFile(p, name) for p in find_files(tmp_path, name, "train")]
+    windows = [(f, b, s) for f in files for b in range(3) for s in range(FRAMES - 4)]
+    assert len(theirs) == len(windows)
+    for item, (f, b, s) in zip((theirs[i] for i in range(len(theirs))), windows):
+        sample = np.concatenate([item["input_fields"], item["output_fields"]])
+        ours = (f.window(b, s, 5) - shift.reshape(-1, 1, 1, 1)) / scale.reshape(-1, 1, 1, 1)
+        np.testing.assert_allclose(np.moveaxis(sample, -1, 0), ours, rtol=1e-4, atol=1e-5)
+    codes = {"periodic": 2, "wall": 0}
+    assert item["boundary_conditions"].tolist() == [[codes[kind]] * 2 for kind in system.boundary]
+    np.testing.assert_allclose(item["constant_scalars"], list(PARAMETERS[name].values()), rtol=1e-6)
+    np.testing.assert_allclose(item["output_time_grid"], 0.5 * np.arange(2, 5))
+    assert files[0].labels == {label: PARAMETERS[name][label] for label in system.label_names}
+    assert files[0].label_table().tolist() == [[PARAMETERS[name][label] for label in system.label_names]] * 3
+
+
+def test_same_input_gives_the_same_bytes(tmp_path):
+    assert make(tmp_path / "a.hdf5").read_bytes() == make(tmp_path / "b.hdf5").read_bytes()
+
+
+def test_tensors_are_accepted(tmp_path):
+    fields = {k: torch.from_numpy(v).requires_grad_() for k, v in make_fields("shear_flow").items()}
+    path = make(tmp_path / "a.hdf5", fields=fields, time=torch.arange(FRAMES) * 0.5, initial_conditions=torch.arange(3) + 40)
+    assert path.read_bytes() == make(tmp_path / "b.hdf5").read_bytes()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_crash_leaves_no_file(tmp_path, monkeypatch, existing):
+    "A crash in the middle of writing leaves what was there before, and nothing else."
+    path = tmp_path / "a.hdf5"
+    before = make(path, seed=1).read_bytes() if existing else None
+    create, calls = h5py.Group.create_dataset, []
+
+    def crash(self, name, *args, **kwargs):
+        if name == "velocity":
+            calls.append([p.name for p in tmp_path.glob("*.h*5")])
+            raise OSError("no space left on device")
+        return create(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", crash)
+    with pytest.raises(OSError, match="no space left"):
+        make(path)
+    assert calls == [["a.hdf5"] if existing else []]  # a reader that looks meanwhile sees no half file
+    assert [p.name for p in tmp_path.iterdir()] == (["a.hdf5"] if existing else [])
+    assert not existing or path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"parameters": {"Reynolds": 1e4}}, "missing: Schmidt"),
+        ({"parameters": {"Reynolds": 1e4, "Schmidt": np.nan}}, "Schmidt must be one finite number"),
+        ({"parameters": {"Reynolds": 1e4, "Schmidt": [1.0, 2.0]}}, "Schmidt must be"),
+        ({"fields": {"tracer": np.zeros((1, 2, 3, 4))}}, "tracer, pressure, velocity"),
+        ({"fields": make_fields("shear_flow") | {"pressure": np.zeros((3, FRAMES, NX, NY + 1))}}, "pressure must be"),
+        ({"fields": make_fields("shear_flow") | {"velocity": np.zeros((3, FRAMES, NX, NY, 3))}}, "velocity must be"),
+        ({"fields": make_fields("shear_flow") | {"pressure": np.full((3, FRAMES, NX, NY), np.inf)}}, "pressure of trajectory 0"),
+        ({"time": np.zeros(FRAMES)}, "increasing"),
+        ({"box": None}, r"coordinates\['x'\] or a box"),
+        ({"coordinates": {"z": np.arange(3)}}, "coordinates of z"),
+        ({"coordinates": {"x": np.arange(3)}}, "must be 12 finite numbers"),
+        ({"attributes": {"dataset_name": "mine"}}, "dataset_name belong"),
+        ({"initial_conditions": [1, 2]}, "must be 3 integers"),
+    ],
+)
+def test_wrong_input_is_refused_before_writing(tmp_path, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        make(tmp_path / "a.hdf5", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_walls_need_coordinates_and_names_an_ending(tmp_path):
+    with pytest.raises(ValueError, match=r"coordinates\['y'\]: the nodes between walls"):
+        make(tmp_path / "a.hdf5", "rayleigh_benard", coordinates=None)
+    with pytest.raises(ValueError, match=".hdf5 or .h5"):
+        make(tmp_path / "a.nc")
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(
+    "layout", [{}, {"chunks": (1, 4, 5, 10)}, {"compression": "gzip"}, {"compression": "lzf", "chunks": (2, 2, 12, 3)}]
+)
+def test_windows_are_the_written_values(tmp_path, name, layout):
+    file = WellFile(make(tmp_path / "a.h5", name, **layout), name)
+    whole = channels_of(name, make_fields(name))
+    assert file.contiguous == (not layout)
+    assert (file.n_trajectories, file.n_frames, file.grid, file.dt) == (3, FRAMES, (NX, NY), 0.5)
+    assert file.initial_conditions.tolist() == [40, 41, 42]
+    slots = np.full((2, file.system.n_channels, 3, 5, 4), np.nan, dtype=np.float32)
+    for b, start, stride, crop in [(0, 0, 1, None), (2, 6, 1, None), (1, 0, 4, ((0, 5), (6, 10))), (2, 1, 2, ((7, 12), (0, 4)))]:
+        (x0, x1), (y0, y1) = crop or ((0, NX), (0, NY))
+        expected = whole[b][:, start : start + 2 * stride + 1 : stride, x0:x1, y0:y1]
+        got = file.window(b, start, 3, stride, crop)
+        assert got.dtype == np.float32 and got.shape == expected.shape and (got == expected).all()
+        if crop:
+            assert np.shares_memory(file.window(b, start, 3, stride, crop, out=slots[1]), slots)
+            assert (slots[1] == expected).all() and np.isnan(slots[0]).all()
+    buffer = torch.zeros(2, *file.window(0, 0, 3).shape)
+    file.window(1, 2, 3, out=buffer.numpy()[1])
+    assert (buffer[1].numpy() == whole[1][:, 2:5]).all() and not buffer[0].any()
+
+
+@pytest.mark.parametrize("dtype", ["<f8", ">f4", "<f2"])
+def test_other_number_formats(tmp_path, dtype):
+    "One field in another format: read by HDF5, the others still mapped, the values those of a cast to float32."
+    path = make(tmp_path / "a.hdf5")
+    new = np.random.default_rng(5).standard_normal((3, FRAMES, NX, NY, 2)).astype(dtype)
+
+    def change(f):
+        del f["t1_fields/velocity"]
+        f["t1_fields/velocity"] = new
+
+    file = WellFile(edited(path, change), "shear_flow")
+    assert not file.contiguous
+    window = file.window(1, 2, 4, crop=((1, 9), (2, 10)))
+    assert (window[2:] == np.moveaxis(new[1, 2:6, 1:9, 2:10].astype(np.float32), -1, 0)).all()
+    assert (window[0] == make_fields("shear_flow")["tracer"][1, 2:6, 1:9, 2:10]).all()
+
+
+def test_user_block_and_odd_offsets(tmp_path):
+    "An array that starts after a user block, at whatever byte, is found."
+    source, path = make(tmp_path / "a.hdf5"), tmp_path / "b.hdf5"
+    with h5py.File(source) as a, h5py.File(path, "w", userblock_size=1024) as b:
+        for key, value in a.attrs.items():
+            b.attrs[key] = value
+        for key in a:
+            a.copy(key, b)
+    file = WellFile(path, "shear_flow")
+    assert file.contiguous and (file.window(2, 1, 5) == WellFile(source, "shear_flow").window(2, 1, 5)).all()
+
+
+def test_windows_that_do_not_exist(tmp_path):
+    file = WellFile(make(tmp_path / "a.hdf5"), "shear_flow")
+    good = {"trajectory": 0, "start": 0, "n_frames": 2}
+    for wrong in (
+        {"trajectory": 3},
+        {"trajectory": -1},
+        {"start": -1},
+        {"start": 8},
+        {"n_frames": 0},
+        {"stride": 0},
+        {"stride": 9},
+        {"crop": ((0, 13), (0, 10))},
+        {"crop": ((3, 3), (0, 10))},
+        {"out": np.empty((4, 3, NX, NY), dtype=np.float32)},
+        {"out": np.empty((4, 2, NX, NY))},
+    ):
+        with pytest.raises(ValueError):
+            file.window(**(good | wrong))
+
+
+def test_a_file_is_a_few_kilobytes_and_travels(tmp_path):
+    "No handle, no map: pickles small, reads after that, and open files and maps do not grow in number."
+    file = WellFile(make(tmp_path / "a.hdf5"), "shear_flow")
+    blob = pickle.dumps(file)
+    assert len(blob) < 8000
+    again = pickle.loads(blob)
+    assert (again.window(1, 0, 5) == file.window(1, 0, 5)).all()
+    if os.path.isdir("/proc/self/fd"):
+        files = [WellFile(file.path, "shear_flow") for _ in range(30)]
+        for f in files:
+            f.window(0, 0, 5)
+        with open("/proc/self/maps") as maps:
+            assert str(file.path) not in maps.read()
+        assert str(file.path) not in [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    file = WellFile(make(tmp_path / "a.hdf5"), "shear_flow")
+    make(tmp_path / "a.hdf5", n=1)
+    with pytest.raises(WellFormatError, match="changed since it was opened"):
+        file.window(2, 0, 5)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+    "After the check, and before the last byte: an error with a name, no bus error and no zeros."
+    file = WellFile(make(tmp_path / "a.hdf5"), "shear_flow")
+    monkeypatch.setattr(WellFile, "_stat", lambda self: self._state)
+    os.truncate(file.path, file.path.stat().st_size // 2)
+    with pytest.raises(WellFormatError, match="a.hdf5: truncated"):
+        file.window(2, 0, 5)
+
+
+# ---- labels and time
+
+
+def test_labels_by_name_order_and_alias(tmp_path):
+    shuffled = make(tmp_path / "a.hdf5", parameters={"Schmidt": 0.1, "Reynolds": 3e5})
+    assert WellFile(shuffled, "shear_flow").labels == {"Reynolds": 3e5, "Schmidt": 0.1}
+    alias = make(tmp_path / "b.hdf5")
+    edited(alias, lambda f: f["scalars"].move("Reynolds", "Rayleigh"))
+    assert WellFile(alias, "shear_flow").labels == {"Reynolds": 1e4, "Schmidt": 0.2}
+    # a list of names that went stale says Rayleigh while the dataset is called Reynolds
+    names = np.array(["Rayleigh", "Schmidt"], dtype=h5py.string_dtype())
+    stale = edited(make(tmp_path / "c.hdf5"), lambda f: f["scalars"].attrs.modify("field_names", names))
+    assert WellFile(stale, "shear_flow").labels["Reynolds"] == 1e4
+    # in Rayleigh-Benard convection Rayleigh is a name of its own, Reynolds none
+    wrong = edited(make(tmp_path / "d.hdf5", "rayleigh_benard"), lambda f: f["scalars"].move("Rayleigh", "Reynolds"))
+    assert "no label 'Rayleigh'" in refusal(wrong, "rayleigh_benard")
+
+
+def test_labels_and_times_that_vary_in_a_file(tmp_path):
+    time = 0.5 * np.arange(FRAMES) + np.arange(3)[:, None]
+    path = make(tmp_path / "a.hdf5", parameters={"Reynolds": [1e4, 2e4, 3e4], "Schmidt": 0.2}, time=time)
+    file = WellFile(path, "shear_flow")
+    assert file.labels["Reynolds"].tolist() == [1e4, 2e4, 3e4] and file.labels["Schmidt"] == 0.2
+    assert file.label_table().tolist() == [[1e4, 0.2], [2e4, 0.2], [3e4, 0.2]]
+    assert file.time.shape == (3, FRAMES) and file.dt == 0.5
+    item = WellDataset(path=str(tmp_path), n_steps_input=1, n_steps_output=FRAMES - 1)[2]
+    np.testing.assert_allclose(item["constant_scalars"], [3e4, 0.2], rtol=1e-6)
+
+
+def test_files_of_others_have_no_initial_conditions(tmp_path):
+    assert WellFile(make(tmp_path / "a.hdf5", initial_conditions=None), "shear_flow").initial_conditions is None
+    path = edited(make(tmp_path / "b.hdf5"), lambda f: f.attrs.modify("dataset_name", "shear_flow_mini"))
+    assert WellFile(path, "shear_flow").n_trajectories == 3  # a variant of the system, as rayleigh_benard_uniform
+
+
+# ---- files that are refused
+
+
+def test_not_hdf5(tmp_path):
+    path = tmp_path / "a.hdf5"
+    for content, says in {
+        b"<!DOCTYPE html>\n<html><body>503 Service Unavailable</body></html>": "web page",
+        b"  <html>\n<body>no</body>": "web page",
+        b"": "empty",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00": "Git LFS pointer",
+        b"PK\x03\x04" + bytes(3000): "not an HDF5 file",
+    }.items():
+        path.write_bytes(content)
+        assert says in refusal(path)
+    with pytest.raises(FileNotFoundError, match="none.hdf5"):
+        WellFile(tmp_path / "none.hdf5", "shear_flow")
+
+
+@pytest.mark.parametrize("left", [0.001, 0.3, 0.9, 0.9999])
+def test_truncated(tmp_path, left):
+    path = make(tmp_path / "a.hdf5")
+    os.truncate(path, int(path.stat().st_size * left))
+    assert "truncated" in refusal(path)
+
+
+def test_arrays_that_end_past_the_file_or_were_never_written(tmp_path, monkeypatch):
+    path = make(tmp_path / "a.hdf5")
+    size, real = path.stat().st_size, os.stat
+    with monkeypatch.context() as patch:  # HDF5 notices most cuts itself; here the check of our own
+
+        def smaller(p, *args, **kwargs):
+            result = list(real(p, *args, **kwargs))
+            result[6] = size // 2
+            return os.stat_result(result)
+
+        patch.setattr("pathlib.os.stat", smaller)
+        with pytest.raises(WellFormatError, match=f"truncated, /t._fields/[a-z]+ ends at byte .* the file has {size // 2}"):
+            WellFile(path, "shear_flow")
+
+    def declare(f, **storage):
+        del f["t0_fields/pressure"]
+        f["t0_fields"].create_dataset("pressure", (3, FRAMES, NX, NY), "f4", **storage)
+
+    assert "/t0_fields/pressure was declared but not" in refusal(edited(path, declare))
+
+    def partly(f):
+        declare(f, chunks=(1, FRAMES, NX, NY), compression="gzip")
+        f["t0_fields/pressure"][:2] = 1.0
+
+    assert "/t0_fields/pressure was declared but not" in refusal(edited(path, partly))
+
+
+def test_a_damaged_chunk_names_the_file(tmp_path):
+    path = make(tmp_path / "a.hdf5", compression="gzip")
+    with h5py.File(path) as f:
+        chunk = f["t0_fields/tracer"].id.get_chunk_info(0)
+    with open(path, "r+b") as raw:
+        raw.seek(chunk.byte_offset)
+        raw.write(bytes(chunk.size))
+    with pytest.raises(WellFormatError, match="a.hdf5: truncated or damaged"):
+        WellFile(path, "shear_flow").window(0, 0, 2)
+
+
+def test_another_system(tmp_path):
+    for name in SYSTEMS:
+        path = make(tmp_path / f"{name}.hdf5", name)
+        for other in set(SYSTEMS) - {name}:
+            message = refusal(path, other)
+            assert f"dataset_name is '{name}'" in message and f"fields of {name};" in message and other in message
+    path = edited(tmp_path / "shear_flow.hdf5", lambda f: f.attrs.modify("dataset_name", "my_flow"))
+    assert "has the fields of shear_flow" in refusal(path, "active_matter")
+    assert "no attribute dataset_name" in refusal(edited(path, lambda f: f.attrs.pop("dataset_name")))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("t0_fields", "t1_fields", "scalars", "dimensions"),
+        *("t0_fields/tracer", "t1_fields/velocity", "dimensions/time", "dimensions/x"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, key):
+    message = refusal(edited(make(tmp_path / "a.hdf5"), lambda f: f.__delitem__(key)))
+    assert f"no {'dataset' if '/' in key else 'group'} {key!r}" in message
+
+
+@pytest.mark.parametrize("label", ["Reynolds", "Schmidt"])
+def test_missing_and_senseless_labels(tmp_path, label):
+    path = make(tmp_path / "a.hdf5")
+    for value in (np.nan, np.inf, -1.0):
+        edited(path, lambda f, value=value: f[f"scalars/{label}"].write_direct(np.array(value, dtype=np.float32)))
+        message = refusal(path)
+        assert label in message and str(value) in message
+    message = refusal(edited(path, lambda f: f.__delitem__(f"scalars/{label}")))
+    assert f"no label {label!r}" in message and ("Rayleigh" in message) == (label == "Reynolds")
+
+
+def replace(key, value):
+    def change(f):
+        attributes = dict(f[key].attrs)
+        del f[key]
+        f[key] = value
+        f[key].attrs.update(attributes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (replace("t0_fields/pressure", np.zeros((3, FRAMES, NX, NY + 1), "f4")), "/t0_fields/pressure must be"),
+        (replace("t0_fields/pressure", np.zeros((3, FRAMES - 1, NX, NY), "f4")), "/t0_fields/pressure must be"),
+        (replace("t1_fields/velocity", np.zeros((3, FRAMES, NX, NY, 3), "f4")), "/t1_fields/velocity must be"),
+        (replace("t1_fields/velocity", np.zeros((3, FRAMES, NX, NY), "f4")), "/t1_fields/velocity must be"),
+        (replace("t0_fields/tracer", np.zeros((FRAMES, NX, NY), "f4")), "/t0_fields/tracer must be"),
+        (replace("t0_fields/tracer", np.zeros((3, FRAMES, NX, NY), "i4")), "must hold floats, it is int32"),
+        (replace("dimensions/time", np.arange(FRAMES - 1.0)), "dimensions/time must"),
+        (replace("dimensions/time", np.zeros(FRAMES)), "dimensions/time must"),
+        (replace("dimensions/y", np.arange(NY + 1.0)), "dimensions/y has"),
+        (replace("scalars/Schmidt", np.ones(2, "f4")), "/scalars/Schmidt must be one number"),
+        (replace("physrep_initial_condition", np.arange(2)), "physrep_initial_condition must be 3 integers"),
+        (lambda f: f.attrs.modify("n_trajectories", 4), "n_trajectories is 4, the fields have 3"),
+        (lambda f: f["dimensions"].attrs.modify("spatial_dims", np.array(["y", "x"], dtype=h5py.string_dtype())), "spatial_dims"),
+    ],
+)
+def test_wrong_shapes_are_named(tmp_path, change, says):
+    assert says in refusal(edited(make(tmp_path / "a.hdf5"), change))
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("layout", ["shear_flow", "datasets/shear_flow", "."])
+def test_find_files(tmp_path, layout):
+    folder = tmp_path / layout / "data" / "train"
+    expected = [make(folder / name) for name in ("b.h5", "a.hdf5", "c.hdf5")]
+    (folder / "notes.txt").write_text("not data")
+    (folder / ".d.hdf5.17.partial").write_text("being written")
+    (folder / "._a.hdf5").write_text("left by an archive")
+    assert find_files(tmp_path, "shear_flow", "train") == sorted(expected)
+    with pytest.raises(FileNotFoundError) as error:
+        find_files(tmp_path, "shear_flow", "valid")
+    assert str(folder) in str(error.value) and str(tmp_path / "datasets/shear_flow/data/valid") in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no files of any split"):
+        find_files(tmp_path / "elsewhere", "shear_flow", "train")
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_statistics(tmp_path, monkeypatch, name):
+    "Against one computation over everything, with blocks of two frames and files of unequal size; as The Well keys them."
+    monkeypatch.setattr("physrep.well._BLOCK_BYTES", 2 * 4 * get_system(name).n_channels * NX * NY)
+    parts = []
+    for i, n in enumerate((3, 1)):
+        fields = make_fields(name, n=n, seed=i)
+        make(tmp_path / name / f"data/train/{i}.hdf5", name, n=n, fields=fields)
+        parts.append(fields)
+    path = write_stats(tmp_path, name)
+    assert path == tmp_path / name / "stats.yaml" and path == write_stats(tmp_path / name, name)
+    raw = yaml.safe_load(path.read_text())
+    assert tuple(raw) == STATS
+    stats = read_stats(path, name)
+    for f in get_system(name).fields:
+        x = np.concatenate([p[f.name] for p in parts]).astype(np.float64)
+        for suffix, y in (("", x), ("_delta", np.diff(x, axis=1))):
+            axes = (0, 1, 2, 3)
+            for key, value in {"mean": y.mean(axes), "std": y.std(axes), "rms": np.sqrt((y**2).mean(axes))}.items():
+                np.testing.assert_allclose(raw[key + suffix][f.name], value, rtol=1e-9, atol=1e-12)
+                assert stats[key + suffix][f.name].shape == (2,) * f.rank
+    assert channel_stats(stats, get_system(name), "std").shape == (get_system(name).n_channels,)
+
+
+def test_statistics_of_single_frames_and_of_nan(tmp_path):
+    one = {k: v[:, :1] for k, v in make_fields("shear_flow").items()}
+    path = make(tmp_path / "data/train/a.hdf5", fields=one, time=[0.0])
+    with pytest.raises(ValueError, match="single frames"):
+        write_stats(tmp_path, "shear_flow")
+    make(path)
+
+    def spoil(f):
+        f["t0_fields/tracer"][1, 4, 2, 2] = np.nan
+
+    edited(path, spoil)
+    with pytest.raises(WellFormatError, match="a.hdf5: NaN or infinity in trajectory 1"):
+        write_stats(tmp_path, "shear_flow")
+    assert not (tmp_path / "stats.yaml").exists()
+
+
+def test_incomplete_statistics(tmp_path):
+    make(tmp_path / "data/train/a.hdf5")
+    with pytest.raises(FileNotFoundError, match="no statistics of shear_flow"):
+        read_stats(tmp_path, "shear_flow")
+    path = write_stats(tmp_path, "shear_flow")
+    good = yaml.safe_load(path.read_text())
+    for spoil, says in [
+        (lambda s: s.pop("rms_delta"), "no 'rms_delta'"),
+        (lambda s: s["std"].pop("tracer"), "no field 'tracer' in 'std'"),
+        (lambda s: s["std"].update(velocity=1.0), "std of velocity"),
+        (lambda s: s["std"].update(velocity=["a", "b"]), "not numbers"),
+        (lambda s: s["mean"].update(tracer=float("nan")), "mean of tracer"),
+    ]:
+        stats = yaml.safe_load(yaml.safe_dump(good))
+        spoil(stats)
+        path.write_text(yaml.safe_dump(stats))
+        with pytest.raises(WellFormatError, match=says) as error:
+            read_stats(tmp_path, "shear_flow")
+        assert str(path) in str(error.value)
+    path.write_text(yaml.safe_dump({k: good[k] for k in ("mean", "std")}))  # the old form of The Well
+    assert set(read_stats(tmp_path, "shear_flow", require=("mean", "std"))) == {"mean", "std"}
+    for page in ("<!DOCTYPE html><html><body>503: Service</body></html>", "a: [b", ""):
+        path.write_text(page)
+        with pytest.raises(WellFormatError, match="stats.yaml"):
+            read_stats(tmp_path, "shear_flow")
+    # the published form, four decimals and a signed exponent
+    path.write_text(yaml.safe_dump(good).replace("'", ""))
+    published = {k: {n: np.vectorize(lambda v: f"{v:.4E}")(v).tolist() for n, v in m.items()} for k, m in good.items()}
+    path.write_text(yaml.safe_dump(published).replace("'", ""))
+    for key, by_field in read_stats(tmp_path, "shear_flow").items():
+        for name, value in by_field.items():
+            np.testing.assert_allclose(value, good[key][name], rtol=1e-4)
+
+
+# ---- fingerprint
+
+
+def test_fingerprint(tmp_path):
+    def fresh(folder):
+        big = make_fields("shear_flow", grid=(40, 48))
+        options = {"fields": big, "coordinates": {"x": np.arange(40), "y": np.arange(48)}}
+        return [make(tmp_path / folder / f"data/{split}/a.hdf5", seed=i, **options) for i, split in enumerate(("train", "valid"))]
+
+    files = fresh("one")
+    original = fingerprint(files)
+    assert original == fingerprint(files[::-1]) == fingerprint(fresh("two")) and len(original) == 16
+    os.utime(files[0])
+    assert fingerprint(files) == original
+
+    def first(f):
+        f["t0_fields/tracer"][0, 0, 0, 0] += 1
+
+    def last(f):
+        f["t1_fields/velocity"][-1, -1, -1, -1, -1] += 1
+
+    def label(f):
+        f["scalars/Schmidt"][...] = 0.3
+
+    def attribute(f):
+        f.attrs["Schmidt"] = 0.3
+
+    def frame(f):
+        f["dimensions/time"][3] += 0.01
+
+    def group(f):
+        f["physrep_initial_condition"][1] = 7
+
+    prints = {original, fingerprint(files[:1]), fingerprint(files[1:])}
+    for i, change in enumerate((first, last, label, attribute, frame, group)):
+        changed = fresh(f"changed{i}")
+        edited(changed[1], change)
+        prints.add(fingerprint(changed))
+    renamed = fresh("renamed")
+    prints.add(fingerprint([renamed[0], shutil.move(renamed[1], renamed[1].with_name("b.hdf5"))]))
+    assert len(prints) == 3 + 6 + 1 - 1  # one file alone is known by its name in its folder, and both hold the same
+    with pytest.raises(ValueError, match="no files"):
+        fingerprint([])
+    files[0].write_text("<html>")
+    with pytest.raises(WellFormatError, match="web page"):
+        fingerprint(files)
