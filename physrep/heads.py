@@ -9,12 +9,12 @@ __all__ = ['check_fit', 'batch_fields', 'check_tokens', 'LinearHead', 'MLPHead',
 # %% ../nbs/01d_heads.ipynb #7c3b83fb
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import einsum, rearrange
 from torch import nn
 
 from .encoders.convnext import Block as ConvBlock
 from .encoders.vit import Block as TransformerBlock
-from .encoders.vit import sincos_positions
+from .encoders.vit import init_transformer, sincos_positions
 from .systems import System
 
 # %% ../nbs/01d_heads.ipynb #4b52990b
@@ -82,19 +82,22 @@ class AttentiveHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.out = nn.Linear(dim, n_out)
 
-    def _query_keys_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q = repeat(self.to_query(self.query), "(heads d) -> b heads 1 d", b=len(tokens), heads=self.heads)
-        k, v = rearrange(self.to_keys_values(self.norm_tokens(tokens)), "b n (two heads d) -> two b heads n d", two=2, heads=self.heads)
-        return q, k, v
+    def _scores(self, x: torch.Tensor) -> torch.Tensor:
+        "Attention logits `(b, n, heads)` of normalised tokens: one query, so it goes through the key map once, not every token."
+        to_keys = rearrange(self.to_keys_values.weight[: len(self.query)], "(heads d) c -> heads d c", heads=self.heads)
+        q = rearrange(self.to_query(self.query), "(heads d) -> heads d", heads=self.heads)
+        return x @ einsum(q, to_keys, "heads d, heads d c -> c heads") / to_keys.shape[1] ** 0.5
 
     def attention(self, tokens: torch.Tensor) -> torch.Tensor:
         "Where each head looks: weights `(b, heads, n)` that sum to 1 over the tokens."
-        q, k, _ = self._query_keys_values(tokens)
-        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)[:, :, 0]
+        return self._scores(self.norm_tokens(tokens)).softmax(dim=1).transpose(1, 2)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        read = F.scaled_dot_product_attention(*self._query_keys_values(tokens))
-        a = self.query + self.proj(rearrange(read, "b heads 1 d -> b (heads d)"))
+        x, dim = self.norm_tokens(tokens), len(self.query)
+        pooled = self._scores(x).softmax(dim=1).transpose(1, 2) @ x  # (b, heads, d): the value map is linear, so it can wait until here
+        to_values = rearrange(self.to_keys_values.weight[dim:], "(heads d) c -> heads d c", heads=self.heads)
+        read = einsum(pooled, to_values, "b heads c, heads d c -> b heads d").flatten(1) + self.to_keys_values.bias[dim:]
+        a = self.query + self.proj(read)
         return self.out(self.norm_out(a + self.mlp(self.norm_mlp(a))))
 
 # %% ../nbs/01d_heads.ipynb #2cb9385d
@@ -131,11 +134,12 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self, dim: int, n_out: int, *, width: int | None = None, depth: int = 2, heads: int = 2):
         super().__init__()
-        self.width = width or dim // 2
+        self.width = width or 2 * (dim // 4)  # even, for the positions
         self.embed = nn.Linear(dim, self.width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(self.width))
         self.blocks = nn.ModuleList(TransformerBlock(self.width, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(self.width), nn.Linear(self.width, n_out))
+        self.apply(init_transformer)
 
     def forward(self, tokens: torch.Tensor, keep: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         b, n = len(tokens), grid[0] * grid[1] * grid[2]

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'project_root', 'SimPreset', 'TrainPreset', 'Preset', 'get_preset']
 
-# %% ../nbs/00a_presets.ipynb #4ae1aa70
+# %% ../nbs/00a_presets.ipynb #bc4374cc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../nbs/00a_presets.ipynb #4f2e44b1
+# %% ../nbs/00a_presets.ipynb #abd537cf
 def project_root() -> Path:
     """The folder in which `data/`, `runs/` and `figures/` live: `$PHYSREP_ROOT`, or the checkout of physrep at or above the current
     folder or around the package. Raises FileNotFoundError if there is none (an installed wheel, far from any checkout)."""
@@ -26,7 +26,7 @@ def project_root() -> Path:
             return folder
     raise FileNotFoundError(f"no checkout of physrep at or above {here}: set PHYSREP_ROOT to the folder that shall hold data/ and runs/, or pass data_dir and run_dir")
 
-# %% ../nbs/00a_presets.ipynb #4ea94841
+# %% ../nbs/00a_presets.ipynb #7334055c
 @dataclass(frozen=True)
 class SimPreset:
     "What is simulated for one system. Every initial condition is used in one trajectory only."
@@ -48,7 +48,7 @@ class SimPreset:
             pairs *= len(values)
         return pairs * sum(self.counts.values()) + self.unseen_pairs * self.unseen_count
 
-# %% ../nbs/00a_presets.ipynb #1c15d54c
+# %% ../nbs/00a_presets.ipynb #0a9a8359
 @dataclass(frozen=True)
 class TrainPreset:
     "One training recipe: AdamW, cosine with warm-up counted in updates."
@@ -98,17 +98,17 @@ class Preset:
             raise ValueError(f"preset {self.name} simulates {', '.join(self.sims) or 'nothing (it reads The Well)'}, not {system}")
         return self.sims[system]
 
-# %% ../nbs/00a_presets.ipynb #e97cb76c
+# %% ../nbs/00a_presets.ipynb #6991da8c
 _SHEAR_GRID = {"Reynolds": (400.0, 800.0, 1600.0, 3200.0), "Schmidt": (0.25, 0.5, 1.0, 2.0)}
 _SHEAR = dict(grid_values=_SHEAR_GRID, grid=64, store_grid=32, frame_dt=0.2, dt=0.025)
 
-# %% ../nbs/00a_presets.ipynb #ea9911b1
+# %% ../nbs/00a_presets.ipynb #29083fa2
 _LAPTOP_ENCODERS = {
     "convnext": dict(widths=(64, 128), depths=(2, 2), stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4), strides=((2, 1, 1),), kernel_size=7),
-    "vit": dict(dim=128, depth=4, heads=4, tubelet=(2, 4, 4)),
+    "vit": dict(dim=96, depth=4, heads=3, tubelet=(2, 4, 4)),
 }
 _LAPTOP_OBJECTIVES = {
-    "jepa": dict(invariance=25.0, variance=25.0, covariance=1.0, chunks=4),
+    "jepa": dict(invariance=25.0, variance=25.0, covariance=1.0, chunks=1, predictor_hidden=128),
     "mae": dict(ratio=0.75, patch=(2, 4, 4)),
     "supervised": {},
     "random": {},

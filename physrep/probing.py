@@ -36,10 +36,13 @@ class Features:
     info: dict = field(default_factory=dict)  # what made them: encoder, split, ...
 
     def __post_init__(self) -> None:
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (the dataclass is frozen)
-        set_("tokens", torch.as_tensor(self.tokens).detach().cpu())
-        set_("labels", np.asarray(self.labels, dtype=np.float64))
-        set_("groups", np.asarray(self.groups, dtype=np.int64))
+        plain = {
+            "tokens": torch.as_tensor(self.tokens).detach().cpu(),
+            "labels": np.asarray(self.labels, dtype=np.float64),
+            "groups": np.asarray(self.groups, dtype=np.int64),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
         if self.tokens.ndim != 3 or self.labels.ndim != 2 or self.groups.ndim != 1:
             shapes = f"tokens {tuple(self.tokens.shape)}, labels {self.labels.shape}, groups {self.groups.shape}"
             raise ValueError(f"features want tokens (n, tokens, d), labels (n, n_labels) and groups (n,); got {shapes}")
@@ -76,7 +79,7 @@ def extract(
     dtype: torch.dtype = torch.float16,  # of the result
     progress: bool = True,
 ) -> Tensor:
-    "Tokens `(n, tokens, d)` on the CPU of all windows in `batches`, in their order; ValueError if a value overflows `dtype` or nothing came."
+    "Tokens `(n, tokens, d)` on the CPU of all windows in `batches`, in their order; ValueError for no batch or an overflow."
     was_training = encoder.training
     encoder.to(device).eval()
     parts = []
@@ -85,7 +88,7 @@ def extract(
             for batch in tqdm(batches, desc="features", disable=not progress, leave=False):
                 parts.append(encoder(batch["fields"].to(device)).to("cpu", dtype))
                 if not torch.isfinite(parts[-1]).all():
-                    raise ValueError(f"the encoder's tokens are not finite as {dtype} in batch {len(parts) - 1}; try dtype=torch.float32")
+                    raise ValueError(f"tokens are not finite as {dtype} in batch {len(parts) - 1}; try dtype=torch.float32")
     finally:
         encoder.train(was_training)
     if not parts:
@@ -124,7 +127,10 @@ def _select(trials: list[dict]) -> dict:
 def fit_constant(train: Features, valid: Features, scaler: LabelScaler, *, seed: int = 0) -> Probe:
     "Predicts the training mean (of the transformed labels): scores an error of about 1, the line that a probe must beat."
     mean = scaler.transform(train.labels).mean(0)
-    predict = lambda f: np.tile(mean, (len(f), 1))  # noqa: E731
+
+    def predict(f: Features) -> np.ndarray:
+        return np.tile(mean, (len(f), 1))
+
     return Probe("constant", scaler, predict, {}, [{"valid_mse": valid_mse(predict(valid), valid, scaler)}], {"mean": mean})
 
 # %% ../nbs/02q_probing.ipynb #a26e82a0
@@ -132,7 +138,7 @@ LAMBDAS = tuple(10.0 ** np.arange(-8, 4.5, 0.5))
 
 
 def standardiser(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Mean and scale `(d,)` of features `(n, d)`: `(x - mean) * scale` has unit variance, and dead features (rounding noise only) give 0."
+    "Mean and scale `(d,)` of features `(n, d)`: `(x - mean) * scale` has unit variance; dead features (rounding noise) give 0."
     x = np.asarray(x, dtype=np.float64)
     mean, std = x.mean(0), x.std(0)
     alive = std > 10 * np.finfo(np.float32).eps * np.abs(mean)
@@ -147,7 +153,9 @@ def ridge_path(x: np.ndarray, y: np.ndarray, lambdas: Sequence[float]) -> list[n
     return [vt.T @ (np.where(null, 0, s / (s**2 + len(x) * lam + null))[:, None] * uty) for lam in lambdas]
 
 
-def fit_linear(train: Features, valid: Features, scaler: LabelScaler, *, seed: int = 0, lambdas: Sequence[float] = LAMBDAS) -> Probe:
+def fit_linear(
+    train: Features, valid: Features, scaler: LabelScaler, *, seed: int = 0, lambdas: Sequence[float] = LAMBDAS
+) -> Probe:
     "Ridge regression on standardised mean-pooled tokens, the penalty chosen on valid. Deterministic: `seed` is not used."
     mean, scale = standardiser(train.pooled.numpy())
     y = scaler.transform(train.labels)
@@ -157,7 +165,8 @@ def fit_linear(train: Features, valid: Features, scaler: LabelScaler, *, seed: i
         return (f.pooled.numpy() - mean) * scale @ weight + bias
 
     weights = ridge_path((train.pooled.numpy() - mean) * scale, y - bias, lambdas)
-    trials = [{"lambda": float(lam), "valid_mse": valid_mse(predict(valid, w), valid, scaler)} for lam, w in zip(lambdas, weights)]
+    errors = [valid_mse(predict(valid, weight), valid, scaler) for weight in weights]
+    trials = [{"lambda": float(lam), "valid_mse": error} for lam, error in zip(lambdas, errors)]
     best = _select(trials)
     weight = weights[trials.index(best)]
     arrays = {"mean": mean, "scale": scale, "weight": weight, "bias": bias}
@@ -208,14 +217,14 @@ class AttentiveRecipe:
 
 
 def token_standardiser(tokens: Tensor, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    "Mean and scale `(d,)`, float32, over all windows and tokens of `tokens (n, tokens, d)`, in float64; dead channels get scale 0."
+    "Mean and scale `(d,)`, float32, over all windows and tokens of `tokens (n, tokens, d)`; dead channels get scale 0."
     total, square = (torch.zeros(tokens.shape[2], dtype=torch.float64) for _ in range(2))
     count = tokens.shape[0] * tokens.shape[1]
     for part in tokens.split(chunk):
-        total += part.sum((0, 1), dtype=torch.float64)
+        total += part.float().sum((0, 1))
     mean = total / count
     for part in tokens.split(chunk):
-        square += (part.float() - mean.float()).square_().sum((0, 1), dtype=torch.float64)
+        square += (part.float() - mean.float()).square_().sum((0, 1))
     std = (square / count).sqrt()
     alive = std > 10 * torch.finfo(torch.float32).eps * mean.abs()
     return mean.float(), torch.where(alive, 1 / torch.where(alive, std, 1.0), 0.0).float()
@@ -227,10 +236,10 @@ def _standardised(tokens: Tensor, mean: Tensor, scale: Tensor, device: str | tor
 
 
 @torch.no_grad()
-def _head_outputs(head: nn.Module, tokens: Tensor, mean: Tensor, scale: Tensor, device: str | torch.device, batch_size: int = 128) -> np.ndarray:
+def _head_outputs(head: nn.Module, tokens: Tensor, mean: Tensor, scale: Tensor, device: str | torch.device) -> np.ndarray:
     "Z-scored predictions `(n, n_labels)` of a head on tokens `(n, tokens, d)`."
     head.eval()
-    parts = [head(_standardised(part, mean, scale, device)) for part in tokens.split(batch_size)]
+    parts = [head(_standardised(part, mean, scale, device)) for part in tokens.split(128)]
     return torch.cat(parts).double().cpu().numpy()
 
 
@@ -273,15 +282,21 @@ def fit_attentive(
             best, weights = error, copy.deepcopy(head.state_dict())
     chosen = {"epoch": _select(trials)["epoch"]}
     head.load_state_dict(weights)
-    arrays = {"mean": mean.cpu().numpy(), "scale": scale.cpu().numpy(), **{f"head.{k}": v.cpu().numpy() for k, v in weights.items()}}
+    tensors = {"mean": mean, "scale": scale, **{f"head.{k}": v for k, v in weights.items()}}
+    arrays = {k: v.cpu().numpy() for k, v in tensors.items()}
     return Probe("attentive", scaler, lambda f: _head_outputs(head, f.tokens, mean, scale, device), chosen, trials, arrays)
 
 # %% ../nbs/02q_probing.ipynb #95b1bffe
-PROBES: dict[str, Callable[..., Probe]] = {"constant": fit_constant, "linear": fit_linear, "knn": fit_knn, "attentive": fit_attentive}
+PROBES: dict[str, Callable[..., Probe]] = {
+    "constant": fit_constant,
+    "linear": fit_linear,
+    "knn": fit_knn,
+    "attentive": fit_attentive,
+}
 
 
 def fit_probe(name: str, train: Features, valid: Features, scaler: LabelScaler, *, seed: int = 0, **options: object) -> Probe:
-    "Fits the probe of that name on train, selected on valid; ValueError with the valid names for an unknown one, or for features that do not match."
+    "Fits the probe of that name on train, selected on valid; ValueError for an unknown name, or features that do not match."
     if name not in PROBES:
         raise ValueError(f"unknown probe {name!r}; valid: {', '.join(PROBES)}")
     if train.dim != valid.dim or train.labels.shape[1] != valid.labels.shape[1]:
@@ -298,7 +313,7 @@ METRICS = {
 
 
 def bootstrap_weights(groups: np.ndarray, n_bootstrap: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    "How often each group is drawn, `(1 + n_bootstrap, n_groups)`, row 0 being the data themselves; and the group index of each window."
+    "How often each group is drawn, `(1 + n_bootstrap, n_groups)`, row 0 being the data; and the group index of each window."
     names, index = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(seed_for("bootstrap", seed))
     draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_bootstrap)
@@ -313,7 +328,7 @@ def _group_sums(values: np.ndarray, index: np.ndarray, n_groups: int) -> np.ndar
 
 
 def _weighted_medians(values: np.ndarray, weights: np.ndarray, index: np.ndarray, chunk: int = 64) -> np.ndarray:
-    "Median `(draws,)` of `values (n,)` when window i counts `weights[draw, index[i]]` times; agrees with `np.median` of the repeated values."
+    "Median `(draws,)` of `values (n,)`, window i counting `weights[draw, index[i]]` times, as `np.median` of the repeated values."
     order = np.argsort(values, kind="stable")
     values, index = values[order], index[order]
     out = np.empty(len(weights))
@@ -337,7 +352,9 @@ def _check_scored(prediction: np.ndarray, truth: np.ndarray, groups: np.ndarray,
         raise ValueError("a true label is zero, so its relative error is not defined")
 
 
-def _draws(prediction: np.ndarray, truth: np.ndarray, scaler: LabelScaler, weights: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+def _draws(
+    prediction: np.ndarray, truth: np.ndarray, scaler: LabelScaler, weights: np.ndarray, index: np.ndarray
+) -> dict[str, np.ndarray]:
     "Each metric `(1 + n_bootstrap, n_labels)` of the data (row 0) and of every draw of groups."
     z, target = scaler.clip(scaler.transform(prediction)), scaler.transform(truth)
     sums = _group_sums(np.stack([np.ones_like(z), (z - target) ** 2, target, target**2], axis=1), index, weights.shape[1])
@@ -358,7 +375,8 @@ def _rows(draws: dict[str, np.ndarray], system: System, n: int, n_groups: int) -
         for label, column in zip([*system.label_names, "mean"], values.T):
             inside = column[1:][np.isfinite(column[1:])]
             low, high = np.quantile(inside, (0.025, 0.975)) if n_groups > 1 and len(inside) else (math.nan, math.nan)
-            rows.append({"label": label, "metric": metric, "value": float(column[0]), "low": float(low), "high": float(high), "n": n})
+            numbers = {"value": float(column[0]), "low": float(low), "high": float(high), "n": n}
+            rows.append({"label": label, "metric": metric, **numbers})
     return rows
 
 # %% ../nbs/02q_probing.ipynb #29c8a078
@@ -383,7 +401,7 @@ def score_difference(
     prediction: np.ndarray, other: np.ndarray, truth: np.ndarray, groups: np.ndarray, system: System, scaler: LabelScaler,
     *, n_bootstrap: int = 1000, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
-    "Like `score`, of the paired difference `prediction` minus `other`: both are scored on the same draws of groups, what they share cancels."
+    "Like `score`, of the paired difference `prediction` minus `other`: on the same draws of groups, what they share cancels."
     prediction, other, truth = (np.asarray(a, dtype=np.float64) for a in (prediction, other, truth))
     for values in (prediction, other):
         _check_scored(values, truth, groups, system)
@@ -415,7 +433,8 @@ def plot_predictions(
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         ax.plot(ends, ends, color="0.6", lw=1, zorder=1)
         ax.plot(x[shown], y[shown], "o", ms=3.5, mew=0, alpha=0.45, color=color, zorder=2)
-        ax.set(xlabel=f"true {label.name}", ylabel=f"predicted {label.name}", aspect="equal", title=rf"${label.latex}$: $R^2$ = {r2:.2f}")
+        ax.set(xlabel=f"true {label.name}", ylabel=f"predicted {label.name}", aspect="equal")
+        ax.set_title(rf"${label.latex}$: $R^2$ = {r2:.2f}")
         ax.spines[["top", "right"]].set_visible(False)
     if title:
         fig.suptitle(title)

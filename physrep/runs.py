@@ -6,7 +6,7 @@
 __all__ = ['resolve', 'config_hash', 'run_folder', 'constant_folder', 'default_data_dir', 'ensure_data', 'crop_of', 'load_splits',
            'normaliser_of', 'build', 'modules_of', 'window_frames', 'pretrain', 'restore']
 
-# %% ../nbs/02pa_runs.ipynb #9fc65b04
+# %% ../nbs/02pa_runs.ipynb #3bb8cdb5
 import hashlib
 import json
 import math
@@ -28,7 +28,7 @@ from .randomness import seed_for
 from .systems import get_system
 from .training import Recipe, TimeUp, evaluate_objective, train
 
-# %% ../nbs/02pa_runs.ipynb #7845b2b0
+# %% ../nbs/02pa_runs.ipynb #b9426498
 def resolve(
     system: str,
     objective: str,
@@ -88,7 +88,7 @@ def default_data_dir(preset: str) -> Path:
     "Where the data of a preset are by default: `data/<preset>` of the project."
     return project_root() / "data" / preset
 
-# %% ../nbs/02pa_runs.ipynb #527b1787
+# %% ../nbs/02pa_runs.ipynb #310f60aa
 def ensure_data(config: dict, data_dir: str | Path | None = None, **options) -> Path:
     "The folder of the system's data: simulates what is missing (`options` go to `make_dataset`), or checks that The Well's files are there."
     p, system = get_preset(config["preset"]), config["system"]
@@ -118,7 +118,7 @@ def normaliser_of(config: dict, data_dir: Path, train: Windows) -> Normaliser:
     "The normalisation of a run: from the training statistics of its data."
     return Normaliser.load(train.paths[0].parents[2], get_system(config["system"]))
 
-# %% ../nbs/02pa_runs.ipynb #db6012d0
+# %% ../nbs/02pa_runs.ipynb #d998b7da
 def build(config: dict, shape: tuple[int, int, int], in_channels: int) -> torch.nn.Module:
     "The objective of a run around a new encoder, for clips of `shape` (t, h, w)."
     with torch.random.fork_rng():
@@ -147,7 +147,7 @@ def _grid(config: dict) -> tuple[int, int]:
         return (config["clip"]["size"],) * 2
     return (config["data"]["store_grid"],) * 2
 
-# %% ../nbs/02pa_runs.ipynb #d4bd6175
+# %% ../nbs/02pa_runs.ipynb #a6a737b6
 def _claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable[[str], None]) -> bool:
     "Prepares a run folder; True if it holds the finished run already. Raises ValueError for another configuration in it."
     if (folder / "config.json").is_file():

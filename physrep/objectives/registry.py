@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'objective_class', 'objective_module', 'check_pair', 'build_objective']
 
-# %% ../../nbs/02o_registry.ipynb #54cd777f
+# %% ../../nbs/02o_registry.ipynb #439a2fcd
 import importlib
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from ..encoders.registry import ENCODERS
 from ..systems import System
 
-# %% ../../nbs/02o_registry.ipynb #32c75d4d
+# %% ../../nbs/02o_registry.ipynb #f5bb207f
 OBJECTIVES = {
     "jepa": "physrep.objectives.jepa:JEPA",
     "mae": "physrep.objectives.mae:MAE",

@@ -314,7 +314,7 @@ def simulate(
 ) -> dict[str, np.ndarray]:
     """Trajectories of the shear flow with The Well's fields, as numpy arrays on the CPU.
 
-    Returns `tracer` and `pressure` `(n, t, x, y)`, `velocity` `(n, t, x, y, 2)` and `time` `(t,)` (float64). On a CPU a trajectory is,
+    Returns `tracer` and `pressure` `(n, t, x, y)`, `velocity` `(n, t, x, y, 2)`, `time` `(t,)`. On a CPU a trajectory is,
     bit by bit, a function of its own parameters and seed. Raises ValueError for arguments that make no sense and
     SimulationBlewUp (with a time step to try) for a run that is unstable.
     """

@@ -1,0 +1,20 @@
+"""One torch thread, and a small simulated data set that the tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from physrep.generate import make_dataset
+from physrep.presets import get_preset
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def smoke_data(tmp_path_factory) -> Path:
+    "The data of preset smoke, shear flow; a `data_dir`."
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset("shear_flow", get_preset("smoke").sim("shear_flow"), folder, workers=1, progress=False)
+    return folder

@@ -1,0 +1,161 @@
+"""Data sets: interruption, leaks between splits, batches from files of The Well's layout."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from physrep.data import Batches, LabelScaler, Normaliser, Windows, apply_symmetry, check_disjoint, symmetry_draws
+from physrep.generate import make_dataset
+from physrep.presets import get_preset
+from physrep.randomness import sample_seeds
+from physrep.sim.shear_flow import simulate
+from physrep.systems import get_system
+from physrep.well import WellFile
+
+SHEAR = get_system("shear_flow")
+SIM = get_preset("smoke").sim("shear_flow")
+
+
+def fingerprints(folder):
+    return {s: Windows(folder, SHEAR, s, frames=4).fingerprint() for s in ("train", "valid", "test", "unseen")}
+
+
+def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
+    code = f"from tests.test_data import SIM; from physrep.generate import make_dataset; make_dataset('shear_flow', SIM, {str(tmp_path)!r}, workers=1, progress=False)"
+    root = os.path.dirname(os.path.dirname(__file__))
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.hdf5")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    files = list(tmp_path.rglob("*.hdf5"))
+    assert 0 < len(files) < 14 and not (tmp_path / "shear_flow" / "stats.yaml").exists()
+    (tmp_path / "shear_flow" / "data" / "train" / ".left.1.tmp").write_bytes(b"half a file")
+    make_dataset("shear_flow", SIM, tmp_path, workers=1, progress=False)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert fingerprints(tmp_path) == fingerprints(smoke_data)
+
+
+def test_two_processes_make_the_same_data(tmp_path):
+    sim = replace(SIM, counts={"train": 2, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=4)
+    one, two = make_dataset("shear_flow", sim, tmp_path / "1", workers=1, progress=False), make_dataset("shear_flow", sim, tmp_path / "2", workers=2, progress=False)
+    assert fingerprints(one) == fingerprints(two)
+
+
+def test_out_of_time_is_an_error_that_can_be_resumed(tmp_path):
+    sim = replace(SIM, counts={"train": 1, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=3)
+    with pytest.raises(TimeoutError, match="of 13 files of .* are done; call it again"):
+        make_dataset("shear_flow", sim, tmp_path, workers=1, minutes=1e-6, progress=False)
+    make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
+
+
+def test_a_new_solver_makes_the_data_anew(tmp_path):
+    from physrep.provenance import read_json, write_json
+
+    sim = replace(SIM, counts={"train": 1, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=3)
+    folder = make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
+    before = fingerprints(folder)
+    victim = sorted((folder / "data/train").iterdir())[0]
+    victim.write_bytes(sorted((folder / "data/train").iterdir())[1].read_bytes())  # whole, but not what this solver gives
+    plan = read_json(folder / "plan.json")
+    write_json(folder / "plan.json", plan | {"solver": "0" * 16})
+    make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
+    assert fingerprints(folder) == before and read_json(folder / "plan.json") == plan
+
+
+def test_planted_leak_is_found(tmp_path, smoke_data):
+    folder = tmp_path / "shear_flow"
+    shutil.copytree(smoke_data / "shear_flow", folder)
+    source = sorted((folder / "data" / "train").glob("*.hdf5"))[0]
+    (folder / "data" / "test" / source.name).unlink()
+    shutil.copy(source, folder / "data" / "test" / source.name)
+    splits = [Windows(folder, SHEAR, s, frames=16, stride=8) for s in ("train", "test")]
+    with pytest.raises(ValueError, match="4 of 10 trajectories of 'test' have an initial condition that 'train' has too"):
+        check_disjoint(*splits)
+
+
+def test_groups_ignore_schmidt_but_not_reynolds(tmp_path):
+    "Equal initial condition: one group for all Schmidt numbers, because the velocity is the same; another for another Reynolds number."
+    from physrep.well import write_well
+
+    for re, sc in ((400.0, 0.5), (400.0, 2.0), (800.0, 2.0)):
+        fields = simulate(re, sc, [7], grid=32, n_frames=3)
+        time_ = fields.pop("time")
+        path = tmp_path / "shear_flow" / "data" / "train" / f"shear_flow_Reynolds_{re:g}_Schmidt_{sc:g}.hdf5"
+        write_well(path, SHEAR, fields, {"Reynolds": re, "Schmidt": sc}, time=time_, box=(1.0, 1.0), initial_conditions=[7])
+    w = Windows(tmp_path, SHEAR, "train", frames=2)
+    assert w.groups[0] == w.groups[1] != w.groups[2]
+
+
+def test_no_trajectory_long_enough(smoke_data):
+    with pytest.raises(ValueError, match="has 99 frames; the longest has 36"):
+        Windows(smoke_data, SHEAR, "train", frames=99)
+
+
+def test_symmetries_commute_with_the_solver():
+    "A mirrored and shifted initial state evolves into the mirrored and shifted solution."
+    fields = simulate(400.0, 1.0, [3], grid=32, n_frames=9, frame_dt=0.2, dtype=torch.float64)
+    x = torch.as_tensor(np.concatenate([fields["tracer"][:, None], fields["pressure"][:, None], np.moveaxis(fields["velocity"], -1, 1)], axis=1))
+    k = 2 * np.pi * np.fft.fftfreq(32, 1 / 32)
+
+    def vorticity(u, v):
+        return np.fft.ifft(1j * k[:, None] * np.fft.fft(v, axis=0), axis=0).real - np.fft.ifft(1j * k * np.fft.fft(u, axis=1), axis=1).real
+
+    for mirror in ([True, False], [False, True], [True, True]):
+        y = apply_symmetry(x, np.array([[5, 11]]), np.array([mirror]), SHEAR).numpy()
+        start = y[0, :, 0]
+        again = simulate(400.0, 1.0, [3], grid=32, n_frames=9, frame_dt=0.2, dtype=torch.float64, initial=(vorticity(start[2], start[3])[None], start[0][None]))
+        assert np.abs(again["velocity"][0, -1] - np.moveaxis(y[0, 2:, -1], 0, -1)).max() < 1e-9
+        assert np.abs(again["tracer"][0, -1] - y[0, 0, -1]).max() < 1e-9
+
+
+def test_symmetry_draws_cover_the_group_and_depend_on_the_sample_only():
+    seeds = sample_seeds(0, 0, 0, list(range(200)))
+    shifts, mirrors = symmetry_draws(seeds, SHEAR, (32, 32))
+    assert set(shifts[:, 0]) == set(range(32)) and 0.3 < mirrors.mean() < 0.7
+    assert np.array_equal(symmetry_draws(seeds[50:60], SHEAR, (32, 32))[0], shifts[50:60])
+    walls = get_system("rayleigh_benard")
+    shifts, mirrors = symmetry_draws(seeds, walls, (32, 32))
+    assert not shifts[:, 1].any() and not mirrors[:, 1].any(), "nothing is shifted through a wall, nor turned upside down"
+
+
+def test_resize_noise_and_crop(smoke_data):
+    w = Windows(smoke_data, SHEAR, "train", frames=16, stride=8, crop=((0, 16), (8, 32)))
+    assert w.shape == (4, 16, 16, 24)
+    full = Windows(smoke_data, SHEAR, "train", frames=16, stride=8)
+    assert torch.equal(w.read([3]), full.read([3])[..., :16, 8:32])
+    normaliser, scaler = Normaliser.load(smoke_data, SHEAR), LabelScaler.fit(SHEAR, w.labels)
+    batches = Batches(full, batch_size=4, normaliser=normaliser, scaler=scaler, size=20, noise=0.5)
+    clean = Batches(full, batch_size=4, normaliser=normaliser, scaler=scaler, size=20)
+    noisy, plain = next(batches(3)), next(clean(3))
+    assert batches.shape == (4, 16, 20, 20) and noisy["fields"].shape == (4, 4, 16, 20, 20)
+    assert abs(float((noisy["fields"] - plain["fields"]).std()) - 0.5) < 0.01
+    assert torch.equal(next(batches.evaluation())["fields"], next(clean.evaluation())["fields"]), "evaluation is without noise"
+
+
+def test_a_step_that_spans_two_epochs(smoke_data):
+    w = Windows(smoke_data, SHEAR, "valid", frames=16, stride=20)
+    batches = Batches(w, batch_size=5, normaliser=Normaliser.identity(SHEAR), scaler=LabelScaler.fit(SHEAR, w.labels))
+    n = len(w)
+    order = np.concatenate([batches.samples(k)[0] for k in range(2 * n)])
+    for epoch in range(5):
+        assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+    with pytest.raises(ValueError, match="positive multiple of accumulate, got 5 and 2"):
+        Batches(w, batch_size=5, accumulate=2, normaliser=Normaliser.identity(SHEAR), scaler=LabelScaler.fit(SHEAR, w.labels))
+
+
+def test_stats_normalise_every_field(smoke_data):
+    w = Windows(smoke_data, SHEAR, "train", frames=36)
+    z = Normaliser.load(smoke_data, SHEAR)(w.read(np.arange(len(w))))
+    assert torch.allclose(z[:, :2].std((0, 2, 3, 4)), torch.ones(2), atol=1e-2)
+    assert abs(float(z[:, 2:].square().mean()) - 1) < 1e-2
+    assert isinstance(w.files[0], WellFile)

@@ -1,0 +1,104 @@
+"""The package as others get it: wheel and sdist, dependencies, floors, the Makefile's promises."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# each imports only what stands before it
+FLOORS = [
+    {"systems", "presets", "randomness", "provenance", "parameters"}, {"well", "sim"}, {"generate", "data"}, {"encoders", "heads"},
+    {"objectives"}, {"training", "runs", "probing", "baselines"}, {"results", "evaluate"}, {"explore"},
+]
+
+
+def settings() -> dict:
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini")
+    return dict(parser["DEFAULT"])
+
+
+def imports_of(path: Path) -> list[ast.stmt]:
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "physrep").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_module_imports_only_what_it_may(path):
+    declared = {re.split("[<>=]", r)[0].replace("scikit-learn", "sklearn").replace("pyyaml", "yaml") for r in settings()["requirements"].split()}
+    module = path.relative_to(ROOT / "physrep").with_suffix("").parts
+    if module[-1] in ("__init__", "_modidx"):
+        return
+    floor = next(i for i, names in enumerate(FLOORS) if module[0] in names)
+    for node in imports_of(path):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = list(module[: len(module) - node.level])
+            target = (package + (node.module or "").split("."))[0]
+            assert next(i for i, names in enumerate(FLOORS) if target in names) <= floor, f"imports {target}, which stands above it"
+        else:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            for name in (n.split(".")[0] for n in names):
+                assert name in declared or name in sys.stdlib_module_names, f"{name} is no runtime dependency"
+                assert name not in ("fastcore", "nbdev", "pytest")
+        assert not (isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names))
+
+
+def test_wheel_and_sdist_import_without_the_repository(tmp_path):
+    copy = tmp_path / "source"
+    subprocess.run(["git", "clone", "-q", "--no-local", str(ROOT), str(copy)], check=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    wheel, sdist = next((tmp_path / "dist").glob("*.whl")), next((tmp_path / "dist").glob("*.tar.gz"))
+    with zipfile.ZipFile(wheel) as z:
+        names = z.namelist()
+        z.extractall(tmp_path / "site")
+    assert any(n.endswith("LICENSE") for n in names) and not any(n.startswith("tests/") for n in names)
+    subprocess.run(["tar", "-xzf", str(sdist), "-C", str(tmp_path)], check=True)
+    unpacked = next(p for p in tmp_path.iterdir() if p.name.startswith("physrep-"))
+    assert (unpacked / "setup.py").is_file() and (unpacked / "settings.ini").is_file()
+    code = (
+        "import physrep, pathlib, physrep.evaluate as e, physrep.presets as p\n"
+        f"assert pathlib.Path(physrep.__file__).is_relative_to({str(tmp_path)!r}), physrep.__file__\n"
+        "try: p.project_root()\n"
+        "except FileNotFoundError as error: print(error)\n"
+    )
+    for place in (tmp_path / "site", unpacked):
+        done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(place)!r})\n" + code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "PHYSREP_ROOT" in subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n" + code], cwd=tmp_path, capture_output=True, text=True).stdout
+
+
+def test_settings():
+    s = settings()
+    assert s["allowed_cell_metadata_keys"] == "tags", "nbdev_clean would delete the tag of the parameters cell"
+    assert "fastcore" not in s["requirements"]
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    assert [line for line in constraints if line.startswith("torch")] == ["torch>=2.6,<2.14"], "torch is a range"
+
+
+def test_make_help_lists_the_targets():
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    for target in ("setup", "reproduce", "test", "clean", "notebooks", "readme"):
+        assert f"make {target} " in text
+
+
+def test_clean_shows_first_and_deletes_nothing_unasked():
+    before = sorted(p.name for p in ROOT.iterdir())
+    done = subprocess.run([sys.executable, "tests/clean.py"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert "nothing" in done.stdout and sorted(p.name for p in ROOT.iterdir()) == before
+
+
+def test_the_graph_of_the_laptop_preset():
+    "Snakemake reads the Snakefile, and finds every stage of every row in it."
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", "--forceall", "--quiet", "host", "--config", "preset=laptop", "data="]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-3000:]
+    for rule in ("simulate_shear_flow", "pretrain_shear_flow_jepa_convnext_seed0", "probe_shear_flow_mae_vit_seed0", "probe_shear_flow_constant", "table1"):
+        assert re.search(rf"^{rule}\s+1$", text, re.M), rule

@@ -1,0 +1,184 @@
+"""The results table: schema, whole files, seeds and runs, Table 1 with gaps, and figures with the same bytes each time."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from physrep.results import PAPER, SCHEMA, over_seeds, plot_table1, read_results, save_figure, table1, two_digits, write_result
+
+
+def row(**changes: object) -> dict:
+    base = {
+        "system": "shear_flow", "objective": "jepa", "encoder": "convnext", "probe": "linear", "split": "test", "label": "mean", "seed": 0, "share": 1.0,
+        "metric": "mse", "value": 0.5, "low": 0.4, "high": 0.6, "n": 100, "run": "jepa-convnext/seed0",
+    }  # fmt: skip
+    return base | changes
+
+
+def test_what_is_written_is_read_back_with_its_types(tmp_path):
+    rows = [row(), row(label="Reynolds", low=math.nan, high=None, value=np.float32(1), n=np.int64(7)), row(metric="r2", value=math.nan)]
+    path = write_result(tmp_path / "a" / "seed0" / "result.json", rows, config={"lr": 0.1})
+    content = json.loads(path.read_text())
+    assert content["config"] == {"lr": 0.1} and content["rows"][1]["low"] is None and "NaN" not in path.read_text()
+    df = read_results(tmp_path)
+    assert list(df) == list(SCHEMA) and df.value[:2].tolist() == [0.5, 1.0] and np.isnan(df.value[2])
+    assert df.low.isna().tolist() == [False, True, False] and df.seed.dtype.kind == df.n.dtype.kind == "i"
+    pd.testing.assert_frame_equal(df, read_results([path, tmp_path, str(path)]))  # a file is read once
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row(value=None), "'value' of mse must be finite, got nan"),
+        (row(value=math.inf), "'value' of mse must be finite, got inf"),
+        (row(value=True), "'value' must be float, got True"),
+        (row(value=-0.1), "'value' of mse cannot be negative"),
+        (row(seed=0.5), "'seed' must be int, got 0.5"),
+        (row(split=""), "'split' must be a non-empty str, got ''"),
+        (row(system="shear"), "'system' is 'shear'; valid: active_matter"),
+        (row(label="Prandtl"), "'label' is 'Prandtl'; valid: Reynolds, Schmidt, mean"),
+        (row(metric="rmse"), "'metric' is 'rmse'; valid: mse"),
+        (row(share=0.0), r"'share' must be in \(0, 1\], got 0.0"),
+        (row(n=0), "'n' must be at least 1"),
+        (row(low=0.7), "'low' and 'high' must be an interval"),
+        (row(high=None), "'low' and 'high' must be an interval"),
+        (row(accuracy=1.0), "'accuracy' unknown"),
+        ({k: v for k, v in row().items() if k not in ("n", "run")}, "'n', 'run' missing"),
+        ([1], "a row must be a dict"),
+    ],
+)
+def test_rows_outside_the_schema_are_refused_on_writing_and_on_reading(tmp_path, bad, message):
+    path = tmp_path / "result.json"
+    with pytest.raises(ValueError, match=f"result.json is not written: row 1: {message}"):
+        write_result(path, [row(label="Schmidt"), bad])
+    assert list(tmp_path.iterdir()) == []
+    path.write_text(json.dumps({"rows": [bad]}))
+    with pytest.raises(ValueError, match=f"result.json is not a result: row 0: {message}"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "'rows' must be a list"), ('{"loss": 1}', "'rows' must be a list"), ('{"rows": []}', "at least one row")]
+)
+def test_broken_and_foreign_files_are_errors_that_name_the_file(tmp_path, text, message):
+    write_result(tmp_path / "good" / "result.json", [row()])
+    bad = tmp_path / "bad" / "result.json"
+    bad.parent.mkdir()
+    bad.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_results(tmp_path)
+    assert str(bad) in str(error.value)
+
+
+def test_nothing_there_is_not_an_empty_table(tmp_path):
+    for where in (tmp_path, [], [tmp_path], tmp_path / "none"):
+        with pytest.raises(FileNotFoundError):
+            read_results(where)
+
+
+def test_a_row_is_there_once(tmp_path):
+    with pytest.raises(ValueError, match="row 1: same as row 0"):
+        write_result(tmp_path / "result.json", [row(), row(value=0.1)])
+    for name in "ab":
+        write_result(tmp_path / name / "result.json", [row(), row(label="Schmidt")])
+    with pytest.raises(ValueError, match="both have the row") as error:
+        read_results(tmp_path)
+    assert all(str(tmp_path / name / "result.json") in str(error.value) for name in "ab")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = write_result(tmp_path / "result.json", [row()])
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_result(path, [row(value=0.1)], config={"what": object()})  # no JSON
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_result(path, [row(value=0.1)])
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_seeds_are_averaged_and_two_runs_of_one_seed_are_not():
+    df = pd.DataFrame([row(), row(seed=1, value=0.7, low=0.6, high=0.8, run="jepa-convnext/seed1")])
+    s = over_seeds(df).iloc[0]
+    assert (s.value, s.low, s.high, s.seeds) == pytest.approx((0.6, 0.5, 0.7, 2)) and s.spread == pytest.approx(math.sqrt(0.02))
+    with pytest.raises(ValueError, match="jepa-convnext/seed0, other/seed0"):
+        over_seeds(pd.concat([df, pd.DataFrame([row(run="other/seed0")])]))
+
+
+def gappy() -> pd.DataFrame:
+    rows = [
+        row(), row(label="Reynolds", value=0.3), row(probe="attentive", value=0.2, low=math.nan, high=math.nan), row(split="valid", value=0.45),
+        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0), row(objective="mae", encoder="vit", share=0.1),
+        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1), row(system="active_matter", value=0.01, low=0.0),
+        row(split="unseen", value=9.0, low=8.0, high=10.0),
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_table1_with_missing_rows():
+    table = table1(gappy(), "shear_flow")
+    assert list(table.index) == [("jepa", "convnext"), ("constant", "none"), ("mine", "own")], "fixed order, unknown names last; share 0.1 is left out"
+    jepa, constant, mine = (table.loc[name] for name in table.index)
+    assert [jepa["mean", "linear", split] for split in ("valid", "test", "unseen")] == [0.45, 0.5, 9.0]
+    assert jepa["Reynolds", "linear", "test"] == 0.3 and np.isnan(jepa["Schmidt", "linear", "test"]) and np.isnan(jepa["mean", "knn", "test"])
+    assert jepa["mean", "paper", "The Well, valid"] == 0.38 and np.isnan(mine["mean", "paper", "The Well, valid"])
+    assert all(constant["mean", p, "test"] == 1 for p in ("linear", "knn", "attentive")) and mine["mean", "knn", "test"] == 2.5
+    text = two_digits(table)
+    assert text.loc[("jepa", "convnext"), ("mean", "linear", "test")] == "0.50" and text.loc[("jepa", "convnext"), ("mean", "knn", "test")] == "–"
+    assert text["", "", "seeds"].tolist() == ["1", "1", "1"]
+    with pytest.raises(ValueError, match="no rows of system 'rayleigh_benard'.*active_matter, shear_flow"):
+        table1(gappy(), "rayleigh_benard")
+    with pytest.raises(ValueError, match="shear"):
+        table1(gappy(), "shear")
+
+
+def test_papers_numbers():
+    mse = PAPER.set_index(["objective", "system"]).mse
+    assert len(mse) == 12 and mse["jepa", "active_matter"] == 0.079 and mse["mae", "shear_flow"] == 0.67 and mse["disco", "rayleigh_benard"] == 0.01
+    assert mse["mpp", "active_matter"] == 0.23 and set(PAPER.data) == {"The Well"} and set(PAPER.split) == {"valid"} and PAPER.source.str.contains("2603.13227").all()
+
+
+def test_the_figure_of_table1_with_missing_rows():
+    fig = plot_table1(gappy(), "shear_flow")
+    assert [ax.get_title() for ax in fig.axes] == ["mean over labels", "Reynolds"]
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["linear", "attentive", "", "kNN"]
+    assert fig.axes[0].get_xlim() == (0, 1.6) and "2.50" in [t.get_text() for t in fig.axes[0].texts], "what lies beyond is a number at the edge"
+    assert fig.legends[0].get_texts()[-1].get_text() == "what a constant scores"
+    for metric in ("r2", "relative_error"):
+        other = plot_table1(pd.DataFrame([row(metric=metric), row(metric=metric, seed=1, run="b"), row(metric=metric, label="Reynolds")]), "shear_flow", metric)
+        assert len(other.axes) == 2
+    with pytest.raises(ValueError, match="unknown metric 'rmse'"):
+        plot_table1(gappy(), "shear_flow", "rmse")
+    with pytest.raises(ValueError, match="on split test"):
+        plot_table1(pd.DataFrame([row(split="valid")]), "shear_flow")
+
+
+def test_the_same_figure_is_the_same_bytes(tmp_path):
+    contents = []
+    for name in "ab":
+        png = save_figure(plot_table1(gappy(), "shear_flow"), tmp_path / name, "table1", gappy().assign(value=1 / 3), {"code": "ab"})
+        assert png == tmp_path / name / "table1.png"
+        contents.append({p.suffix: p.read_bytes() for p in sorted(png.parent.iterdir())})
+    assert contents[0] == contents[1] and list(contents[0]) == [".csv", ".json", ".png", ".svg"]
+    assert b",0.333333," in contents[0][".csv"] and b"dc:date" not in contents[0][".svg"] and b"Software" not in contents[0][".png"]
+    record = json.loads(contents[0][".json"])
+    assert record["code"] == "ab" and [f["name"] for f in record["files"]] == ["table1.png", "table1.svg", "table1.csv"]
+
+
+def test_a_figure_that_fails_changes_nothing(tmp_path):
+    good, bad, table = Figure(), Figure(), pd.DataFrame([row()])
+    bad.suptitle(r"$\nonsense{$")
+    save_figure(good, tmp_path, "one", table, {})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for fig, name, data, record, error in [
+        (bad, "one", table, {}, ValueError), (good, "one", table, {"x": object()}, TypeError), (good, "one", table, {"files": []}, ValueError),
+        (good, "../x", table, {}, ValueError), (good, "two", table[:0], {}, ValueError),
+    ]:  # fmt: skip
+        with pytest.raises(error):
+            save_figure(fig, tmp_path, name, data, record)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

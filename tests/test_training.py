@@ -1,0 +1,134 @@
+"""The training loop: killed and resumed runs are the same runs, for every objective; the run folder's guards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from physrep.encoders.registry import load_encoder
+from physrep.provenance import read_json
+from physrep.runs import ensure_data, pretrain, resolve, run_folder, window_frames
+from physrep.training import TimeUp, TrainingDiverged
+
+ROOT = Path(__file__).resolve().parent.parent
+quiet = dict(progress=False, say=lambda text: None)
+
+# Trains in another process. In the third save it stops in the middle: after the temporary file is written, before it is renamed.
+CHILD = """
+import os, sys, time, torch
+torch.set_num_threads(1)
+import physrep.training, physrep.runs
+data, runs, moment, steps = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+if moment == "save":
+    original, count = os.replace, [0]
+    def replace(a, b):
+        count[0] += str(b).endswith("last.safetensors")
+        if count[0] == 3:
+            open(runs + "/ready", "w").close()
+            time.sleep(60)
+        original(a, b)
+    os.replace = replace
+config = physrep.runs.resolve("shear_flow", sys.argv[5], preset="smoke", steps=steps)
+physrep.runs.pretrain(config, data, runs, checkpoint_seconds=0, progress=False)
+"""
+
+
+@pytest.mark.parametrize("objective,moment", [("mae", "save"), ("jepa", "any"), ("supervised", "any")])
+def test_killed_run_resumes_to_the_same_bits(objective, moment, smoke_data, tmp_path):
+    steps = 8
+    config = resolve("shear_flow", objective, preset="smoke", steps=steps)
+    whole = pretrain(config, smoke_data, tmp_path / "whole", **quiet)
+    (tmp_path / "killed").mkdir()
+    command = [sys.executable, "-c", CHILD, str(smoke_data), str(tmp_path / "killed"), moment, str(steps), objective]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    folder, deadline = run_folder(config, tmp_path / "killed"), time.monotonic() + 90
+    sign = tmp_path / "killed" / "ready" if moment == "save" else folder / "checkpoint" / "last.safetensors"
+    while not sign.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert sign.exists() and not (folder / "encoder.safetensors").exists(), "killed before the end"
+    resumed = pretrain(config, smoke_data, tmp_path / "killed", **quiet)
+    a, b = load_file(whole / "encoder.safetensors"), load_file(resumed / "encoder.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (whole / "metrics.csv").read_bytes() == (resumed / "metrics.csv").read_bytes()
+
+
+def test_in_pieces(smoke_data, tmp_path):
+    "A time limit stops with a checkpoint; called again and again the run is finished, and is the undisturbed one."
+    config = resolve("shear_flow", "mae", preset="smoke", steps=4, recipe={"accumulate": 2})
+    whole, pieces = pretrain(config, smoke_data, tmp_path / "a", **quiet), 0
+    while True:
+        try:
+            done = pretrain(config, smoke_data, tmp_path / "b", minutes=1e-9, **quiet)
+            break
+        except TimeUp as stop:
+            pieces += 1
+            assert f"at update {pieces} of 4" in str(stop)
+    assert pieces == 3
+    assert (whole / "encoder.safetensors").read_bytes() == (done / "encoder.safetensors").read_bytes()
+
+
+def test_a_diverging_run_keeps_its_checkpoint(smoke_data, tmp_path):
+    config = resolve("shear_flow", "supervised", preset="smoke", lr=1e30, steps=50, recipe={"clip_norm": 1e30})
+    with pytest.raises(TrainingDiverged, match=r"at step \d+ \(learning rate .*seeds .*The last checkpoint is kept"):
+        pretrain(config, smoke_data, tmp_path, checkpoint_seconds=0, **quiet)
+    folder = run_folder(config, tmp_path)
+    assert not (folder / "encoder.safetensors").exists()
+    tensors = load_file(folder / "checkpoint" / "last.safetensors")
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+
+
+def test_finished_run_is_kept_and_changed_data_are_noticed(smoke_data, tmp_path):
+    from dataclasses import replace
+
+    from physrep.generate import make_dataset
+    from physrep.presets import get_preset
+
+    config = resolve("shear_flow", "random", "vit", preset="smoke")
+    folder = pretrain(config, smoke_data, tmp_path, **quiet)
+    stamp, said = (folder / "encoder.safetensors").stat().st_mtime_ns, []
+    pretrain(config, smoke_data, tmp_path, progress=False, say=said.append)
+    assert (folder / "encoder.safetensors").stat().st_mtime_ns == stamp and "is finished" in said[0]
+    make_dataset("shear_flow", replace(get_preset("smoke").sim("shear_flow"), n_frames=20), tmp_path / "other", workers=1, progress=False)
+    pretrain(config, tmp_path / "other", tmp_path, progress=False, say=said.append)
+    assert "anew: its data changed" in said[1]
+
+
+def test_run_folder_is_complete(smoke_data, tmp_path):
+    config = resolve("shear_flow", "jepa", preset="smoke", steps=4)
+    folder = pretrain(config, smoke_data, tmp_path, **quiet)
+    assert read_json(folder / "config.json") == config
+    record = read_json(folder / "provenance.json")
+    assert {"code", "data", "versions", "device", "seconds", "commit"} <= record.keys()
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert {"step", "lr", "loss", "invariance", "variance", "covariance", "valid_loss", "feature_std", "effective_rank"} <= set(metrics)
+    info = load_encoder(folder).info
+    assert info["channels"] == ["tracer", "pressure", "velocity_x", "velocity_y"] and info["dt"] == 0.2 and info["shape"] == [16, 32, 32]
+    assert window_frames(config) == 32
+
+
+def test_names_are_checked_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="unknown system 'shear'; valid: active_matter, shear_flow, rayleigh_benard"):
+        resolve("shear", "mae")
+    with pytest.raises(ValueError, match="preset paper reads The Well: pass data_dir"):
+        ensure_data(resolve("shear_flow", "mae", preset="paper"))
+    with pytest.raises(ValueError, match="no coefficient ratoi"):
+        pretrain(resolve("shear_flow", "mae", preset="smoke", coefficients={"ratoi": 0.5}), tmp_path, tmp_path)
+
+
+def test_seeds_and_objectives_share_what_they_should(smoke_data, tmp_path):
+    "Two seeds give two encoders; the random encoder of a seed is where the training of that seed starts."
+    from physrep.runs import build
+
+    a, b = (build(resolve("shear_flow", "mae", preset="smoke", seed=s), (16, 32, 32), 4).encoder.state_dict() for s in (0, 1))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+    random = load_encoder(pretrain(resolve("shear_flow", "random", "vit", preset="smoke"), smoke_data, tmp_path, **quiet)).encoder.state_dict()
+    assert all(torch.equal(a[k], random[k]) for k in a)
