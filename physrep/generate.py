@@ -117,7 +117,7 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[Path]:
 
 def _recipe(system: str, sim: SimPreset) -> dict:
     "What decides the content of a data set: the preset's numbers and the solver's code."
-    return {"system": system, "solver": code_digest(SOLVERS[system][1], "randomness"), **{k: v for k, v in asdict(sim).items()}}
+    return {"system": system, "solver": code_digest(SOLVERS[system][1], "randomness"), **asdict(sim)}
 
 
 def _made_by(folder: Path, recipe: dict) -> bool:

@@ -8,7 +8,6 @@ __all__ = ['check_fit', 'batch_fields', 'check_tokens', 'LinearHead', 'MLPHead',
 
 # %% ../nbs/01d_heads.ipynb #7c3b83fb
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import nn
 

@@ -80,7 +80,7 @@ class Preset:
     augment: bool = True  # exact symmetries of the system, in pretraining
     noise: float = 0.0  # std of noise on the (normalised) input
     probe_epochs: int = 20  # of the attentive probe
-    probe_batch: int = 64
+    probe_batch: int = 32
     paper_labels: bool = False  # label transforms and constants of the paper
     seeds: tuple[int, ...] = (0,)
     systems: tuple[str, ...] = ("shear_flow",)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from .data import Batches, LabelScaler, Normaliser, Windows, check_disjoint
@@ -23,10 +22,10 @@ from .encoders.registry import build_encoder, encoder_module, save_encoder
 from .generate import SOLVERS, make_dataset
 from .objectives.registry import build_objective, check_pair, objective_class, objective_module
 from .presets import get_preset, project_root
-from .provenance import code_digest, provenance, read_json, write_json
+from .provenance import provenance, read_json, write_json
 from .randomness import seed_for
 from .systems import get_system
-from .training import Recipe, TimeUp, evaluate_objective, train
+from .training import Recipe, evaluate_objective, load_checkpoint, make_optimizer, train
 
 # %% ../nbs/02pa_runs.ipynb #b9426498
 def resolve(
@@ -213,8 +212,6 @@ def pretrain(
 
 def restore(config: dict, run_dir: str | Path | None = None, device: str = "cpu") -> torch.nn.Module:
     "The objective of a finished run with its trained weights (predictor and decoder too), for pictures of what it predicts."
-    from physrep.training import load_checkpoint, make_optimizer
-
     folder = run_folder(config, run_dir)
     objective = build(config, (config["clip"]["frames"], *_grid(config)), get_system(config["system"]).n_channels)
     if objective.trains:

@@ -7,10 +7,10 @@ __all__ = ['OBJECTIVES', 'objective_class', 'objective_module', 'check_pair', 'b
 
 # %% ../../nbs/02o_registry.ipynb #439a2fcd
 import importlib
+import inspect
 
 from torch import nn
 
-from ..encoders.registry import ENCODERS
 from ..systems import System
 
 # %% ../../nbs/02o_registry.ipynb #f5bb207f
@@ -47,8 +47,6 @@ def check_pair(objective: str, encoder: str | None) -> str:
 
 def build_objective(name: str, encoder: nn.Module, *, system: System, shape: tuple[int, int, int], **coefficients) -> nn.Module:
     "A new objective around an encoder, for clips of `shape` (t, h, w); ValueError for an unknown name or coefficient."
-    import inspect
-
     cls = objective_class(name)
     known = [p for p in inspect.signature(cls).parameters if p not in ("encoder", "system", "shape")]
     if unknown := set(coefficients) - set(known):
