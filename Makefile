@@ -11,8 +11,10 @@ CONSTRAINTS ?= constraints.txt
 CORES ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)' 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
+# the committed figures are those of the laptop preset
+FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(PRESET))
 READY := $(VENV)/.ready
-SNAKE := $(BIN)/python -m snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host --config preset=$(PRESET) data=$(DATA)
+SNAKE = $(BIN)/python -m snakemake $(TARGET) --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host --config preset=$(PRESET) data=$(DATA)
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -38,10 +40,12 @@ $(READY): settings.ini setup.py constraints.txt
 reproduce: $(READY)  ## simulate, pretrain, probe, and draw every table and figure
 	@echo "== preset $(PRESET): simulate -> pretrain -> probe -> figures, $(CORES) jobs at a time; what is done already is kept"
 	@$(SNAKE) </dev/null
-	@$(BIN)/python -m physrep.figures $(PRESET)
+	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/* $(FIGURES)/
+	@echo "== done: $$(ls $(FIGURES)/*.png | wc -l) figure(s) with their data (png, svg, csv, json) in $(FIGURES)/, runs and executed notebooks in runs/$(PRESET)/"
 
+data: TARGET = simulated
 data: $(READY)  ## simulate the data of PRESET only
-	@$(SNAKE) --until simulate </dev/null
+	@$(SNAKE) </dev/null
 
 test: $(READY)  ## export in sync, lint, notebooks, tests; ends with `N passed, N failed`
 	@$(BIN)/python tests/run.py

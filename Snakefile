@@ -84,6 +84,9 @@ rule table1:
     params: code=stage("05_table1", "results"), command=papermill("05_table1", "table1")
     shell: "{params.command}"
 
+rule simulated:
+    input: [simulated(system) for system in PRESET.systems]
+
 rule all:
     default_target: True
     input: rules.table1.output

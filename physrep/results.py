@@ -177,7 +177,7 @@ def ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:
 
 
 def over_seeds(df: pd.DataFrame) -> pd.DataFrame:
-    "One row per thing measured: `value, low, high` averaged over seeds, `spread`, `seeds`, `n`; ValueError for two runs of one seed."
+    "One row per thing: `value, low, high` averaged over seeds, `spread`, `seeds`, `n`; ValueError for two runs of a seed."
     keys = [name for name in SCHEMA if name not in (*MEASURED, "seed", "run")]
     clash = df[df.duplicated([*keys, "seed"], keep=False)]
     if len(clash):
@@ -211,7 +211,7 @@ def table1(df: pd.DataFrame, system: str) -> pd.DataFrame:
     """z-scored MSE of every method of one system, averaged over seeds; rows (objective, encoder), columns (label, probe, split).
 
     First the mean over labels for all probes and splits, then each label on `test`, then the paper's number and the count
-    of seeds (the smallest, where probes differ). What was not measured is NaN. ValueError for an unknown system, or one without rows.
+    of seeds (the smallest, where probes differ). What was not measured is NaN. ValueError for a system unknown or without rows.
     """
     mean = over_seeds(_select(df, system, "mse"))
     value = mean.set_index(["objective", "encoder", "label", "probe", "split"]).value.to_dict()
@@ -252,7 +252,8 @@ COLORS = {
 MARKERS = {"convnext": "s", "vit": "o", "none": "D"}
 TITLES = {
     "jepa": "JEPA", "mae": "MAE", "supervised": "supervised", "random": "random weights", "constant": "constant",
-    "disco": "DISCO", "mpp": "MPP", "convnext": "ConvNeXt", "vit": "ViT", "none": "", "linear": "linear", "knn": "kNN", "attentive": "attentive", "head": "own head",
+    "disco": "DISCO", "mpp": "MPP", "convnext": "ConvNeXt", "vit": "ViT", "none": "",
+    "linear": "linear", "knn": "kNN", "attentive": "attentive", "head": "own head",
 }  # fmt: skip
 STYLE: dict[str, object] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so a figure looks the same on every machine
@@ -314,7 +315,7 @@ def _csv(table: pd.DataFrame) -> bytes:
 
 
 def save_figure(fig: Figure, folder: str | Path, name: str, table: pd.DataFrame, record: dict) -> Path:
-    """Writes `<name>.png .svg .csv .json` into `folder`, each whole or not at all, the same bytes every time; returns the PNG's path.
+    """Writes `<name>.png .svg .csv .json` into `folder`, each whole or not at all, the same bytes each time; returns the PNG.
 
     `table` holds the numbers that are drawn, `record` what made them (JSON-able, e.g. `provenance()`); the JSON is `record`
     and `files`, the other three with their SHA-256.
@@ -382,8 +383,8 @@ def _name_rows(ax: Axes, lines: list[tuple[str, str, str, float]]) -> None:
     for o, e in dict.fromkeys(line[:2] for line in lines):
         ys = [y for a, b, _, y in lines if (a, b) == (o, e)]
         name = "\n".join(title_of(n) for n in (o, e) if title_of(n)) if len(ys) > 1 else title_of(o, e)
-        where = {"xycoords": ax.get_yaxis_transform(), "xytext": (-60, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-        ax.annotate(name, (0, np.mean(ys)), color=color_of(o), fontweight="bold", **where)
+        where = {"xytext": (-60, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+        ax.annotate(name, (0, np.mean(ys)), xycoords=ax.get_yaxis_transform(), color=color_of(o), fontweight="bold", **where)
 
 
 def _legend(fig: Figure, mean: pd.DataFrame, paper: bool, constant: float | None) -> None:
@@ -427,7 +428,7 @@ def plot_table1(df: pd.DataFrame, system: str, metric: str = "mse") -> Figure:
         for ax, label in zip(axes, labels):
             for o, e, probe, y in lines:
                 here = {"objective": o, "encoder": e, "probe": probe, "label": label}
-                _draw_line(ax, *(d[(d[list(here)] == here).all(axis=1)] for d in (mean, single)), y, limit)
+                _draw_line(ax, *(d[(d[list(here)] == pd.Series(here)).all(axis=1)] for d in (mean, single)), y, limit)
                 if label == "mean" and (o, e, probe) in paper:
                     ax.plot(paper[o, e, probe], y, "D", mfc="none", mec="k", ms=5.5, mew=1.0, zorder=5)
             for o, e in list(dict.fromkeys(line[:2] for line in lines))[::2]:  # a band, to follow a method across the panels

@@ -174,7 +174,7 @@ class Block(nn.Module):
 
     def blocked(self, x: Tensor) -> Tensor:
         "The same for a CPU: the affine maps of norm and layer scale are folded into the linear layers, the rest runs block by block."
-        (b, _, t, h, w), rows = x.shape, _rows(x)
+        (b, _, t, h, _), rows = x.shape, _rows(x)
         x = rearrange(rows, "(b h w) (c t) -> b c t h w", b=b, h=h, t=t)
         w1, b1 = self.fc1.weight * self.norm.weight, self.fc1.bias + self.fc1.weight @ self.norm.bias
         w2, b2 = self.scale[:, None] * self.fc2.weight, self.scale * self.fc2.bias

@@ -22,7 +22,7 @@ def token_grid(shape: Sequence[int], tubelet: Sequence[int]) -> tuple[int, int, 
         raise ValueError(f"a clip of shape (t, h, w) = {shape} does not fit: t must be a multiple of {t}, h of {h} and w of {w}")
     return tuple(n // s for n, s in zip(shape, tubelet))
 
-
+# %% ../../nbs/01b_vit.ipynb #51ab7050
 def patchify(x: Tensor, tubelet: Sequence[int]) -> Tensor:
     "Clip `(b, c, t, h, w)` to tubelets `(b, n, pt*ph*pw*c)`, tokens in (t h w) order, channels last within a tubelet."
     if x.ndim != 5:
@@ -37,7 +37,8 @@ def unpatchify(patches: Tensor, tubelet: Sequence[int], channels: int, grid: Seq
     (p, q, r), (t, h, w) = tubelet, grid
     if patches.ndim != 3 or patches.shape[1:] != (t * h * w, p * q * r * channels):
         raise ValueError(
-            f"expected (b, {t * h * w}, {p * q * r * channels}) for grid {(t, h, w)}, tubelet {(p, q, r)} and {channels} channels, got {tuple(patches.shape)}"
+            f"expected (b, {t * h * w}, {p * q * r * channels}) for grid {(t, h, w)}, tubelet {(p, q, r)} and {channels} channels, "
+            f"got {tuple(patches.shape)}"
         )
     return rearrange(patches, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, p=p, q=q, r=r)
 
