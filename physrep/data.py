@@ -36,7 +36,7 @@ class Windows:
         stride: int = 1,
         crop: tuple[tuple[int, int], tuple[int, int]] | None = None,  # ((x0, x1), (y0, y1)) grid points
         in_memory: bool | None = None,  # default: if the split is smaller than `memory_limit`
-        memory_limit: int = 4 * 2**30,  # bytes
+        memory_limit: int = 2**28,  # bytes; larger splits are read from the files, which costs milliseconds a batch
     ):
         self.system = get_system(system) if isinstance(system, str) else system
         self.split, self.frames, self.stride, self.crop = split, frames, stride, crop

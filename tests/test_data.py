@@ -25,7 +25,7 @@ SIM = get_preset("smoke").sim("shear_flow")
 
 
 def fingerprints(folder):
-    return {s: Windows(folder, SHEAR, s, frames=4).fingerprint() for s in ("train", "valid", "test", "unseen")}
+    return {s: Windows(folder, SHEAR, s, frames=2).fingerprint() for s in ("train", "valid", "test", "unseen")}
 
 
 def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):

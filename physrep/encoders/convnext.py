@@ -94,12 +94,15 @@ class DepthwiseConv3d(nn.Module):
             kernel, groups = self.weight[:, 0].repeat_interleave(t, 0), c * t
         else:
             kernel, groups = banded_kernel(self.weight, t), c
-        x = x.reshape(b, c * t, *x.shape[3:])
-        if torch.is_autocast_enabled(x.device.type):  # casts before it copies, not after
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.device.type == "cpu":  # oneDNN is faster in this layout, with bfloat16 several times
+        x, bias, on_cpu = x.reshape(b, c * t, *x.shape[3:]), self.bias.repeat_interleave(t), x.device.type == "cpu"
+        if torch.is_autocast_enabled(x.device.type):  # cast here, before the copy into another layout
+            slow = on_cpu and kernel.shape[1] == 1  # one frame a group: oneDNN takes twice as long in bfloat16 as in float32
+            dtype = torch.float32 if slow else torch.get_autocast_dtype(x.device.type)
+            x, kernel, bias = x.to(dtype), kernel.to(dtype), bias.to(dtype)
+        if on_cpu:  # oneDNN is faster in this layout, with bfloat16 several times
             x, kernel = (a.contiguous(memory_format=torch.channels_last) for a in (x, kernel))
-        x = F.conv2d(x, kernel, self.bias.repeat_interleave(t), padding=pad, groups=groups)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.conv2d(x, kernel, bias, padding=pad, groups=groups)
         return x.reshape(b, c, t, *x.shape[2:])
 
 # %% ../../nbs/01a_convnext.ipynb #1944161d

@@ -1,0 +1,185 @@
+"Encoders: the fast depthwise convolution against Conv3d in many shapes, mixed precision, errors, configurations."
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from physrep.encoders.convnext import Block, ConvNeXt, DepthwiseConv3d, pad_space
+from physrep.encoders.vit import ViT, patchify, sincos_positions, token_grid, unpatchify
+
+LAPTOP = dict(widths=(16, 32), depths=(1, 1), stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4), strides=[(2, 1, 1)], layer_scale=1.0)
+SMALL_VIT = dict(dim=24, depth=2, heads=2, tubelet=(2, 4, 4))
+
+
+@pytest.fixture(autouse=True)
+def _fixed():
+    torch.manual_seed(0)
+
+
+def gradients(function, parameters, x):
+    "Output, then gradients of the input and the parameters, for a fixed upstream gradient."
+    x = x.clone().requires_grad_()
+    y = function(x)
+    upstream = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], upstream)]
+
+
+def close(a, b, tolerance):
+    return all((p.double() - q.double()).norm() <= tolerance * max(1e-12, p.double().norm()) for p, q in zip(a, b, strict=True))
+
+
+def pair(channels, kernel, dtype):
+    slow = nn.Conv3d(channels, channels, kernel, padding="same", groups=channels).to(dtype)
+    fast = DepthwiseConv3d(channels, kernel).to(dtype)
+    fast.load_state_dict(slow.state_dict())
+    return slow, fast
+
+
+@pytest.mark.parametrize("kernel", [7, 3, 1, (1, 7, 7), (3, 5, 7), (9, 3, 1)])
+@pytest.mark.parametrize("shape", [(1, 9, 8), (2, 5, 6), (3, 8, 8), (4, 3, 2), (8, 7, 9), (11, 4, 4)])
+def test_depthwise_equals_conv3d(kernel, shape):
+    slow, fast = pair(3, kernel, torch.float64)
+    x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    assert close(gradients(slow, slow.parameters(), x), gradients(fast, fast.parameters(), x), 1e-10)
+    fast.method = "direct"
+    assert close(gradients(slow, slow.parameters(), x), gradients(fast, fast.parameters(), x), 1e-10)
+
+
+@pytest.mark.parametrize("channels, shape", [(16, (16, 24, 24)), (32, (8, 16, 16)), (64, (4, 16, 16)), (128, (2, 8, 8)), (128, (1, 4, 4))])
+def test_depthwise_float32(channels, shape):
+    slow, fast = pair(channels, 7, torch.float32)
+    x = torch.randn(2, channels, *shape)
+    assert close(gradients(slow, slow.parameters(), x), gradients(fast, fast.parameters(), x), 1e-4)
+
+
+def test_depthwise_takes_any_memory_layout():
+    slow, fast = pair(4, 3, torch.float64)
+    x = torch.randn(2, 5, 6, 3, 4, dtype=torch.float64).permute(0, 4, 3, 1, 2)
+    assert close(gradients(slow, slow.parameters(), x), gradients(fast, fast.parameters(), x), 1e-10)
+
+
+def test_depthwise_gradcheck():
+    conv = DepthwiseConv3d(2, 3, padding_mode=("circular", "zeros")).double()
+    x = torch.randn(1, 2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, x), (x, conv.weight, conv.bias))
+
+
+@pytest.mark.parametrize("mode", ["circular", ("circular", "zeros"), ("zeros", "circular")])
+def test_padding_modes_against_explicit_padding(mode):
+    h, w = (mode, mode) if isinstance(mode, str) else mode
+    x = torch.randn(2, 3, 4, 6, 7, dtype=torch.float64)
+    conv = DepthwiseConv3d(3, (3, 5, 7), padding_mode=mode).double()
+    padded = F.pad(x.flatten(1, 2), (3, 3, 0, 0), mode="circular" if w == "circular" else "constant")
+    padded = F.pad(padded, (0, 0, 2, 2), mode="circular" if h == "circular" else "constant").unflatten(1, (3, 4))
+    assert torch.allclose(conv(x), F.conv3d(padded, conv.weight, conv.bias, padding=(1, 0, 0), groups=3))
+    assert torch.equal(pad_space(x, (2, 3), (2, 3), mode), padded)
+
+
+@pytest.mark.parametrize("shape, kernel", [((4, 24, 20), 7), ((1, 3, 3), 7), ((3, 40, 40), (1, 3, 3)), ((16, 9, 9), 3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_blocked_block_equals_plain(shape, kernel, dtype, tolerance):
+    block = Block(16, kernel, layer_scale=0.5)
+    for p in (block.norm.weight, block.norm.bias, block.scale, block.fc1.bias, block.fc2.bias):
+        nn.init.normal_(p, std=0.5)
+    block, x = block.to(dtype), torch.randn(3, 16, *shape, dtype=dtype)
+    assert close(gradients(block.plain, block.parameters(), x), gradients(block.blocked, block.parameters(), x), tolerance)
+    assert close(gradients(block, block.parameters(), x), gradients(block.blocked, block.parameters(), x), 1e-6)
+
+
+@pytest.mark.parametrize("encoder", [lambda: ConvNeXt(4, **LAPTOP), lambda: ViT(4, **SMALL_VIT)], ids=["convnext", "vit"])
+def test_autocast(encoder):
+    encoder, x = encoder(), torch.randn(2, 4, 8, 16, 16)
+
+    def half(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return encoder(x).float()
+
+    full, low = (gradients(f, encoder.parameters(), x) for f in (encoder, half))
+    assert close(full[:1], low[:1], 0.03)
+    assert close([torch.cat([g.flatten() for g in full[2:]])], [torch.cat([g.flatten() for g in low[2:]])], 0.05)
+    assert all(g.dtype == torch.float32 for g in low)
+
+
+@pytest.mark.parametrize("encoder", [ConvNeXt(4, **LAPTOP), ConvNeXt(2, widths=(8, 16), depths=(1, 1)), ViT(4, **SMALL_VIT)])
+def test_config_round_trip(encoder):
+    again = type(encoder)(**json.loads(json.dumps(encoder.config)))
+    again.load_state_dict(encoder.state_dict())
+    x = torch.randn(1, encoder.in_channels, 8, 16, 16)
+    tokens = encoder(x)
+    assert torch.equal(tokens, again(x)) and again.config == encoder.config
+    t, h, w = encoder.grid((8, 16, 16))
+    assert tokens.shape == (1, t * h * w, encoder.dim)
+
+
+def test_paper_encoder():
+    encoder = ConvNeXt(4)
+    assert sum(p.numel() for p in encoder.parameters()) == 2_466_928
+    assert encoder.grid((16, 224, 224)) == (1, 14, 14)
+    tokens = encoder(torch.randn(1, 4, 16, 32, 16))
+    assert tokens.shape == (1, 2, 128)
+    tokens.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_token_order_is_row_major():
+    encoder = ConvNeXt(1, widths=(6,), depths=(0,), stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4))
+    x = torch.zeros(1, 1, 6, 16, 20)
+    blank = encoder(x)
+    x[0, 0, 2:4, 8:12, 16:20] = torch.randn(2, 4, 4)
+    assert (encoder(x) != blank).any(-1)[0].nonzero().tolist() == [[(1 * 4 + 2) * 5 + 4]]
+
+
+@pytest.mark.parametrize("encoder, fits", [(ConvNeXt(4, **LAPTOP), (4, 4, 4)), (ViT(4, **SMALL_VIT), (2, 4, 4))])
+def test_grid_errors(encoder, fits):
+    t, h, w = fits
+    for shape in ((t + 1, h, w), (t, h - 1, w), (t, h, 2 * w + 1), (0, h, w), (t, h)):
+        with pytest.raises(ValueError, match=rf"{t}, h of {h} and w of {w}"):
+            encoder.grid(shape)
+    with pytest.raises(ValueError, match=r"\(1, 4, 5, 8, 8\)|\(5, 8, 8\)"):
+        encoder(torch.zeros(1, 4, 5, 8, 8))
+    with pytest.raises(ValueError, match=r"\(1, 3, 4, 8, 8\)"):
+        encoder(torch.zeros(1, 3, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(widths=(8, 16), depths=(1,)), "one entry per stage"),
+        (dict(widths=(8, 16), depths=(1, 1), strides=[2, 2]), "1 strides"),
+        (dict(kernel_size=4), "odd"),
+        (dict(padding_mode="periodic"), "zeros, circular"),
+        (dict(method="fft"), "banded"),
+        (dict(stem_kernel=(1, 2, 2), stem_stride=(1, 4, 4)), "skipped"),
+        (dict(stem_stride=(1, 4)), "three of them"),
+    ],
+)
+def test_convnext_rejects(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ConvNeXt(4, **wrong)
+
+
+def test_patches_and_positions():
+    x = torch.randn(2, 3, 4, 8, 12)
+    patches, grid = patchify(x, (2, 4, 2)), token_grid((4, 8, 12), (2, 4, 2))
+    assert torch.equal(unpatchify(patches, (2, 4, 2), 3, grid), x)
+    assert torch.equal(patches[1, (1 * 2 + 0) * 6 + 5].view(2, 4, 2, 3), x[1, :, 2:4, 0:4, 10:12].permute(1, 2, 3, 0))
+    assert sincos_positions((2, 3, 4), 10).shape == (24, 10)
+    assert torch.unique(sincos_positions((3, 5, 7), 30), dim=0).shape[0] == 105
+    with pytest.raises(ValueError, match="even width"):
+        sincos_positions((1, 1, 1), 9)
+
+
+def test_vit_sees_kept_tokens_only():
+    encoder, x = ViT(4, **SMALL_VIT), torch.randn(2, 4, 4, 8, 8)
+    keep = torch.tensor([[5, 0, 3], [1, 7, 6]])
+    hidden = torch.ones(2, 8, dtype=torch.bool).scatter(1, keep, False)
+    changed = unpatchify(patchify(x, (2, 4, 4)).masked_fill(hidden[..., None], 9.0), (2, 4, 4), 4, (2, 2, 2))
+    assert torch.equal(encoder(x, keep=keep), encoder(changed, keep=keep))
+    order = torch.tensor([[2, 0, 1], [2, 0, 1]])
+    assert torch.allclose(encoder(x, keep=keep.gather(1, order)), encoder(x, keep=keep)[:, order[0]], atol=1e-5)
+    for wrong in (keep[:1], keep.int(), keep[0]):
+        with pytest.raises(ValueError, match="keep must be"):
+            encoder(x, keep=wrong)
