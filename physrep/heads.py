@@ -131,8 +131,9 @@ class TransformerDecoder(nn.Module):
 
     `width` is half the encoder's by default. He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022)."""
 
-    def __init__(self, dim: int, n_out: int, *, width: int | None = None, depth: int = 2, heads: int = 2):
+    def __init__(self, dim: int, n_out: int, *, width: int | None = None, depth: int = 2, heads: int = 2, temperature: float = 10000.0):
         super().__init__()
+        self.temperature = temperature  # of the positions, as of the encoder's
         self.width = width or 2 * (dim // 4)  # even, for the positions
         self.embed = nn.Linear(dim, self.width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(self.width))
@@ -144,7 +145,7 @@ class TransformerDecoder(nn.Module):
         b, n = len(tokens), grid[0] * grid[1] * grid[2]
         z = self.embed(tokens)
         filled = self.mask_token.to(z.dtype).expand(b, n, -1).scatter(1, keep[:, :, None].expand(-1, -1, self.width), z)
-        filled = filled + sincos_positions(grid, self.width).to(z)
+        filled = filled + sincos_positions(grid, self.width, temperature=self.temperature).to(z)
         for block in self.blocks:
             filled = block(filled)
         return self.out(filled)

@@ -43,14 +43,16 @@ def unpatchify(patches: Tensor, tubelet: Sequence[int], channels: int, grid: Seq
     return rearrange(patches, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, p=p, q=q, r=r)
 
 # %% ../../nbs/01b_vit.ipynb #ff4181be
-def sincos_positions(grid: Sequence[int], dim: int, *, device: torch.device | str = "cpu") -> Tensor:
+def sincos_positions(grid: Sequence[int], dim: int, *, temperature: float = 10000.0, device: torch.device | str = "cpu") -> Tensor:
     "Fixed 3D sin-cos positions `(t'*h'*w', dim)` of a token grid: a third of the width for each axis, the remainder to time."
     if dim % 2 or dim < 6:
         raise ValueError(f"sin-cos positions need an even width of at least 6, got {dim}")
+    if not temperature > 1:
+        raise ValueError(f"the temperature of the positions must be above 1, got {temperature}")
     third = 2 * (dim // 6)
     parts = []
     for n, width in zip(grid, (dim - 2 * third, third, third)):
-        omega = 10000.0 ** (-torch.arange(width // 2, device=device, dtype=torch.float64) / (width // 2))
+        omega = temperature ** (-torch.arange(width // 2, device=device, dtype=torch.float64) / (width // 2))
         angle = torch.arange(n, device=device, dtype=torch.float64)[:, None] * omega
         parts.append(torch.cat([angle.sin(), angle.cos()], dim=1).float())
     t, h, w = grid
@@ -99,15 +101,17 @@ class ViT(nn.Module):
         heads: int = 6,
         tubelet: Sequence[int] = (2, 16, 16),  # frames and pixels of one token
         mlp_ratio: float = 4.0,
+        temperature: float = 10000.0,  # of the positions; about 30 for grids of 8 tokens an axis
     ):
         super().__init__()
         tubelet = tuple(tubelet)
         if len(tubelet) != 3 or not all(isinstance(n, int) and n > 0 for n in tubelet):
             raise ValueError(f"tubelet must be three positive ints (t, h, w), got {tubelet}")
-        sincos_positions((1, 1, 1), dim)  # raises for a width that has no positions
-        self.in_channels, self.dim, self.tubelet = in_channels, dim, tubelet
+        sincos_positions((1, 1, 1), dim, temperature=temperature)  # raises for what has no positions
+        self.in_channels, self.dim, self.tubelet, self.temperature = in_channels, dim, tubelet, temperature
         self.config = {
             "in_channels": in_channels, "dim": dim, "depth": depth, "heads": heads, "tubelet": list(tubelet), "mlp_ratio": mlp_ratio,
+            "temperature": temperature,
         }  # fmt: skip
         self.embed = nn.Linear(in_channels * tubelet[0] * tubelet[1] * tubelet[2], dim)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
@@ -120,7 +124,7 @@ class ViT(nn.Module):
 
     def pos_embed(self, grid: Sequence[int]) -> Tensor:
         "Positions `(n, d)` of a token grid, on the device of the weights."
-        return sincos_positions(grid, self.dim, device=self.embed.weight.device)
+        return sincos_positions(grid, self.dim, temperature=self.temperature, device=self.embed.weight.device)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         "Clip `(b, c, t, h, w)` to tokens `(b, n, d)`; with `keep (b, k)` only those tokens are computed, in that order."

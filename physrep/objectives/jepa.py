@@ -119,6 +119,7 @@ class JEPA(nn.Module):
         momentum: float = 0.996,  # of the moving average, for target='ema'
         noise: float = 0.0,  # standard deviation of white noise on both clips, in training mode
         predictor_hidden: int | None = None,  # width inside the predictor; None: 2 d
+        predictor_scale: float = 1e-6,  # initial scale of the predictor's residual branch; the paper's 1e-6 keeps it shut for hundreds of updates
         time_kernel: int = 1,  # token frames that the predictor mixes (odd)
     ):
         super().__init__()
@@ -129,7 +130,7 @@ class JEPA(nn.Module):
         self.encoder, self.system, self.shape = encoder, system, tuple(shape)
         self.frames = shape[0] + self.horizon
         self.target, self.momentum, self.noise, self.chunks, self.weights = target, momentum, noise, chunks, weights
-        self.predictor = ConvPredictor(encoder.dim, predictor_hidden, time_kernel=time_kernel)
+        self.predictor = ConvPredictor(encoder.dim, predictor_hidden, layer_scale=predictor_scale, time_kernel=time_kernel)
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False) if target == "ema" else None
 
     def windows(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:

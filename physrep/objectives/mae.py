@@ -115,7 +115,7 @@ class MAE(nn.Module):
         if self.drops:
             n_out = c * self.patch[0] * self.patch[1] * self.patch[2]
             sincos_positions((1, 1, 1), decoder_width or encoder.dim // 2)  # raises for a width that has no positions
-            self.decoder = TransformerDecoder(encoder.dim, n_out, width=decoder_width, depth=decoder_depth, heads=decoder_heads)
+            self.decoder = TransformerDecoder(encoder.dim, n_out, width=decoder_width, depth=decoder_depth, heads=decoder_heads, temperature=encoder.temperature)
         else:
             self.mask_token = nn.Parameter(torch.zeros(1, c, 1, 1, 1))
             self.decoder = ConvDecoder(encoder.dim, c, cell_of(shape, grid), width=decoder_width)
