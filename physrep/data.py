@@ -133,7 +133,7 @@ class Normaliser:
     @classmethod
     def load(cls, root: str | Path, system: System) -> "Normaliser":
         "From the `stats.yaml` of a set's folder."
-        return cls.from_stats(read_stats(root, system), system)
+        return cls.from_stats(read_stats(root, system, require=("mean", "std")), system)
 
     @classmethod
     def identity(cls, system: System) -> "Normaliser":

@@ -20,8 +20,7 @@ from .presets import get_preset
 from .probing import AttentiveRecipe, Features, Probe, extract, fit_probe, score
 from .provenance import provenance
 from .results import write_result
-from .runs import constant_folder, load_splits, modules_of, resolve, restore, run_folder
-from .systems import get_system
+from .runs import constant_folder, load_splits, modules_of, resolve, restore, run_folder, system_of
 
 # %% ../nbs/02t_evaluate.ipynb #50d716bd
 ROWS: tuple[tuple[str, str], ...] = (
@@ -73,7 +72,7 @@ def score_run(
     progress: bool = True,
 ) -> Scored:
     "Probes the finished run of this configuration and writes its `result.json`. Raises FileNotFoundError if it is not finished, ValueError for an unknown probe."
-    folder, system, preset = run_folder(config, run_dir), get_system(config["system"]), get_preset(config["preset"])
+    folder, system, preset = run_folder(config, run_dir), system_of(config), get_preset(config["preset"])
     encoder, started = load_encoder(folder, device), time.monotonic()
     windows = probe_splits(config, data_dir)
     scaler = LabelScaler.fit(system, windows["train"].labels)
@@ -107,7 +106,7 @@ def _score_all(predictions: dict, truth: dict, groups: dict, scaler: LabelScaler
 def score_constant(config: dict, data_dir: str | Path, path: str | Path) -> Scored:
     "The row of the constant predictor, for the data of a configuration; its result goes to `path`."
     windows = probe_splits(config, data_dir)
-    scaler = LabelScaler.fit(get_system(config["system"]), windows["train"].labels)
+    scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
     mean = scaler.inverse(np.zeros((1, len(scaler.mean))))
     truth = {s: w.targets(np.arange(len(w))) for s, w in windows.items()}
     predictions = {("constant", s): np.repeat(mean, len(t), axis=0) for s, t in truth.items() if s != "train"}
