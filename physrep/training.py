@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .provenance import atomic_path
 
@@ -158,7 +158,7 @@ def train(
         save_checkpoint(checkpoint, objective, optimizer, step)
 
     every, saved = max(1, recipe.steps // max(1, evaluations)), time.monotonic()
-    with tqdm(total=recipe.steps, initial=step, desc="train", unit="update", disable=not progress, mininterval=1.0) as bar:
+    with tqdm(total=recipe.steps, initial=step, desc="train", unit="update", disable=not progress) as bar:
         while step < recipe.steps:
             parts = update(objective, optimizer, batches(step), recipe, step=step, device=device)
             step += 1
