@@ -119,6 +119,7 @@ _LAPTOP_OBJECTIVES = {
 }
 _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
 
+# %% ../nbs/00a_presets.ipynb #239d41ee
 PRESETS = {
     "smoke": Preset(
         name="smoke",

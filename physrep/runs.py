@@ -178,7 +178,7 @@ def _claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable
     write_json(folder / "provenance.json", {**record, "seconds": seconds})
     return False
 
-
+# %% ../nbs/02pa_runs.ipynb #6fe52dac
 def pretrain(
     config: dict,  # from `resolve`
     data_dir: str | Path,  # from `ensure_data`
@@ -226,7 +226,7 @@ def _pretrain(config: dict, data_dir: Path, folder: Path, device: str, resume: b
         objective=config["objective"], preset=config["preset"], seed=config["seed"],
     )
 
-
+# %% ../nbs/02pa_runs.ipynb #bfbcbf07
 def _train(config: dict, objective, train_batches: Batches, valid: Batches, folder: Path, device: str, resume: bool, minutes: float, checkpoint_seconds: float | None, progress: bool) -> None:
     if objective.trains:
         recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items() if k != "batch_size"})

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'Recipe', 'make_optimizer', 'save_checkpoint', 'load_checkpoint', 'TrainingDiverged', 'update',
-           'TimeUp', 'train', 'collapse_measures', 'evaluate_objective']
+           'TimeUp', 'read_metrics', 'train', 'collapse_measures', 'evaluate_objective']
 
 # %% ../nbs/02p_training.ipynb #517bbe67
+import csv
 import json
 import math
 import time
@@ -126,6 +127,12 @@ class TimeUp(RuntimeError):
     "The time given to this call is over; the checkpoint is saved, and the same call goes on from there."
 
 
+def read_metrics(path: Path) -> list[dict]:
+    "The rows of a `metrics.csv`, every number as it was written (Python's floats survive the round trip); empty cells are left out."
+    with open(path, newline="", encoding="utf-8") as f:
+        return [{k: int(v) if k == "step" else float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+
+
 def train(
     objective: nn.Module,
     batches: Callable[[int], Iterable[dict]],  # step -> its micro-batches
@@ -150,7 +157,7 @@ def train(
     step, rows = 0, []
     if resume and checkpoint.is_file():
         step = load_checkpoint(checkpoint, objective, optimizer)
-        rows = [r for r in pd.read_csv(table, float_precision="round_trip").to_dict("records") if r["step"] <= step] if table.is_file() else []
+        rows = [r for r in read_metrics(table) if r["step"] <= step] if table.is_file() else []
 
     def save() -> None:
         with atomic_path(table) as temporary:
