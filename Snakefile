@@ -27,7 +27,7 @@ def papermill(name, out, **parameters):
     notebook that it makes, progress bars to the terminal too, one line at a time; of a job that fails the end of the log is shown."""
     target = OUT / "notebooks" / out
     values = " ".join(f"-p {k} '{v}'" for k, v in ({"preset": PRESET.name} | ({"data_dir": DATA} if config.get("data") else {}) | parameters).items())
-    bars = f"""awk '/%.*[0-9]<[0-9?]/ {{ sub(/.*\\r/, ""); print "  {out}: " $0; fflush() }}'"""
+    bars = f"""while IFS= read -r line; do case "$line" in *%\\|*) echo "  {out}: ${{line##*$'\\r'}}";; esac; done"""
     return (
         f"mkdir -p {target.parent} && {{ {sys.executable} -m papermill {ROOT}/nbs/{name}.ipynb {target}.ipynb --log-output --no-progress-bar {values} "
         f"< /dev/null 2>&1 | tee {target}.log | {bars} ; }} || {{ tail -n 40 {target}.log; exit 1; }}"
