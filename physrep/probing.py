@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -430,6 +431,10 @@ def plot_predictions(
         r2 = 1 - np.mean((label.transform(y) - label.transform(x)) ** 2) / max(np.var(label.transform(x)), 1e-12)
         if label.log:
             ax.set(xscale="log", yscale="log")
+            for axis in (ax.xaxis, ax.yaxis):  # a range is often less than a decade
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+                axis.set_minor_formatter(NullFormatter())
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         ax.plot(ends, ends, color="0.6", lw=1, zorder=1)
         ax.plot(x[shown], y[shown], "o", ms=3.5, mew=0, alpha=0.45, color=color, zorder=2)

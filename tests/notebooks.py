@@ -54,6 +54,10 @@ def write_readme() -> None:
 
     notebook = nbformat.read(NBS / "index.ipynb", 4)
     notebook.cells = [c for c in notebook.cells if not c.source.startswith(("#| hide", "#|hide")) and c.cell_type != "raw"]
+    for c in notebook.cells:
+        if c.cell_type == "code" and c.source.startswith("#| echo: false"):  # only what it prints
+            c.cell_type, c.source = "markdown", "```text\n" + "".join(o.text for o in c.outputs).rstrip() + "\n```"
+            del c["outputs"], c["execution_count"]
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = text.replace("](../", "](")  # paths are relative to nbs/ in the notebook, to the root in README.md
     text = re.sub(r"<style scoped>.*?</style>\n*", "", text, flags=re.S)
