@@ -158,7 +158,7 @@ PRESETS = {
         },
         encoders={"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))},
         objectives={
-            "jepa": dict(invariance=25.0, variance=25.0, covariance=1.0, chunks=1),
+            "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # as on the laptop; not yet tuned at this size
             "mae": dict(ratio=0.75, patch=(2, 8, 8)),
             "supervised": {},
             "random": {},

@@ -89,7 +89,7 @@ def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
 
 # %% ../nbs/02p_training.ipynb #ccc5cc0e
 class TrainingDiverged(RuntimeError):
-    "The loss or its gradient is not finite."
+    "The loss, its gradient or the weights are not finite."
 
 
 def update(objective: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Iterable[dict], recipe: Recipe, *, step: int, device: torch.device) -> dict[str, float]:
@@ -111,6 +111,9 @@ def update(objective: nn.Module, optimizer: torch.optim.Optimizer, micro_batches
     if not math.isfinite(norm):
         raise TrainingDiverged(_diverged("gradient norm", norm, step, lr, batch))
     optimizer.step()
+    size = float(torch.stack(torch._foreach_norm([p for p in objective.parameters() if p.requires_grad])).sum())
+    if not math.isfinite(size):  # a step that was far too long: found here, it is never saved
+        raise TrainingDiverged(_diverged("norm of the weights", size, step, lr, batch))
     if hasattr(objective, "after_step"):  # e.g. the moving average of a target encoder
         objective.after_step()
     return {"lr": lr, **sums, "grad_norm": norm}

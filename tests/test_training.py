@@ -112,7 +112,7 @@ def test_run_folder_is_complete(smoke_data, tmp_path):
     assert {"step", "lr", "loss", "invariance", "variance", "covariance", "valid_loss", "feature_std", "effective_rank"} <= set(metrics)
     info = load_encoder(folder).info
     assert info["channels"] == ["tracer", "pressure", "velocity_x", "velocity_y"] and info["dt"] == 0.2 and info["shape"] == [16, 32, 32]
-    assert window_frames(config) == 32
+    assert window_frames(config) == 16 + config["coefficients"]["horizon"]
 
 
 def test_names_are_checked_before_any_work(tmp_path):
