@@ -192,6 +192,8 @@ def train(
 def collapse_measures(features: torch.Tensor) -> dict[str, float]:
     "`feature_std` and `effective_rank` of features `(n, d)`; a rank of 1 or a std near 0 is collapse."
     z = features.detach().float()
+    if not torch.isfinite(z).all():  # a run that is about to be stopped
+        return {"feature_std": math.nan, "effective_rank": math.nan}
     z = z - z.mean(0)
     s = torch.linalg.svdvals(z)
     p = s / s.sum().clamp_min(1e-12)
