@@ -21,22 +21,10 @@ import h5py
 import numpy as np
 import yaml
 
+from .provenance import atomic_path
 from .systems import SYSTEMS, System, get_system
 
 # %% ../nbs/00e_well.ipynb #d051ca7a
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    "A temporary name in the folder of `path`; it becomes `path` if the block succeeds, and is deleted if it does not."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # hidden, and with an ending that no reader looks for
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _strings(names: Iterable[str]) -> np.ndarray:
     "Names as the array of variable-length strings that The Well's checker wants, empty or not."
     return np.array(list(names), dtype=h5py.string_dtype())
@@ -194,7 +182,7 @@ def write_well(
     if compression is not None and chunks is None:
         chunks = (1, 1, *grid)
     page = {"alignment_threshold": 4096, "alignment_interval": 4096}
-    with _replacing(path) as partial, h5py.File(partial, "w", **page) as file:
+    with atomic_path(path) as partial, h5py.File(partial, "w", **page) as file:
         for key, value in (header | dict(attributes or {})).items():
             file.attrs[key] = value
         _put_frame(file, system, coordinates, time)
@@ -555,7 +543,7 @@ def write_stats(dataset_dir: str | os.PathLike, system: System | str, split: str
     numbers = dict(zip(STATS, (value.mean, value.std, value.rms, delta.mean, delta.std, delta.rms)))
     by_field = {key: {name: v.tolist() for name, v in _split_by_field(numbers[key], system).items()} for key in STATS}
     path = paths[0].parents[2] / "stats.yaml"
-    with _replacing(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(yaml.safe_dump(by_field, sort_keys=False))
     return path
 
