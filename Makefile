@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # the committed figures are those of the laptop preset
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(PRESET))
 READY := $(VENV)/.ready
-SNAKE = $(BIN)/python -m snakemake $(TARGET) --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host --config preset=$(PRESET) data=$(DATA)
+SNAKE = $(BIN)/python -m snakemake $(TARGET) --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host --config preset=$(PRESET) data="$(DATA)"
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1

@@ -3,8 +3,11 @@
 #
 # A job runs again if its output is missing, or if its parameters, an input, or the digest of the code and notebook source that it
 # uses have changed. A commit alone changes nothing.
+import shlex
 import sys
 from pathlib import Path
+
+import torch
 
 from physrep.evaluate import ROWS
 from physrep.presets import get_preset, project_root
@@ -25,11 +28,11 @@ def stage(name, *modules):
 def papermill(name, out, **parameters):
     """The command of a job. papermill reads a notebook from standard input if that is a pipe, so it never is one. Its output goes to a log beside the
     notebook that it makes, progress bars to the terminal too, one line at a time; of a job that fails the end of the log is shown."""
-    target = OUT / "notebooks" / out
-    values = " ".join(f"-p {k} '{v}'" for k, v in ({"preset": PRESET.name} | ({"data_dir": DATA} if config.get("data") else {}) | parameters).items())
+    target, python, source = (shlex.quote(str(p)) for p in (OUT / "notebooks" / out, sys.executable, ROOT / "nbs" / f"{name}.ipynb"))
+    values = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in ({"preset": PRESET.name} | ({"data_dir": DATA} if config.get("data") else {}) | parameters).items())
     bars = f"""while IFS= read -r line; do case "$line" in *%\\|*) echo "  {out}: ${{line##*$'\\r'}}";; esac; done"""
     return (
-        f"mkdir -p {target.parent} && {{ {sys.executable} -m papermill {ROOT}/nbs/{name}.ipynb {target}.ipynb --log-output --no-progress-bar {values} "
+        f"mkdir -p {shlex.quote(str(OUT / 'notebooks'))} && {{ {python} -m papermill {source} {target}.ipynb --log-output --no-progress-bar {values} "
         f"< /dev/null 2>&1 | tee {target}.log | {bars} ; }} || {{ tail -n 40 {target}.log; exit 1; }}"
     )
 
@@ -39,6 +42,8 @@ def simulated(system):
     return [DATA / system / "stats.yaml"] if system in PRESET.sims else []
 
 
+# one job at a time on a GPU; on the CPU as many as there are cores, one thread each
+JOB_THREADS = workflow.cores if torch.cuda.is_available() else 1
 RESULTS = []
 
 for system in PRESET.systems:
@@ -69,12 +74,14 @@ for system in PRESET.systems:
                 input: simulated(system)
                 output: folder / "encoder.safetensors"
                 params: code=stage("03_pretrain", *modules_of(run)), command=papermill("03_pretrain", f"{name}-pretrain", **values)
+                threads: JOB_THREADS
                 priority: {"jepa": 3, "supervised": 2, "mae": 1}.get(objective, 0)  # long jobs first
                 shell: "{params.command}"
             rule:
                 name: f"probe_{name}".replace("-", "_")
                 input: folder / "encoder.safetensors"
                 output: folder / "result.json"
+                threads: JOB_THREADS
                 params: code=stage("04_probe", "evaluate", *modules_of(run)), command=papermill("04_probe", f"{name}-probe", **values)
                 shell: "{params.command}"
 

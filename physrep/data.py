@@ -58,9 +58,9 @@ class Windows:
         self.memory = self._load() if (same and size <= memory_limit if in_memory is None else in_memory) else None
 
     def _group(self, f: int, i: int) -> int:
-        "Which trajectories belong together: same initial condition and same `System.group` labels; foreign files: each its own."
+        "Which trajectories belong together: same initial condition and same `System.group` labels; foreign files do not say, so each is its own."
         file = self.files[f]
-        condition = ("file", file.path.name, i) if file.initial_conditions is None else (int(file.initial_conditions[i]),)
+        condition = ("file", self.split, file.path.name, i) if file.initial_conditions is None else (int(file.initial_conditions[i]),)
         labels = [f"{np.broadcast_to(file.labels[name], file.n_trajectories)[i]:.6g}" for name in self.system.group]
         return seed_for("group", *condition, *labels)
 

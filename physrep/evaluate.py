@@ -71,7 +71,10 @@ def score_run(
     device: str = "cpu",
     progress: bool = True,
 ) -> Scored:
-    "Probes the finished run of this configuration and writes its `result.json`. Raises FileNotFoundError if it is not finished, ValueError for an unknown probe."
+    """Probes the finished run of this configuration and writes its `result.json` (`result-<probes>.json` for some of the probes only).
+    Raises FileNotFoundError if it is not finished, ValueError for an unknown probe."""
+    if unknown := sorted(set(probes) - set(PROBES)):
+        raise ValueError(f"unknown probe {', '.join(map(repr, unknown))}; valid: {', '.join(PROBES)}")
     folder, system, preset = run_folder(config, run_dir), system_of(config), get_preset(config["preset"])
     encoder, started = load_encoder(folder, device), time.monotonic()
     windows = probe_splits(config, data_dir)
@@ -92,7 +95,8 @@ def score_run(
     record = provenance(*modules_of(config), "evaluate", device=device, data={s: w.fingerprint() for s, w in windows.items()})
     extra = dict(config=config, chosen=chosen, provenance=record, seconds=round(time.monotonic() - started, 1))
     extra["parameters"] = sum(p.numel() for p in encoder.encoder.parameters())
-    return Scored(rows, predictions, truth, chosen, write_result(folder / "result.json", rows, **extra))
+    name = "result.json" if set(probes) == set(PROBES) else f"result-{'-'.join(probes)}.json"  # some probes do not take the place of all
+    return Scored(rows, predictions, truth, chosen, write_result(folder / name, rows, **extra))
 
 
 def _score_all(predictions: dict, truth: dict, groups: dict, scaler: LabelScaler, base: dict) -> list[dict]:

@@ -12,18 +12,19 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import filelock
+import pandas as pd
 import torch
 
 from .data import Batches, LabelScaler, Normaliser, Windows, check_disjoint
 from .encoders.registry import build_encoder, encoder_module, save_encoder
 from .generate import SOLVERS, make_dataset
 from .objectives.registry import build_objective, check_pair, objective_class, objective_module
-from .presets import get_preset, project_root
-from .provenance import provenance, read_json, write_json
+from .presets import TrainPreset, get_preset, project_root
+from .provenance import atomic_path, provenance, read_json, write_json
 from .randomness import seed_for
 from .systems import System, get_system
 from .training import Recipe, evaluate_objective, load_checkpoint, make_optimizer, train
@@ -48,6 +49,13 @@ def resolve(
     get_system(system)
     p, encoder = get_preset(preset), check_pair(objective, encoder)
     trains = objective_class(objective).trains
+    if p.sims:
+        p.sim(system)  # raises with the systems that the preset simulates
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    known = {f.name for f in fields(TrainPreset)} - {"checkpoint_seconds"}
+    if unknown := sorted(set(recipe or {}) - known):
+        raise ValueError(f"recipe has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
     changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
     trained = replace(p.recipe(objective, encoder), **changes | (recipe or {}))
     if trained.batch_size < 1 or trained.batch_size % trained.accumulate:
@@ -212,7 +220,7 @@ def _pretrain(config: dict, data_dir: Path, folder: Path, device: str, resume: b
     train_batches = Batches(
         windows["train"], batch_size=batch_size, accumulate=config["recipe"].get("accumulate", 1), augment=clip["augment"], noise=clip["noise"], **options
     )
-    valid = Batches(windows["valid"], batch_size=batch_size, **options)
+    valid = Batches(windows["valid"], batch_size=batch_size // train_batches.accumulate, **options)
     shape = (clip["frames"], *train_batches.shape[2:])
     objective, spent = build(config, shape, system.n_channels).to(device), read_json(folder / "provenance.json")["seconds"] - time.monotonic()
     record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
@@ -232,9 +240,13 @@ def _train(config: dict, objective, train_batches: Batches, valid: Batches, fold
         recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items() if k != "batch_size"})
         train(
             objective, train_batches, recipe, folder, device=device, resume=resume, minutes=minutes, progress=progress,
-            evaluate=lambda: evaluate_objective(objective, valid.evaluation(limit=4 * valid.batch_size)),
+            evaluate=lambda: evaluate_objective(objective, valid.evaluation(limit=4 * train_batches.batch_size)),
             checkpoint_seconds=get_preset(config["preset"]).recipe(config["objective"], config["encoder"]).checkpoint_seconds if checkpoint_seconds is None else checkpoint_seconds,
         )
+    else:  # nothing to train, but how much its features vary is worth knowing
+        measures = evaluate_objective(objective.eval(), valid.evaluation(32, limit=128))
+        with atomic_path(folder / "metrics.csv") as temporary:
+            pd.DataFrame([{"step": 0, **measures}]).to_csv(temporary, index=False)
 
 
 def restore(config: dict, run_dir: str | Path | None = None, device: str = "cpu") -> torch.nn.Module:

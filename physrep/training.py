@@ -49,6 +49,8 @@ class Recipe:
     def __post_init__(self):
         if self.steps < 1 or not self.lr > 0 or self.accumulate < 1 or not self.clip_norm > 0:
             raise ValueError(f"steps, lr, accumulate and clip_norm must be positive, got {self}")
+        if not 0 <= self.warmup < 1 or self.weight_decay < 0:
+            raise ValueError(f"warmup must be a share in [0, 1) and weight_decay not negative, got {self.warmup} and {self.weight_decay}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"unknown precision {self.precision!r}; valid: float32, bfloat16")
 
@@ -111,7 +113,7 @@ def update(objective: nn.Module, optimizer: torch.optim.Optimizer, micro_batches
     if not math.isfinite(norm):
         raise TrainingDiverged(_diverged("gradient norm", norm, step, lr, batch))
     optimizer.step()
-    size = float(torch.stack(torch._foreach_norm([p for p in objective.parameters() if p.requires_grad])).sum())
+    size = float(torch.stack(torch._foreach_norm([p.detach() for p in objective.parameters() if p.requires_grad])).sum())
     if not math.isfinite(size):  # a step that was far too long: found here, it is never saved
         raise TrainingDiverged(_diverged("norm of the weights", size, step, lr, batch))
     if hasattr(objective, "after_step"):  # e.g. the moving average of a target encoder
@@ -178,7 +180,8 @@ def train(
                 bar.set_postfix(loss=f"{parts['loss']:.4g}", refresh=False)
             if evaluate is not None and (step % every == 0 or step in (1, recipe.steps)):
                 objective.eval()
-                rows[-1].update(evaluate())
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                    rows[-1].update(evaluate())
                 objective.train()
             if time.monotonic() - saved > checkpoint_seconds or step == recipe.steps:
                 save()
@@ -203,10 +206,10 @@ def collapse_measures(features: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_objective(objective: nn.Module, batches: Iterable[dict]) -> dict[str, float]:
-    "Mean loss parts on held-out batches (`valid_...`) and the collapse measures of the mean-pooled features of the encoder."
+    "Mean loss parts on held-out batches (`valid_...`, if the objective has a loss) and the collapse measures of the encoder's mean-pooled features."
     sums, features, n = {}, [], 0
     for batch in batches:
-        for key, value in objective(batch).items():
+        for key, value in objective(batch).items() if objective.trains else ():
             sums[f"valid_{key}"] = sums.get(f"valid_{key}", 0.0) + float(value) * len(batch["seeds"])
         n += len(batch["seeds"])
         features.append(objective.encoder(batch["fields"][:, :, : objective.shape[0]]).float().mean(1))

@@ -13,7 +13,7 @@ def size(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    made = [ROOT / n for n in ("runs", ".venv", ".snakemake", ".pytest_cache", ".ruff_cache", "build", "dist", "physrep.egg-info")]
+    made = [ROOT / n for n in ("runs", "figures/smoke", ".venv", ".snakemake", ".pytest_cache", ".ruff_cache", "build", "dist", "physrep.egg-info")]
     made += [p for p in (ROOT / "data").iterdir() if p.name != "README.md"]
     made = [p for p in made if p.exists()]
     if not made:
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     answer = os.environ.get("CONFIRM") or (input("delete these? [yes/no] ") if sys.stdin.isatty() else "")
     if answer != "yes":
         print("nothing deleted (answer yes, or CONFIRM=yes make clean)")
-        sys.exit(0 if sys.stdin.isatty() else 1)
+        sys.exit()
     for p in made:
         shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
     print("deleted")

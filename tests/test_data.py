@@ -83,6 +83,17 @@ def test_planted_leak_is_found(tmp_path, smoke_data):
         check_disjoint(*splits)
 
 
+def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
+    "The Well's files do not say which initial condition they hold, and have the same names in all splits."
+    from physrep.well import write_well
+
+    for split, seed in (("train", 1), ("valid", 2)):
+        fields = simulate(400.0, 0.5, [seed], grid=32, n_frames=3)
+        times = fields.pop("time")
+        write_well(tmp_path / "shear_flow" / "data" / split / "shear_flow_Reynolds_4e2_Schmidt_5e-1.hdf5", SHEAR, fields, {"Reynolds": 400.0, "Schmidt": 0.5}, time=times, box=(1.0, 1.0))
+    check_disjoint(*(Windows(tmp_path, SHEAR, s, frames=2) for s in ("train", "valid")))
+
+
 def test_groups_ignore_schmidt_but_not_reynolds(tmp_path):
     "Equal initial condition: one group for all Schmidt numbers, because the velocity is the same; another for another Reynolds number."
     from physrep.well import write_well

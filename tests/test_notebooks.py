@@ -41,6 +41,7 @@ def test_notebook_is_clean(path):
     assert str(ROOT) not in text and str(Path.home()) + "/" not in text
     for cell in nbformat.reads(text, 4).cells:
         for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", "warnings and progress bars are no documentation"
             for image in [v for k, v in output.get("data", {}).items() if k == "image/png"]:
                 assert len(image) * 3 // 4 < 200_000, "a picture is over 200 KB"
 
@@ -66,11 +67,11 @@ def test_pretrain_with_an_output_path(smoke_data, tmp_path):
 def test_pretrain_piped_makes_missing_data(tmp_path):
     "`papermill nbs/03_pretrain.ipynb -p objective ... | cat`: the executed notebook on standard output, data made on the way."
     source = (ROOT / "nbs" / "03_pretrain.ipynb").read_bytes()
-    done = papermill("nbs/03_pretrain.ipynb", "-p", "objective", "random", "-p", "preset", "smoke", "-p", "data_dir", str(tmp_path / "data"), "-p", "run_dir", str(tmp_path / "runs"), cwd=ROOT)
+    done = papermill("nbs/03_pretrain.ipynb", "-p", "objective", "mae", "-p", "preset", "smoke", "-p", "data_dir", str(tmp_path / "data"), "-p", "run_dir", str(tmp_path / "runs"), cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert nbformat.reads(done.stdout, 4).cells
     assert (tmp_path / "data" / "shear_flow" / "stats.yaml").is_file()
-    assert len(list((tmp_path / "runs").rglob("random-convnext-*/seed0/encoder.safetensors"))) == 1
+    assert len(list((tmp_path / "runs").rglob("mae-vit-*/seed0/encoder.safetensors"))) == 1
     assert (ROOT / "nbs" / "03_pretrain.ipynb").read_bytes() == source
 
 
@@ -80,6 +81,7 @@ def test_pretrain_piped_makes_missing_data(tmp_path):
         (("-p", "objectiv", "mae"), "unknown parameter objectiv; this notebook has: system, objective"),
         (("-p", "objective", "mea"), "unknown objective 'mea'; valid: jepa, mae, supervised, random"),
         (("-p", "steps", "many"), "parameter steps must be int"),
+        (("-p", "system", "active_matter"), "preset laptop simulates shear_flow, not active_matter"),
     ],
 )
 def test_pretrain_refuses_what_it_does_not_know(parameters, message, tmp_path):

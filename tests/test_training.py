@@ -124,6 +124,18 @@ def test_names_are_checked_before_any_work(tmp_path):
         pretrain(resolve("shear_flow", "mae", preset="smoke", coefficients={"ratoi": 0.5}), tmp_path, tmp_path)
 
 
+def test_a_random_run_reports_how_much_its_features_vary(smoke_data, tmp_path):
+    folder = pretrain(resolve("shear_flow", "random", "convnext", preset="smoke"), smoke_data, tmp_path, **quiet)
+    (row,) = pd.read_csv(folder / "metrics.csv").to_dict("records")
+    assert row["feature_std"] > 0 and row["effective_rank"] > 1
+
+
+@pytest.mark.parametrize("wrong,message", [({"recipe": {"warmup": -3}}, "warmup must be a share"), ({"recipe": {"foo": 1}}, "recipe has no foo"), ({"steps": 0}, "steps must be at least 1")])
+def test_recipes_are_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        resolve("shear_flow", "mae", preset="smoke", **wrong)
+
+
 def test_seeds_and_objectives_share_what_they_should(smoke_data, tmp_path):
     "Two seeds give two encoders; the random encoder of a seed is where the training of that seed starts."
     from physrep.runs import build
