@@ -19,6 +19,24 @@ from .systems import System, get_system
 from .well import WellFile, find_files, fingerprint, read_stats
 
 # %% ../nbs/00f_data.ipynb #4012cf7c
+def _group(file: WellFile, i: int, split: str) -> int:
+    "Which trajectories belong together: same initial condition and same `System.group` labels; foreign files do not say, so each is its own."
+    condition = ("file", split, file.path.name, i) if file.initial_conditions is None else (int(file.initial_conditions[i]),)
+    labels = [f"{np.broadcast_to(file.labels[name], file.n_trajectories)[i]:.6g}" for name in file.system.group]
+    return seed_for("group", *condition, *labels)
+
+
+def _load(files: list[WellFile], crop: tuple[tuple[int, int], tuple[int, int]] | None, grid: tuple[int, ...]) -> np.ndarray:
+    "All trajectories of files of one shape, `(trajectories, c, t, h, w)` float32; `grid` is (h, w) after the crop."
+    first = files[0]
+    out = np.empty((sum(f.n_trajectories for f in files), first.system.n_channels, first.n_frames, *grid), dtype=np.float32)
+    slots = iter(out)
+    for file in files:
+        for i in range(file.n_trajectories):
+            file.window(i, 0, first.n_frames, crop=crop, out=next(slots))
+    return out
+
+# %% ../nbs/00f_data.ipynb #6a7712ea
 class Windows:
     """All windows of `frames` frames of one split, starting every `stride` frames.
 
@@ -45,8 +63,8 @@ class Windows:
         self.paths = find_files(root, self.system, split)
         self.files = [WellFile(p, self.system) for p in self.paths]
         self.trajectories = [(f, i) for f, file in enumerate(self.files) for i in range(file.n_trajectories)]
-        self.labels = np.array([[np.broadcast_to(self.files[f].labels[name], self.files[f].n_trajectories)[i] for name in self.system.label_names] for f, i in self.trajectories])
-        self.groups = np.array([self._group(f, i) for f, i in self.trajectories])
+        self.labels = np.concatenate([file.label_table() for file in self.files])
+        self.groups = np.array([_group(self.files[f], i, split) for f, i in self.trajectories])
         starts = [(k, s) for k, (f, _) in enumerate(self.trajectories) for s in range(0, self.files[f].n_frames - frames + 1, stride)]
         if not starts:
             raise ValueError(f"no trajectory of {self.paths[0].parent} has {frames} frames; the longest has {max(f.n_frames for f in self.files)}")
@@ -55,22 +73,7 @@ class Windows:
         self.shape = (self.system.n_channels, frames, *grid)
         size = sum(f.n_trajectories * f.n_frames for f in self.files) * self.system.n_channels * int(np.prod(grid)) * 4
         same = len({(f.n_frames, f.grid) for f in self.files}) == 1
-        self.memory = self._load() if (same and size <= memory_limit if in_memory is None else in_memory) else None
-
-    def _group(self, f: int, i: int) -> int:
-        "Which trajectories belong together: same initial condition and same `System.group` labels; foreign files do not say, so each is its own."
-        file = self.files[f]
-        condition = ("file", self.split, file.path.name, i) if file.initial_conditions is None else (int(file.initial_conditions[i]),)
-        labels = [f"{np.broadcast_to(file.labels[name], file.n_trajectories)[i]:.6g}" for name in self.system.group]
-        return seed_for("group", *condition, *labels)
-
-    def _load(self) -> np.ndarray:
-        "The whole split, `(trajectories, c, t, h, w)` float32."
-        first = self.files[0]
-        out = np.empty((len(self.trajectories), self.shape[0], first.n_frames, *self.shape[2:]), dtype=np.float32)
-        for k, (f, i) in enumerate(self.trajectories):
-            self.files[f].window(i, 0, first.n_frames, crop=self.crop, out=out[k])
-        return out
+        self.memory = _load(self.files, crop, grid) if (same and size <= memory_limit if in_memory is None else in_memory) else None
 
     def __len__(self) -> int:
         return len(self.index)

@@ -28,7 +28,8 @@ from .provenance import code_digest, read_json, write_json
 from .randomness import generator, seed_for
 from .sim import shear_flow
 from .systems import get_system
-from .well import WellFile, WellFormatError, write_stats, write_well
+from .well import WellFile, WellFormatError
+from .well_write import write_stats, write_well
 
 # %% ../nbs/00ea_generate.ipynb #19ebac8f
 @dataclass(frozen=True)
@@ -183,5 +184,5 @@ def make_dataset(
             if time.monotonic() > deadline and bar.n < len(files):
                 raise TimeoutError(f"{minutes:g} minutes are over: {bar.n} of {len(files)} files of {folder} are done; call it again to go on")
         bar.close()
-        write_stats(folder, get_system(system))
+        write_stats(folder, get_system(system), split=next(iter(sim.counts)))  # of `train`, where there is one
     return folder

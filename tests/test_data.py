@@ -85,7 +85,7 @@ def test_planted_leak_is_found(tmp_path, smoke_data):
 
 def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
     "The Well's files do not say which initial condition they hold, and have the same names in all splits."
-    from physrep.well import write_well
+    from physrep.well_write import write_well
 
     for split, seed in (("train", 1), ("valid", 2)):
         fields = simulate(400.0, 0.5, [seed], grid=32, n_frames=3)
@@ -96,7 +96,7 @@ def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
 
 def test_groups_ignore_schmidt_but_not_reynolds(tmp_path):
     "Equal initial condition: one group for all Schmidt numbers, because the velocity is the same; another for another Reynolds number."
-    from physrep.well import write_well
+    from physrep.well_write import write_well
 
     for re, sc in ((400.0, 0.5), (400.0, 2.0), (800.0, 2.0)):
         fields = simulate(re, sc, [7], grid=32, n_frames=3)

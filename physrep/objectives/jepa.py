@@ -96,7 +96,26 @@ def _check_options(*, target: str, horizon: int, momentum: float, chunks: int, *
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")
 
+# %% ../../nbs/02a_jepa.ipynb #895c0468
+def _add_noise(clip: torch.Tensor, std: float, seeds: torch.Tensor, name: str) -> torch.Tensor:
+    "White noise on a clip `(b, c, t, h, w)`; each sample's depends on its seed and on `name`."
+    return clip + std * randn_samples(seeds, clip.shape[1:], name=name, device=clip.device)
 
+
+def _row_order(n: int, seeds: torch.Tensor, chunks: int) -> torch.Tensor | None:
+    "Permutation of `n` rows that depends on the batch's seeds; None for one chunk, whose statistics do not depend on the order."
+    return torch.randperm(n, generator=generator("jepa order", *seeds.tolist())) if chunks > 1 else None
+
+
+@torch.no_grad()
+def _move_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
+    "Moves the parameters of `average` towards those of `module`, in place; buffers are copied."
+    for mean, new in zip(average.parameters(), module.parameters()):
+        mean.lerp_(new, 1 - momentum)
+    for mean, new in zip(average.buffers(), module.buffers()):
+        mean.copy_(new)
+
+# %% ../../nbs/02a_jepa.ipynb #06170c21
 class JEPA(nn.Module):
     """Predict the features of a later window from those of an earlier one, with VICReg: fields `(b, c, t + horizon, h, w)`.
 
@@ -150,34 +169,20 @@ class JEPA(nn.Module):
         "`loss`, and its three terms unweighted and detached."
         (context, target), seeds = self.windows(batch), batch["seeds"]
         if self.noise and self.training:
-            shape = context.shape[1:]
-            context = context + self.noise * randn_samples(seeds, shape, name="jepa context", device=context.device)
-            target = target + self.noise * randn_samples(seeds, shape, name="jepa target", device=target.device)
+            context, target = (_add_noise(x, self.noise, seeds, f"jepa {name}") for x, name in ((context, "context"), (target, "target")))
         predicted, true = (z.flatten(0, 1) for z in self.features(context, target))
-        order = None  # one chunk: statistics do not depend on the order
-        if self.chunks > 1:
-            order = torch.randperm(len(true), generator=generator("jepa order", *seeds.tolist()))
+        order = _row_order(len(true), seeds, self.chunks)
         parts = vicreg_loss(predicted, true, chunks=self.chunks, order=order, both_sides=self.target == "shared", **self.weights)
         return {name: value if name == "loss" else value.detach() for name, value in parts.items()}
 
-    @torch.no_grad()
     def after_step(self) -> None:
         "Moves the target encoder towards the encoder (`target='ema'`); to be called after every update of the weights."
-        if self.target_encoder is None:
-            return
-        for mean, new in zip(self.target_encoder.parameters(), self.encoder.parameters()):
-            mean.lerp_(new, 1 - self.momentum)
-        for mean, new in zip(self.target_encoder.buffers(), self.encoder.buffers()):
-            mean.copy_(new)
+        if self.target_encoder is not None:
+            _move_average(self.target_encoder, self.encoder, self.momentum)
 
-    @torch.no_grad()
     def show(self, batch: dict) -> Figure:
         "Target against predicted features of two samples, as maps of principal components of the batch's target features."
-        context, target = self.windows(batch)
-        predicted, true = self.features(context, target)
-        clips = {"target": target[:2, 0, -1].float().cpu(), "prediction": context[:2, 0, -1].float().cpu()}
-        true, predicted = true.float().cpu(), predicted.float().cpu()
-        return _feature_figure(true, predicted, clips, grid=self.grid, name=self.system.channels[0])
+        return _prediction_figure(self, batch)
 
 # %% ../../nbs/02a_jepa.ipynb #9a8ad0d1
 def _component_maps(
@@ -218,3 +223,13 @@ def _feature_figure(
     for ax in axes[:, 0]:
         ax.xaxis.label.set_size(8)
     return fig
+
+# %% ../../nbs/02a_jepa.ipynb #b2244355
+@torch.no_grad()
+def _prediction_figure(objective: JEPA, batch: dict) -> Figure:
+    "What `JEPA.show` draws: features of a batch, predicted and true, beside the clips of its first two samples."
+    context, target = objective.windows(batch)
+    predicted, true = objective.features(context, target)
+    clips = {"target": target[:2, 0, -1].float().cpu(), "prediction": context[:2, 0, -1].float().cpu()}
+    true, predicted = true.float().cpu(), predicted.float().cpu()
+    return _feature_figure(true, predicted, clips, grid=objective.grid, name=objective.system.channels[0])

@@ -69,20 +69,44 @@ def patch_statistics(x: torch.Tensor, patch: tuple[int, int, int]) -> tuple[torc
     return tuple(repeat(s, "b c t h w -> b c (t p) (h q) (w r)", p=p, q=q, r=r) for s in statistics)
 
 
+def _targets(x: torch.Tensor, patch: tuple[int, int, int], target_norm: str) -> torch.Tensor:
+    "What is predicted of fields `(b, c, t, h, w)`: the values themselves, or each patch at mean 0 and variance 1."
+    if target_norm == "none":
+        return x
+    mean, std = patch_statistics(x, patch)
+    return (x - mean) / std
+
+
 def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "Mean squared error of fields `(b, c, t, h, w)` over the pixels where `mask (b, 1, t, h, w)` is True, in float32."
     error = torch.where(mask, prediction.float() - target.float(), 0.0)
     return error.square().sum() / (mask.sum() * target.shape[1])
 
 # %% ../../nbs/02b_mae.ipynb #473b2626
+def _checked_patch(patch: tuple[int, int, int] | None, tubelet: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    "The patch of the mask, three positive ints; an encoder with tubelets drops whole tokens, so there it must be the tubelet."
+    patch = tuple(patch or tubelet or (2, 4, 4))
+    if len(patch) != 3 or not all(isinstance(n, int) and n > 0 for n in patch):
+        raise ValueError(f"patch must be three positive ints (t, h, w), got {patch}")
+    if tubelet and patch != tuple(tubelet):
+        raise ValueError(f"patch {patch} must be the tubelet of the encoder, {tuple(tubelet)}: it drops whole tokens")
+    return patch
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    "Indices `(b, k)` of the visible patches of a mask `(b, n)`, in order; ValueError if samples do not show the same number."
+    visible = (~mask).sum(dim=1)
+    if (visible != visible[0]).any():
+        raise ValueError(f"every sample must show the same number of patches, got {visible.tolist()}")
+    return mask.int().argsort(dim=1, stable=True)[:, : visible[0]]
+
+# %% ../../nbs/02b_mae.ipynb #06bf17e9
 class MAE(nn.Module):
     """Masked autoencoder with tube masking: fields `(b, c, t, h, w)`, pixels predicted where hidden.
 
     By default 0.75 is hidden and targets are field values; VideoMAE hides 0.9. He et al. (2022), Tong et al. (2022)."""
 
-    trains = True
-    default_encoder = "vit"
-    encoders = ("vit", "convnext")
+    default_encoder, encoders, trains = "vit", ("vit", "convnext"), True
 
     def __init__(
         self,
@@ -102,11 +126,7 @@ class MAE(nn.Module):
             raise ValueError(f"unknown target_norm {target_norm!r}; valid: {', '.join(TARGET_NORMS)}")
         grid = check_fit(encoder, system, shape)
         tubelet = getattr(encoder, "tubelet", None)  # an encoder with tubelets can leave hidden ones out
-        self.patch = tuple(patch or tubelet or (2, 4, 4))
-        if len(self.patch) != 3 or not all(isinstance(n, int) and n > 0 for n in self.patch):
-            raise ValueError(f"patch must be three positive ints (t, h, w), got {self.patch}")
-        if tubelet and self.patch != tuple(tubelet):
-            raise ValueError(f"patch {self.patch} must be the tubelet of the encoder, {tuple(tubelet)}: it drops whole tokens")
+        self.patch = _checked_patch(patch, tubelet)
         self.grid, self.patch_grid = grid, token_grid(shape, self.patch)
         tube_mask(torch.zeros(1, dtype=torch.int64), self.patch_grid, ratio)  # raises for a mask that hides nothing or everything
         self.encoder, self.system, self.shape, self.frames = encoder, system, tuple(shape), shape[0]
@@ -123,10 +143,7 @@ class MAE(nn.Module):
     def predict(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         "Decoded fields `(b, c, t, h, w)` (in units of the targets) for clips of which the patches of `mask (b, n)` are hidden."
         if self.drops:
-            visible = (~mask).sum(dim=1)
-            if (visible != visible[0]).any():
-                raise ValueError(f"every sample must show the same number of patches, got {visible.tolist()}")
-            keep = mask.int().argsort(dim=1, stable=True)[:, : visible[0]].to(x.device)
+            keep = _visible(mask).to(x.device)
             patches = self.decoder(self.encoder(x, keep=keep), keep, self.grid)
             return unpatchify(patches, self.patch, x.shape[1], self.patch_grid)
         masked = torch.where(pixel_mask(mask, self.patch_grid, self.patch).to(x.device), self.mask_token.to(x.dtype), x)
@@ -143,27 +160,29 @@ class MAE(nn.Module):
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         "Loss, and the loss relative to that of the best constant, the mean of the hidden targets (1: nothing learned)."
         x, mask, hidden = self.masked(batch)
-        target = x.float()
-        if self.target_norm == "patch":
-            mean, std = patch_statistics(target, self.patch)
-            target = (target - mean) / std
+        target = _targets(x.float(), self.patch, self.target_norm)
         loss = masked_mse(self.predict(x, mask), target, hidden)
         constant = torch.where(hidden, target, 0.0).sum() / (hidden.sum() * x.shape[1])
         return {"loss": loss, "relative": loss.detach() / masked_mse(constant, target, hidden).clamp_min(1e-12)}
 
-    @torch.no_grad()
     def show(self, batch: dict, *, sample: int = 0, channel: int = 0, n_frames: int = 4) -> Figure:
         "Input, masked input, prediction (visible pixels as they are) and error of one channel over a few frames."
-        one = {"fields": batch["fields"][sample : sample + 1], "seeds": batch["seeds"][sample : sample + 1]}
-        x, mask, hidden = self.masked(one)
-        filled = self.predict(x, mask).float()
-        if self.target_norm == "patch":  # the true mean and deviation of a patch are not predicted: they are lent to the picture
-            mean, std = patch_statistics(x, self.patch)
-            filled = filled * std + mean
-        times = torch.linspace(0, self.frames - 1, min(n_frames, self.frames)).round().long()
-        rows = {
-            "input": x, "masked": x.masked_fill(hidden, torch.nan), "prediction": torch.where(hidden, filled, x),
-            "error": torch.where(hidden, filled - x, 0.0),
-        }  # fmt: skip
-        rows = {name: field[0, channel].float().cpu()[times] for name, field in rows.items()}
-        return frames_figure(rows, titles=[f"frame {t}" for t in times.tolist()], title=self.system.channels[channel])
+        return _prediction_figure(self, batch, sample=sample, channel=channel, n_frames=n_frames)
+
+# %% ../../nbs/02b_mae.ipynb #87ecfbf1
+@torch.no_grad()
+def _prediction_figure(objective: MAE, batch: dict, *, sample: int, channel: int, n_frames: int) -> Figure:
+    "What `MAE.show` draws."
+    one = {"fields": batch["fields"][sample : sample + 1], "seeds": batch["seeds"][sample : sample + 1]}
+    x, mask, hidden = objective.masked(one)
+    filled = objective.predict(x, mask).float()
+    if objective.target_norm == "patch":
+        mean, std = patch_statistics(x, objective.patch)
+        filled = filled * std + mean
+    times = torch.linspace(0, objective.frames - 1, min(n_frames, objective.frames)).round().long()
+    rows = {
+        "input": x, "masked": x.masked_fill(hidden, torch.nan), "prediction": torch.where(hidden, filled, x),
+        "error": torch.where(hidden, filled - x, 0.0),
+    }  # fmt: skip
+    rows = {name: field[0, channel].float().cpu()[times] for name, field in rows.items()}
+    return frames_figure(rows, titles=[f"frame {t}" for t in times.tolist()], title=objective.system.channels[channel])
