@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data test lint notebooks readme figures clean
+.PHONY: help setup reproduce data tune verify test lint notebooks readme models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -46,6 +46,17 @@ reproduce: $(READY)  ## simulate, pretrain, probe, and draw every table and figu
 data: TARGET = simulated
 data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
+
+tune: TARGET = tuning
+tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, about 80 minutes of one core
+	@$(SNAKE) </dev/null
+	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/tuning.* $(FIGURES)/
+
+verify: $(READY)  ## recompute the digests of every committed figure and say which are stale, and why
+	@$(BIN)/python -m physrep.verify figures
+
+models: $(READY)  ## take the encoders and probes that come with the package from the runs of the laptop preset
+	@$(BIN)/python tests/models.py
 
 test: $(READY)  ## export in sync, lint, notebooks, tests; ends with `N passed, N failed`
 	@$(BIN)/python tests/run.py

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from physrep.evaluate import ROWS
+from physrep.evaluate import BASELINES, ROWS
 from physrep.presets import get_preset, project_root
 from physrep.provenance import code_digest, notebook_digest
-from physrep.runs import constant_folder, default_data_dir, modules_of, resolve, run_folder
+from physrep.runs import baseline_folder, default_data_dir, modules_of, resolve, run_folder
+from physrep.tuning import ENCODER_FROM, WALKS, log_path
 
 ROOT = project_root()
 PRESET = get_preset(config.get("preset") or "laptop")
@@ -55,13 +56,14 @@ for system in PRESET.systems:
             threads: workflow.cores
             shell: "{params.command}"
 
-    RESULTS.append(constant_folder(system, PRESET.name) / "result.json")
-    rule:
-        name: f"probe_{system}_constant"
-        input: simulated(system)
-        output: RESULTS[-1]
-        params: code=stage("04_probe", "evaluate"), command=papermill("04_probe", f"{system}-constant", system=system, objective="constant")
-        shell: "{params.command}"
+    for baseline in BASELINES:
+        RESULTS.append(baseline_folder(baseline, system, PRESET.name) / "result.json")
+        rule:
+            name: f"probe_{system}_{baseline}"
+            input: simulated(system)
+            output: RESULTS[-1]
+            params: code=stage("04_probe", "evaluate"), command=papermill("04_probe", f"{system}-{baseline}", system=system, objective=baseline)
+            shell: "{params.command}"
 
     for objective, encoder in ROWS:
         for seed in PRESET.seeds:
@@ -87,8 +89,41 @@ for system in PRESET.systems:
 
 rule table1:
     input: RESULTS
-    output: expand(OUT / "figures" / "table1.{ext}", ext=["png", "svg", "csv", "json"])
-    params: code=stage("05_table1", "results"), command=papermill("05_table1", "table1")
+    output: expand(OUT / "figures" / "{name}.{ext}", name=["table1", "table1_differences"], ext=["png", "svg", "csv", "json"])
+    params: code=stage("05_table1", "evaluate"), command=papermill("05_table1", "table1")
+    shell: "{params.command}"
+
+# the same flows at twice the resolution, read by the same encoders and probes
+if PRESET.refined:
+    rule resolution:
+        input: RESULTS
+        output: expand(OUT / "figures" / "resolution.{ext}", ext=["png", "svg", "csv", "json"])
+        params: code=stage("05b_resolution", "evaluate", "generate"), command=papermill("05b_resolution", "resolution")
+        threads: workflow.cores
+        shell: "{params.command}"
+
+# one row again, with other threads and other instructions
+rule machines:
+    input: RESULTS
+    output: expand(OUT / "figures" / "machines.{ext}", ext=["png", "svg", "csv", "json"])
+    params: code=stage("05c_machines", "evaluate"), command=papermill("05c_machines", "machines", system=PRESET.systems[0])
+    threads: workflow.cores
+    shell: "{params.command}"
+
+# `make tune`: a job per row of the table; what has been tried already is in its log
+TUNED = {row: log_path(PRESET.systems[0], row, PRESET.name) for row in WALKS}
+for row, log in TUNED.items():
+    rule:
+        name: f"tune_{'_'.join(row)}"
+        input: ([f"{TUNED[ENCODER_FROM[row]]}.done"] if row in ENCODER_FROM else []) + simulated(PRESET.systems[0])
+        output: touch(f"{log}.done")
+        params: command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=PRESET.systems[0], rows="-".join(row), draw=False)
+        shell: "{params.command}"
+
+rule tuning:
+    input: [f"{log}.done" for log in TUNED.values()]
+    output: expand(OUT / "figures" / "tuning.{ext}", ext=["png", "svg", "csv", "json"])
+    params: code=stage("08a_tuning", "tuning"), command=papermill("08a_tuning", "tuning", system=PRESET.systems[0])
     shell: "{params.command}"
 
 rule simulated:
@@ -96,4 +131,4 @@ rule simulated:
 
 rule all:
     default_target: True
-    input: rules.table1.output
+    input: rules.table1.output, (rules.resolution.output + rules.machines.output) if PRESET.refined else []

@@ -29,6 +29,7 @@ setuptools.setup(
         "Topic :: Scientific/Engineering :: Physics",
     ],
     packages=setuptools.find_packages(include=["physrep", "physrep.*"]),
+    package_data={"physrep": ["models/*/*.safetensors"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

@@ -1,1 +1,17 @@
+"""Train, probe and compare self-supervised encoders of physical simulations."""
+
+import importlib
+
 __version__ = "0.1.0"
+
+_PUBLIC = {"load_encoder": "encoders.registry", "load_probe": "probing", "compare": "comparison", "get_preset": "presets", "get_system": "systems"}
+
+
+def __getattr__(name):  # modules are imported when they are asked for: `import physrep` costs nothing
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_PUBLIC)}, and its submodules")
+
+
+def __dir__():
+    return [*_PUBLIC, "__version__"]

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'project_root', 'SimPreset', 'TrainPreset', 'Preset', 'get
 # %% ../nbs/00a_presets.ipynb #bc4374cc
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # %% ../nbs/00a_presets.ipynb #abd537cf
@@ -48,6 +48,10 @@ class SimPreset:
             pairs *= len(values)
         return pairs * sum(self.counts.values()) + self.unseen_pairs * self.unseen_count
 
+    def refined(self, counts: Mapping[str, int]) -> "SimPreset":
+        "The first so many flows of each pair once more, at twice the resolution and half the time step, stored on the same grid."
+        return replace(self, grid=2 * self.grid, dt=self.dt / 2, counts=dict(counts), unseen_pairs=0)
+
 # %% ../nbs/00a_presets.ipynb #0a9a8359
 @dataclass(frozen=True)
 class TrainPreset:
@@ -71,7 +75,7 @@ class Preset:
     says: str  # one line for the reader
     sims: Mapping[str, SimPreset]
     encoders: Mapping[str, Mapping]  # encoder name -> its keyword arguments
-    objectives: Mapping[str, Mapping]  # objective name -> its coefficients
+    objectives: Mapping[str, Mapping]  # "objective-encoder", or "objective" for every encoder of it -> coefficients
     train: Mapping[str, TrainPreset]  # "objective-encoder", or "objective" for every encoder of it
     frames: int = 16  # frames of one clip
     size: int | None = None  # clips are resized to size x size on the device; None: as stored
@@ -81,6 +85,8 @@ class Preset:
     noise: float = 0.0  # std of noise on the (normalised) input
     probe_epochs: int = 20  # of the attentive probe
     probe_batch: int = 32
+    finetune_epochs: int = 2
+    refined: Mapping[str, int] = field(default_factory=dict)  # split -> trajectories per pair that are simulated again at twice the resolution
     paper_labels: bool = False  # label transforms and constants of the paper
     seeds: tuple[int, ...] = (0,)
     systems: tuple[str, ...] = ("shear_flow",)
@@ -91,6 +97,13 @@ class Preset:
             if key in self.train:
                 return self.train[key]
         raise ValueError(f"preset {self.name} has no training recipe for {objective}-{encoder}; it has {', '.join(self.train)}")
+
+    def coefficients(self, objective: str, encoder: str) -> Mapping:
+        "The coefficients of an objective on an encoder; ValueError with what there is otherwise."
+        for key in (f"{objective}-{encoder}", objective):
+            if key in self.objectives:
+                return self.objectives[key]
+        raise ValueError(f"preset {self.name} has no coefficients for {objective}-{encoder}; it has {', '.join(self.objectives)}")
 
     def sim(self, system: str) -> SimPreset:
         "What is simulated for a system; ValueError where the preset does not simulate it."
@@ -105,98 +118,110 @@ _SHEAR = dict(grid_values=_SHEAR_GRID, grid=64, store_grid=32, frame_dt=0.2, dt=
 # %% ../nbs/00a_presets.ipynb #29083fa2
 _LAPTOP_ENCODERS = {
     "convnext": dict(
-        widths=(48, 96), depths=(2, 2), stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4), strides=((2, 1, 1),), kernel_size=7,
+        widths=(48, 96), depths=(2, 2), stem_kernel=(4, 4, 4), stem_stride=(4, 4, 4), strides=((2, 1, 1),), kernel_size=7,
         layer_scale=0.1,  # 1e-6, as for long trainings, keeps the blocks shut for all of a short one
     ),
-    "vit": dict(dim=64, depth=4, heads=2, tubelet=(2, 4, 4), temperature=30.0),
+    "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
 }
 _LAPTOP_OBJECTIVES = {
     # a short horizon and a weak invariance: otherwise what cannot be predicted, the fine scales that tell the viscosities, is given up first
     "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, predictor_hidden=96, predictor_scale=0.1),
-    "mae": dict(ratio=0.75, patch=(2, 4, 4), decoder_width=64),
+    "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2),
     "supervised": {},
     "random": {},
 }
 _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
 
 # %% ../nbs/00a_presets.ipynb #239d41ee
-PRESETS = {
-    "smoke": Preset(
-        name="smoke",
-        says="seconds; shows that everything runs, its numbers mean nothing",
-        sims={
-            "shear_flow": SimPreset(
-                **_SHEAR | dict(grid_values={"Reynolds": (400.0, 3200.0), "Schmidt": (0.25, 2.0)}),
-                counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36,
-            )
-        },
-        encoders={
-            "convnext": _LAPTOP_ENCODERS["convnext"] | dict(widths=(16, 32), depths=(1, 1)),
-            "vit": _LAPTOP_ENCODERS["vit"] | dict(dim=32, depth=1, heads=2),
-        },
-        objectives=_LAPTOP_OBJECTIVES | {"jepa": _LAPTOP_OBJECTIVES["jepa"] | dict(chunks=1)},
-        train={name: TrainPreset(steps=6, batch_size=8, lr=1e-3) for name in ("jepa", "mae", "supervised", "random")},
-        probe_epochs=2,
-    ),
-    "laptop": Preset(
-        name="laptop",
-        says="two cores, no GPU: what `make reproduce` runs",
-        sims={"shear_flow": SimPreset(**_SHEAR, counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48)},
-        encoders=_LAPTOP_ENCODERS,
-        objectives=_LAPTOP_OBJECTIVES,
-        # every objective sees 12800 windows; VICReg needs the larger batch for its statistics
-        train={"jepa": TrainPreset(steps=400, batch_size=32, lr=3e-3)} | {name: TrainPreset(steps=800, batch_size=16, lr=2e-3) for name in ("mae", "supervised", "random")},
-    ),
-    "gpu": Preset(
-        name="gpu",
-        says="one GPU: the paper's encoder on 128x128 simulations",
-        sims={
-            "shear_flow": SimPreset(
-                **_SHEAR | dict(grid=128, store_grid=128, dt=0.0125, grid_values={"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0), "Schmidt": (0.25, 0.5, 1.0, 2.0)}),
-                counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48,
-            )
-        },
-        encoders={"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))},
-        objectives={
-            "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # as on the laptop; not yet tuned at this size
-            "mae": dict(ratio=0.75, patch=(2, 8, 8)),
-            "supervised": {},
-            "random": {},
-        },
-        train={
-            "jepa": TrainPreset(steps=1500, batch_size=16, lr=1e-3, precision="bfloat16"),
-            "mae": TrainPreset(steps=3000, batch_size=32, lr=1e-3, precision="bfloat16"),
-            "supervised": TrainPreset(steps=1500, batch_size=32, lr=1e-3, precision="bfloat16"),
-            "random": TrainPreset(steps=0, batch_size=32, lr=1e-3),
-        },
-    ),
-    "paper": Preset(
-        name="paper",
-        says="The Well, the paper's configuration, several GPUs",
-        sims={},
-        encoders=_PAPER_ENCODERS,
-        objectives={
-            "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, chunks=5),
-            "mae": dict(ratio=0.9, patch=(2, 16, 16)),
-            "supervised": {},
-            "random": {},
-        },
-        train={
-            # 6 epochs of about 32k windows at 256 windows an update
-            "jepa": TrainPreset(steps=750, batch_size=256, accumulate=32, lr=1e-4, precision="bfloat16"),
-            "mae": TrainPreset(steps=750, batch_size=256, accumulate=8, lr=1e-4, precision="bfloat16"),
-            "supervised": TrainPreset(steps=750, batch_size=256, accumulate=16, lr=1e-4, precision="bfloat16"),
-            "random": TrainPreset(steps=0, batch_size=256, lr=1e-4),
-        },
-        size=224,
-        train_stride=4,
-        probe_stride=4,
-        augment=False,
-        noise=1.0,
-        probe_epochs=100,
-        paper_labels=True,
-    ),
-}
+_SMOKE = Preset(
+    name="smoke",
+    says="seconds; shows that everything runs, its numbers mean nothing",
+    sims={
+        "shear_flow": SimPreset(
+            **_SHEAR | dict(grid_values={"Reynolds": (400.0, 3200.0), "Schmidt": (0.25, 2.0)}),
+            counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36,
+        )
+    },
+    encoders={
+        "convnext": _LAPTOP_ENCODERS["convnext"] | dict(widths=(16, 32), depths=(1, 1)),
+        "vit": _LAPTOP_ENCODERS["vit"] | dict(dim=32, depth=1, heads=2),
+    },
+    objectives=_LAPTOP_OBJECTIVES,
+    train={name: TrainPreset(steps=6, batch_size=8, lr=1e-3) for name in ("jepa", "mae", "supervised", "random")},
+    probe_epochs=2,
+    finetune_epochs=1,
+    refined={"test": 1},
+    seeds=(0, 1),
+)
+
+# %% ../nbs/00a_presets.ipynb #4ae05ef0
+_LAPTOP = Preset(
+    name="laptop",
+    says="two cores, no GPU: what `make reproduce` runs",
+    sims={"shear_flow": SimPreset(**_SHEAR, counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48)},
+    encoders=_LAPTOP_ENCODERS,
+    objectives=_LAPTOP_OBJECTIVES,
+    # every objective sees 12800 windows; VICReg needs the larger batch for its statistics
+    train={"jepa": TrainPreset(steps=400, batch_size=32, lr=3e-3)} | {name: TrainPreset(steps=800, batch_size=16, lr=2e-3) for name in ("mae", "supervised", "random")},
+    refined={"test": 2},
+    seeds=(0, 1, 2),
+)
+
+# %% ../nbs/00a_presets.ipynb #2bedaa9e
+_GPU = Preset(
+    name="gpu",
+    says="one GPU: the paper's encoder on 128x128 simulations",
+    sims={
+        "shear_flow": SimPreset(
+            **_SHEAR | dict(grid=128, store_grid=128, dt=0.0125, grid_values={"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0), "Schmidt": (0.25, 0.5, 1.0, 2.0)}),
+            counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48,
+        )
+    },
+    encoders={"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))},
+    objectives={
+        "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # as on the laptop; not yet tuned at this size
+        "mae": dict(ratio=0.75, patch=(2, 8, 8)),
+        "supervised": {},
+        "random": {},
+    },
+    train={
+        "jepa": TrainPreset(steps=1500, batch_size=16, lr=1e-3, precision="bfloat16"),
+        "mae": TrainPreset(steps=3000, batch_size=32, lr=1e-3, precision="bfloat16"),
+        "supervised": TrainPreset(steps=1500, batch_size=32, lr=1e-3, precision="bfloat16"),
+        "random": TrainPreset(steps=0, batch_size=32, lr=1e-3),
+    },
+)
+
+# %% ../nbs/00a_presets.ipynb #36a26e66
+_PAPER = Preset(
+    name="paper",
+    says="The Well, the paper's configuration, several GPUs",
+    sims={},
+    encoders=_PAPER_ENCODERS,
+    objectives={
+        "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, chunks=5),
+        "mae": dict(ratio=0.9, patch=(2, 16, 16)),
+        "supervised": {},
+        "random": {},
+    },
+    train={
+        # 6 epochs of about 32k windows at 256 windows an update
+        "jepa": TrainPreset(steps=750, batch_size=256, accumulate=32, lr=1e-4, precision="bfloat16"),
+        "mae": TrainPreset(steps=750, batch_size=256, accumulate=8, lr=1e-4, precision="bfloat16"),
+        "supervised": TrainPreset(steps=750, batch_size=256, accumulate=16, lr=1e-4, precision="bfloat16"),
+        "random": TrainPreset(steps=0, batch_size=256, lr=1e-4),
+    },
+    size=224,
+    train_stride=4,
+    probe_stride=4,
+    augment=False,
+    noise=1.0,
+    probe_epochs=100,
+    paper_labels=True,
+)
+
+# %% ../nbs/00a_presets.ipynb #77099a76
+PRESETS = {p.name: p for p in (_SMOKE, _LAPTOP, _GPU, _PAPER)}
 
 
 def get_preset(name: str) -> Preset:

@@ -147,6 +147,18 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
             raise WellFormatError(f"{path}: dimensions/{axis} has {size} points, the fields have {n}")
     return time
 
+
+def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
+    "Distance of grid points along both axes, NaN where they are not evenly spaced."
+    spacing = []
+    for axis in system.axes:
+        steps = np.diff(np.atleast_2d(file[f"dimensions/{axis}"][()].astype(np.float64))[0])
+        even = len(steps) > 0 and np.allclose(steps, steps.mean(), rtol=1e-3)
+        spacing.append(float(f"{steps.mean():.6g}") if even else math.nan)
+    if system.name == "shear_flow" and INITIAL_CONDITION not in file and math.isclose(2 * spacing[1], spacing[0], rel_tol=0.01):
+        spacing[1] *= 2  # The Well's own files: a box of 1 x 2, the longer axis labelled from 0 to 1
+    return tuple(spacing)
+
 # %% ../nbs/00e_well.ipynb #113c0857
 def _shortest(value: np.ndarray) -> np.ndarray:
     "float64 numbers that print as short as the stored float32 ones: 0.2, not 0.20000000298."
@@ -188,6 +200,7 @@ class WellFile:
             self.n_trajectories, self.n_frames, *grid = self._stored[0].shape[:4]
             self.grid: tuple[int, int] = tuple(grid)
             self.time = _read_time(self.path, file, self.system, self._stored[0].shape[:4])  # float64 (T,) or (B, T)
+            self.spacing = _read_spacing(file, self.system)  # of grid points, along both axes
             self.labels = _read_labels(self.path, file, self.system, self.n_trajectories)  # name -> float or (B,)
             self.initial_conditions: np.ndarray | None = file[INITIAL_CONDITION][()] if INITIAL_CONDITION in file else None
         if self.initial_conditions is not None and self.initial_conditions.shape != (self.n_trajectories,):

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["00g_simulate", "03_pretrain", "04_probe", "05_table1"]
+STAGES = ["00g_simulate", "03_pretrain", "04_probe", "05_table1", "05b_resolution", "05c_machines", "08a_tuning"]
 ALL = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
@@ -91,22 +91,39 @@ def test_pretrain_refuses_what_it_does_not_know(parameters, message, tmp_path):
 
 
 def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
-    "All rows of Table 1 at preset smoke, through the library, then both notebooks."
-    from physrep.evaluate import ROWS, score_constant, score_run
-    from physrep.runs import constant_folder, pretrain, resolve
+    "All rows of Table 1 at preset smoke, one seed of one row missing, through the library; then the notebooks."
+    from physrep.evaluate import BASELINES, ROWS, score_baseline, score_run
+    from physrep.presets import get_preset
+    from physrep.runs import pretrain, resolve
 
     runs, quiet = tmp_path / "runs", dict(progress=False)
     for objective, encoder in ROWS:
-        config = resolve("shear_flow", objective, encoder, "smoke")
-        pretrain(config, smoke_data, runs, say=lambda text: None, **quiet)
-        if (objective, encoder) != ("supervised", "vit"):
-            score_run(config, smoke_data, runs, **quiet)
-    score_constant(config, smoke_data, constant_folder("shear_flow", "smoke", runs) / "result.json")
+        for seed in get_preset("smoke").seeds:
+            config = resolve("shear_flow", objective, encoder, "smoke", seed=seed)
+            pretrain(config, smoke_data, runs, say=lambda text: None, **quiet)
+            if (objective, encoder, seed) != ("supervised", "vit", 1):
+                score_run(config, smoke_data, runs, **quiet)
+    for name in BASELINES:
+        score_baseline(name, config, smoke_data, runs)
     common = ("-p", "preset", "smoke", "-p", "run_dir", str(runs))
     table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, cwd=ROOT)
     assert table.returncode != 0 and "no results yet of supervised-vit" in table.stderr
-    probe = papermill("nbs/04_probe.ipynb", str(tmp_path / "p.ipynb"), *common, "-p", "objective", "supervised", "-p", "encoder", "vit", "-p", "data_dir", str(smoke_data), cwd=ROOT)
+    missing = ("-p", "objective", "supervised", "-p", "encoder", "vit", "-p", "seed", "1", "-p", "data_dir", str(smoke_data))
+    probe = papermill("nbs/04_probe.ipynb", str(tmp_path / "p.ipynb"), *common, *missing, cwd=ROOT)
     assert probe.returncode == 0, probe.stderr[-3000:]
     table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, cwd=ROOT)
     assert table.returncode == 0, table.stderr[-3000:]
-    assert {f.name for f in (runs / "smoke" / "figures").iterdir()} == {f"table1.{e}" for e in ("png", "svg", "csv", "json")}
+    assert {f.name for f in (runs / "smoke" / "figures").iterdir()} == {f"{n}.{e}" for n in ("table1", "table1_differences") for e in ("png", "svg", "csv", "json")}
+
+
+def test_tuning_notebook_runs_a_walk_and_goes_on(smoke_data, tmp_path):
+    "Two changes of one walk at preset smoke; the second call finds them in the log."
+    common = ("-p", "preset", "smoke", "-p", "run_dir", str(tmp_path / "runs"), "-p", "data_dir", str(smoke_data), "-p", "rows", "mae-vit")
+    for changes, word in (("1", "mae-vit  0 base"), ("2", "mae-vit  2 ")):
+        out = tmp_path / f"{changes}.ipynb"
+        done = papermill("nbs/08a_tuning.ipynb", str(out), *common, "-p", "changes", changes, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        text = "".join(o.text for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if o.output_type == "stream")
+        assert word in text
+    assert "mae-vit  0 base" not in text, "what is in the log is not run again"
+    assert (tmp_path / "runs" / "smoke" / "figures" / "tuning.csv").is_file()

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # each imports only what stands before it
 FLOORS = [
-    {"systems", "presets", "randomness", "provenance", "parameters"}, {"well", "sim"}, {"generate", "data"}, {"encoders", "heads"},
-    {"objectives"}, {"training", "runs", "probing", "baselines"}, {"results", "evaluate"}, {"explore"},
+    {"systems", "presets", "randomness", "provenance", "parameters"}, {"well", "sim"}, {"well_write"}, {"generate", "data"}, {"encoders", "heads"},
+    {"objectives"}, {"training", "runs", "features", "scores", "probing", "baselines"}, {"results", "comparison"}, {"figures", "evaluate"}, {"verify", "tuning"}, {"explore"},
 ]
 
 

@@ -1,7 +1,7 @@
-"""Probes: known answers, selection on valid only, clipping, determinism, and intervals that keep their promise."""
+"""Probes: known answers, selection on valid only, clipping, determinism, intervals, files, fine-tuning."""
 
 import itertools
-import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,19 +9,18 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
-from physrep.data import LabelScaler
+from physrep.data import Batches, LabelScaler, Normaliser, Windows
+from physrep.encoders.registry import LoadedEncoder, build_encoder
+from physrep.features import Features, encoder_digest, extract, write_tensors
 from physrep.probing import (
-    METRICS,
     PROBES,
     AttentiveRecipe,
-    Features,
-    _weighted_medians,
-    bootstrap_weights,
-    extract,
+    FinetuneRecipe,
+    conformal_half_width,
+    fit_finetune,
     fit_probe,
+    load_probe,
     ridge_path,
-    score,
-    score_difference,
     standardiser,
     token_standardiser,
     valid_mse,
@@ -97,9 +96,7 @@ def test_constant_predicts_the_training_mean_of_the_logarithm_and_scores_one_on_
     train, valid, _, scaler = sets
     prediction = fit_probe("constant", train, valid, scaler).predict(train)
     assert np.allclose(prediction, 10 ** np.log10(train.labels).mean(0))
-    rows = score(prediction, train.labels, train.groups, SYSTEM, scaler, n_bootstrap=10)
-    mse = {r["label"]: r["value"] for r in rows if r["metric"] == "mse"}
-    assert mse == pytest.approx({"Reynolds": 1.0, "Schmidt": 1.0, "mean": 1.0})
+    assert np.mean((scaler.transform(prediction) - scaler.transform(train.labels)) ** 2, axis=0) == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -140,15 +137,6 @@ def test_predictions_stay_in_the_range_of_train_extended_by_a_tenth(sets, name):
         assert np.isclose(p.max(0), y.max(0) + margin).all()
 
 
-def test_a_prediction_outside_the_range_is_scored_as_if_clipped(sets):
-    _, _, test, scaler = sets
-    wild = np.full_like(test.labels, 1e30)
-    edge = scaler.inverse(np.tile(scaler.clip(np.full((1, 2), 99.0)), (len(test), 1)))
-    scores = [score(p, test.labels, test.groups, SYSTEM, scaler, n_bootstrap=5) for p in (wild, edge)]
-    first, second = ([r["value"] for r in rows if r["metric"] == "mse"] for rows in scores)
-    assert np.allclose(first, second)
-
-
 def test_dead_features_do_not_matter(sets):
     train, valid, test, scaler = sets
 
@@ -179,93 +167,235 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
-def test_scores_against_plain_formulas(sets):
-    train, valid, test, scaler = sets
-    p = fit_probe("linear", train, valid, scaler).predict(test)
-    rows = {(r["metric"], r["label"]): r for r in score(p, test.labels, test.groups, SYSTEM, scaler, n_bootstrap=50)}
-    assert len(rows) == len(METRICS) * 3 and all(r["n"] == len(test) for r in rows.values())
-    z, t = scaler.transform(p), scaler.transform(test.labels)
-    for i, label in enumerate(SYSTEM.label_names):
-        assert rows["mse", label]["value"] == pytest.approx(np.mean((z - t)[:, i] ** 2))
-        assert rows["r2", label]["value"] == pytest.approx(1 - np.mean((z - t)[:, i] ** 2) / t[:, i].var())
-        assert rows["relative_error", label]["value"] == pytest.approx(np.median(np.abs(p / test.labels - 1)[:, i]))
-
-
-def test_a_bootstrap_draw_is_the_score_of_the_drawn_windows(sets):
-    train, valid, test, scaler = sets
-    p = fit_probe("linear", train, valid, scaler).predict(test)
-    weights, index = bootstrap_weights(test.groups, 3, seed=5)
-    assert (weights.sum(1) == 40).all() and (weights[0] == 1).all()
-    drawn = np.concatenate([np.flatnonzero(index == g) for g, times in enumerate(weights[2]) for _ in range(times)])
-    relative = np.abs(p / test.labels - 1)[:, 0]
-    assert _weighted_medians(relative, weights, index)[2] == pytest.approx(np.median(relative[drawn]))
-    error = (scaler.transform(p) - scaler.transform(test.labels))[:, 0] ** 2
-    sums = np.bincount(index, error)
-    assert weights[2] @ sums / (weights[2] @ np.bincount(index)) == pytest.approx(error[drawn].mean())
-
-
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    scaler = LabelScaler.fit(SYSTEM, 10 ** (np.random.default_rng(0).uniform(-1, 1, (500, 2)) + [5, 0]))
-    hits = {"groups": 0, "windows": 0}
-    sigma, n = 0.1, 120
-    for seed in range(n):
-        rng = np.random.default_rng(seed)
-        u = rng.uniform(-0.9, 0.9, (50, 2)).repeat(6, 0)
-        p = u + sigma * rng.normal(size=(50, 2)).repeat(6, 0)  # far from the clipping range
-        groups = {"groups": np.arange(50).repeat(6), "windows": np.arange(300)}
-        for kind, g in groups.items():
-            row = score(10 ** (p + [5, 0]), 10 ** (u + [5, 0]), g, SYSTEM, scaler, n_bootstrap=200, seed=seed)[2]
-            assert (row["metric"], row["label"]) == ("mse", "mean")
-            hits[kind] += row["low"] <= sigma**2 * np.mean(1 / scaler.std**2) <= row["high"]
-    assert 0.86 < hits["groups"] / n <= 1 and hits["windows"] / n < 0.75
-
-
-def test_paired_difference_is_the_difference_and_is_narrower(sets):
-    train, valid, test, scaler = sets
-    a = fit_probe("linear", train, valid, scaler).predict(test)
-    b = a * 1.02
-    difference, first, second = score_difference(a, b, test.labels, test.groups, SYSTEM, scaler), *(
-        score(p, test.labels, test.groups, SYSTEM, scaler) for p in (a, b)
-    )
-    for d, x, y in zip(difference, first, second):
-        assert d["value"] == pytest.approx(x["value"] - y["value"], abs=1e-12)
-        if d["metric"] == "mse":
-            assert d["high"] - d["low"] < 0.3 * (x["high"] - x["low"])
-
-
-def test_one_group_has_no_interval(sets):
-    _, _, test, scaler = sets
-    for row in score(test.labels, test.labels, np.zeros(len(test)), SYSTEM, scaler, n_bootstrap=5):
-        assert math.isnan(row["low"]) and math.isnan(row["high"]) and math.isfinite(row["value"])
-
-
 def test_errors_name_what_is_wrong(sets):
     train, valid, test, scaler = sets
     with pytest.raises(ValueError, match="unknown probe 'ridge'; valid: constant, linear, knn, attentive"):
         fit_probe("ridge", train, valid, scaler)
     with pytest.raises(ValueError, match="16 and 8 channels"):
         fit_probe("linear", train, make(1, dim=8), scaler)
-    with pytest.raises(ValueError, match=r"prediction has shape \(3, 2\); 120 windows of shear_flow want \(120, 2\)"):
-        score(np.ones((3, 2)), test.labels, test.groups, SYSTEM, scaler)
-    with pytest.raises(ValueError, match="tokens of 1 of 120 windows are not finite, first at window 7"):
-        bad = train.tokens.clone()
-        bad[7, 0, 0] = torch.inf
-        Features(bad, train.labels, train.groups)
-    with pytest.raises(ValueError, match="no batches"):
-        extract(torch.nn.Identity(), [], progress=False)
+    probe = fit_probe("linear", train, valid, scaler)
+    with pytest.raises(ValueError, match="fitted on 16 channels, the features have 8"):
+        probe.predict(make(1, dim=8))
+    with pytest.raises(ValueError, match="between 0 and 1, got 90"):
+        probe.interval(test, level=90)
 
 
-def test_extract_takes_no_gradient_and_uses_evaluation_mode():
-    class Encoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop = torch.nn.Dropout(0.5)
-            self.scale = torch.nn.Parameter(torch.ones(()))
+# --- intervals
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert not torch.is_grad_enabled()
-            return self.drop(x.flatten(2).transpose(1, 2)) * self.scale
 
-    encoder, x = Encoder().train(), torch.randn(4, 3, 2, 2, 2)
-    tokens = extract(encoder, ({"fields": part} for part in x.split(3)), dtype=torch.float32, progress=False)
-    assert torch.equal(tokens, x.flatten(2).transpose(1, 2)) and encoder.training and not tokens.requires_grad
+def test_half_widths_are_order_statistics():
+    residuals = np.arange(1.0, 20.0)[::-1, None]  # 1 ... 19, so (n + 1) p = 18 for p = 0.9
+    assert conformal_half_width(residuals, 0.9) == [18.0] and conformal_half_width(residuals, 0.95) == [19.0]
+    assert np.isinf(conformal_half_width(residuals, 0.951)) and conformal_half_width(residuals, 0.05) == [1.0]
+
+
+def test_intervals_cover_fresh_data_as_often_as_they_say():
+    "Averaged over fits on fresh samples; the half-widths are from 40 flows of 3 windows, so a single one may be off by several per cent."
+    fresh = make(1000, n_groups=700)
+    for level in (0.5, 0.9):
+        inside = []
+        for seed in range(12):
+            train, valid = make(10 + seed), make(100 + seed)
+            scaler = LabelScaler.fit(SYSTEM, train.labels)
+            low, high = fit_probe("linear", train, valid, scaler).interval(fresh, level)
+            inside.append(np.mean((low <= fresh.labels) & (fresh.labels <= high)))
+        assert np.mean(inside) == pytest.approx(level, abs=0.03)
+
+
+def test_intervals_of_predictions_are_those_of_features_and_stay_in_the_range_of_train(sets):
+    train, valid, test, scaler = sets
+    probe = fit_probe("linear", train, valid, scaler)
+    for a, b in zip(probe.interval(test, 0.8), probe.interval(probe.predict(test), 0.8)):
+        assert np.allclose(a, b, rtol=1e-12)
+    few = fit_probe("linear", train, valid.subset(np.arange(5)), scaler)
+    low, high = few.interval(test, 0.99)  # five residuals say nothing about 99 %
+    edge = scaler.inverse(scaler.clip(np.array([[-99.0, -99.0], [99.0, 99.0]])))
+    assert np.allclose(low, edge[0]) and np.allclose(high, edge[1])
+
+
+# --- files
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_from_its_file_is_the_probe_to_the_last_bit(sets, name, tmp_path):
+    train, valid, test, scaler = sets
+    train = Features(train.tokens, train.labels, train.groups, {"encoder": "0123", "split": "train"})
+    options = {"recipe": AttentiveRecipe(epochs=3, head={"heads": 4, "mlp_ratio": 2.0})} if name == "attentive" else {}
+    probe, path = fit_probe(name, train, valid, scaler, **options), tmp_path / "some" / "probe.safetensors"
+    probe.save(path, info={"run": "a"})
+    again = load_probe(path)
+    assert np.array_equal(again.predict(test), probe.predict(test)) and np.array_equal(again.predict_z(valid), probe.predict_z(valid))
+    for a, b in zip(again.interval(test, 0.9), probe.interval(test, 0.9)):
+        assert np.array_equal(a, b)
+    assert (again.name, again.chosen, again.trials, again.config) == (probe.name, probe.chosen, probe.trials, probe.config)
+    assert again.info == {"encoder": "0123", "split": "train", "run": "a"} and probe.info == {"encoder": "0123", "split": "train"}
+    again.save(tmp_path / "again.safetensors")
+    assert np.array_equal(load_probe(tmp_path / "again.safetensors").predict(test), probe.predict(test))
+
+
+def test_which_labels_are_logarithmic_comes_from_the_file(sets, tmp_path):
+    train, valid, test, _ = sets
+    linear_schmidt = replace(SYSTEM, labels=(SYSTEM.labels[0], replace(SYSTEM.labels[1], log=False)))
+    probe = fit_probe("linear", train, valid, LabelScaler.fit(linear_schmidt, train.labels))
+    probe.save(tmp_path / "p.safetensors")
+    again = load_probe(tmp_path / "p.safetensors")
+    assert [label.log for label in again.scaler.system.labels] == [True, False] and np.array_equal(again.predict(test), probe.predict(test))
+
+
+def test_files_that_are_no_probe_are_named(sets, tmp_path):
+    train, valid, _, scaler = sets
+    path = tmp_path / "p.safetensors"
+    with pytest.raises(FileNotFoundError, match="p.safetensors"):
+        load_probe(path)
+    fit_probe("linear", train, valid, scaler).save(path)
+    whole = path.read_bytes()
+    for content in (whole[:-7], whole[:40], b"", b"{}", whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="p.safetensors"):
+            load_probe(path)
+    write_tensors(path, {"tokens": torch.zeros(2)}, {"split": "train"})
+    with pytest.raises(ValueError, match="p.safetensors holds no probe; a probe is one of constant, linear, knn, attentive"):
+        load_probe(path)
+    other = replace(SYSTEM, name="navier_stokes")
+    fit_probe("linear", train, valid, LabelScaler.fit(other, train.labels)).save(path)
+    with pytest.raises(ValueError, match="p.safetensors: unknown system 'navier_stokes'; valid: "):
+        load_probe(path)
+
+
+# --- encoders
+
+
+def small_encoder(seed: int = 0, normaliser: Normaliser | None = None, shape: tuple[int, int, int] = (4, 32, 32)) -> LoadedEncoder:
+    normaliser = normaliser or Normaliser.identity(SYSTEM)
+    torch.manual_seed(seed)
+    encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
+    info = {"name": "vit", "config": dict(encoder.config), "system": "shear_flow", "channels": SYSTEM.channels, "shape": list(shape), "dt": 0.2}
+    return LoadedEncoder(encoder, info | {"mean": normaliser.mean.tolist(), "std": normaliser.std.tolist()})
+
+
+@pytest.fixture(scope="module")
+def flows(smoke_data) -> dict[str, Windows]:
+    return {split: Windows(smoke_data / "shear_flow", "shear_flow", split, frames=4, stride=8) for split in ("train", "valid", "test")}
+
+
+def test_a_saved_probe_answers_for_raw_fields_as_for_features(flows, tmp_path):
+    normaliser, scaler = Normaliser(torch.tensor([0.1, 0.2, 0.0, 0.0]), torch.tensor([0.5, 2.0, 0.3, 0.3])), LabelScaler.fit(SYSTEM, flows["train"].labels)
+    encoder = small_encoder(normaliser=normaliser)
+    features = {}
+    for split, w in flows.items():
+        batches = Batches(w, batch_size=16, normaliser=normaliser, scaler=scaler)
+        tokens = extract(encoder, batches.evaluation(), progress=False)
+        features[split] = Features(tokens, w.targets(np.arange(len(w))), w.window_groups(), {"encoder": encoder_digest(encoder)})
+    for name in PROBES:
+        fit_probe(name, features["train"], features["valid"], scaler, **QUICK.get(name, {})).save(tmp_path / f"{name}.safetensors")
+        probe = load_probe(tmp_path / f"{name}.safetensors")
+        raw = flows["test"].read(np.arange(20))
+        assert np.allclose(probe.predict_fields(encoder, raw, dt=0.2), probe.predict(features["test"].subset(np.arange(20))), rtol=1e-2)
+        for stranger in (small_encoder(1, normaliser), small_encoder(0)):  # other weights, another normalisation
+            with pytest.raises(ValueError, match=f"{encoder_digest(encoder)}, this one has {encoder_digest(stranger)}"):
+                probe.predict_fields(stranger, raw, dt=0.2)
+    with pytest.raises(ValueError, match="frames 0.2 apart, got dt=0.4"):
+        probe.predict_fields(encoder, raw, dt=0.4)
+
+
+class Amplitudes:
+    "Windows whose labels are the amplitudes of a wave in the two velocity components."
+
+    def __init__(self, seed: int, n: int):
+        rng = np.random.default_rng(seed)
+        self.system, self.shape, u = SYSTEM, (4, 2, 8, 8), rng.uniform(-1, 1, (n, 2))
+        self.fields = rng.normal(0, 0.3, (n, *self.shape)).astype(np.float32)
+        self.fields[:, 2:] += (u + 1.5)[:, :, None, None, None] * np.sin(np.pi * np.arange(8) / 2)
+        self.labels = 10 ** (u + [5.0, 0.0])
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def read(self, indices: np.ndarray, out: torch.Tensor) -> torch.Tensor:
+        return out[: len(indices)].copy_(torch.from_numpy(self.fields[indices]))
+
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        return self.labels[indices]
+
+
+class TracerOnly(torch.nn.Module):
+    "Patches to tokens with random weights, those of both velocity components zero."
+
+    def __init__(self):
+        super().__init__()
+        self.dim, self.config = 16, {}
+        self.conv = torch.nn.Conv3d(4, 16, (2, 4, 4), (2, 4, 4))
+        with torch.no_grad():
+            self.conv.weight[:, 2:] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).flatten(2).transpose(1, 2)
+
+
+@pytest.fixture(scope="module")
+def finetuning() -> tuple[LoadedEncoder, dict[str, Amplitudes], LabelScaler]:
+    "An encoder that does not look at the velocity, and windows whose labels are there."
+    torch.manual_seed(0)
+    info = {"name": "tracer only", "config": {}, "system": "shear_flow", "channels": SYSTEM.channels, "shape": [2, 8, 8], "dt": 0.2}
+    windows = {split: Amplitudes(seed, n) for seed, (split, n) in enumerate({"train": 256, "valid": 64, "test": 128}.items())}
+    return LoadedEncoder(TracerOnly(), info | {"mean": [0.0] * 4, "std": [1.0] * 4}), windows, LabelScaler.fit(SYSTEM, windows["train"].labels)
+
+
+def batches_of(finetuning, split: str, **options) -> Batches:
+    encoder, windows, scaler = finetuning
+    return Batches(windows[split], **{"batch_size": 32, "normaliser": encoder.normaliser, "scaler": scaler} | options)
+
+
+def test_finetuning_finds_what_the_frozen_encoder_does_not_show_and_leaves_it_as_it_was(finetuning):
+    encoder, windows, scaler = finetuning
+    before, modes = encoder_digest(encoder), [m.training for m in encoder.modules()]
+    tuned = fit_finetune(encoder, batches_of(finetuning, "train"), batches_of(finetuning, "valid"), recipe=FinetuneRecipe(epochs=12, lr=1e-3, encoder_lr=1e-3))
+    assert encoder_digest(encoder) == before and [m.training for m in encoder.modules()] == modes
+    assert not any(p.requires_grad for p in encoder.parameters())
+    features = {s: Features(extract(encoder, batches_of(finetuning, s).evaluation(), progress=False), w.labels, np.arange(len(w))) for s, w in windows.items()}
+    frozen = fit_probe("attentive", features["train"], features["valid"], scaler)
+    test = features["test"]
+    assert valid_mse(frozen.predict_z(test), test, scaler) > 0.7
+    assert valid_mse(tuned.predict_z(batches_of(finetuning, "test")), test, scaler) < 0.3
+    assert tuned.predict(batches_of(finetuning, "test", batch_size=50)) == pytest.approx(tuned.predict(batches_of(finetuning, "test")), rel=1e-4)
+    best = min(tuned.trials, key=lambda t: t["valid_mse"])
+    assert tuned.chosen == {"epoch": best["epoch"]} and len(tuned.trials) == 13 and tuned.name == "finetune"
+    assert valid_mse(tuned.predict_z(batches_of(finetuning, "valid")), features["valid"], scaler) == pytest.approx(best["valid_mse"], rel=1e-5)
+    low, high = tuned.interval(batches_of(finetuning, "test"), 0.9)
+    assert 0.8 < np.mean((low <= test.labels) & (test.labels <= high)) < 0.98
+
+
+def test_finetuning_starts_at_the_attentive_probe(finetuning):
+    encoder, windows, scaler = finetuning
+    info = {"encoder": encoder_digest(encoder)}
+    features = {s: Features(extract(encoder, batches_of(finetuning, s).evaluation(), progress=False), w.labels, np.arange(len(w)), info) for s, w in windows.items()}
+    probes = {name: fit_probe(name, features["train"], features["valid"], scaler, **QUICK.get(name, {})) for name in ("linear", "attentive")}
+    train, valid = (batches_of(finetuning, s) for s in ("train", "valid"))
+    tuned = fit_finetune(encoder, train, valid, start=probes["attentive"], recipe=FinetuneRecipe(epochs=1))
+    frozen = valid_mse(probes["attentive"].predict_z(features["valid"]), features["valid"], scaler)
+    assert tuned.trials[0] == {"epoch": 0, "valid_mse": pytest.approx(frozen, rel=1e-3)}, "features are kept as float16"
+    with pytest.raises(ValueError, match="starts from an attentive probe of the same encoder, got a linear probe"):
+        fit_finetune(encoder, train, valid, start=probes["linear"])
+    other = replace(probes["attentive"], info={"encoder": "0" * 32})
+    with pytest.raises(ValueError, match="attentive probe of 0000"):
+        fit_finetune(encoder, train, valid, start=other)
+
+
+def test_finetuning_follows_from_its_seeds_and_touches_no_generator(finetuning):
+    recipe, valid = FinetuneRecipe(epochs=2), batches_of(finetuning, "valid")
+
+    def run(seed: int = 0, **options) -> np.ndarray:
+        return fit_finetune(finetuning[0], batches_of(finetuning, "train", **options), valid, seed=seed, recipe=recipe).predict(valid)
+
+    first = run()
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert np.array_equal(first, run()) and torch.equal(state, torch.get_rng_state())
+    assert not np.allclose(first, run(seed=1)) and not np.allclose(first, run(augment=True))
+    assert np.allclose(first, run(accumulate=2), rtol=1e-3)  # micro-batches are one batch
+
+
+def test_finetuning_refuses_batches_with_another_normalisation(finetuning):
+    other = batches_of(finetuning, "train", normaliser=Normaliser(torch.zeros(4), 2 * torch.ones(4)))
+    with pytest.raises(ValueError, match="normaliser=encoder.normaliser"):
+        fit_finetune(finetuning[0], other, batches_of(finetuning, "valid"))

@@ -1,0 +1,218 @@
+"""Baselines: statistics with known values and symmetries; oracles that are right on exact solutions, and refuse what they cannot do."""
+
+import numpy as np
+import pytest
+import torch
+
+from physrep.baselines import (
+    DIFFUSIVITIES,
+    KNOWS,
+    METHODS,
+    ORACLES,
+    SMALLEST,
+    STATISTICS,
+    _bump_matrices,
+    _integration_matrix,
+    equation_oracle,
+    statistics_names,
+    summary_statistics,
+)
+from physrep.data import apply_symmetry
+from physrep.sim.shear_flow import simulate
+from physrep.systems import SYSTEMS, get_system
+
+SHEAR = get_system("shear_flow")
+DT, N = 0.2, 32
+UNITS = dict(dt=DT, spacing=(1 / N, 1 / N))
+
+
+@pytest.fixture(scope="module")
+def flows() -> tuple[np.ndarray, np.ndarray]:
+    "Simulated clips `(8, 4, 16, 32, 32)`, stored coarser than they were solved, and labels `(8, 2)`."
+    labels = np.array([(re, sc) for re in (400.0, 1131.0, 2000.0, 3200.0) for sc in (0.3, 2.0)])
+    out = simulate(*labels.T, list(range(8)), n_frames=24, frame_dt=DT, store_grid=N)
+    fields = np.stack([out["tracer"], out["pressure"], out["velocity"][..., 0], out["velocity"][..., 1]], axis=1)
+    return fields[:, :, 8:], labels
+
+
+def taylor_green(reynolds, schmidt, *, wind=(0.0, 0.0), shape=(N, N), box=(1.0, 1.0), frames=16) -> np.ndarray:
+    "Exact solution `(1, 4, t, h, w)`: a decaying vortex and tracer in a uniform wind, in a box that may be a rectangle."
+    t = DT * np.arange(frames)[:, None, None]
+    kx, ky = 2 * np.pi / np.array(box)
+    x, y = np.meshgrid(*(length * np.arange(n) / n for n, length in zip(shape, box)), indexing="ij")
+    a, b = kx * (x - wind[0] * t), ky * (y - wind[1] * t)
+    k2 = kx**2 + ky**2
+    decay, fading = np.exp(-k2 * t / reynolds), np.exp(-k2 * t / (reynolds * schmidt))
+    u, v = -ky * np.cos(a) * np.sin(b) * decay / kx + wind[0], np.sin(a) * np.cos(b) * decay + wind[1]  # psi = cos a cos b / kx
+    return np.stack([np.cos(a) * np.cos(b) * fading, 0 * u, u, v])[None]
+
+
+# ---- statistics
+
+
+def test_statistics_of_a_travelling_sine_are_the_formulas():
+    k, c = 2 * np.pi * 3, 0.05
+    t, x = DT * np.arange(9)[:, None, None], np.arange(N)[:, None] / N
+    wave = np.broadcast_to(2.5 * np.sin(k * (x - c * t)), (9, N, N))
+    fields = np.zeros((1, 4, 9, N, N))
+    fields[0, 0], fields[0, 1] = wave + 7, 3.0
+    got = dict(zip(statistics_names(SHEAR), np.exp(summary_statistics(fields, system=SHEAR, **UNITS)[0])))
+    rms = 2.5 / np.sqrt(2)
+    for frame in range(1, 5):
+        assert got[f"std tracer {frame}"] == pytest.approx(rms)
+        assert got[f"gradient tracer {frame}"] == pytest.approx(rms * 2 * N * np.sin(k / N / 2))
+        assert got[f"rate tracer {frame}"] == pytest.approx(rms * 2 / DT * np.sin(k * c * DT / 2))
+        assert got[f"gradient pressure {frame}"] == got[f"rate velocity_x {frame}"] == pytest.approx(SMALLEST)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_statistics_of_every_system_and_their_names(name):
+    system = get_system(name)
+    fields = torch.randn(3, system.n_channels, 7, 12, 10, generator=torch.Generator().manual_seed(0))
+    values = summary_statistics(fields, system=name, dt=0.5, spacing=(0.1, 0.2), frames=3)
+    assert values.shape == (3, len(statistics_names(name, 3))) == (3, len(STATISTICS) * system.n_channels * 3)
+    assert values.dtype == np.float64 and np.isfinite(values).all()
+    assert np.array_equal(values, summary_statistics(fields.numpy(), system=system, dt=0.5, spacing=(0.1, 0.2), frames=3, chunk=2))
+    first = statistics_names(name, 3).index(f"rate {system.channels[-1]} 1")
+    assert values[0, first] == pytest.approx(np.log((fields[0, -1, 1] - fields[0, -1, 0]).std(correction=0).item() / 0.5), abs=1e-5)
+
+
+def test_statistics_do_not_change_under_the_exact_symmetries(flows):
+    fields, _ = flows
+    b = len(fields)
+    rng = np.random.default_rng(0)
+    shifts, mirrors = rng.integers(0, N, (b, 2)), rng.random((b, 2)) < 0.5
+    moved = apply_symmetry(torch.from_numpy(fields), shifts, mirrors, SHEAR)
+    before, after = (summary_statistics(f, system=SHEAR, **UNITS) for f in (fields, moved))
+    assert np.allclose(before, after, atol=1e-5)
+
+
+def test_walls_and_crops_have_no_neighbour_across_the_edge():
+    system = get_system("rayleigh_benard")
+    z = np.broadcast_to(np.arange(N) / N, (1, 4, 6, N, N))  # linear from plate to plate
+    names = statistics_names(system)
+    gradient = summary_statistics(z, system=system, **UNITS)[0, names.index("gradient buoyancy 1")]
+    assert gradient == pytest.approx(0.0, abs=1e-9), "a jump back to the lower plate would be seen as a gradient"
+    assert summary_statistics(z, system=SHEAR, **UNITS)[0, names.index("gradient buoyancy 1")] > 1
+    assert summary_statistics(z, system=SHEAR, periodic=False, **UNITS)[0, names.index("gradient buoyancy 1")] == pytest.approx(0.0, abs=1e-9)
+    with pytest.raises(ValueError, match="rayleigh_benard is not periodic along y"):
+        summary_statistics(z, system=system, periodic=True, **UNITS)
+
+
+# ---- the parts of the oracle
+
+
+def test_integration_is_exact_for_polynomials_of_degree_five():
+    t = 0.3 * np.arange(11)
+    for degree in range(6):
+        assert np.allclose(_integration_matrix(11, 0.3) @ t**degree, t ** (degree + 1) / (degree + 1), rtol=1e-11, atol=1e-12)
+    assert np.allclose(_integration_matrix(3, 0.3) @ t[:3] ** 2, t[:3] ** 3 / 3)
+
+
+def test_derivatives_of_the_bump_integrate_by_parts():
+    n, step = 40, 0.1
+    x = step * np.arange(n)
+    bump = _bump_matrices(n, step, 13.0)
+    f, slope, bend = np.sin(1.7 * x), 1.7 * np.cos(1.7 * x), -(1.7**2) * np.sin(1.7 * x)
+    assert np.allclose(bump[1] @ f, -bump[0] @ slope, atol=1e-4)
+    assert np.allclose(bump[2] @ f, bump[0] @ bend, atol=1e-3)
+    assert bump.shape == (4, 8, n)
+    assert np.allclose(bump[1:].sum(-1), 0, atol=1e-3), "cut at an edge, a derivative would not sum to zero"
+    assert all(np.allclose(row, np.roll(bump[0, 0], 2 * i)) for i, row in enumerate(bump[0])), "every place has the whole bump"
+
+
+# ---- the oracle
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wind", [(0.0, 0.0), (0.31, -0.17)])
+def test_every_method_is_right_on_a_taylor_green_vortex(method, wind):
+    fields = np.concatenate([taylor_green(800, 0.5, wind=wind), taylor_green(3000, 2.0, wind=wind)])
+    found = equation_oracle(fields, system=SHEAR, method=method, **UNITS)
+    assert np.allclose(found, [[800, 0.5], [3000, 2.0]], rtol=1e-4 if method == "weak" else 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_spacing_and_shape_of_a_rectangular_box(method):
+    fields = taylor_green(500, 1.5, wind=(0.1, 0.2), shape=(24, 36), box=(1.0, 2.0))
+    found = equation_oracle(torch.from_numpy(fields), system="shear_flow", dt=DT, spacing=(1 / 24, 2 / 36), method=method)
+    assert np.allclose(found, [[500, 1.5]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method,limit", [("weak", 0.002), ("resolved_budget", 0.005), ("budget", 0.2)])
+def test_simulated_flows_at_the_stored_resolution(flows, method, limit):
+    fields, labels = flows
+    assert np.abs(equation_oracle(fields, system=SHEAR, method=method, **UNITS) / labels - 1).max() < limit
+
+
+def test_weak_form_works_on_a_crop_where_budgets_refuse(flows):
+    fields, labels = flows
+    crop = fields[..., 3:27, 5:29]
+    assert np.abs(equation_oracle(crop, system=SHEAR, periodic=False, **UNITS) / labels - 1).max() < 0.02
+    for method in ("budget", "resolved_budget"):
+        with pytest.raises(ValueError, match=f"method '{method}' needs a whole periodic box"):
+            equation_oracle(crop, system=SHEAR, periodic=False, method=method, **UNITS)
+    assert {m: KNOWS[m].crop for m in METHODS} == {"weak": True, "resolved_budget": False, "budget": False}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_windows_do_not_influence_each_other(flows, method):
+    fields, _ = flows
+    whole = equation_oracle(fields, system=SHEAR, method=method, chunk=3, **UNITS)
+    one = equation_oracle(fields[5:6], system=SHEAR, method=method, **UNITS)
+    assert np.allclose(whole[5:6], one, rtol=1e-9)
+    assert equation_oracle(fields[:0], system=SHEAR, method=method, **UNITS).shape == (0, 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pressure_gauge_and_mean_of_the_tracer_do_not_matter(flows, method):
+    fields, _ = flows
+    other = fields.astype(np.float64)
+    other[:, 1] += 5.0
+    other[:, 0] += 2.0
+    a, b = (equation_oracle(f, system=SHEAR, method=method, **UNITS) for f in (fields, other))
+    assert np.allclose(a, b, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_failed_estimate_is_finite_positive_and_at_the_edge(method):
+    backwards = taylor_green(800, 0.5)[:, :, ::-1]  # grows: viscosity below zero
+    still = np.zeros_like(backwards)
+    found = equation_oracle(np.concatenate([backwards, still]), system=SHEAR, method=method, **UNITS)
+    assert np.allclose(found[:, 0], 1 / DIFFUSIVITIES[0]) and np.allclose(found[:, 1], 1.0)
+    assert np.isfinite(SHEAR.labels[1].transform(found[:, 1])).all()
+
+
+def test_errors_say_what_is_wrong(flows):
+    fields, _ = flows
+    for function in (summary_statistics, equation_oracle):
+        with pytest.raises(ValueError, match=r"fields of shear_flow must be \(b, 4, t, h, w\), got \(8, 3, 16, 32, 32\)"):
+            function(fields[:, :3], system=SHEAR, **UNITS)
+        with pytest.raises(ValueError, match="must be .b, 4, t, h, w."):
+            function(fields[0], system=SHEAR, **UNITS)
+        with pytest.raises(ValueError, match="dt must be a positive number and spacing a pair"):
+            function(fields, system=SHEAR, dt=DT, spacing=1 / N)
+        with pytest.raises(ValueError, match="dt must be a positive number"):
+            function(fields, system=SHEAR, dt=0.0, spacing=UNITS["spacing"])
+        broken = fields.copy()
+        broken[3, 2, 1, 4, 4] = np.nan
+        with pytest.raises(ValueError, match="fields of 1 of 8 windows are not finite, first of window 3"):
+            function(broken, system=SHEAR, **UNITS)
+        with pytest.raises(ValueError, match="unknown system 'shear'"):
+            function(fields, system="shear", **UNITS)
+    with pytest.raises(ValueError, match="at least 5 frames, got 4"):
+        summary_statistics(fields[:, :, :4], system=SHEAR, **UNITS)
+    with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
+        summary_statistics(fields, system=SHEAR, frames=0, **UNITS)
+    with pytest.raises(ValueError, match="at least 8 frames, got 6"):
+        equation_oracle(fields[:, :, :6], system=SHEAR, **UNITS)
+    with pytest.raises(ValueError, match="at least 8 points along both axes, got 32 x 6"):
+        equation_oracle(fields[..., :6], system=SHEAR, **UNITS)
+    with pytest.raises(ValueError, match="unknown method 'strong'; valid: weak, resolved_budget, budget"):
+        equation_oracle(fields, system=SHEAR, method="strong", **UNITS)
+    with pytest.raises(ValueError, match="no equation oracle for rayleigh_benard; there is one for shear_flow"):
+        equation_oracle(fields, system="rayleigh_benard", **UNITS)
+
+
+def test_every_method_and_oracle_is_described():
+    assert set(KNOWS) == {*METHODS, "statistics"} and set(ORACLES) <= set(SYSTEMS)

@@ -1,0 +1,227 @@
+"""Features: extraction, digests, and a cache that is never wrong."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from physrep.data import Normaliser, Windows
+from physrep.encoders.registry import LoadedEncoder, build_encoder, load_encoder, save_encoder
+from physrep.features import (
+    Features,
+    cache_path,
+    cached,
+    encoder_digest,
+    extract,
+    features_key,
+    key_text,
+    read_tensors,
+    tensors_digest,
+    weights_digest,
+    write_tensors,
+)
+from physrep.systems import get_system
+
+SYSTEM = get_system("shear_flow")
+KEY = {"encoder": "abc", "split": "train", "crop": ((0, 8), (0, 8)), "mean": [0.1, 0.2]}
+TOKENS = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).half()
+
+
+class Make:
+    "Counts how often it is called."
+
+    def __init__(self, tokens: torch.Tensor = TOKENS):
+        self.tokens, self.calls, self.said = tokens, 0, []
+
+    def __call__(self) -> torch.Tensor:
+        self.calls += 1
+        return self.tokens
+
+    def ask(self, folder, key=KEY, name="train") -> torch.Tensor:
+        return cached(folder, name, key, self, say=self.said.append)
+
+
+def test_extract_takes_no_gradient_and_uses_evaluation_mode():
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = torch.nn.Dropout(0.5)
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not torch.is_grad_enabled()
+            return self.drop(x.flatten(2).transpose(1, 2)) * self.scale
+
+    encoder, x = Encoder().train(), torch.randn(4, 3, 2, 2, 2)
+    tokens = extract(encoder, ({"fields": part} for part in x.split(3)), dtype=torch.float32, progress=False)
+    assert torch.equal(tokens, x.flatten(2).transpose(1, 2)) and encoder.training and not tokens.requires_grad
+
+
+def test_features_and_batches_that_are_not_right_are_named():
+    labels, groups = np.ones((5, 2)), np.arange(5)
+    with pytest.raises(ValueError, match="tokens of 1 of 5 windows are not finite, first at window 3"):
+        bad = TOKENS.clone()
+        bad[3, 0, 0] = torch.inf
+        Features(bad, labels, groups)
+    with pytest.raises(ValueError, match="labels of 5 of 5 windows are not finite"):
+        Features(TOKENS, labels * np.nan, groups)
+    with pytest.raises(ValueError, match="no batches"):
+        extract(torch.nn.Identity(), [], progress=False)
+
+
+# --- the cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_a_hit_gives_identical_tokens_without_making_them(tmp_path, dtype):
+    make = Make(TOKENS.to(dtype))
+    first, second = make.ask(tmp_path / "new" / "folder"), make.ask(tmp_path / "new" / "folder")
+    assert torch.equal(first, second) and second.dtype == dtype and make.calls == 1 and not make.said
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == [cache_path("", "train", KEY).name]
+
+
+def test_a_key_is_equal_whatever_its_order_and_two_keys_do_not_collide(tmp_path):
+    make, other = Make(), Make(TOKENS + 1)
+    make.ask(tmp_path)
+    make.ask(tmp_path, dict(reversed(KEY.items())) | {"crop": [[0, 8], [0, 8]]})
+    assert make.calls == 1
+    assert torch.equal(other.ask(tmp_path, KEY | {"split": "test"}), TOKENS + 1) and torch.equal(make.ask(tmp_path), TOKENS)
+    assert other.calls == 1 and make.calls == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header cut", "empty", "text", "flipped byte", "foreign key", "foreign tensors", "encoder"])
+def test_a_file_that_cannot_be_used_is_said_and_made_again(tmp_path, damage):
+    make = Make()
+    make.ask(tmp_path)
+    path = cache_path(tmp_path, "train", KEY)
+    whole = path.read_bytes()
+    content = {
+        "truncated": whole[:-1], "header cut": whole[:20], "empty": b"", "text": b"a note to myself",
+        "flipped byte": whole[:-30] + bytes([whole[-30] ^ 16]) + whole[-29:],
+    }  # fmt: skip
+    path.unlink()
+    if damage in content:
+        path.write_bytes(content[damage])
+    elif damage == "foreign key":  # a sound file under the wrong name
+        write_tensors(path, {"tokens": TOKENS + 1}, KEY | {"split": "test"})
+    elif damage == "foreign tensors":
+        write_tensors(path, {"other": TOKENS + 1}, KEY)
+    else:
+        encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
+        save_encoder(path, encoder, "vit", system="shear_flow", normaliser=Normaliser.identity(SYSTEM), shape=(4, 16, 16), dt=0.2)
+    assert torch.equal(make.ask(tmp_path), TOKENS) and make.calls == 2
+    assert len(make.said) == 1 and make.said[0].startswith(path.name) and str(tmp_path) not in make.said[0]
+    if damage == "foreign key":
+        assert "(split)" in make.said[0]
+    assert torch.equal(make.ask(tmp_path), TOKENS) and make.calls == 2 and len(make.said) == 1  # sound again
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"tokens": TOKENS[:1, :1]}, {"split": "train"})
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        for bit in (1, 32, 128):
+            bad = tmp_path / f"{i}-{bit}.safetensors"
+            bad.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :])
+            with pytest.raises(ValueError, match=bad.name):
+                read_tensors(bad)
+
+
+def test_a_failed_make_or_write_leaves_nothing_and_a_half_written_leftover_does_not_matter(tmp_path):
+    def fails() -> torch.Tensor:
+        raise RuntimeError("no power")
+
+    with pytest.raises(RuntimeError, match="no power"):
+        cached(tmp_path, "train", KEY, fails)
+    assert not list(tmp_path.iterdir())
+    path = cache_path(tmp_path, "train", KEY)
+    leftover = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of a killed run that had our process id
+    leftover.write_bytes(b"half")
+    path.with_name(f".{path.name}.1.tmp").write_bytes(b"half of another process")
+    make = Make()
+    assert torch.equal(make.ask(tmp_path), TOKENS) and torch.equal(make.ask(tmp_path), TOKENS) and make.calls == 1 and not make.said
+
+
+def test_keys_must_be_json(tmp_path):
+    for key in ({"dtype": torch.float16}, {"mean": float("nan")}):
+        with pytest.raises(ValueError, match="a key must be JSON"):
+            cached(tmp_path, "train", key, Make())
+
+
+def test_memory_stays_flat(tmp_path):
+    "Writing and reading 100 MB takes no second copy of it in memory (mapped pages of the file do not count: they can be dropped)."
+    code = f"""
+import torch
+from physrep.features import cached
+torch.set_num_threads(1)
+def anonymous():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+import threading, time
+peak, done = [0.0], False
+def watch():
+    while not done:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+tokens = cached({str(tmp_path)!r}, "t", {{}}, lambda: torch.full((400, 128, 1024), 0.5, dtype=torch.float16))
+print(peak[0] - before)
+del tokens
+before, peak[0] = anonymous(), 0.0
+tokens = cached({str(tmp_path)!r}, "t", {{}}, None)
+assert float(tokens[-1, -1, -1]) == 0.5
+print(peak[0] - before)
+"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs Linux's account of memory")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    writing, reading = map(float, done.stdout.split())
+    assert writing < 160 and reading < 50
+
+
+# --- digests
+
+
+def test_digests_tell_names_types_shapes_and_bytes_apart():
+    base = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+    same = {"b": torch.ones(8)[::2], "a": torch.zeros(3, 2).t()}  # another order, other strides
+    others = [
+        {"a": torch.zeros(3, 2), "b": torch.ones(4)}, {"a": torch.zeros(2, 3), "c": torch.ones(4)}, {"a": torch.zeros(2, 3)},
+        {"a": torch.zeros(2, 3).int(), "b": torch.ones(4)}, {"a": torch.zeros(2, 3), "b": torch.ones(4).nextafter(torch.tensor(2.0))},
+    ]  # fmt: skip
+    assert tensors_digest(base) == tensors_digest(same)
+    assert len({tensors_digest(t) for t in [base, *others]}) == 1 + len(others)
+    assert tensors_digest({"s": torch.tensor(1.0), "e": torch.zeros(0)}) != tensors_digest({"s": torch.tensor(2.0), "e": torch.zeros(0)})
+
+
+def test_an_encoder_keeps_its_digest_through_a_file_and_changes_it_with_anything_that_matters(tmp_path):
+    def save(name: str, seed: int = 0, std: float = 1.0, **config) -> LoadedEncoder:
+        torch.manual_seed(seed)
+        encoder = build_encoder("vit", **dict(in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8)) | config)
+        save_encoder(tmp_path / name, encoder, "vit", system="shear_flow", normaliser=Normaliser(torch.zeros(4), torch.full((4,), std)), shape=(4, 16, 16), dt=0.2)
+        return load_encoder(tmp_path / name)
+
+    first, again = save("a"), save("b")
+    assert encoder_digest(first) == encoder_digest(again) == encoder_digest(load_encoder(tmp_path / "a"))
+    heads = save("c", heads=4)  # the same weights, read by four heads
+    assert weights_digest(heads) == weights_digest(first)
+    assert len({encoder_digest(e) for e in (first, heads, save("d", seed=1), save("e", std=2.0))}) == 4
+
+
+def test_the_key_of_real_windows_changes_with_what_the_tokens_depend_on(smoke_data, tmp_path):
+    torch.manual_seed(0)
+    encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
+    save_encoder(tmp_path / "e", encoder, "vit", system="shear_flow", normaliser=Normaliser.identity(SYSTEM), shape=(4, 32, 32), dt=0.2)
+    encoder, root = load_encoder(tmp_path / "e"), smoke_data / "shear_flow"
+
+    def windows(split: str = "valid", **options) -> Windows:
+        return Windows(root, "shear_flow", split, **{"frames": 4, "stride": 16} | options)
+
+    keys = [features_key(encoder, w) for w in (windows(), windows("test"), windows(stride=8), windows(frames=8), windows(crop=((0, 16), (0, 16))))]
+    keys += [features_key(encoder, windows(), **o) for o in ({"size": 16}, {"amp": True}, {"dtype": torch.float32}, {"device": "cuda:1"})]
+    assert len({key_text(k) for k in keys}) == len(keys)
+    assert key_text(features_key(encoder, windows(), device="cpu")) == key_text(keys[0])

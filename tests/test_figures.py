@@ -1,0 +1,156 @@
+"""The figures: marks and gaps, the same bytes each time, whole or not at all, and a record of what made them."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from physrep.figures import figure_record, plot_differences, plot_table1, save_figure
+from physrep.presets import project_root
+from physrep.provenance import module_digests, notebook_digest
+from physrep.results import over_seeds
+
+
+def row(**changes: object) -> dict:
+    base = {
+        "system": "shear_flow", "objective": "jepa", "encoder": "convnext", "probe": "linear", "split": "test", "label": "mean", "seed": 0, "share": 1.0,
+        "metric": "mse", "value": 0.5, "low": 0.4, "high": 0.6, "n": 100, "run": "jepa-convnext/seed0",
+    }  # fmt: skip
+    return base | changes
+
+
+def gappy() -> pd.DataFrame:
+    rows = [
+        row(), row(label="Reynolds", value=0.3), row(probe="attentive", value=0.2, low=math.nan, high=math.nan), row(split="valid", value=0.45),
+        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0), row(objective="mae", encoder="vit", share=0.1),
+        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1), row(system="active_matter", value=0.01, low=0.0),
+        row(split="unseen", value=9.0, low=8.0, high=10.0),
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_figure_of_table1_with_missing_rows():
+    fig = plot_table1(gappy(), "shear_flow")
+    assert [ax.get_title() for ax in fig.axes] == ["mean over labels", "Reynolds"]
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["linear", "attentive", "", "kNN"]
+    assert fig.axes[0].get_xlim() == (0, 1.6) and "2.50" in [t.get_text() for t in fig.axes[0].texts], "what lies beyond is a number at the edge"
+    assert fig.legends[0].get_texts()[-1].get_text() == "a constant"
+    for metric in ("r2", "relative_error"):
+        other = plot_table1(pd.DataFrame([row(metric=metric), row(metric=metric, seed=1, run="b"), row(metric=metric, label="Reynolds")]), "shear_flow", metric)
+        assert len(other.axes) == 2
+    with pytest.raises(ValueError, match="unknown metric 'rmse'"):
+        plot_table1(gappy(), "shear_flow", "rmse")
+    with pytest.raises(ValueError, match="on split test"):
+        plot_table1(pd.DataFrame([row(split="valid")]), "shear_flow")
+
+
+def test_the_same_figure_is_the_same_bytes(tmp_path):
+    contents = []
+    for name in "ab":
+        png = save_figure(plot_table1(gappy(), "shear_flow"), tmp_path / name, "table1", gappy().assign(value=1 / 3), {"code": "ab"})
+        assert png == tmp_path / name / "table1.png"
+        contents.append({p.suffix: p.read_bytes() for p in sorted(png.parent.iterdir())})
+    assert contents[0] == contents[1] and list(contents[0]) == [".csv", ".json", ".png", ".svg"]
+    assert b",0.333333," in contents[0][".csv"] and b"dc:date" not in contents[0][".svg"] and b"Software" not in contents[0][".png"]
+    record = json.loads(contents[0][".json"])
+    assert record["code"] == "ab" and [f["name"] for f in record["files"]] == ["table1.png", "table1.svg", "table1.csv"]
+
+
+def test_a_figure_that_fails_changes_nothing(tmp_path):
+    good, bad, table = Figure(), Figure(), pd.DataFrame([row()])
+    bad.suptitle(r"$\nonsense{$")
+    save_figure(good, tmp_path, "one", table, {})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for fig, name, data, record, error in [
+        (bad, "one", table, {}, ValueError), (good, "one", table, {"x": object()}, TypeError), (good, "one", table, {"files": []}, ValueError), (good, "one", table, {"figure": "x"}, ValueError),
+        (good, "../x", table, {}, ValueError), (good, "two", table[:0], {}, ValueError),
+    ]:  # fmt: skip
+        with pytest.raises(error):
+            save_figure(fig, tmp_path, name, data, record)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def seeded() -> pd.DataFrame:
+    rows = [row(objective=o, encoder=e, probe=p, seed=k, value=v + 0.05 * k, low=v - 0.1, high=v + 0.1, run=f"{o}-{e}/seed{k}")
+            for o, e, p, v, seeds in [("jepa", "convnext", "linear", 0.5, 3), ("jepa", "convnext", "finetune", 0.3, 3), ("statistics", "none", "linear", 0.6, 1),
+                                      ("equations", "none", "oracle", 0.15, 1)] for k in range(seeds)]  # fmt: skip
+    return over_seeds(pd.DataFrame(rows))
+
+
+def test_seeds_are_dots_and_the_baselines_are_rows():
+    summary = seeded()
+    fig = plot_table1(summary, "shear_flow")
+    [ax] = fig.axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["linear", "fine-tuned", "linear", "least squares"]
+    assert [t.get_text() for t in ax.texts] == ["JEPA\nConvNeXt", "summary statistics", "equation oracle"]
+    dots = [line.get_xdata() for line in ax.lines if line.get_marker() == "."]
+    assert sorted(map(tuple, dots)) == sorted(summary.by_seed[summary.seeds == 3]), "three dots for each line with three seeds"
+    vertical = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
+    assert vertical == [0.6], "what summary statistics score goes through the panel"
+    assert [t.get_text() for t in fig.legends[0].get_texts()][:2] == ["test, 95 % interval over flows and seeds", "its seeds"]
+
+
+def test_seeds_are_numbers_in_the_csv(tmp_path):
+    save_figure(plot_table1(seeded(), "shear_flow"), tmp_path, "table1", seeded(), {})
+    df = pd.read_csv(tmp_path / "table1.csv", keep_default_na=False, na_values=[""])
+    assert df.by_seed[0] == "0.5 0.55 0.6" and df.encoder[3] == "none" and df.by_seed.astype(str)[3] == "0.15"
+
+
+def difference(**changes: object) -> dict:
+    base = row() | {"reference": "random", "reference_probe": "linear", "difference": -0.2, "low": -0.3, "high": -0.1, "text": "-0.20 [-0.30, -0.10]", "seeds_a": 3}
+    return base | changes
+
+
+def test_differences_that_touch_zero_are_hollow():
+    df = pd.DataFrame([
+        difference(), difference(probe="knn", high=0.01), difference(objective="mae", encoder="vit", difference=0.1, low=0.05, high=0.2), difference(reference="statistics"),
+        difference(label="Reynolds", difference=-9.0, low=-9.0, high=-9.0),
+    ])  # fmt: skip
+    fig = plot_differences(df, "shear_flow")
+    assert [ax.get_title().split("\n")[0] for ax in fig.axes] == ["difference from random weights", "difference from summary statistics"]
+    marks = [line for line in fig.axes[0].lines if line.get_marker() not in ("None", None, "")]
+    assert [line.get_markerfacecolor() == "white" for line in marks] == [False, True, False]
+    assert sum(t.get_text() == "-0.20 [-0.30, -0.10]" for t in fig.axes[0].texts) == 3 and min(fig.axes[0].get_xlim()) > -1
+    assert len(plot_differences(df, "shear_flow", label="Reynolds").axes) == 1
+    for bad, message in [(df.assign(metric=["mse"] + 4 * ["r2"]), "several metrics"), (df.assign(system="active_matter"), "there are: active_matter, Reynolds; active_matter, mean")]:
+        with pytest.raises(ValueError, match=message):
+            plot_differences(bad, "shear_flow")
+
+
+def test_pictures_of_sixty_lines_stay_small(tmp_path):
+    methods = [("jepa", "convnext"), ("jepa", "vit"), ("mae", "vit"), ("next_frame", "vit"), ("disco", "disco"), ("autoencoder", "convnext"), ("mpp", "avit"),
+               ("supervised", "convnext"), ("supervised", "vit"), ("random", "convnext"), ("random", "vit"), ("mine", "own")]  # fmt: skip
+    lines = [dict(objective=o, encoder=e, probe=p) for o, e in methods for p in ("linear", "knn", "attentive", "head", "finetune")]
+    errors = np.random.default_rng(0).uniform(0.1, 0.9, (60, 2, 3, 3))  # line, split, label, seed
+    rows = [
+        row(**line, split=split, label=label, seed=seed, value=v, low=0.85 * v, high=1.2 * v, run=f"{line['objective']}-{line['encoder']}/seed{seed}")
+        for line, by_split in zip(lines, errors) for split, by_label in zip(("test", "unseen"), by_split)
+        for label, by_seed in zip(("mean", "Reynolds", "Schmidt"), by_label) for seed, v in enumerate(by_seed)
+    ]  # fmt: skip
+    apart = [
+        difference(**line, reference=reference, difference=d, low=d - 0.1, high=d + 0.1, text=f"{d:.2f} [{d - 0.1:.2f}, {d + 0.1:.2f}]")
+        for line, pair in zip(lines, np.random.default_rng(1).normal(0, 0.3, (60, 2))) for reference, d in zip(("random", "statistics"), pair)
+    ]  # fmt: skip
+    for name, fig, table in [("table1", plot_table1(over_seeds(pd.DataFrame(rows)), "shear_flow"), rows), ("differences", plot_differences(pd.DataFrame(apart), "shear_flow"), apart)]:
+        png = save_figure(fig, tmp_path, name, pd.DataFrame(table), {})
+        assert png.stat().st_size < 200_000, f"{name}: {png.stat().st_size}"
+        pixels = imread(png)
+        assert pixels.shape[1] == 1350 and pixels[0, 0].tolist()[:3] == [1, 1, 1], "full size, on white"
+
+
+def test_a_record_says_what_made_the_figure():
+    record = figure_record("05_table1", ["results"], preset="smoke", parameters={"preset": "smoke"}, runs=np.array(["b", "a", "b"]), data={"shear_flow": {"test": "00"}}, note="x")
+    assert record["code"] == module_digests("results") and set(record["code"]) >= {"results", "scores", "systems"} and "figures" not in record["code"]
+    assert record["notebook_digest"] == notebook_digest(project_root() / "nbs" / "05_table1.ipynb")
+    assert record["runs"] == ["a", "b"] and record["note"] == "x" and record["device"].startswith("cpu") and json.dumps(record)
+    for arguments, options, error, message in [
+        (("05_tabel1", ["results"]), {}, FileNotFoundError, "05_tabel1"), (("05_table1", ["resluts"]), {}, ValueError, "no module 'resluts'"),
+        (("05_table1", ["results"]), {"preset": "lap"}, ValueError, "unknown preset 'lap'"), (("05_table1", ["results"]), {"data": {"test": "00"}}, ValueError, "test"),
+        (("05_table1", ["results"]), {"data": {"shear_flow": "00"}}, ValueError, "by split"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            figure_record(*arguments, **{"preset": "smoke"} | options)

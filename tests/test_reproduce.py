@@ -1,0 +1,50 @@
+"""The whole smoke preset twice, as `make reproduce` runs it: the same numbers, to the byte."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def reproduce(folder: Path) -> Path:
+    "Runs the workflow at preset smoke in a copy of what it needs; returns the folder of its runs."
+    folder.mkdir()
+    for name in ("nbs", "Snakefile", "settings.ini"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--nolock", "--quiet", "rules", "host", "--config", "preset=smoke"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment.pop("PHYSREP_ROOT", None)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "runs" / "smoke"
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("reproduce")
+    return reproduce(folder / "first"), reproduce(folder / "second")
+
+
+def test_tables_and_metrics_are_the_same_to_the_byte(twice):
+    first, second = ({p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.csv"))} for root in twice)
+    assert {"table1.csv", "table1_differences.csv", "resolution.csv"} <= {p.name for p in first}
+    assert sum(p.name == "metrics.csv" for p in first) == 12, "six rows, two seeds"
+    assert first.keys() == second.keys()
+    assert [str(p) for p in first if first[p] != second[p]] == []
+
+
+def test_encoders_and_predictions_are_the_same_to_the_byte(twice):
+    for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors"):
+        first, second = ({p.relative_to(root): p.read_bytes() for p in sorted(root.rglob(name))} for root in twice)
+        assert len(first) >= 12 and first == second, name
+
+
+def test_figures_are_the_same_to_the_byte(twice):
+    first, second = ({p.name: p.read_bytes() for p in sorted((root / "figures").glob("*.png"))} for root in twice)
+    assert len(first) >= 3 and first == second

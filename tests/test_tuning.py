@@ -1,0 +1,94 @@
+"""The shipped recipes are where the walks ended, and the walks were fair."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from physrep.presets import project_root
+from physrep.runs import resolve
+from physrep.tuning import PARTS, WALKS, merge, run_walk
+
+LOG = pd.read_csv(project_root() / "figures" / "tuning.csv")
+
+
+def trials(row: tuple[str, str]) -> pd.DataFrame:
+    return LOG[(LOG.objective == row[0]) & (LOG.encoder == row[1])].sort_values("trial")
+
+
+@pytest.mark.parametrize("row", WALKS, ids="-".join)
+def test_committed_log_is_that_of_the_walk(row):
+    log = trials(row)
+    assert log.change.tolist() == ["base", *(title for title, _ in WALKS[row].changes)]
+    best, walked = merge(WALKS[row].base, {}), None
+    for (_, t), (title, change) in zip(log.iterrows(), [("base", {}), *WALKS[row].changes]):
+        tried, config = merge(best, change), json.loads(t.config)
+        for part in PARTS:
+            wanted = json.loads(json.dumps(tried[part]))
+            assert {k: config[part][k] for k in wanted} == wanted, f"{title}: {part}"
+        better = walked is None or t.score < walked - 0.005
+        assert bool(t.kept) == (better and title not in WALKS[row].only_logged), title
+        if t.kept:
+            best, walked = tried, t.score
+
+
+@pytest.mark.parametrize("row", WALKS, ids="-".join)
+def test_laptop_recipe_is_the_last_kept_trial(row):
+    log = trials(row)
+    best, shipped = json.loads(log[log.kept].iloc[-1].config), resolve("shear_flow", *row, "laptop")
+    assert {part: shipped[part] for part in PARTS} == best
+
+
+def test_every_row_had_the_same_number_of_trials_and_windows():
+    assert LOG.groupby(["objective", "encoder"]).size().nunique() == 1
+    recipes = [json.loads(c)["recipe"] for c in LOG.config]
+    assert {r["steps"] * r["batch_size"] for r in recipes} == {12800}
+
+
+def made_up(config: dict, data_dir, run_dir) -> dict:
+    "Likes a small learning rate, by less than the margin."
+    return {"score": 0.4 + config["recipe"]["lr"], "valid": {}, "seconds": 1.0, "parameters": 1}
+
+
+def test_changes_within_the_noise_are_not_kept(tmp_path):
+    log = run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=made_up, say=lambda text: None)
+    assert [t["title"] for t in log if t["kept"]] == ["base"]
+    assert len(log) == WALKS["mae", "vit"].n_trials
+
+
+def test_an_interrupted_walk_goes_on_where_it_was(tmp_path):
+    calls = []
+
+    def killed(config, data_dir, run_dir):
+        calls.append(config)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return made_up(config, data_dir, run_dir)
+
+    arguments = ("shear_flow", ("mae", "vit"), "laptop", "", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_walk(*arguments, trial=killed, say=lambda text: None)
+    whole = run_walk(*arguments, trial=killed, say=lambda text: None)
+    assert len(calls) == WALKS["mae", "vit"].n_trials + 1, "only the trial that was killed is run again"
+    assert whole == run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path / "undisturbed", trial=made_up, say=lambda text: None)
+
+
+def test_supervised_rows_wait_for_the_encoder_and_take_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="takes the encoder that mae-vit chose: run that walk first"):
+        run_walk("shear_flow", ("supervised", "vit"), "laptop", "", tmp_path, trial=made_up)
+
+    def wide(config, data_dir, run_dir):
+        return made_up(config, data_dir, run_dir) | {"score": 0.4 - 0.001 * config["encoder_config"]["dim"]}
+
+    run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=wide, say=lambda text: None)
+    log = run_walk("shear_flow", ("supervised", "vit"), "laptop", "", tmp_path, trial=made_up, changes=1, say=lambda text: None)
+    assert log[0]["config"]["encoder_config"]["dim"] == 96
+
+
+def test_a_log_of_another_walk_is_refused(tmp_path):
+    arguments = ("shear_flow", ("mae", "vit"), "laptop", "", tmp_path)
+    run_walk(*arguments, trial=made_up, changes=1, say=lambda text: None)
+    path = next(tmp_path.rglob("shear_flow-mae-vit.json"))
+    path.write_text(path.read_text().replace('"hash": "', '"hash": "x', 1))
+    with pytest.raises(ValueError, match=r"trial 0 \(base\) is not that of this walk \(base\); delete the file"):
+        run_walk(*arguments, trial=made_up)
