@@ -124,10 +124,12 @@ _LAPTOP_ENCODERS = {
     "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
 }
 _LAPTOP_OBJECTIVES = {
-    # a short horizon and a weak invariance: otherwise what cannot be predicted, the fine scales that tell the viscosities, is given up first
-    "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, predictor_hidden=96, predictor_scale=0.1),
-    "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2),
-    "supervised": {},
+    "jepa": dict(
+        invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, target="ema", momentum=0.99, noise=0.1, predictor_hidden=96, predictor_scale=0.1
+    ),
+    "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=32, decoder_depth=1),
+    "supervised-convnext": dict(head="linear"),
+    "supervised-vit": dict(head="linear"),
     "random": {},
 }
 _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
@@ -161,8 +163,14 @@ _LAPTOP = Preset(
     sims={"shear_flow": SimPreset(**_SHEAR, counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48)},
     encoders=_LAPTOP_ENCODERS,
     objectives=_LAPTOP_OBJECTIVES,
-    # every objective sees 12800 windows; VICReg needs the larger batch for its statistics
-    train={"jepa": TrainPreset(steps=400, batch_size=32, lr=3e-3)} | {name: TrainPreset(steps=800, batch_size=16, lr=2e-3) for name in ("mae", "supervised", "random")},
+    # every objective sees 12800 windows
+    train={
+        "jepa": TrainPreset(steps=400, batch_size=32, lr=3e-3),
+        "mae": TrainPreset(steps=1600, batch_size=8, lr=4e-3, weight_decay=0.005),
+        "supervised-convnext": TrainPreset(steps=800, batch_size=16, lr=2e-3),
+        "supervised-vit": TrainPreset(steps=800, batch_size=16, lr=1e-3),
+        "random": TrainPreset(steps=0, batch_size=16, lr=1e-3),
+    },
     refined={"test": 2},
     seeds=(0, 1, 2),
 )
