@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data tune verify test lint notebooks readme models clean
+.PHONY: help setup reproduce data tune ablations verify test lint notebooks readme models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +18,9 @@ SNAKE = $(BIN)/python -m snakemake $(TARGET) --cores $(CORES) --nolock --rerun-i
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
+# glibc would give large buffers back to the kernel after every step and fault them in again: a sixth of the time of a ViT's step
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
+export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export PYTHONUNBUFFERED := 1
 export TQDM_MININTERVAL := 20
 
@@ -51,6 +54,11 @@ tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, about 80 minutes of one core
 	@$(SNAKE) </dev/null
 	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/tuning.* $(FIGURES)/
+
+ablations: TARGET = ablations
+ablations: $(READY)  ## variants of rows of Table 1 (equal compute, circular padding), about 20 minutes after `make reproduce`
+	@$(SNAKE) </dev/null
+	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/ablations.* $(FIGURES)/
 
 verify: $(READY)  ## recompute the digests of every committed figure and say which are stale, and why
 	@$(BIN)/python -m physrep.verify figures

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from physrep.cost import VARIANTS
 from physrep.evaluate import BASELINES, ROWS
 from physrep.presets import get_preset, project_root
 from physrep.provenance import code_digest, notebook_digest
@@ -124,6 +125,23 @@ rule tuning:
     input: [f"{log}.done" for log in TUNED.values()]
     output: expand(OUT / "figures" / "tuning.{ext}", ext=["png", "svg", "csv", "json"])
     params: code=stage("08a_tuning", "tuning"), command=papermill("08a_tuning", "tuning", system=PRESET.systems[0])
+    shell: "{params.command}"
+
+# `make ablations`: a job per variant and seed
+VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS for seed in PRESET.seeds]
+for name, seed, done in VARIED:
+    rule:
+        name: f"ablate_{name}_seed{seed}"
+        input: simulated(PRESET.systems[0])
+        output: touch(done)
+        params: code=stage("08b_ablations", "cost", "evaluate"), command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=PRESET.systems[0], variants=name, seeds=seed, draw=False)
+        threads: JOB_THREADS
+        shell: "{params.command}"
+
+rule ablations:
+    input: RESULTS + [done for *_, done in VARIED]
+    output: expand(OUT / "figures" / "ablations.{ext}", ext=["png", "svg", "csv", "json"])
+    params: code=stage("08b_ablations", "cost", "evaluate"), command=papermill("08b_ablations", "ablations", system=PRESET.systems[0])
     shell: "{params.command}"
 
 rule simulated:

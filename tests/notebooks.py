@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 # which executed notebook of a preset's runs shows a stage
 SHOWN = {
     "00g_simulate": "shear_flow-simulate", "03_pretrain": "shear_flow-mae-vit-seed0-pretrain", "04_probe": "shear_flow-mae-vit-seed0-probe",
-    "05_table1": "table1", "05b_resolution": "resolution", "05c_machines": "machines", "08a_tuning": "tuning",
+    "05_table1": "table1", "05b_resolution": "resolution", "05c_machines": "machines", "08a_tuning": "tuning", "08b_ablations": "ablations",
 }
 
 

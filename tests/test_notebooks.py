@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["00g_simulate", "03_pretrain", "04_probe", "05_table1", "05b_resolution", "05c_machines", "08a_tuning"]
+STAGES = ["00g_simulate", "03_pretrain", "04_probe", "05_table1", "05b_resolution", "05c_machines", "08a_tuning", "08b_ablations"]
 ALL = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
