@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'WALKS', 'ENCODER_FROM', 'TUNING_SEED', 'MARGIN', 'Walk', 'merge', 'run_trial', 'log_path', 'best_trial',
-           'run_walk', 'tuning_table', 'plot_walks']
+           'run_walk', 'code_of', 'tuning_table', 'plot_walks']
 
 # %% ../nbs/02u_tuning.ipynb #68dc5ddb
 import copy
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from matplotlib.figure import Figure
 
 from .evaluate import valid_scores
 from .figures import color_of, title_of, using_style
-from .presets import get_preset, project_root
-from .provenance import provenance, read_json, write_json
+from .presets import TrainPreset, get_preset, project_root
+from .provenance import module_digests, provenance, read_json, write_json
 from .runs import config_hash, modules_of, pretrain, resolve
 
 # %% ../nbs/02u_tuning.ipynb #e1683b4b
@@ -73,22 +74,23 @@ _TUBE4 = dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0)
 
 WALKS: dict[tuple[str, str], Walk] = {
     ("jepa", "convnext"): Walk(
-        base=_c(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, target="shared", predictor_hidden=96, predictor_scale=0.1)
-        | _e(**_STEM4) | _r(batch_size=32, lr=3e-3),
+        base=_c(
+            invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, target="shared", momentum=0.99, noise=0.1, predictor_hidden=96, predictor_scale=0.1
+        ) | _e(**_STEM4) | _r(batch_size=32, lr=3e-3),
         changes=[
-            ("EMA target", _c(target="ema", momentum=0.99)), ("invariance 5", _c(invariance=5.0)), ("invariance 25", _c(invariance=25.0)),
+            ("EMA target", _c(target="ema")), ("invariance 5", _c(invariance=5.0)), ("invariance 25", _c(invariance=25.0)),
             ("horizon 8", _c(horizon=8)), ("horizon 16", _c(horizon=16)), ("horizon 2", _c(horizon=2)), ("covariance 4", _c(covariance=4.0)),
-            ("lr 1e-3", _r(lr=1e-3)), ("noise 0.1", _c(noise=0.1)), ("time axis kept", _e(strides=((1, 1, 1),))), ("kernel 5", _e(kernel_size=5)),
+            ("lr 1e-3", _r(lr=1e-3)), ("no noise", _c(noise=0.0)), ("time axis kept", _e(strides=((1, 1, 1),))), ("kernel 5", _e(kernel_size=5)),
             ("widths 64, 128", _e(widths=(64, 128))), ("stem of 2 frames", _e(stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4))),
             ("batch 16", _r(batch_size=16)), ("weight decay 0.005", _r(weight_decay=0.005)), ("invariance 0.3", _c(invariance=0.3)), ("lr 6e-3", _r(lr=6e-3)),
         ],
         only_logged=("stem of 2 frames",),
     ),
     ("mae", "vit"): Walk(
-        base=_c(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2) | _e(**_TUBE4) | _r(batch_size=16, lr=2e-3),
+        base=_c(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2) | _e(**_TUBE4) | _r(batch_size=16, lr=2e-3, weight_decay=0.005),
         changes=[
             ("lr 4e-3", _r(lr=4e-3)), ("lr 1e-3", _r(lr=1e-3)), ("ratio 0.5", _c(ratio=0.5)), ("ratio 0.9", _c(ratio=0.9)), ("patch-normalised target", _c(target_norm="patch")),
-            ("decoder 32 wide, 1 deep", _c(decoder_width=32, decoder_depth=1)), ("batch 8", _r(batch_size=8)), ("weight decay 0.005", _r(weight_decay=0.005)),
+            ("decoder 32 wide, 1 deep", _c(decoder_width=32, decoder_depth=1)), ("batch 8", _r(batch_size=8)), ("weight decay 0.05", _r(weight_decay=0.05)),
             ("positions of temperature 1e4", _e(temperature=10000.0)), ("width 96", _e(dim=96, heads=3)), ("depth 6", _e(depth=6)), ("warm-up 0.02", _r(warmup=0.02)),
             ("tubelet of 2 frames", _e(tubelet=(2, 4, 4)) | _c(patch=(2, 4, 4))),
             ("batch 4", _r(batch_size=4)), ("weight decay 0", _r(weight_decay=0.0)), ("ratio 0.6", _c(ratio=0.6)), ("lr 8e-3", _r(lr=8e-3)),
@@ -120,10 +122,17 @@ def run_trial(config: dict, data_dir: str | Path, run_dir: str | Path, *, progre
 
 # %% ../nbs/02u_tuning.ipynb #cedf19c0
 def _resolve(system: str, row: tuple[str, str], preset: str, change: Mapping[str, Mapping]) -> dict:
-    "The configuration of a trial: as many updates as it takes to see the windows of the preset's recipe."
+    "The configuration of a trial: the change and nothing of the preset's recipes, with as many updates as it takes to see as many windows as they do."
     usual = get_preset(preset).recipe(*row)
     recipe = change["recipe"] | {"steps": max(1, usual.steps * usual.batch_size // change["recipe"]["batch_size"])}
-    return resolve(system, row[0], row[1], preset, seed=TUNING_SEED, **{**change, "recipe": recipe})
+    config = resolve(system, *row, preset, seed=TUNING_SEED, **{**change, "recipe": recipe})  # refuses what there is not
+    whole = {k: v for k, v in asdict(TrainPreset(**recipe)).items() if k in config["recipe"]}
+    return json.loads(json.dumps({**config, **change, "recipe": whole}))
+
+
+def _code(config: dict) -> dict[str, str]:
+    "Digests of the modules that a trial depends on, but for presets: its configuration holds their numbers."
+    return {name: digest for name, digest in module_digests(*modules_of(config), "evaluate").items() if name != "presets"}
 
 
 def log_path(system: str, row: tuple[str, str], preset: str, run_dir: str | Path | None = None) -> Path:
@@ -178,7 +187,7 @@ def run_walk(
             found = trial(config, data_dir, path.parent / "runs")
             better = not log or (found["score"] < best_trial(log)["score"] - MARGIN and title not in WALKS[row].only_logged)
             change_now = json.loads(json.dumps(tried))
-            entry = {"trial": len(log), "title": title, "kept": better, "hash": config_hash(config), "config": config, "change": change_now, **found}
+            entry = {"trial": len(log), "title": title, "kept": better, "hash": config_hash(config), "config": config, "change": change_now, "code": _code(config), **found}
             say(f"{'-'.join(row)} {len(log):2d} {title:28s} score {found['score']:.3f} {'kept' if better else ''} ({found['seconds']:.0f} s)")
         log.append(entry)
         if entry["kept"]:
@@ -186,6 +195,15 @@ def run_walk(
         if len(log) > len(done):
             write_json(path, {"trials": log, "provenance": provenance(*modules_of(config), "tuning")})
     return log
+
+
+def code_of(logs: Iterable[Sequence[dict]]) -> dict[str, str]:
+    "Digests of the modules with which the trials were run, for the figure's record: a log may be older than the code that draws it."
+    found = {}
+    for trial in itertools.chain(*logs):
+        for name, digest in trial["code"].items():
+            found[name] = digest if found.get(name, digest) == digest else "several"
+    return found
 
 # %% ../nbs/02u_tuning.ipynb #d47b04ce
 def tuning_table(logs: Mapping[tuple[str, str], Sequence[dict]], system: str) -> pd.DataFrame:
