@@ -148,6 +148,7 @@ def figure_record(
     configs: Mapping[str, dict] | None = None,  # for runs that are not the preset's defaults: run -> keyword arguments of `runs.resolve`
     data: Mapping[str, Mapping[str, str]] | None = None,  # system -> split -> fingerprint
     device: str = "cpu",
+    resolved: Sequence[str] = (),  # modules without a digest: what they give to the figure is in the record
     **extra: object,
 ) -> dict:
     """What made a figure, for `save_figure`: notebook, parameters, preset, runs, data, and a digest of each module and of the notebook's source.
@@ -162,7 +163,8 @@ def figure_record(
         get_system(system)
         if not isinstance(splits, Mapping):
             raise ValueError(f"data of {system} must be fingerprints by split, got {splits!r}")
-    made = {"code": module_digests(*modules), "modules": sorted(modules), "notebook": notebook, "notebook_digest": notebook_digest(path)}
+    code = {name: digest for name, digest in module_digests(*modules).items() if name not in resolved}
+    made = {"code": code, "modules": sorted(modules), "resolved": sorted(resolved), "notebook": notebook, "notebook_digest": notebook_digest(path)}
     given = {"preset": preset, "parameters": dict(parameters or {}), "runs": sorted(set(runs)), "configs": dict(configs or {}), "data": dict(data or {})}
     return {**provenance(*modules, device=device), **made, **given, **extra}
 

@@ -65,7 +65,6 @@ _OPTIMISER = [
     ("lr 1e-3", _r(lr=1e-3)), ("lr 4e-3", _r(lr=4e-3)), ("batch 8", _r(batch_size=8)), ("batch 32", _r(batch_size=32)),
     ("weight decay 0.2", _r(weight_decay=0.2)), ("weight decay 0.005", _r(weight_decay=0.005)), ("warm-up 0.3", _r(warmup=0.3)), ("beta2 0.999", _r(betas=(0.9, 0.999))),
     ("clip norm 0.3", _r(clip_norm=0.3)), ("clip norm 5", _r(clip_norm=5.0)), ("warm-up 0.02", _r(warmup=0.02)),
-    ("batch 4", _r(batch_size=4)), ("weight decay 0", _r(weight_decay=0.0)), ("lr 8e-3", _r(lr=8e-3)), ("beta1 0.8", _r(betas=(0.8, 0.95))),
 ]  # fmt: skip
 
 # %% ../nbs/02u_tuning.ipynb #1a2a01c5
@@ -82,7 +81,6 @@ WALKS: dict[tuple[str, str], Walk] = {
             ("horizon 8", _c(horizon=8)), ("horizon 16", _c(horizon=16)), ("horizon 2", _c(horizon=2)), ("covariance 4", _c(covariance=4.0)),
             ("lr 1e-3", _r(lr=1e-3)), ("no noise", _c(noise=0.0)), ("time axis kept", _e(strides=((1, 1, 1),))), ("kernel 5", _e(kernel_size=5)),
             ("widths 64, 128", _e(widths=(64, 128))), ("stem of 2 frames", _e(stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4))),
-            ("batch 16", _r(batch_size=16)), ("weight decay 0.005", _r(weight_decay=0.005)), ("invariance 0.3", _c(invariance=0.3)), ("lr 6e-3", _r(lr=6e-3)),
         ],
         only_logged=("stem of 2 frames",),
     ),
@@ -93,7 +91,6 @@ WALKS: dict[tuple[str, str], Walk] = {
             ("decoder 32 wide, 1 deep", _c(decoder_width=32, decoder_depth=1)), ("batch 8", _r(batch_size=8)), ("weight decay 0.05", _r(weight_decay=0.05)),
             ("positions of temperature 1e4", _e(temperature=10000.0)), ("width 96", _e(dim=96, heads=3)), ("depth 6", _e(depth=6)), ("warm-up 0.02", _r(warmup=0.02)),
             ("tubelet of 2 frames", _e(tubelet=(2, 4, 4)) | _c(patch=(2, 4, 4))),
-            ("batch 4", _r(batch_size=4)), ("weight decay 0", _r(weight_decay=0.0)), ("ratio 0.6", _c(ratio=0.6)), ("lr 8e-3", _r(lr=8e-3)),
         ],
         only_logged=("tubelet of 2 frames",),
     ),

@@ -36,7 +36,7 @@ def _broken_files(folder: Path, record: dict) -> list[str]:
 def _changed_code(record: dict) -> list[str]:
     "Modules and notebook that are not as they were."
     try:
-        now = module_digests(*record["modules"])
+        now = {name: digest for name, digest in module_digests(*record["modules"]).items() if name not in record.get("resolved", ())}
     except ValueError as error:
         return [str(error)]
     then = record["code"]

@@ -1,11 +1,12 @@
 """The shipped recipes are where the walks ended, and the walks were fair."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from physrep.presets import project_root
+from physrep.presets import PRESETS, get_preset, project_root
 from physrep.runs import resolve
 from physrep.tuning import PARTS, WALKS, merge, run_walk
 
@@ -71,6 +72,23 @@ def test_an_interrupted_walk_goes_on_where_it_was(tmp_path):
     whole = run_walk(*arguments, trial=killed, say=lambda text: None)
     assert len(calls) == WALKS["mae", "vit"].n_trials + 1, "only the trial that was killed is run again"
     assert whole == run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path / "undisturbed", trial=made_up, say=lambda text: None)
+
+
+def test_a_walk_does_not_depend_on_the_recipes_that_it_ends_at(tmp_path, monkeypatch):
+    arguments = ("shear_flow", ("jepa", "convnext"), "laptop", "")
+    before = run_walk(*arguments, tmp_path / "a", trial=made_up, changes=2, say=lambda text: None)
+    laptop = get_preset("laptop")
+    other = replace(laptop, encoders=laptop.encoders | {"convnext": {**laptop.encoders["convnext"], "causal": True}}, objectives={**laptop.objectives, "jepa": {"noise": 9.0}})
+    other = replace(other, train={**other.train, "jepa": replace(other.recipe("jepa", "convnext"), weight_decay=9.0)})
+    monkeypatch.setitem(PRESETS, "laptop", other)
+    assert before == run_walk(*arguments, tmp_path / "b", trial=made_up, changes=2, say=lambda text: None)
+
+
+def test_committed_record_has_the_code_of_the_trials_and_the_probes_of_today():
+    record = json.loads((project_root() / "figures" / "tuning.json").read_text())
+    assert "several" not in record["code"].values() and "presets" not in record["code"] and record["resolved"] == ["presets"]
+    today = get_preset("laptop")
+    assert {k: record["parameters"][k] for k in ("probe_stride", "probe_epochs", "probe_batch")} == {k: getattr(today, k) for k in ("probe_stride", "probe_epochs", "probe_batch")}
 
 
 def test_supervised_rows_wait_for_the_encoder_and_take_it(tmp_path):

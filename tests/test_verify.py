@@ -72,6 +72,14 @@ def test_a_module_outside_of_those_used_does_not_matter(tmp_path):
     assert "figures" not in read_json(tmp_path / "one.json")["code"] and state(tmp_path) == ("current", "")
 
 
+def test_a_module_whose_values_are_in_the_record_does_not_matter(tmp_path, monkeypatch):
+    draw(tmp_path, resolved=["systems"])
+    monkeypatch.setattr(physrep.verify, "module_digests", lambda *names: module_digests(*names) | {"systems": "0" * 16})
+    assert state(tmp_path) == ("current", "")
+    draw(tmp_path)
+    assert state(tmp_path) == ("stale", "module systems changed")
+
+
 def test_the_notebook(tmp_path):
     draw(tmp_path)
     edit(tmp_path, notebook_digest="0" * 16)
