@@ -139,3 +139,10 @@ def test_the_command_says_why_and_fails(tmp_path):
     done = subprocess.run([sys.executable, "-m", "physrep.verify", str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 1 and done.stderr == ""
     assert done.stdout == "broken   one\n         one.csv is not the file that was written with the record\n1 broken\n"
+
+
+def test_committed_figures_are_the_files_that_were_written_with_their_records():
+    "Stale is for `make verify` to say: a change of code may come before its figures. Broken never is."
+    found = verify()
+    assert {"table1", "table1_differences", "resolution", "machines", "tuning", "ablations"} <= set(found.figure)
+    assert found[found.state == "broken"].why.tolist() == []
