@@ -134,7 +134,7 @@ for name, seed, done in VARIED:
         name: f"ablate_{name}_seed{seed}"
         input: simulated(PRESET.systems[0])
         output: touch(done)
-        params: code=stage("08b_ablations", "cost", "evaluate"), command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=PRESET.systems[0], variants=name, seeds=seed, draw=False)
+        params: code=stage("08b_ablations", "cost", "evaluate"), command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=PRESET.systems[0], variants=name, seed=seed, draw=False)
         threads: JOB_THREADS
         shell: "{params.command}"
 
