@@ -1,0 +1,114 @@
+"""The data report where its notebook does not look: bad values, other systems, records, views that cannot be."""
+
+import h5py
+import numpy as np
+import pytest
+
+from physrep.data import Windows, check_disjoint
+from physrep.report import data_report, deal_flows, find_flows, leakage, write_leak_free
+from physrep.systems import get_system
+from physrep.well import WellFile
+from physrep.well_write import write_well
+
+BOX = {"active_matter": (10.0, 10.0), "shear_flow": (1.0, 2.0), "rayleigh_benard": (4.0, 1.0)}
+
+
+def write(path, system, labels, seeds, *, shared=("velocity",), n_frames=2, grid=(8, 16), record=False, **change):
+    "A file of noise; `shared` fields depend on the seed only (and on the group's labels), the others on all labels too."
+    s, fields = get_system(system), {}
+    for f in s.fields:
+        key = [len(f.name), *(int(1000 * labels[n]) for n in (s.group if f.name in shared else s.label_names))]
+        fields[f.name] = np.stack([np.random.default_rng([seed, *map(abs, key)]).normal(size=(n_frames, *grid, *(2,) * f.rank)) for seed in seeds]).astype(np.float32)
+    coordinates = {"y": np.linspace(0, 1, grid[1])} if system == "rayleigh_benard" else None
+    extra = {"initial_conditions": list(seeds)} if record else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_well(path, system, fields | change, labels, time=0.1 * np.arange(n_frames), box=BOX[system], coordinates=coordinates, **extra)
+
+
+def shear(root, record=False):
+    for split, seeds in {"train": (range(8), range(4, 12)), "valid": ((8,), (0,)), "test": ((9,), (1,))}.items():
+        for schmidt, s in zip((0.5, 2.0), seeds):
+            write(root / "shear_flow" / "data" / split / f"Sc_{schmidt}.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": schmidt}, list(s), record=record)
+    return root
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_planted_twins_are_found_with_and_without_a_record(tmp_path, record):
+    table = leakage(find_flows(shear(tmp_path, record), "shear_flow"))
+    assert table.loc["valid"].to_dict() == {"train": 2, "test": 0, "valid": 0, "trajectories": 2}
+    assert table.loc["test", "train"] == 2
+
+
+def test_equal_velocity_at_another_reynolds_number_is_no_twin(tmp_path):
+    velocity = np.random.default_rng(0).normal(size=(1, 2, 8, 16, 2)).astype(np.float32)
+    for split, reynolds in (("train", 1e4), ("valid", 5e4), ("test", 1e5)):
+        write(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": reynolds, "Schmidt": 1.0}, [0], velocity=velocity)
+    assert leakage(find_flows(tmp_path, "shear_flow")).drop(columns="trajectories").to_numpy().sum() == 0
+
+
+@pytest.mark.parametrize("difference, twins", [(1e-7, True), (1e-2, False)])
+def test_twins_may_differ_by_rounding(tmp_path, difference, twins):
+    velocity = np.random.default_rng(0).normal(size=(1, 2, 8, 16, 2)).astype(np.float32)
+    for split, schmidt, v in (("train", 1.0, velocity), ("valid", 2.0, velocity + np.float32(difference)), ("test", 5.0, -velocity)):
+        write(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": schmidt}, [0], velocity=v)
+    assert bool(leakage(find_flows(tmp_path, "shear_flow")).loc["valid", "train"]) is twins
+
+
+@pytest.mark.parametrize("system, labels", [("active_matter", {"alpha": -1.0, "zeta": 3.0}), ("rayleigh_benard", {"Prandtl": 1.0, "Rayleigh": 1e6})])
+def test_other_systems_are_twins_in_all_fields(tmp_path, system, labels):
+    every = [f.name for f in get_system(system).fields]
+    for split, seed in (("train", 0), ("valid", 0), ("test", 1)):
+        write(tmp_path / system / "data" / split / "a.hdf5", system, labels, [seed], shared=every)
+    found = leakage(find_flows(tmp_path, system))
+    assert found.loc["valid", "train"] == 1 and found.loc["test", "train"] == 0
+    lines, ranges = data_report(tmp_path, system, frames=1)
+    assert lines.loc["test", "windows"] == 2 and len(ranges) == 3 * get_system(system).n_channels
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
+    tracer = np.ones((1, 4, 8, 16), dtype=np.float32)
+    path = write(tmp_path / "shear_flow" / "data" / "train" / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": 1.0}, [0], n_frames=4, tracer=tracer)
+    with h5py.File(path, "r+") as f:
+        f["t0_fields/tracer"][0, 0, 0, :3], f["t0_fields/tracer"][0, 1, 0, 0] = np.nan, np.inf
+    lines, ranges = data_report(tmp_path, "shear_flow", ["train"])
+    assert lines.loc["train", "not finite"] == 3, "frame 1 is neither first, middle nor last"
+    assert ranges.loc[("tracer", "train")].to_dict() == {"min": 1.0, "mean": 1.0, "rms": 1.0, "max": 1.0}
+    assert data_report(tmp_path, "shear_flow", ["train"], every=1)[0].loc["train", "not finite"] == 4
+
+
+def test_dealing_is_repeatable_and_keeps_whole_flows(tmp_path):
+    flows = find_flows(shear(tmp_path), "shear_flow")
+    first, second = (deal_flows(flows, "shear_flow") for _ in range(2))
+    assert first.equals(second) and (first.groupby("flow").split.nunique() == 1).all()
+    assert set(first.split) == {"train", "valid", "test"}
+
+
+def test_a_view_is_read_like_the_published_files_with_the_true_box(tmp_path):
+    dealt = write_leak_free(shear(tmp_path / "published"), tmp_path / "view", "shear_flow")
+    windows = [Windows(tmp_path / "view", "shear_flow", s, frames=2) for s in ("train", "valid", "test")]
+    check_disjoint(*windows)
+    for w in windows:
+        for file in w.files:
+            rows = dealt[(dealt.split == w.split) & (dealt.Schmidt == file.labels["Schmidt"])]
+            for i, row in enumerate(rows.itertuples()):
+                source = WellFile(row.file, "shear_flow")
+                assert np.array_equal(file.window(i, 0, 2), source.window(row.trajectory, 0, 2))
+                assert file.spacing == pytest.approx(source.spacing)
+    assert (tmp_path / "view" / "shear_flow" / "stats.yaml").is_file()
+
+
+def test_views_move_with_their_sources(tmp_path):
+    write_leak_free(shear(tmp_path / "here" / "published"), tmp_path / "here" / "view", "shear_flow")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert np.isfinite(Windows(tmp_path / "there" / "view", "shear_flow", "train", frames=2).read([0]).numpy()).all()
+
+
+def test_labels_that_vary_in_a_file_are_refused(tmp_path):
+    for split in ("train", "valid", "test"):
+        write(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": 1.0}, [0, 1])
+    with h5py.File(tmp_path / "shear_flow" / "data" / "test" / "a.hdf5", "r+") as f:
+        del f["scalars/Schmidt"]
+        f["scalars/Schmidt"] = np.array([1.0, 2.0], dtype=np.float32)
+    with pytest.raises(ValueError, match="test/a.hdf5 holds trajectories with different labels"):
+        write_leak_free(tmp_path, tmp_path / "view", "shear_flow")
+    assert not (tmp_path / "view").exists()
