@@ -32,6 +32,6 @@ setuptools.setup(
     package_data={"physrep": ["models/*/*.safetensors"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "download": cfg["download_requirements"].split()},
     zip_safe=False,
 )

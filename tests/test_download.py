@@ -1,0 +1,101 @@
+"""Downloads where the notebook does not look: the client's face, sizes, the disk, what is asked for, the command line."""
+
+import inspect
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import physrep.download
+from physrep.download import check_files, download, main
+from physrep.well_write import write_well
+
+
+@pytest.fixture
+def published(tmp_path):
+    "A published set of one small file a split, with statistics, a picture and a file of another folder."
+    rng = np.random.default_rng(0)
+    fields = {"tracer": rng.normal(size=(1, 2, 8, 16)), "pressure": rng.normal(size=(1, 2, 8, 16)), "velocity": rng.normal(size=(1, 2, 8, 16, 2))}
+    root = tmp_path / "published"
+    for split in ("train", "valid", "test"):
+        for name in ("Reynolds_1e4", "Reynolds_5e4"):
+            path = root / "data" / split / f"shear_flow_{name}.hdf5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_well(path, "shear_flow", fields, {"Reynolds": float(name.split("_")[1]), "Schmidt": 1.0}, time=[0.0, 0.1], box=(1.0, 2.0))
+    (root / "stats.yaml").write_text("mean: {}\n")
+    (root / "README.md").write_text("words")
+    (root / "data" / "train" / "gif").mkdir()
+    (root / "data" / "train" / "gif" / "a.hdf5").write_text("no")
+    return root
+
+
+class Client:
+    "Stands for the package huggingface_hub."
+
+    def __init__(self, root, spoil=lambda name, call: False):
+        self.root, self.spoil, self.calls = root, spoil, []
+
+    def HfApi(self):
+        siblings = [SimpleNamespace(rfilename=str(p.relative_to(self.root)), size=p.stat().st_size) for p in sorted(self.root.rglob("*")) if p.is_file()]
+        return SimpleNamespace(repo_info=lambda name, **_: SimpleNamespace(siblings=siblings))
+
+    def snapshot_download(self, name, *, repo_type, revision, local_dir, allow_patterns):
+        self.calls.append((name, sorted(n for n in allow_patterns if not (local_dir / n).is_file())))
+        for n in self.calls[-1][1]:
+            (local_dir / n).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.root / n, local_dir / n)
+            if self.spoil(n, len(self.calls)):
+                (local_dir / n).write_bytes((local_dir / n).read_bytes()[:-1])
+
+
+def test_only_what_is_asked_for_comes_and_the_second_call_brings_nothing(published, tmp_path):
+    client = Client(published)
+    folder = download("shear_flow", tmp_path / "mine", ["valid"], pattern="*1e4*", client=client, say=lambda text: None)
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == ["data/valid/shear_flow_Reynolds_1e4.hdf5", "stats.yaml"]
+    download("shear_flow", tmp_path / "mine", ["valid"], pattern="*1e4*", client=client, say=lambda text: None)
+    assert client.calls[0][0] == "polymathic-ai/shear_flow" and client.calls[1][1] == []
+
+
+def test_a_file_that_stays_wrong_is_named_and_gone(published, tmp_path):
+    client = Client(published, spoil=lambda name, call: "stats" in name or "test/shear_flow_Reynolds_5e4" in name)
+    with pytest.raises(RuntimeError, match=r"after 2 tries still wrong: .*test/shear_flow_Reynolds_5e4.hdf5.*stats.yaml: 8 bytes, the server has 9"):
+        download("shear_flow", tmp_path / "mine", client=client, say=lambda text: None)
+    assert len(client.calls) == 2 and len(list((tmp_path / "mine").rglob("*.hdf5"))) == 5
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_first_byte(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(physrep.download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    client = Client(published)
+    with pytest.raises(ValueError, match="GB are still to come, the disk has 0.0 GB free"):
+        download("shear_flow", tmp_path / "mine", client=client)
+    assert client.calls == []
+
+
+def test_bad_names(published, tmp_path):
+    with pytest.raises(ValueError, match="unknown split val; valid: train, valid, test"):
+        download("shear_flow", tmp_path, ["val"], client=Client(published))
+    with pytest.raises(ValueError, match="unknown system 'shear'"):
+        download("shear", tmp_path, client=Client(published))
+    with pytest.raises(FileNotFoundError, match="no .h5 or .hdf5 files in"):
+        check_files(tmp_path / "nothing", "shear_flow")
+
+
+def test_without_the_client_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    assert main(["shear_flow", str(tmp_path)]) == 1
+    assert "pip install 'physrep[download]'" in capsys.readouterr().out
+
+
+def test_check_from_the_command_line(published, tmp_path, capsys):
+    shutil.copytree(published / "data" / "valid", tmp_path / "mine" / "shear_flow" / "data" / "valid")
+    assert main(["shear_flow", str(tmp_path / "mine"), "--check"]) == 0 and "all files are whole" in capsys.readouterr().out
+    (tmp_path / "mine" / "shear_flow" / "data" / "valid" / "b.hdf5").write_text("<html>")
+    assert main(["shear_flow", str(tmp_path / "mine"), "--check"]) == 1 and "b.hdf5: a web page" in capsys.readouterr().out
+
+
+def test_the_client_has_the_face_that_is_used():
+    import huggingface_hub
+
+    assert {"repo_type", "revision", "local_dir", "allow_patterns"} <= set(inspect.signature(huggingface_hub.snapshot_download).parameters)
+    assert {"repo_type", "revision", "files_metadata"} <= set(inspect.signature(huggingface_hub.HfApi.repo_info).parameters)
