@@ -127,9 +127,9 @@ _LAPTOP_OBJECTIVES = {
     "jepa": dict(
         invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, target="ema", momentum=0.99, noise=0.1, predictor_hidden=96, predictor_scale=0.1
     ),
-    "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=32, decoder_depth=1),
-    "supervised-convnext": dict(head="linear"),
-    "supervised-vit": dict(head="linear"),
+    "mae": dict(ratio=0.9, patch=(4, 4, 4), target_norm="patch", decoder_width=64, decoder_depth=2),
+    "supervised-convnext": dict(head="mlp"),
+    "supervised-vit": dict(head="attentive"),
     "random": {},
 }
 _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
@@ -166,8 +166,8 @@ _LAPTOP = Preset(
     # every objective sees 12800 windows
     train={
         "jepa": TrainPreset(steps=400, batch_size=32, lr=3e-3),
-        "mae": TrainPreset(steps=1600, batch_size=8, lr=4e-3, weight_decay=0.005),
-        "supervised-convnext": TrainPreset(steps=800, batch_size=16, lr=2e-3),
+        "mae": TrainPreset(steps=800, batch_size=16, lr=4e-3, weight_decay=0.005),
+        "supervised-convnext": TrainPreset(steps=1600, batch_size=8, lr=2e-3, weight_decay=0.005),
         "supervised-vit": TrainPreset(steps=800, batch_size=16, lr=1e-3),
         "random": TrainPreset(steps=0, batch_size=16, lr=1e-3),
     },
