@@ -91,7 +91,7 @@ for system in PRESET.systems:
 rule table1:
     input: RESULTS
     output: expand(OUT / "figures" / "{name}.{ext}", name=["table1", "table1_differences"], ext=["png", "svg", "csv", "json"])
-    params: code=stage("05_table1", "evaluate"), command=papermill("05_table1", "table1")
+    params: code=stage("05_table1", "evaluate", "figures", "cost", "verify"), command=papermill("05_table1", "table1")
     shell: "{params.command}"
 
 # the same flows at twice the resolution, read by the same encoders and probes
@@ -99,7 +99,7 @@ if PRESET.refined:
     rule resolution:
         input: RESULTS
         output: expand(OUT / "figures" / "resolution.{ext}", ext=["png", "svg", "csv", "json"])
-        params: code=stage("05b_resolution", "evaluate", "generate"), command=papermill("05b_resolution", "resolution")
+        params: code=stage("05b_resolution", "evaluate", "figures", "generate"), command=papermill("05b_resolution", "resolution")
         threads: workflow.cores
         shell: "{params.command}"
 
@@ -107,7 +107,7 @@ if PRESET.refined:
 rule machines:
     input: RESULTS
     output: expand(OUT / "figures" / "machines.{ext}", ext=["png", "svg", "csv", "json"])
-    params: code=stage("05c_machines", "evaluate"), command=papermill("05c_machines", "machines", system=PRESET.systems[0])
+    params: code=stage("05c_machines", "evaluate", "figures", "verify"), command=papermill("05c_machines", "machines", system=PRESET.systems[0])
     threads: workflow.cores
     shell: "{params.command}"
 
@@ -134,14 +134,14 @@ for name, seed, done in VARIED:
         name: f"ablate_{name}_seed{seed}"
         input: simulated(PRESET.systems[0])
         output: touch(done)
-        params: code=stage("08b_ablations", "cost", "evaluate"), command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=PRESET.systems[0], variants=name, seed=seed, draw=False)
+        params: code=stage("08b_ablations", "cost", "evaluate", "figures", "verify"), command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=PRESET.systems[0], variants=name, seed=seed, draw=False)
         threads: JOB_THREADS
         shell: "{params.command}"
 
 rule ablations:
     input: RESULTS + [done for *_, done in VARIED]
     output: expand(OUT / "figures" / "ablations.{ext}", ext=["png", "svg", "csv", "json"])
-    params: code=stage("08b_ablations", "cost", "evaluate"), command=papermill("08b_ablations", "ablations", system=PRESET.systems[0])
+    params: code=stage("08b_ablations", "cost", "evaluate", "figures", "verify"), command=papermill("08b_ablations", "ablations", system=PRESET.systems[0])
     shell: "{params.command}"
 
 rule simulated:
