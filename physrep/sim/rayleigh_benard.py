@@ -7,7 +7,7 @@ __all__ = ['legendre_nodes', 'interpolation', 'vertical_points', 'LayerGrid', 'l
            'initial_condition', 'node_fields', 'tendency', 'ImplicitFactors', 'implicit_factors', 'implicit_solve',
            'march', 'Output', 'output', 'saved_fields', 'resolution', 'simulate']
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #30eab465
+# %% ../../nbs/00c_rayleigh_benard.ipynb #47c2e867
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +18,7 @@ import torch
 from ..randomness import rand_samples, randn_samples
 from .shear_flow import SimulationBlewUp, _check_grid, _check_times, _pair, suggest_dt
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #81b81df9
+# %% ../../nbs/00c_rayleigh_benard.ipynb #a26e9ec9
 def legendre_nodes(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Legendre-Gauss-Lobatto nodes `(n,)` on [0, 1], their weights `(n,)` and the derivative matrix `(n, n)`, float64.
 
@@ -54,7 +54,7 @@ def vertical_points(n: int, kind: str) -> np.ndarray:
         return legendre_nodes(n)[0]
     raise ValueError(f"store_nodes must be uniform, chebyshev or legendre, got {kind!r}")
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #c67e029e
+# %% ../../nbs/00c_rayleigh_benard.ipynb #fbeb6982
 @dataclass(frozen=True)
 class LayerGrid:
     """Matrices of a layer; a state is `(b, 2, n, 2 m)` real: vorticity and buoyancy minus conduction, n vertical modes, m waves (re, im).
@@ -119,7 +119,7 @@ def layer_grid(
         wall_slope=put(slopes[-1] * np.stack([parity > 0, parity < 0])), conduction=put(1 - y[1:-1, None]),
     )
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #09bb7d1b
+# %% ../../nbs/00c_rayleigh_benard.ipynb #c5795a78
 def draw_parameters(seeds: Sequence[int]) -> dict[str, torch.Tensor]:
     "Random numbers of the initial condition, float64: `amplitude` `(n,)` and `waves` `(n, 3, 6)` complex; row i depends on `seeds[i]` only."
     waves = randn_samples(seeds, (3, 6, 2), name="rayleigh_benard waves").double()
@@ -146,7 +146,7 @@ def initial_condition(parameters: dict[str, torch.Tensor], grid: LayerGrid) -> t
         state[:, 1, :, 1 : last + 1] += torch.from_numpy(mode)[:, None] * waves[:, l, None, :last]
     return torch.view_as_real(state).flatten(-2)
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #36e812f9
+# %% ../../nbs/00c_rayleigh_benard.ipynb #94f2da6b
 def _apply(matrix: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
     "`matrix @ batch[i]` for all i: one product of the same shape per trajectory, whatever the batch, so that rounding is the same."
     return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
@@ -187,7 +187,7 @@ def tendency(state: torch.Tensor, grid: LayerGrid) -> torch.Tensor:
     _complex(rate).view(b, 2, n, -1).mul_(grid.x_factor)
     return rate.baddbmm_(grid.from_slopes.expand(2 * b, -1, -1), along_y.view(2 * b, n, parts)).view(b, 2, n, parts)
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #bc5544ff
+# %% ../../nbs/00c_rayleigh_benard.ipynb #b497f104
 @dataclass(frozen=True)
 class ImplicitFactors:
     "What an implicit step multiplies by, for each trajectory."
@@ -219,7 +219,7 @@ def implicit_solve(rhs: torch.Tensor, factors: ImplicitFactors, grid: LayerGrid)
     state[:, 0].view(factors.wall.shape).add_(factors.wall * slip[:, None])
     return state
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #22e7b447
+# %% ../../nbs/00c_rayleigh_benard.ipynb #b7547739
 def march(state: torch.Tensor, diffusivity: np.ndarray, grid: LayerGrid, dt: float) -> Iterator[torch.Tensor]:
     """Yields the state now and after every step of `dt`, without end.
 
@@ -244,7 +244,7 @@ def march(state: torch.Tensor, diffusivity: np.ndarray, grid: LayerGrid, dt: flo
         past = [*past[-1:], (torch.add(change, state, alpha=0.5), (state * (1 / 3)).add_(change))]
         state = after
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #3cffafab
+# %% ../../nbs/00c_rayleigh_benard.ipynb #ffc1306c
 @dataclass(frozen=True)
 class Output:
     "Matrices from vertical modes (or inner nodes) to stored heights, and those of the pressure; complex dtype."
@@ -307,7 +307,7 @@ def saved_fields(state: torch.Tensor, viscosity: torch.Tensor, grid: LayerGrid, 
     spectra = torch.stack([heat, pressure, slope, -out.ik * value], dim=1)[..., : out.waves]
     return torch.fft.irfft(spectra, n=out.nx, norm="forward").transpose(2, 3)
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #05209f12
+# %% ../../nbs/00c_rayleigh_benard.ipynb #cfe69d5d
 def resolution(rayleigh: np.ndarray, prandtl: np.ndarray, grid: tuple[int, int], box: tuple[float, float] = (2.0, 1.0)) -> np.ndarray:
     "k_max * eta_min of a grid, eta_min the smallest scale that is expected; `simulate` refuses values below 0.85."
     nusselt = np.maximum(0.138 * np.asarray(rayleigh, dtype=np.float64) ** 0.285, 1.01)
@@ -338,7 +338,7 @@ def _check_parameters(seeds: list[int], grid: LayerGrid, **numbers) -> list[np.n
         )
     return [rayleigh, prandtl]
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #eb51be56
+# %% ../../nbs/00c_rayleigh_benard.ipynb #198253f1
 def _rate(frame: torch.Tensor, grid: LayerGrid, height: torch.Tensor) -> float:
     "The fastest rate at which the flow of a frame `(b, 4, sx, sy)` can carry a wave of the grid past a point."
     k_y = grid.shape[1] / torch.sqrt((height * (1 - height)).clamp(min=float(grid.y[1])))
@@ -376,7 +376,7 @@ def _custom_state(initial: tuple, n: int, grid: LayerGrid) -> torch.Tensor:
     state[:, 0, :, 0] = _apply(project @ slope, spectra[:, 0, :, :1])[..., 0] / torch.from_numpy(grid.eigenvalues)
     return torch.view_as_real(state).flatten(-2)
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #41090c69
+# %% ../../nbs/00c_rayleigh_benard.ipynb #b001cc90
 def _integrate(state, diffusivity: np.ndarray, grid: LayerGrid, out: Output, *, height, runs: list[str], steps: int, dt: float, n_frames: int):
     "Yield the frames `(b, 4, sx, sy)` of one batch on the CPU, checking each."
     viscosity = torch.from_numpy(diffusivity[:, 0]).to(state)
@@ -390,7 +390,7 @@ def _integrate(state, diffusivity: np.ndarray, grid: LayerGrid, out: Output, *, 
         rate = max(rate, _rate(frame, grid, height))
         yield frame
 
-# %% ../../nbs/00c_rayleigh_benard.ipynb #5c279f48
+# %% ../../nbs/00c_rayleigh_benard.ipynb #5f3f6b29
 def simulate(
     rayleigh: float | Sequence[float],  # one per trajectory, or one for all
     prandtl: float | Sequence[float],
@@ -412,8 +412,9 @@ def simulate(
     """Trajectories of Rayleigh-Benard convection with The Well's fields, as numpy arrays on the CPU.
 
     Returns `buoyancy` and `pressure` `(n, t, x, y)` (the pressure's mean over the box is 0), `velocity` `(n, t, x, y, 2)`, `time` `(t,)`; y is the
-    vertical. On a CPU a trajectory is, bit by bit, a function of its own parameters and seed. Raises ValueError for arguments that make no sense
-    or a grid that is too coarse, and SimulationBlewUp (with a time step to try) for a run that is unstable.
+    vertical. On one CPU thread a trajectory is, bit by bit, a function of its own parameters and seed; on several, up to the rounding of matrix
+    products, which are then split. Raises ValueError for arguments that make no sense or a grid that is too coarse, and SimulationBlewUp (with a
+    time step to try) for a run that is unstable.
     """
     seeds = [int(s) for s in seeds]
     steps = _check_times(frame_dt, dt, n_frames)
@@ -431,7 +432,7 @@ def simulate(
     state = initial_condition(draw_parameters(seeds), g) if initial is None else _custom_state(initial, n, g)
     diffusivity = np.stack([(rayleigh / prandtl) ** -0.5, (rayleigh * prandtl) ** -0.5], axis=1)
     if batch is None:
-        batch = 256 if torch.device(device).type != "cpu" else max(1, 16 * 64 * 40 // (g.shape[0] * g.shape[1]))
+        batch = 256 if torch.device(device).type != "cpu" else max(1, 32 * 64 * 40 // (g.shape[0] * g.shape[1]))
     fields = np.empty((n, n_frames, 4, *stored), dtype=np.float32 if dtype == torch.float32 else np.float64)
     for first in range(0, n, batch):
         rows = slice(first, min(first + batch, n))
