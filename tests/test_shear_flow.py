@@ -119,11 +119,15 @@ def test_batches_do_not_change_a_bit(grid):
         assert np.array_equal(shuffled[name], whole[name][order])
 
 
-def test_threads_do_not_change_a_bit():
-    run = {"reynolds": 1000.0, "schmidt": 1.0, "seeds": range(8), "grid": 64, "n_frames": 2}
+def test_threads_change_rounding_only():
+    "Some FFT libraries split their work by threads: with another number of them the last bits may differ, with the same number none does."
+    run = {"reynolds": 1000.0, "schmidt": 1.0, "seeds": range(8), "grid": 64, "n_frames": 3}
     one = simulate(**run)
     torch.set_num_threads(2)
-    assert all(np.array_equal(one[name], values) for name, values in simulate(**run).items())
+    two, again = simulate(**run), simulate(**run)
+    for name in FIELDS:
+        assert np.array_equal(two[name], again[name])
+        assert np.abs(two[name] - one[name]).max() < 2e-6, name
 
 
 def test_progress_counts_every_frame():
