@@ -178,7 +178,7 @@ def test_batches_do_not_change_a_bit(grid):
 
 
 def test_threads_do_not_change_a_bit():
-    run = {"alpha": -3.0, "zeta": 2.0, "seeds": range(8), "n_frames": 2}
+    run = {"alpha": -3.0, "zeta": 2.0, "seeds": range(8), "n_frames": 2, "frame_dt": 0.1}
     one = simulate(**run)
     torch.set_num_threads(2)
     assert all(np.array_equal(one[name], values) for name, values in simulate(**run).items())
