@@ -8,8 +8,9 @@ import pytest
 
 import physrep
 from physrep.encoders.registry import SHIPPED
-from physrep.runs import resolve
+from physrep.runs import build, resolve
 from physrep.sim import shear_flow
+from physrep.systems import get_system
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(p.name for p in SHIPPED.iterdir())
@@ -36,10 +37,11 @@ def test_three_encoders_come_with_the_package():
 @pytest.mark.parametrize("name", NAMES)
 def test_they_are_of_the_laptop_preset(name):
     system, objective, encoder = name.split("-")
-    info, config = physrep.load_encoder(name).info, resolve(system, objective, encoder, "laptop")
-    assert (info["objective"], info["preset"], info["seed"]) == (objective, "laptop", 0)
-    shipped = {k: v for k, v in info["config"].items() if k in config["encoder_config"]}
-    assert shipped == config["encoder_config"]
+    encoder, config = physrep.load_encoder(name), resolve(system, objective, encoder, "laptop")
+    assert (encoder.info["objective"], encoder.info["preset"], encoder.info["seed"]) == (objective, "laptop", 0)
+    fresh = build(config, tuple(encoder.info["shape"]), get_system(system).n_channels).encoder
+    assert {k: v.shape for k, v in encoder.encoder.state_dict().items()} == {k: v.shape for k, v in fresh.state_dict().items()}
+    assert fresh.config == encoder.encoder.config
 
 
 @pytest.mark.parametrize("probe", ["linear", "attentive"])
