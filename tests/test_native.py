@@ -1,0 +1,133 @@
+"""Files as The Well publishes them: native grids and layouts, against its own reader; large files; the paper's crops."""
+
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from the_well.data import WellDataset
+
+from physrep.data import Batches, LabelScaler, Normaliser, Windows
+from physrep.systems import get_system
+from physrep.well import WellFile, find_files
+from physrep.well_write import write_stats, write_well
+
+FRAMES = 4
+# grid, parameters as in a published file, a second pair, and coordinates as published
+NATIVE = {
+    "active_matter": ((256, 256), {"L": 10.0, "zeta": 11.0, "alpha": -2.0}, {"L": 10.0, "zeta": 3.0, "alpha": -1.0}, {"x": np.linspace(0, 10, 256, False), "y": np.linspace(0, 10, 256, False)}),
+    "shear_flow": ((256, 512), {"Reynolds": 1e5, "Schmidt": 2.0}, {"Reynolds": 1e4, "Schmidt": 0.1}, {"x": np.linspace(0, 1, 256, False), "y": np.linspace(0, 1, 512, False)}),
+    "rayleigh_benard": (
+        (512, 128), {"Rayleigh": 1e9, "Prandtl": 5.0}, {"Rayleigh": 1e6, "Prandtl": 0.1},
+        {"x": np.linspace(0, 4, 512, False), "y": (1 - np.cos(np.pi * (np.arange(128) + 0.5) / 128)) / 2},
+    ),
+}  # fmt: skip
+
+
+def publish(root, name: str, n: int = 2):
+    "Native files of two pairs in every split, below `root`; returns the fields of the first training file."
+    grid, *pairs, coordinates = NATIVE[name]
+    kept = None
+    for split in ("train", "valid", "test"):
+        for p, parameters in enumerate(pairs):
+            rng = np.random.default_rng([p, len(split)])
+            fields = {f.name: rng.standard_normal((n, FRAMES, *grid, *(2,) * f.rank), dtype=np.float32) for f in get_system(name).fields}
+            path = root / "data" / split / f"{name}_{p}.hdf5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_well(path, name, fields, parameters, time=np.arange(FRAMES, dtype=np.float64) * 0.25, coordinates=coordinates)
+            kept = fields if kept is None else kept
+    write_stats(root, name)
+    return kept
+
+
+@pytest.fixture(scope="module", params=list(NATIVE))
+def native(request, tmp_path_factory):
+    "`the-well-download` leaves <base>/datasets/<name>; returns base, name and the fields of the first training file."
+    base = tmp_path_factory.mktemp(request.param)
+    return base, request.param, publish(base / "datasets" / request.param, request.param)
+
+
+def test_values_are_those_of_the_wells_own_reader(native):
+    base, name, _ = native
+    system, folder = get_system(name), base / "datasets" / name
+    theirs = WellDataset(path=str(folder), well_split_name="train", n_steps_input=FRAMES - 1, n_steps_output=1, use_normalization=False)
+    ours = Windows(base, name, "train", frames=FRAMES, in_memory=False)
+    assert len(theirs) == len(ours) == 4
+    for i in range(len(ours)):
+        item = theirs[i]
+        fields = np.concatenate([item["input_fields"], item["output_fields"]])  # (t, x, y, c), The Well's order of channels
+        np.testing.assert_array_equal(ours.read([i])[0].numpy(), np.moveaxis(fields, -1, 0))
+        names = list(NATIVE[name][1])
+        scalars = dict(zip(names, item["constant_scalars"].tolist()))
+        assert dict(zip(system.label_names, ours.targets([i])[0])) == pytest.approx({k: v for k, v in scalars.items() if k in system.label_names})
+
+
+def test_both_layouts_are_found(native, tmp_path):
+    base, name, _ = native
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / name).symlink_to(base / "datasets" / name)  # `hf download --local-dir hub/<name>`
+    for root in (base, base / "datasets", base / "datasets" / name, tmp_path / "hub"):
+        assert [p.name for p in find_files(root, name, "valid")] == [f"{name}_0.hdf5", f"{name}_1.hdf5"]
+
+
+def test_the_grid_is_understood(native):
+    base, name, _ = native
+    file = WellFile(find_files(base, name, "train")[0], name)
+    assert file.contiguous and file.time.dtype == np.float64 and file.dt == pytest.approx(0.25)
+    if name == "shear_flow":
+        assert file.spacing == pytest.approx((1 / 256, 2 / 512), rel=1e-4), "the longer axis is labelled 0 to 1 and is 2 long"
+    elif name == "rayleigh_benard":
+        assert file.spacing[0] == pytest.approx(4 / 512, rel=1e-4) and np.isnan(file.spacing[1]), "Chebyshev nodes have no spacing"
+    else:
+        assert file.spacing == pytest.approx((10 / 256, 10 / 256), rel=1e-4) and "L" not in file.labels
+
+
+def test_the_papers_crop_and_size(native):
+    base, name, fields = native
+    system = get_system(name)
+    crop, size = dict(system.paper)["crop"], dict(system.paper)["size"]
+    windows = Windows(base, name, "train", frames=2, crop=crop)
+    (x0, x1), (y0, y1) = crop
+    first = next(iter(fields))
+    np.testing.assert_array_equal(windows.read([0])[0, 0].numpy(), fields[first][0, :2, x0:x1, y0:y1])
+    scaler = LabelScaler.fit(system, windows.labels)
+    batches = Batches(windows, batch_size=2, normaliser=Normaliser.load(base, system), scaler=scaler, size=size)
+    assert next(iter(batches.evaluation()))["fields"].shape == (2, system.n_channels, 2, size, size)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    "A file of 13 GB (sparse: its fields are declared, allocated and never written) and a window from its end."
+    grid, parameters, _, coordinates = NATIVE["shear_flow"]
+    path = tmp_path / "shear_flow" / "data" / "train" / "large.hdf5"
+    path.parent.mkdir(parents=True)
+    small = {f.name: np.zeros((1, 2, *grid, *(2,) * f.rank), dtype=np.float32) for f in get_system("shear_flow").fields}
+    write_well(path, "shear_flow", small, parameters, time=np.arange(2) * 0.1, coordinates=coordinates)
+    with h5py.File(path, "r+") as file:
+        file.attrs["n_trajectories"] = 32
+        del file["dimensions/time"]
+        file["dimensions/time"] = np.arange(200) * 0.1
+        for f in get_system("shear_flow").fields:
+            key = f"t{f.rank}_fields/{f.name}"
+            attributes = dict(file[key].attrs)
+            del file[key]
+            properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            space = h5py.h5s.create_simple((32, 200, *grid, *(2,) * f.rank))
+            dataset = h5py.Dataset(h5py.h5d.create(file.id, key.encode(), h5py.h5t.NATIVE_FLOAT, space, properties))
+            for name, value in attributes.items():
+                dataset.attrs[name] = value
+    assert path.stat().st_size > 13e9
+    code = (
+        "import resource, sys; from physrep.data import Windows\n"
+        "windows = Windows(sys.argv[1], 'shear_flow', 'train', frames=16, stride=4)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for i in range(0, len(windows), 97): assert windows.read([i]).shape == (1, 4, 16, 256, 512)\n"
+        "print(len(windows), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, grown = done.stdout.split()
+    window = 4 * 16 * 256 * 512 * 4 / 2**20
+    assert int(count) == 32 * 47 and float(grown) < 6 * window, f"{grown} MiB for windows of {window} MiB"
