@@ -8,8 +8,13 @@ import torch
 from physrep.generate import make_dataset
 from physrep.presets import get_preset
 
-torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # for what is made once for all tests
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "A test that needs more threads takes them; the next one has a single one again."
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

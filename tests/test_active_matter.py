@@ -19,14 +19,6 @@ FIELDS = ("concentration", "velocity", "D", "E")
 SMALL = {"grid": 32, "n_frames": 3}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def isotropic(n, grid=32):
     "Concentration 1, no order."
     return np.ones((n, grid, grid)), np.broadcast_to(np.eye(2) / 2, (n, grid, grid, 2, 2)).copy()

@@ -21,8 +21,7 @@ SYSTEM, SHAPE = get_system("shear_flow"), (4, 16, 16)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def same_start():
     torch.manual_seed(0)
     yield
     plt.close("all")

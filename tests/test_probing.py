@@ -31,14 +31,6 @@ SYSTEM = get_system("shear_flow")
 QUICK = {"attentive": {"recipe": AttentiveRecipe(epochs=3)}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(seed: int, n_groups: int = 40, windows: int = 3, tokens: int = 6, dim: int = 16, signal: float = 1.0) -> Features:
     rng = np.random.default_rng(seed)
     u = rng.uniform(-1, 1, (n_groups, 2)).repeat(windows, 0)

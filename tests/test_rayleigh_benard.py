@@ -18,14 +18,6 @@ FIELDS = ("buoyancy", "pressure", "velocity")
 SMALL = {"grid": (32, 24), "n_frames": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

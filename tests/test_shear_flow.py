@@ -17,14 +17,6 @@ FIELDS = ("tracer", "pressure", "velocity")
 SMALL = {"grid": 32, "n_frames": 3}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
