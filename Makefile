@@ -56,7 +56,7 @@ tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for ev
 	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/tuning.* $(FIGURES)/
 
 ablations: TARGET = ablations
-ablations: $(READY)  ## variants of rows of Table 1 (equal compute, circular padding), about 20 minutes after `make reproduce`
+ablations: $(READY)  ## variants of rows of Table 1 (equal compute, circular padding), about a quarter of an hour after `make reproduce`
 	@$(SNAKE) </dev/null
 	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/ablations.* $(FIGURES)/
 
