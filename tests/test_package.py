@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # each imports only what stands before it
 FLOORS = [
     {"systems", "presets", "randomness", "provenance", "parameters"}, {"well", "sim"}, {"well_write"}, {"generate", "data", "report", "download"}, {"encoders", "heads"},
-    {"objectives"}, {"training", "runs", "features", "scores", "probing", "baselines"}, {"results", "comparison"}, {"figures", "evaluate"}, {"verify", "tuning", "cost"}, {"explore"},
+    {"objectives"}, {"training", "runs", "features", "scores", "probing", "baselines"}, {"results", "comparison"}, {"figures", "evaluate"}, {"verify", "tuning", "cost", "regimes"}, {"explore"},
 ]
 
 

@@ -1,0 +1,70 @@
+"""Regimes where their notebook does not look: symmetries, edges, input that does not fit."""
+
+import numpy as np
+import pytest
+
+from physrep.regimes import REGIMES, defect_charges, defect_count, regime_labels, wall_nusselt, wave_energy
+from physrep.systems import SYSTEMS, get_system
+
+
+def noise(system, b=2, t=3, grid=(12, 16), seed=0):
+    return np.random.default_rng(seed).normal(size=(b, get_system(system).n_channels, t, *grid))
+
+
+def mirrored(fields, system, axis):
+    s = get_system(system)
+    return np.flip(fields, axis + 3) * s.mirror_signs(axis)[:, None, None, None]
+
+
+@pytest.mark.parametrize("system", list(SYSTEMS))
+def test_only_the_last_frame_counts_and_the_batch_does_not(system):
+    x = noise(system)
+    value, above = regime_labels(x, system)
+    alone = [regime_labels(x[i : i + 1, :, -1:], system)[0][0] for i in range(2)]
+    np.testing.assert_allclose(value, alone)
+    assert (above == (value > REGIMES[system].threshold)).all()
+
+
+@pytest.mark.parametrize("system, axis", [(name, a) for name, s in SYSTEMS.items() for a in s.mirror_axes])
+def test_a_mirror_image_is_in_the_same_regime(system, axis):
+    x = noise(system)
+    np.testing.assert_allclose(regime_labels(mirrored(x, system, axis), system)[0], regime_labels(x, system)[0], rtol=1e-12)
+
+
+def test_convection_upside_down_carries_the_same_heat():
+    s, x = get_system("rayleigh_benard"), noise("rayleigh_benard")
+    turned = np.flip(x, 4).copy()
+    turned[:, 0] = 1 - turned[:, 0]
+    np.testing.assert_allclose(wall_nusselt(turned, s), wall_nusselt(x, s), rtol=1e-12)
+
+
+def test_a_parallel_flow_with_cross_flow_is_a_wave():
+    s, x = get_system("shear_flow"), np.zeros((1, 4, 1, 8, 8))
+    x[0, 2] = 1.0
+    assert wave_energy(x, s)[0] == 0
+    x[0, 3] = 1.0
+    assert wave_energy(x, s)[0] == pytest.approx(0.5), "v counts as a wave even where it is uniform"
+
+
+def test_mirrors_turn_the_sign_of_no_defect():
+    "A defect of +1/2 seen in a mirror is one of +1/2: head and tail are mirrored, too."
+    s, x = get_system("active_matter"), noise("active_matter")
+    here, there = (np.sort(defect_charges(f, s).reshape(2, -1)) for f in (x, mirrored(x, "active_matter", 0)))
+    assert np.array_equal(here, there) and defect_count(x, s).min() > 0
+
+
+@pytest.mark.parametrize("heights", [np.linspace(0, 1, 7), np.linspace(1, 0, 16), np.linspace(0, 2, 16)])
+def test_heights_that_are_none(heights):
+    with pytest.raises(ValueError, match="heights must be 16 increasing numbers between 0 and 1"):
+        wall_nusselt(noise("rayleigh_benard"), get_system("rayleigh_benard"), heights)
+
+
+def test_bad_fields():
+    with pytest.raises(ValueError, match=r"must be \(b, 4, t, h, w\), got \(2, 11, 3, 12, 16\)"):
+        regime_labels(noise("active_matter"), "shear_flow")
+    x = noise("shear_flow")
+    x[0, 0, 0] = np.nan
+    regime_labels(x, "shear_flow")  # not in the last frame
+    x[0, 0, -1, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="last frame of the fields has values that are not finite"):
+        regime_labels(x, "shear_flow")
