@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data tune ablations verify test lint notebooks readme models clean
+.PHONY: help setup reproduce data tune ablations machines verify test lint notebooks readme models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -60,6 +60,11 @@ ablations: $(READY)  ## variants of rows of Table 1 (equal compute, circular pad
 	@$(SNAKE) </dev/null
 	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/ablations.* $(FIGURES)/
 
+machines: TARGET = machines
+machines: $(READY)  ## one row again with other threads and instructions: how far numbers move from machine to machine; some minutes after `make reproduce`
+	@$(SNAKE) </dev/null
+	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/machines.* $(FIGURES)/
+
 verify: $(READY)  ## recompute the digests of every committed figure and say which are stale, and why
 	@$(BIN)/python -m physrep.verify figures
 
@@ -70,7 +75,7 @@ test: $(READY)  ## export in sync, lint, notebooks, tests; ends with `N passed, 
 	@$(BIN)/python tests/run.py
 
 lint: $(READY)  ## ruff on the package and the tests
-	@$(BIN)/ruff check physrep tests Snakefile
+	@$(BIN)/ruff check physrep tests
 
 notebooks: $(READY)  ## execute all notebooks in place (library) or from the runs of PRESET (stages), clean, export
 	@$(BIN)/python tests/notebooks.py $(PRESET)

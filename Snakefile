@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from physrep.cost import VARIANTS
-from physrep.evaluate import BASELINES, ROWS
+from physrep.evaluate import BASELINES, ROWS, systems_of
 from physrep.presets import get_preset, project_root
 from physrep.provenance import code_digest, notebook_digest
 from physrep.runs import baseline_folder, default_data_dir, modules_of, resolve, run_folder
@@ -20,6 +20,8 @@ ROOT = project_root()
 PRESET = get_preset(config.get("preset") or "laptop")
 DATA = Path(config.get("data") or default_data_dir(PRESET.name)).resolve()
 OUT = ROOT / "runs" / PRESET.name
+SYSTEMS = systems_of(PRESET, DATA)  # that are simulated, or whose data are there
+PROBING = str(PRESET.probing())
 
 
 def stage(name, *modules):
@@ -46,85 +48,116 @@ def simulated(system):
 
 # one job at a time on a GPU; on the CPU as many as there are cores, one thread each
 JOB_THREADS = workflow.cores if torch.cuda.is_available() else 1
-RESULTS = []
+# several seeds are text; one alone would be read as a number
+SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))} if len(PRESET.seeds) > 1 else {"seed": PRESET.seeds[0]}
+RESULTS, OF_ROW, REFINED = [], {}, []
 
-for system in PRESET.systems:
+for system in SYSTEMS:
     if system in PRESET.sims:
         rule:
             name: f"simulate_{system}"
             output: simulated(system)
             params: code=stage("00g_simulate", "generate", f"sim.{system}"), command=papermill("00g_simulate", f"{system}-simulate", system=system)
             threads: workflow.cores
+            priority: 9
             shell: "{params.command}"
 
-    for baseline in BASELINES:
-        RESULTS.append(baseline_folder(baseline, system, PRESET.name) / "result.json")
+    if system in PRESET.sims and PRESET.refined:
+        REFINED.append(Path(f"{DATA}_refined") / system / "stats.yaml")
         rule:
-            name: f"probe_{system}_{baseline}"
-            input: simulated(system)
-            output: RESULTS[-1]
-            params: code=stage("04_probe", "evaluate"), command=papermill("04_probe", f"{system}-{baseline}", system=system, objective=baseline)
+            name: f"refine_{system}"
+            output: REFINED[-1]
+            params: code=stage("00g_simulate", "generate", f"sim.{system}"), command=papermill("00g_simulate", f"{system}-refine", system=system, refined=True, workers=1)
             shell: "{params.command}"
 
-    for objective, encoder in ROWS:
-        for seed in PRESET.seeds:
-            run = resolve(system, objective, encoder, PRESET.name, seed=seed)
-            name, folder = f"{system}-{objective}-{encoder}-seed{seed}", run_folder(run)
-            values = dict(system=system, objective=objective, encoder=encoder, seed=seed)
-            RESULTS.append(folder / "result.json")
-            rule:
-                name: f"pretrain_{name}".replace("-", "_")
-                input: simulated(system)
-                output: folder / "encoder.safetensors"
-                params: code=stage("03_pretrain", *modules_of(run)), command=papermill("03_pretrain", f"{name}-pretrain", **values)
-                threads: JOB_THREADS
-                priority: {"jepa": 3, "supervised": 2, "mae": 1}.get(objective, 0)  # long jobs first
-                shell: "{params.command}"
-            rule:
-                name: f"probe_{name}".replace("-", "_")
-                input: folder / "encoder.safetensors"
-                output: folder / "result.json"
-                threads: JOB_THREADS
-                params: code=stage("04_probe", "evaluate", *modules_of(run)), command=papermill("04_probe", f"{name}-probe", **values)
-                shell: "{params.command}"
+    baselines = [baseline_folder(b, system, PRESET.name) / "result.json" for b in BASELINES]
+    RESULTS += baselines
+    rule:
+        name: f"probe_{system}_baselines"
+        input: simulated(system)
+        output: baselines
+        params: code=stage("04_probe", "evaluate") + PROBING, command=papermill("04_probe", f"{system}-baselines", system=system, objective="baselines")
+        shell: "{params.command}"
+
+    for objective, encoder in ROWS:  # all seeds of a row in one job: starting one costs as much as a probe
+        runs = [resolve(system, objective, encoder, PRESET.name, seed=seed) for seed in PRESET.seeds]
+        name, values = f"{system}-{objective}-{encoder}", dict(system=system, objective=objective, encoder=encoder, **SEEDS)
+        trained, results = ([run_folder(run) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
+        RESULTS += results
+        OF_ROW.setdefault((objective, encoder), []).extend(results)
+        rule:
+            name: f"pretrain_{name}".replace("-", "_")
+            input: simulated(system)
+            output: trained
+            params: code=stage("03_pretrain", *modules_of(runs[0])), command=papermill("03_pretrain", f"{name}-pretrain", **values)
+            threads: JOB_THREADS
+            priority: {"jepa": 3, "supervised": 2, "mae": 1}.get(objective, 0)  # long jobs first
+            shell: "{params.command}"
+        rule:
+            name: f"probe_{name}".replace("-", "_")
+            input: trained
+            output: results
+            threads: JOB_THREADS
+            params: code=stage("04_probe", "evaluate", *modules_of(runs[0])) + PROBING, command=papermill("04_probe", f"{name}-probe", **values)
+            shell: "{params.command}"
+
+
+def figures(*names):
+    return expand(OUT / "figures" / "{name}.{ext}", name=names, ext=["png", "svg", "csv", "json"])
+
 
 rule table1:
     input: RESULTS
-    output: expand(OUT / "figures" / "{name}.{ext}", name=["table1", "table1_differences"], ext=["png", "svg", "csv", "json"])
-    params: code=stage("05_table1", "evaluate", "figures", "cost", "verify"), command=papermill("05_table1", "table1")
+    output: figures("table1", "table1_differences", "table1_differences_statistics", *[f"table1_{s}" for s in SYSTEMS])
+    params: code=stage("05_table1", "evaluate", "figures", "cost", "verify") + PROBING, command=papermill("05_table1", "table1", systems=",".join(SYSTEMS))
     shell: "{params.command}"
 
 # the same flows at twice the resolution, read by the same encoders and probes
-if PRESET.refined:
-    rule resolution:
-        input: RESULTS
-        output: expand(OUT / "figures" / "resolution.{ext}", ext=["png", "svg", "csv", "json"])
-        params: code=stage("05b_resolution", "evaluate", "figures", "generate"), command=papermill("05b_resolution", "resolution")
-        threads: workflow.cores
-        shell: "{params.command}"
+rule resolution:
+    input: RESULTS + REFINED
+    output: figures("resolution")
+    params: code=stage("05b_resolution", "evaluate", "figures") + PROBING, command=papermill("05b_resolution", "resolution")
+    shell: "{params.command}"
 
-# one row again, with other threads and other instructions
+# one encoder for all systems, and encoders that read another
+rule across:
+    input: OF_ROW["jepa", "convnext"] + OF_ROW["random", "convnext"]
+    output: figures("across")
+    params: code=stage("08c_across_systems", "across", "figures") + PROBING, command=papermill("08c_across_systems", "across", systems=",".join(SYSTEMS))
+    threads: JOB_THREADS
+    priority: 5
+    shell: "{params.command}"
+
+# a second thing to ask all encoders
+rule regimes:
+    input: RESULTS
+    output: figures("regimes")
+    params: code=stage("08d_regimes", "regimes", "evaluate", "figures") + PROBING, command=papermill("08d_regimes", "regimes", systems=",".join(SYSTEMS))
+    threads: JOB_THREADS
+    shell: "{params.command}"
+
+# `make machines`: one row again, with other threads and other instructions
 rule machines:
     input: RESULTS
-    output: expand(OUT / "figures" / "machines.{ext}", ext=["png", "svg", "csv", "json"])
-    params: code=stage("05c_machines", "evaluate", "figures", "verify"), command=papermill("05c_machines", "machines", system=PRESET.systems[0])
+    output: figures("machines")
+    params: code=stage("05c_machines", "evaluate", "figures", "verify") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[0])
     threads: workflow.cores
     shell: "{params.command}"
 
 # `make tune`: a job per row of the table; what has been tried already is in its log
-TUNED = {row: log_path(PRESET.systems[0], row, PRESET.name) for row in WALKS}
+TUNED = {row: log_path(SYSTEMS[0], row, PRESET.name) for row in WALKS}
 for row, log in TUNED.items():
     rule:
         name: f"tune_{'_'.join(row)}"
-        input: ([f"{TUNED[ENCODER_FROM[row]]}.done"] if row in ENCODER_FROM else []) + simulated(PRESET.systems[0])
+        input: ([f"{TUNED[ENCODER_FROM[row]]}.done"] if row in ENCODER_FROM else []) + simulated(SYSTEMS[0])
         output: touch(f"{log}.done")
-        params: command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=PRESET.systems[0], rows="-".join(row), draw=False)
+        params: command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=SYSTEMS[0], rows="-".join(row), draw=False)
         shell: "{params.command}"
 
 rule tuning:
     input: [f"{log}.done" for log in TUNED.values()]
-    output: expand(OUT / "figures" / "tuning.{ext}", ext=["png", "svg", "csv", "json"])
-    params: code=stage("08a_tuning", "tuning"), command=papermill("08a_tuning", "tuning", system=PRESET.systems[0])
+    output: figures("tuning")
+    params: code=stage("08a_tuning", "tuning"), command=papermill("08a_tuning", "tuning", system=SYSTEMS[0])
     shell: "{params.command}"
 
 # `make ablations`: a job per variant and seed
@@ -132,21 +165,21 @@ VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name i
 for name, seed, done in VARIED:
     rule:
         name: f"ablate_{name}_seed{seed}"
-        input: simulated(PRESET.systems[0])
+        input: simulated(SYSTEMS[0])
         output: touch(done)
-        params: code=stage("08b_ablations", "cost", "evaluate", "figures", "verify"), command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=PRESET.systems[0], variants=name, seed=seed, draw=False)
+        params: code=stage("08b_ablations", "cost", "evaluate", "figures", "verify") + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=SYSTEMS[0], variants=name, seed=seed, draw=False)
         threads: JOB_THREADS
         shell: "{params.command}"
 
 rule ablations:
     input: RESULTS + [done for *_, done in VARIED]
-    output: expand(OUT / "figures" / "ablations.{ext}", ext=["png", "svg", "csv", "json"])
-    params: code=stage("08b_ablations", "cost", "evaluate", "figures", "verify"), command=papermill("08b_ablations", "ablations", system=PRESET.systems[0])
+    output: figures("ablations")
+    params: code=stage("08b_ablations", "cost", "evaluate", "figures", "verify"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[0])
     shell: "{params.command}"
 
 rule simulated:
-    input: [simulated(system) for system in PRESET.systems]
+    input: [simulated(system) for system in SYSTEMS]
 
 rule all:
     default_target: True
-    input: rules.table1.output, (rules.resolution.output + rules.machines.output) if PRESET.refined else []
+    input: rules.table1.output, rules.regimes.output, rules.across.output if len(SYSTEMS) > 1 else [], rules.resolution.output if REFINED else []

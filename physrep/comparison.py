@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -40,6 +40,11 @@ class Predictions:
     predictions: dict[tuple[str, str], np.ndarray]  # (probe, split) -> (n, n_labels), physical
     truth: dict[str, np.ndarray]  # split -> (n, n_labels), physical
     groups: dict[str, np.ndarray]  # split -> (n,), windows of the same group are of the same flow
+
+    @property
+    def data(self) -> dict[str, str]:
+        "Split -> fingerprint of the fields it was scored on; empty if the file does not say."
+        return self.info.get("data", {})
 
 
 def _checked(arrays: Mapping[str, np.ndarray], n_labels: int) -> dict[str, np.ndarray]:
@@ -74,6 +79,7 @@ def write_predictions(
     scaler: LabelScaler,  # fitted on train
     run: str = "",  # as in the results table; default: the last two folders of `path`, or the last if it is no `seed<k>`
     share: float = 1.0,  # of the labelled training windows
+    data: Mapping[str, str] | None = None,  # split -> fingerprint of the fields: runs on other fields are not compared
     **extra: object,  # JSON-able
 ) -> Path:
     "Writes what the probes of a run predict, whole or not at all; ValueError for arrays that do not fit each other, or another system's scaler."
@@ -87,6 +93,8 @@ def write_predictions(
     scaling = {name: getattr(scaler, name).tolist() for name in ("mean", "std", "low", "high")} | {"log": [label.log for label in labels]}
     info = {"system": system, "objective": objective, "encoder": encoder, "seed": int(seed), "share": float(share), "run": run}
     splits = {split for _, split in predictions}
+    if data is not None:
+        info["data"] = {split: str(fingerprint) for split, fingerprint in data.items() if split in splits}
     arrays = {f"prediction/{probe}/{split}": p for (probe, split), p in predictions.items()}
     arrays |= {f"{kind}/{s}": v for kind, by in (("truth", truth), ("groups", groups)) for s, v in by.items() if s in splits}
     try:
@@ -124,6 +132,7 @@ def read_predictions(path: str | Path) -> Predictions:
         arrays = _checked(arrays, len(scaler.mean))
         info = {**info, "seed": int(info["seed"]), "share": float(info["share"])}
         named = {name: str(info[name]) for name in ("objective", "encoder", "run")}
+        named |= {"data": {split: str(value) for split, value in dict(info["data"]).items()}} if "data" in info else {}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a predictions file of physrep: {error!r}") from error
     parts = {kind: {tuple(n.split("/")[1:]): v for n, v in arrays.items() if n.startswith(kind)} for kind in ("prediction", "truth", "groups")}
@@ -142,6 +151,7 @@ class Method:
     predictions: dict[tuple[str, str], dict[int, np.ndarray]]  # (probe, split) -> seed -> (n, n_labels), physical
     truth: dict[str, np.ndarray]
     groups: dict[str, np.ndarray]
+    data: dict[str, str] = field(default_factory=dict)  # split -> fingerprint of the fields, where the files say it
 
     @property
     def system(self) -> System:
@@ -157,7 +167,7 @@ class Method:
 
 
 def _check_same_windows(a: Method | Predictions, b: Method | Predictions, names: tuple[str, str], splits: Sequence[str]) -> None:
-    "ValueError that names both if they are of different systems, label scalings, or windows."
+    "ValueError that names both if they are of different systems, label scalings, windows, or (where both say it) fields."
     if a.scaler.system.name != b.scaler.system.name:
         raise ValueError(f"{names[0]} is of {a.scaler.system.name}, {names[1]} of {b.scaler.system.name}: nothing to compare")
     for part in ("mean", "std", "low", "high"):
@@ -166,6 +176,8 @@ def _check_same_windows(a: Method | Predictions, b: Method | Predictions, names:
     for split in splits:
         if not all(np.array_equal(getattr(a, part)[split], getattr(b, part)[split]) for part in ("truth", "groups")):
             raise ValueError(f"{names[0]} and {names[1]} were not scored on the same windows of split {split!r}")
+        if split in a.data and split in b.data and a.data[split] != b.data[split]:
+            raise ValueError(f"{names[0]} and {names[1]} were not scored on the same fields of split {split!r}: fingerprints {a.data[split]} and {b.data[split]}")
 
 # %% ../nbs/02sc_comparison.ipynb #64a4f650
 _Where = str | Path | Method | Sequence[str | Path | Method]  # a folder, a predictions file, or a list of them; what was read already, too
@@ -174,7 +186,7 @@ _Where = str | Path | Method | Sequence[str | Path | Method]  # a folder, a pred
 def read_methods(where: _Where) -> list[Method]:
     """The methods in all `predictions.safetensors` below a folder (or in the files and folders listed), in the order of tables.
 
-    Raises FileNotFoundError if there is none, ValueError that names both files if two have the same seed, probe and split of a method, or other windows.
+    Raises FileNotFoundError if there is none, ValueError that names both files if two have the same seed, probe and split of a method, or other windows or fields.
     """
     places = [where] if isinstance(where, (str, os.PathLike, Method)) else list(where)
     if places and all(isinstance(p, Method) for p in places):
@@ -191,6 +203,8 @@ def read_methods(where: _Where) -> list[Method]:
             other = first.setdefault((key, split), p)
             _check_same_windows(p, other, (str(p.path), str(other.path)), [split])
             m.truth[split], m.groups[split] = other.truth[split], other.groups[split]
+            first[key, split] = other if split in other.data else p  # the next are compared with one that says its fields
+            m.data.update({split: p.data[split]} if split in p.data else {})
         for place, values in p.predictions.items():
             if p.info["seed"] in m.predictions.setdefault(place, {}):
                 raise ValueError(f"{first[key, place, p.info['seed']]} and {p.path} both have seed {p.info['seed']}, probe and split {place} of {m.name}")
@@ -230,15 +244,21 @@ def _one_method(where: _Where) -> Method:
     return found[0]
 
 
+def _seed_differences(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
+    "Each seed of `a` minus the same seed of `b`; minus the mean of `b` if there are not as many."
+    return tuple(np.subtract(a, b if len(a) == len(b) else np.mean(b)).tolist())
+
+
 def _paired(a: Method, b: Method, probes: tuple[str, str], split: str, n_bootstrap: int, seed: int) -> list[dict]:
-    "Rows {label, metric, a, b, difference, low, high, seeds_a, seeds_b, n} of the paired difference a - b."
+    "Rows {label, metric, a, b, difference, low, high, by_seed, seeds_a, seeds_b, n} of the paired difference a - b."
     _check_same_windows(a, b, (a.name, b.name), [split])
     first, second = a.seeds(probes[0], split), b.seeds(probes[1], split)
     values = [_by_seed(m, probe, split) for m, probe in zip((a, b), probes)]
     rows = []
     for row in difference_seeds(first, second, a.truth[split], a.groups[split], a.system, a.scaler, n_bootstrap=n_bootstrap, seed=seed):
-        mean_a, mean_b = (float(np.mean(v[row["label"], row["metric"]])) for v in values)
-        numbers = {"a": mean_a, "b": mean_b, "difference": row["value"], "low": row["low"], "high": row["high"]}
+        by_seed = [v[row["label"], row["metric"]] for v in values]
+        mean_a, mean_b = (float(np.mean(v)) for v in by_seed)
+        numbers = {"a": mean_a, "b": mean_b, "difference": row["value"], "low": row["low"], "high": row["high"], "by_seed": _seed_differences(*by_seed)}
         rows.append({"label": row["label"], "metric": row["metric"], **numbers, "seeds_a": len(first), "seeds_b": len(second), "n": row["n"]})
     return rows
 
@@ -253,8 +273,8 @@ def compare(
 ) -> pd.DataFrame:
     """Paired differences a - b, with 95 % intervals (bootstrap over flows, shared, and over the seeds of each), of all pairs in the order given.
 
-    One row for each pair, probe, label (and their mean) and metric. Raises ValueError for runs of other systems or windows, naming both, and for
-    an unknown metric, split or probe, listing those that there are.
+    One row for each pair, probe, label (and their mean) and metric; `by_seed` is the difference of each seed (see `differences`). Raises ValueError for
+    runs of other systems, windows or fields, naming both, and for an unknown metric, split or probe, listing those that there are.
     """
     if len(runs) < 2:
         raise ValueError(f"compare wants at least two methods, got {len(runs)}")
@@ -305,8 +325,9 @@ def differences(
 ) -> pd.DataFrame:
     """Every method's paired difference from its references: the random encoder (same backbone and probe), and summary statistics.
 
-    One row for each method, probe, reference and label (and their mean), with `text` for a table, e.g. `-0.12 [-0.15, -0.09]`. Constant rows are left
-    out, as is what has no counterpart (a random encoder has no head of its own). Raises ValueError if there is nothing to compare, for other windows, and for an unknown metric.
+    One row for each method, probe, reference and label (and their mean), with `text` for a table, e.g. `-0.12 [-0.15, -0.09]`, and `by_seed`: each seed minus
+    the same seed of the reference, or minus its mean if that has another count of seeds. Constant rows are left out, as is what has no counterpart (a random
+    encoder has no head of its own). Raises ValueError if there is nothing to compare, for other windows or fields, and for an unknown metric.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; valid: {', '.join(METRICS)}")

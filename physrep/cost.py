@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .presets import get_preset
-from .runs import _grid, build, resolve, system_of
+from .runs import build, clip_shape, resolve, system_of
 
 # %% ../nbs/02v_cost.ipynb #9d973c34
 def _convolution_backward(grad_out, x, w, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask, **_) -> int:
@@ -30,7 +30,7 @@ def count_flops(function: Callable[[], object]) -> int:
 # %% ../nbs/02v_cost.ipynb #0b8fad46
 def cost(config: dict) -> dict[str, int]:
     "`{encode, train, total}`: operations to embed a clip, to train on a window, and of the whole training of a run (of `runs.resolve`)."
-    system, recipe, shape = system_of(config), config["recipe"], (config["clip"]["frames"], *_grid(config))
+    system, recipe, shape = system_of(config), config["recipe"], clip_shape(config)
     objective = build(config, shape, system.n_channels).train()
     size = recipe.get("batch_size", 1) // recipe.get("accumulate", 1)  # VICReg needs the batch; divided out below
     fields = torch.zeros(size, system.n_channels, objective.frames, *shape[1:])

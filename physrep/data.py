@@ -56,7 +56,7 @@ class Windows:
         in_memory: bool | None = None,  # default: if the split is smaller than `memory_limit`
         memory_limit: int = 2**28,  # bytes; larger splits are read from the files, which costs milliseconds a batch
     ):
-        self.system = get_system(system) if isinstance(system, str) else system
+        self.system, self.root = get_system(system) if isinstance(system, str) else system, Path(root)
         self.split, self.frames, self.stride, self.crop = split, frames, stride, crop
         if frames < 1 or stride < 1:
             raise ValueError(f"frames and stride must be at least 1, got {frames} and {stride}")
@@ -70,6 +70,8 @@ class Windows:
             raise ValueError(f"no trajectory of {self.paths[0].parent} has {frames} frames; the longest has {max(f.n_frames for f in self.files)}")
         self.index = np.array(starts)
         grid = self.files[0].grid if crop is None else tuple(b - a for a, b in crop)
+        self.whole = tuple(n == full for n, full in zip(grid, self.files[0].grid))  # which axes are not cropped
+        self.positions = self.files[0].positions if self.whole[1] else None  # (w,) along a second axis between walls, from 0 to 1
         self.shape = (self.system.n_channels, frames, *grid)
         size = sum(f.n_trajectories * f.n_frames for f in self.files) * self.system.n_channels * int(np.prod(grid)) * 4
         same = len({(f.n_frames, f.grid) for f in self.files}) == 1
@@ -189,17 +191,24 @@ class LabelScaler:
         return np.clip(targets, self.low - margin * width, self.high + margin * width)
 
 # %% ../nbs/00f_data.ipynb #ca35c478
-def symmetry_draws(seeds: torch.Tensor, system: System, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    "Shift `(b, 2)` in grid points and mirror `(b, 2)` bool per sample, from the samples' seeds."
-    u = rand_samples(seeds, (4,), name="symmetry").numpy()
-    shifts = np.floor(u[:, :2] * grid).astype(int) * [b == "periodic" for b in system.boundary]
-    mirrors = (u[:, 2:] < 0.5) & [axis in system.mirror_axes for axis in range(2)]
+def symmetry_draws(seeds: torch.Tensor, system: System, grid: tuple[int, int], whole: tuple[bool, bool] = (True, True)) -> tuple[np.ndarray, np.ndarray]:
+    "Shift `(b, 2)` in grid points and mirror `(b, 2)` bool per sample, from the samples' seeds; an axis that is not `whole` (a crop) has no shift, and no mirror image between walls."
+    u, periodic = rand_samples(seeds, (4,), name="symmetry").numpy(), [b == "periodic" for b in system.boundary]
+    shifts = np.floor(u[:, :2] * grid).astype(int) * [p and w for p, w in zip(periodic, whole)]
+    mirrors = (u[:, 2:] < 0.5) & [axis in system.mirror_axes and (periodic[axis] or whole[axis]) for axis in range(2)]
     return shifts, mirrors
 
 
-def apply_symmetry(x: torch.Tensor, shifts: np.ndarray, mirrors: np.ndarray, system: System) -> torch.Tensor:
-    "Shifts and mirrors each sample of physical fields `(b, c, t, h, w)` along its two spatial axes; returns a new tensor."
+def apply_symmetry(
+    x: torch.Tensor,  # (b, c, t, h, w), physical
+    shifts: np.ndarray,
+    mirrors: np.ndarray,
+    system: System,
+    positions: np.ndarray | None = None,  # (w,) of the points along the second axis, from 0 to 1; default: cell centres
+) -> torch.Tensor:
+    "Shifts and mirrors each sample along its two spatial axes; returns a new tensor."
     out = torch.empty_like(x)
+    offsets = _mirror_offsets(system, x.shape[-2:], positions, x.device)
     for i, (shift, mirror) in enumerate(zip(shifts, mirrors)):
         sample, signs = x[i], np.ones(system.n_channels, dtype=np.float32)
         for axis in range(2):
@@ -209,7 +218,21 @@ def apply_symmetry(x: torch.Tensor, shifts: np.ndarray, mirrors: np.ndarray, sys
                 where, signs = where.flip(0), signs * system.mirror_signs(axis)
             sample = sample.index_select(2 + axis, where.to(x.device))
         torch.mul(sample, torch.as_tensor(signs, device=x.device).view(-1, 1, 1, 1), out=out[i])
+        for axis in (a for a in offsets if mirror[a]):
+            out[i] += offsets[axis]
     return out
+
+
+def _mirror_offsets(system: System, grid: tuple[int, int], positions: np.ndarray | None, device: torch.device) -> dict[int, torch.Tensor]:
+    "Axis -> what its mirror image adds, `(c, 1, h | 1, w | 1)`, of those that add something; ValueError for points that are no mirror image of themselves."
+    found = {}
+    for axis in {a for a, *_ in system.mirror_offsets}:
+        p = (np.arange(grid[axis]) + 0.5) / grid[axis] if positions is None or axis == 0 else np.asarray(positions)
+        if p.shape != (grid[axis],) or not np.allclose(p + p[::-1], 1, atol=1e-3):
+            raise ValueError(f"positions along {system.axes[axis]} must be {grid[axis]} points from 0 to 1 that lie symmetrically, got {p}")
+        shape = (-1, 1, grid[axis], 1) if axis == 0 else (-1, 1, 1, grid[axis])
+        found[axis] = torch.as_tensor(system.mirror_shift(axis, p), device=device).view(shape)
+    return found
 
 # %% ../nbs/00f_data.ipynb #916cf02b
 class Batches:
@@ -269,7 +292,8 @@ class Batches:
         "One batch of these windows: symmetry, resize, normalise, noise (`plain`: only resize and normalise)."
         x = self._read(indices)
         if self.augment and not plain:
-            x = apply_symmetry(x, *symmetry_draws(seeds, self.windows.system, x.shape[-2:]), self.windows.system)
+            w = self.windows
+            x = apply_symmetry(x, *symmetry_draws(seeds, w.system, x.shape[-2:], w.whole), w.system, w.positions)
         if self.size and x.shape[-2:] != (self.size, self.size):
             b, c, t = x.shape[:3]
             x = F.interpolate(x.reshape(b, c * t, *x.shape[3:]), (self.size, self.size), mode="bilinear", align_corners=False).view(b, c, t, self.size, self.size)

@@ -69,13 +69,21 @@ class Features:
         return Features(self.tokens[torch.as_tensor(index)], self.labels[index], self.groups[index], self.info)
 
 # %% ../nbs/02pb_features.ipynb #113f2bab
+def _enough(tokens: Tensor, dtype: torch.dtype = torch.float16) -> bool:
+    "Whether rounding `(b, n, d)` to `dtype` costs less than 3 % of the standard deviation of every channel that varies (rms), and nothing overflows."
+    x = tokens.float().flatten(0, 1)
+    std, error = x.std(0, correction=0), (x - x.to(dtype).float()).square().mean(0).sqrt()
+    alive = std > 10 * torch.finfo(torch.float32).eps * x.mean(0).abs()
+    return bool(torch.isfinite(error).all() and (error[alive] <= 0.03 * std[alive]).all())
+
+
 def extract(
     encoder: nn.Module,  # `(b, c, t, h, w) -> (b, tokens, d)`
     batches: Iterable[dict],  # with "fields" (b, c, t, h, w)
     *,
     device: str | torch.device = "cpu",
     amp: bool = False,  # bfloat16 autocast
-    dtype: torch.dtype = torch.float16,  # of the result
+    dtype: torch.dtype | None = None,  # of the result; None: float16, or float32 where rounding would harm the first batch
     progress: bool = True,
 ) -> Tensor:
     "Tokens `(n, tokens, d)` on the CPU of all windows in `batches`, in their order; ValueError for no batch or an overflow."
@@ -85,7 +93,9 @@ def extract(
     try:
         with torch.no_grad(), torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=amp):
             for batch in tqdm(batches, desc="features", disable=not progress, leave=False):
-                parts.append(encoder(batch["fields"].to(device)).to("cpu", dtype))
+                tokens = encoder(batch["fields"].to(device))
+                dtype = dtype or (torch.float16 if _enough(tokens) else torch.float32)
+                parts.append(tokens.to("cpu", dtype))
                 if not torch.isfinite(parts[-1]).all():
                     raise ValueError(f"tokens are not finite as {dtype} in batch {len(parts) - 1}; try dtype=torch.float32")
     finally:
@@ -199,7 +209,7 @@ def features_key(
     *,
     size: int | None = None,
     amp: bool = False,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> dict:
     "All that the tokens of these windows depend on, for `cached`."
@@ -211,5 +221,5 @@ def features_key(
             "system": windows.system.name, "split": windows.split, "frames": windows.frames, "stride": windows.stride,
             "crop": windows.crop, "count": len(windows),
         },
-        "size": size, "amp": amp, "dtype": str(dtype), "device": torch.device(device).type,
+        "size": size, "amp": amp, "dtype": str(dtype or "auto"), "device": torch.device(device).type,
     }  # fmt: skip

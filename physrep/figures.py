@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'TITLES', 'STYLE', 'METRIC_AXES', 'using_style', 'color_of', 'marker_of', 'title_of',
-           'save_figure', 'figure_record', 'plot_table1', 'plot_differences']
+           'save_figure', 'figure_record', 'plot_table1', 'plot_systems', 'plot_differences',
+           'plot_systems_differences']
 
 # %% ../nbs/02sa_figures.ipynb #441ed613
 import hashlib
@@ -19,14 +20,16 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 from matplotlib.lines import Line2D
+from matplotlib.ticker import AutoMinorLocator
 
 from .presets import get_preset, project_root
 from .provenance import atomic_path, module_digests, notebook_digest, provenance, write_json
 from .results import PAPER, PAPER_NOTE, PROBE_ORDER, ordered, row_order, select_rows
-from .systems import get_system
+from .systems import SYSTEMS, get_system
 
 # %% ../nbs/02sa_figures.ipynb #0fa42dbe
 COLORS = {
@@ -148,7 +151,6 @@ def figure_record(
     configs: Mapping[str, dict] | None = None,  # for runs that are not the preset's defaults: run -> keyword arguments of `runs.resolve`
     data: Mapping[str, Mapping[str, str]] | None = None,  # system -> split -> fingerprint
     device: str = "cpu",
-    resolved: Sequence[str] = (),  # modules without a digest: what they give to the figure is in the record
     **extra: object,
 ) -> dict:
     """What made a figure, for `save_figure`: notebook, parameters, preset, runs, data, and a digest of each module and of the notebook's source.
@@ -163,9 +165,8 @@ def figure_record(
         get_system(system)
         if not isinstance(splits, Mapping):
             raise ValueError(f"data of {system} must be fingerprints by split, got {splits!r}")
-    code = {name: digest for name, digest in module_digests(*modules).items() if name not in resolved}
-    made = {"code": code, "modules": sorted(modules), "resolved": sorted(resolved), "notebook": notebook, "notebook_digest": notebook_digest(path)}
-    given = {"preset": preset, "parameters": dict(parameters or {}), "runs": sorted(set(runs)), "configs": dict(configs or {}), "data": dict(data or {})}
+    made = {"code": module_digests(*modules), "modules": sorted(modules), "notebook": notebook, "notebook_digest": notebook_digest(path)}
+    given = {"preset": preset, "probing": get_preset(preset).probing(), "parameters": dict(parameters or {}), "runs": sorted(set(runs)), "configs": dict(configs or {}), "data": dict(data or {})}
     return {**provenance(*modules, device=device), **made, **given, **extra}
 
 # %% ../nbs/02sa_figures.ipynb #fc4d66f3
@@ -195,15 +196,15 @@ def _methods(lines: Sequence[_Line]) -> dict[tuple[str, str], list[float]]:
     return heights
 
 
-def _draw_line(ax: Axes, rows: pd.DataFrame, y: float, limit: float) -> None:
-    "One line of the figure: test with interval and seeds, unseen; beyond `limit` an arrowhead at the edge, with the number."
+def _draw_line(ax: Axes, rows: pd.DataFrame, y: float, limit: float, number: bool = True) -> None:
+    "One line of the figure: test with interval and seeds, unseen; beyond `limit` an arrowhead at the edge, with the number if that is nowhere else."
     for r in rows.itertuples():
         color, marker, test = color_of(r.objective), marker_of(r.encoder), r.split == "test"
         look = {"mec": "white", "alpha": 1.0, "zorder": 4} if test else {"mec": "none", "alpha": 0.32, "zorder": 2}
         look |= {"color": color, "ms": 5.2, "mew": 0.5}
         if r.value > limit:
             ax.plot(limit, y, ">", clip_on=False, **look)
-            if test:
+            if test and number:
                 where = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
                 ax.annotate(f"{r.value:.2f}", (limit, y), fontsize=7, color=color, **where)
             continue
@@ -237,7 +238,7 @@ def _bands(axes: Sequence[Axes], lines: Sequence[_Line]) -> None:
     axes[0].set_ylim(lines[-1][3] - 0.5 - _GAP / 2, 0.5 + _GAP / 2)
 
 
-def _legend(fig: Figure, rows: pd.DataFrame, paper: bool, constant: float | None) -> None:
+def _legend(fig: Figure, rows: pd.DataFrame, paper: bool, constant: float | None, numbers: bool) -> None:
     "What the marks mean, of those that are drawn, below the panels."
     grey, dot = "#555555", {"color": "#555555", "marker": "o", "ms": 5.2}
     several = rows.seeds.max() > 1
@@ -252,84 +253,210 @@ def _legend(fig: Figure, rows: pd.DataFrame, paper: bool, constant: float | None
         items.append((Line2D([], [], color=color_of("statistics"), lw=1.0, ls=":"), "summary statistics"))
     if constant is not None:
         items.append((Line2D([], [], color="k", lw=0.8, ls=(0, (4, 3))), "a constant"))
-    fig.legend(*zip(*items), loc="outside lower center", ncol=len(items) if len(items) < 6 else 3, handletextpad=0.4, columnspacing=1.2)
+    if numbers:
+        items.append((Line2D([], [], color=grey, marker="$0.12$", ms=17, mew=0, ls=""), "test; bold: best probe of a method"))
+        items.append((Line2D([], [], color=grey, marker="s", ms=8, ls=""), "on colour: best frozen encoder without labels"))
+    columns = len(items) if len(items) < 6 else 3
+    fig.legend(*zip(*items), loc="outside lower center", ncol=columns, handletextpad=0.4, columnspacing=1.2)
 
 # %% ../nbs/02sa_figures.ipynb #a60559a9
-def plot_table1(df: pd.DataFrame, system: str, metric: str = "mse") -> Figure:
-    """Every method and probe of one system on `test` with 95 % intervals: mean over labels, then each label.
+_FROZEN = ("linear", "knn", "attentive")  # probes that leave the encoder as it was pretrained
 
-    `df` is a summary (of `comparison.summarise` or `results.over_seeds`) or plain results. `unseen` is pale, the paper hollow. Rows have a fixed order, what was
-    not measured is left out. ValueError for an unknown metric or system, one without rows on test, or several variants of a row.
-    """
+
+def _best(rows: pd.DataFrame, metric: str) -> tuple[list[tuple[str, str, str]], tuple[str, str, str] | None]:
+    "The best line of each method on test; and the best one that a frozen encoder without labels has, None without such."
+    test = rows[rows.split == "test"].reset_index(drop=True)
+    error = -test.value if metric == "r2" else test.value
+    lines = list(zip(test.objective, test.encoder, test.probe))
+    each = [lines[i] for i in error.groupby([test.objective, test.encoder]).idxmin()]
+    frozen = error[test.probe.isin(_FROZEN) & (test.encoder != "none") & (test.objective != "supervised")]
+    return each, (lines[frozen.idxmin()] if len(frozen) else None)
+
+
+def _on_color(objective: str) -> dict[str, object]:
+    "Text on a plate of the objective's colour, black or white as one reads it better."
+    color = color_of(objective)
+    light = float(np.dot(to_rgb(color), (0.3, 0.59, 0.11))) > 0.55
+    return {"color": "k" if light else "white", "bbox": {"boxstyle": "round,pad=0.25", "fc": color, "ec": "none"}}
+
+
+def _write_numbers(ax: Axes, rows: pd.DataFrame, lines: Sequence[_Line], metric: str) -> None:
+    "The test number of every line right of the panel, bold for the best of each method; the best frozen encoder is on colour, and named above the panel."
+    each, winner = _best(rows, metric)
+    value = rows[rows.split == "test"].set_index(["objective", "encoder", "probe"]).value.to_dict()
+    where = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 7.5}
+    for *line, y in lines:
+        line = tuple(line)
+        look = {"color": "#777777"} | ({"color": "k", "fontweight": "bold"} if line in each else {}) | (_on_color(line[0]) if line == winner else {})
+        text = f"{round(value[line], 2) + 0.0:.2f}" if line in value else "–"
+        ax.annotate(text, (1, y), (26, 0), xycoords=ax.get_yaxis_transform(), ha="right", **where, **look)
+        if line == winner:
+            ax.axhspan(y - 0.55, y + 0.55, color=color_of(line[0]), alpha=0.16, lw=0, zorder=0.5)
+    if winner is not None:
+        name = f"{title_of(*winner[:2])}, {title_of(winner[2])}"
+        ax.annotate(name, (0.5, 1), (0, 10), xycoords="axes fraction", ha="center", **where, **_on_color(winner[0]))
+
+# %% ../nbs/02sa_figures.ipynb #5b5d459e
+_Panel = tuple[str, pd.DataFrame, dict[tuple[str, str, str], float]]  # title, rows, the paper's numbers
+
+
+def _drawn_rows(df: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
+    "The rows of a figure of one system and metric; ValueError for an unknown metric or system, or one without rows on test."
     if metric not in METRIC_AXES:
         raise ValueError(f"unknown metric {metric!r}; valid: {', '.join(METRIC_AXES)}")
     rows = select_rows(df, system, metric)
     rows = rows[rows.split.isin(["test", "unseen"]) & rows.value.notna()]
     if "test" not in set(rows.split):
         raise ValueError(f"no rows of system {system!r} and metric {metric!r} on split test")
-    lines = _lines(rows)
-    paper = PAPER[PAPER.system == system].set_index(["objective", "encoder", "probe"]).mse.to_dict() if metric == "mse" else {}
-    paper = {line[:3]: paper[line[:3]] for line in lines if line[:3] in paper}
-    labels = [name for name in ("mean", *get_system(system).label_names) if name in set(rows.label)]
-    title, constant = METRIC_AXES[metric]
-    highest = float(np.nanmax([rows.value.max(), rows.high.max(), *paper.values()]))
+    return rows
+
+
+def _paper(rows: pd.DataFrame, metric: str) -> dict[tuple[str, str, str], float]:
+    "The paper's numbers of those lines of one system that there are: (objective, encoder, probe) -> mean over labels."
+    known = PAPER[PAPER.system.isin(rows.system)].set_index(["objective", "encoder", "probe"]).mse.to_dict() if metric == "mse" else {}
+    return {line: known[line] for line in zip(rows.objective, rows.encoder, rows.probe) if line in known}
+
+# %% ../nbs/02sa_figures.ipynb #764ac1ec
+def _draw_panel(ax: Axes, panel: _Panel, lines: Sequence[_Line], limit: float, metric: str, numbers: bool) -> None:
+    "All lines of a panel, what summary statistics and a constant score, and the paper's numbers."
+    (title, rows, paper), (axis, constant) = panel, METRIC_AXES[metric]
+    for o, e, probe, y in lines:
+        _draw_line(ax, rows[(rows.objective == o) & (rows.encoder == e) & (rows.probe == probe)], y, limit, number=not numbers)
+        if (o, e, probe) in paper:
+            ax.plot(paper[o, e, probe], y, "D", mfc="none", mec="k", ms=5.2, mew=1.0, zorder=5)
+    for value in rows[(rows.objective == "statistics") & (rows.split == "test")].value:
+        ax.axvline(value, color=color_of("statistics"), lw=1.0, ls=":", zorder=1)
+    if constant is not None:
+        ax.axvline(constant, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)
+    ax.set_title(title, pad=20 if numbers else None)
+    ax.set_xlabel(f"{axis} ({'higher' if metric == 'r2' else 'lower'} is better)")
+    if numbers:
+        _write_numbers(ax, rows, lines, metric)
+
+
+def _draw_panels(panels: Sequence[_Panel], metric: str, *, numbers: bool = False) -> Figure:
+    "The figure of panels side by side, whose lines and errors are on shared axes; with the numbers, if asked for."
+    if not panels:
+        raise ValueError("a table without rows has no figure")
+    rows = pd.concat([rows for _, rows, _ in panels])
+    papers = [value for *_, paper in panels for value in paper.values()]
+    lines, constant = _lines(rows), METRIC_AXES[metric][1]
+    highest = float(np.nanmax([rows.value.max(), rows.high.max(), *papers]))
     limit = min(max(1.08, 1.04 * highest), 1.6) if metric == "mse" else math.inf  # much worse than a constant is not worth the room
     with using_style():
-        fig = Figure(figsize=(9, 1.0 + 0.165 * (1 - lines[-1][3])), layout="constrained")
-        axes = fig.subplots(1, len(labels), sharey=True, sharex=True, squeeze=False)[0]
-        for ax, label in zip(axes, labels):
-            here = rows[rows.label == label]
-            for o, e, probe, y in lines:
-                _draw_line(ax, here[(here.objective == o) & (here.encoder == e) & (here.probe == probe)], y, limit)
-                if label == "mean" and (o, e, probe) in paper:
-                    ax.plot(paper[o, e, probe], y, "D", mfc="none", mec="k", ms=5.2, mew=1.0, zorder=5)
-            for value in here[(here.objective == "statistics") & (here.split == "test")].value:
-                ax.axvline(value, color=color_of("statistics"), lw=1.0, ls=":", zorder=1)
-            if constant is not None:
-                ax.axvline(constant, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)
-            ax.set_title("mean over labels" if label == "mean" else label)
-            ax.set_xlabel(f"{title} ({'higher' if metric == 'r2' else 'lower'} is better)")
+        fig = Figure(figsize=(9, 1.0 + 0.45 * numbers + 0.165 * (1 - lines[-1][3])), layout="constrained")
+        axes = fig.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
+        for ax, panel in zip(axes, panels):
+            _draw_panel(ax, panel, lines, limit, metric, numbers)
         _bands(axes, lines)
         if metric != "r2":
             axes[0].set_xlim(0, min(limit, 1.04 * highest if metric != "mse" else limit))
         _name_rows(axes[0], lines)
-        _legend(fig, rows, bool(paper), constant)
+        _legend(fig, rows, bool(papers), constant, numbers)
     return fig
 
+# %% ../nbs/02sa_figures.ipynb #73cae5ad
+def plot_table1(df: pd.DataFrame, system: str, metric: str = "mse") -> Figure:
+    """Every method and probe of one system on `test` with 95 % intervals: mean over labels, then each label.
+
+    `df` is a summary (of `comparison.summarise` or `results.over_seeds`) or plain results. `unseen` is pale, the paper hollow. Rows have a fixed order, what was
+    not measured is left out. ValueError for an unknown metric or system, one without rows on test, or several variants of a row.
+    """
+    rows = _drawn_rows(df, system, metric)
+    labels = [name for name in ("mean", *get_system(system).label_names) if name in set(rows.label)]
+    panels = [("mean over labels" if name == "mean" else name, rows[rows.label == name], _paper(rows, metric) if name == "mean" else {}) for name in labels]
+    return _draw_panels(panels, metric)
+
 # %% ../nbs/02sa_figures.ipynb #313316d9
+def plot_systems(df: pd.DataFrame, metric: str = "mse") -> Figure:
+    """Every method and probe on `test`, mean over labels: a panel for each system of `df`, with the numbers; marks as in `plot_table1`.
+
+    The best number of each method is bold, the best of the frozen encoders without labels is on colour and named above the panel. What was not measured on one
+    system has a dash there, what was measured on none has no row. Raises what `plot_table1` raises; a system without a mean over labels is a ValueError.
+    """
+    panels = []
+    for system in ordered(df.system, tuple(SYSTEMS)):
+        rows = _drawn_rows(df[df.label == "mean"], system, metric)
+        panels.append((get_system(system).title, rows, _paper(rows, metric)))
+    return _draw_panels(panels, metric, numbers=True)
+
+# %% ../nbs/02sa_figures.ipynb #4966ae72
 def _reference_title(reference: str) -> str:
     named = {"random": "random weights\n(same backbone and probe)", "statistics": "summary statistics\n(ridge regression)"}
     return named.get(reference, title_of(reference))
 
 
+def _is_clear(row: object) -> bool:
+    "Whether the interval, and the difference of every seed where they are known, are on one side of zero."
+    side = int(row.low > 0) - int(row.high < 0)
+    seeds = getattr(row, "by_seed", ())
+    return side != 0 and all(side * d > 0 for d in (seeds if isinstance(seeds, tuple | list) else ()))
+
+
+def _filled_legend(fig: Figure, seeds: bool) -> None:
+    "What a filled and a hollow mark mean."
+    look = {"color": "#555555", "marker": "o", "ms": 5.2, "mew": 1.1, "lw": 1.6}
+    what = f"95 % interval{' and every seed' if seeds else ''} on one side of zero"
+    fig.legend([Line2D([], [], **look), Line2D([], [], mfc="white", **look)], [what, "not so: these data do not tell"], loc="outside lower center", ncol=2)
+
+# %% ../nbs/02sa_figures.ipynb #366c5f4c
+def _forest(rows: pd.DataFrame, by: str, titles: Mapping[str, str], what: str = "") -> Figure:
+    "Forest plot with a panel for each `titles` (value of the column `by` -> title), the numbers right of it; ValueError for several metrics or splits."
+    for column in ("metric", "split", "share"):
+        if rows[column].nunique() > 1:
+            raise ValueError(f"differences of several {column}s in one figure: {', '.join(map(str, rows[column].unique()))}; select one")
+    lines, metric = _lines(rows), rows.metric.iloc[0]
+    height = {line[:3]: line[3] for line in lines}
+    with using_style():
+        fig = Figure(figsize=(9, 1.55 + 0.165 * (1 - lines[-1][3])), layout="constrained")
+        fig.get_layout_engine().set(w_pad=0.08)  # between the numbers of a panel and the next one
+        axes = fig.subplots(1, len(titles), sharey=True, sharex=True, squeeze=False)[0]
+        for ax, (name, title) in zip(axes, titles.items()):
+            for r in rows[rows[by] == name].itertuples():
+                y, color, clear = height[r.objective, r.encoder, r.probe], color_of(r.objective), _is_clear(r)
+                ax.plot([r.low, r.high], [y, y], color=color, lw=1.6, solid_capstyle="butt", zorder=3)
+                ax.plot(r.difference, y, marker_of(r.encoder), color=color, mfc=color if clear else "white", ms=5.2, mew=1.1, zorder=4)
+                where = {"ha": "left", "va": "center", "fontsize": 7, "color": "#333333" if clear else "#999999"}
+                ax.text(1.02, y, r.text, transform=ax.get_yaxis_transform(), **where)
+            ax.axvline(0, color="k", lw=0.8, zorder=2)
+            ax.set_title(title)
+            ax.set_xlabel(f"{METRIC_AXES[metric][0]}{what}\n(left of zero is {'worse' if metric == 'r2' else 'better'})")
+        _bands(axes, lines)
+        _name_rows(axes[0], lines)
+        if len(axes) > 2:  # narrow: few numbers on the axis
+            axes[0].locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])
+            for ax in axes:
+                ax.xaxis.set_minor_locator(AutoMinorLocator(2))
+                ax.grid(axis="x", which="minor")
+                ax.tick_params(axis="x", which="minor", length=2)
+        _filled_legend(fig, "by_seed" in rows)
+    return fig
+
+# %% ../nbs/02sa_figures.ipynb #086f57b2
 def plot_differences(df: pd.DataFrame, system: str, *, label: str = "mean") -> Figure:
     """Forest plot of the differences (of `comparison.differences`) of one system and label: one panel for each reference, with the numbers beside it.
 
+    A mark is filled if the interval and every seed's difference (column `by_seed`, if there is one) are on one side of zero.
     ValueError if there are no such rows, or rows of several metrics or splits.
     """
     rows = df[(df.system == system) & (df.label == label)]
     if rows.empty:
         there = "; ".join(sorted({f"{s}, {name}" for s, name in zip(df.system, df.label)})) or "none"
         raise ValueError(f"no differences of system {system!r}, label {label!r}; there are: {there}")
-    for column in ("metric", "split", "share"):
-        if rows[column].nunique() > 1:
-            raise ValueError(f"differences of several {column}s in one figure: {', '.join(map(str, rows[column].unique()))}; select one")
-    metric, split = rows.metric.iloc[0], rows.split.iloc[0]
-    references, lines = list(dict.fromkeys(rows.reference)), _lines(rows)
-    height = {line[:3]: line[3] for line in lines}
+    titles = {reference: f"difference from {_reference_title(reference)}" for reference in dict.fromkeys(rows.reference)}
+    return _forest(rows, "reference", titles, f", {'mean over labels' if label == 'mean' else label}, {rows.split.iloc[0]}")
+
+
+def plot_systems_differences(df: pd.DataFrame, reference: str = "random") -> Figure:
+    """Forest plot of the differences from one reference, mean over labels: one panel for each system, marks as in `plot_differences`.
+
+    ValueError if there are no such rows, or rows of several metrics or splits.
+    """
+    rows = df[(df.reference == reference) & (df.label == "mean")]
+    if rows.empty:
+        raise ValueError(f"no differences from {reference!r}, mean over labels; references: {', '.join(sorted(set(df.reference))) or 'none'}")
+    titles = {system: get_system(system).title for system in ordered(rows.system, tuple(SYSTEMS))}
+    fig = _forest(rows, "system", titles)
     with using_style():
-        fig = Figure(figsize=(9, 1.25 + 0.165 * (1 - lines[-1][3])), layout="constrained")
-        axes = fig.subplots(1, len(references), sharey=True, sharex=True, squeeze=False)[0]
-        for ax, reference in zip(axes, references):
-            for r in rows[rows.reference == reference].itertuples():
-                y, color, clear = height[r.objective, r.encoder, r.probe], color_of(r.objective), r.low > 0 or r.high < 0
-                ax.plot([r.low, r.high], [y, y], color=color, lw=1.6, solid_capstyle="butt", zorder=3)
-                ax.plot(r.difference, y, marker_of(r.encoder), color=color, mfc=color if clear else "white", ms=5.2, mew=1.1, zorder=4)
-                where = {"ha": "left", "va": "center", "fontsize": 7, "color": "#333333" if clear else "#999999"}
-                ax.text(1.02, y, r.text, transform=ax.get_yaxis_transform(), **where)
-            ax.axvline(0, color="k", lw=0.8, zorder=2)
-            ax.set_title(f"difference from {_reference_title(reference)}")
-            ax.set_xlabel(f"{METRIC_AXES[metric][0]}, {'mean over labels' if label == 'mean' else label}, {split}\n(left of zero is {'worse' if metric == 'r2' else 'better'})")
-        _bands(axes, lines)
-        _name_rows(axes[0], lines)
+        fig.suptitle(f"difference from {_reference_title(reference)}: mean over labels, {rows.split.iloc[0]}".replace("\n", " "), fontsize=10)
     return fig

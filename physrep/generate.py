@@ -6,6 +6,7 @@
 __all__ = ['SOLVERS', 'PlannedFile', 'plan', 'make_file', 'is_complete', 'make_dataset']
 
 # %% ../nbs/00ea_generate.ipynb #9f015b01
+import importlib
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ from tqdm import tqdm
 from .presets import SimPreset
 from .provenance import code_digest, read_json, write_json
 from .randomness import generator, seed_for
-from .sim import shear_flow
 from .systems import get_system
 from .well import WellFile, WellFormatError
 from .well_write import write_stats, write_well
@@ -70,23 +70,20 @@ def plan(system: str, sim: SimPreset) -> list[PlannedFile]:
     ]
 
 # %% ../nbs/00ea_generate.ipynb #d217e7d0
-def _simulate_shear_flow(planned: PlannedFile, sim: SimPreset, device: str) -> dict[str, np.ndarray]:
-    return shear_flow.simulate(
-        planned.parameters["Reynolds"], planned.parameters["Schmidt"], planned.seeds, grid=sim.grid, box=sim.box,
-        n_frames=sim.n_frames, frame_dt=sim.frame_dt, dt=sim.dt, store_grid=sim.store_grid, device=device,
-    )
-
-
-SOLVERS: dict[str, tuple[Callable, str]] = {"shear_flow": (_simulate_shear_flow, "sim.shear_flow")}  # system -> (simulate a file, its module)
+SOLVERS: dict[str, str] = {name: f"sim.{name}" for name in ("active_matter", "shear_flow", "rayleigh_benard")}  # system -> module of its solver
 
 
 def make_file(planned: PlannedFile, system: str, sim: SimPreset, folder: str | Path, device: str = "cpu") -> Path:
     "Simulates one planned file and writes it, whole or not at all. Returns its path."
-    simulate, _ = SOLVERS[system]
-    fields = simulate(planned, sim, device)
+    solver, about = importlib.import_module(f"physrep.{SOLVERS[system]}"), get_system(system)
+    parameters = {name.lower(): value for name, value in planned.parameters.items()}
+    options = dict(grid=sim.grid, box=sim.box, n_frames=sim.n_frames, frame_dt=sim.frame_dt, dt=sim.dt, store_grid=sim.store_grid, device=device)
+    fields = solver.simulate(**parameters, seeds=planned.seeds, **options)
     time = fields.pop("time")
+    sizes = next(iter(fields.values())).shape[2:4]
+    centres = {a: (np.arange(n) + 0.5) * (length / n) for a, b, n, length in zip(about.axes, about.boundary, sizes, sim.box) if b != "periodic"}
     path = planned.path(Path(folder), system)
-    return write_well(path, system, fields, planned.parameters, time=time, box=sim.box, initial_conditions=planned.seeds)
+    return write_well(path, system, fields, planned.parameters, time=time, box=sim.box, coordinates=centres, initial_conditions=planned.seeds)
 
 # %% ../nbs/00ea_generate.ipynb #0c7c4ae0
 def _die_with_parent() -> None:
@@ -118,7 +115,7 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[Path]:
 
 def _recipe(system: str, sim: SimPreset) -> dict:
     "What decides the content of a data set: the preset's numbers and the solver's code."
-    return {"system": system, "solver": code_digest(SOLVERS[system][1], "randomness"), **asdict(sim)}
+    return {"system": system, "solver": code_digest(SOLVERS[system], "randomness"), **asdict(sim)}
 
 
 def _made_by(folder: Path, recipe: dict) -> bool:

@@ -34,7 +34,7 @@ class SimPreset:
     counts: Mapping[str, int]  # trajectories per pair in train, valid and test
     unseen_pairs: int  # parameter pairs off the grid
     unseen_count: int  # trajectories of each of them
-    grid: int  # grid points per axis of the solver
+    grid: int | tuple[int, int]  # grid points of the solver: per axis, or of each
     store_grid: int  # grid points per axis in the file (spectral truncation)
     n_frames: int
     frame_dt: float  # time between stored frames, units of the system
@@ -50,7 +50,8 @@ class SimPreset:
 
     def refined(self, counts: Mapping[str, int]) -> "SimPreset":
         "The first so many flows of each pair once more, at twice the resolution and half the time step, stored on the same grid."
-        return replace(self, grid=2 * self.grid, dt=self.dt / 2, counts=dict(counts), unseen_pairs=0)
+        grid = 2 * self.grid if isinstance(self.grid, int) else tuple(2 * n for n in self.grid)
+        return replace(self, grid=grid, dt=self.dt / 2, counts=dict(counts), unseen_pairs=0)
 
 # %% ../nbs/00a_presets.ipynb #0a9a8359
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Preset:
     refined: Mapping[str, int] = field(default_factory=dict)  # split -> trajectories per pair that are simulated again at twice the resolution
     paper_labels: bool = False  # label transforms and constants of the paper
     seeds: tuple[int, ...] = (0,)
-    systems: tuple[str, ...] = ("shear_flow",)
+    systems: tuple[str, ...] = ("shear_flow", "rayleigh_benard", "active_matter")
 
     def recipe(self, objective: str, encoder: str) -> TrainPreset:
         "The training recipe for an objective on an encoder; ValueError with what there is otherwise."
@@ -105,6 +106,10 @@ class Preset:
                 return self.objectives[key]
         raise ValueError(f"preset {self.name} has no coefficients for {objective}-{encoder}; it has {', '.join(self.objectives)}")
 
+    def probing(self) -> dict:
+        "What decides how encoders are probed, JSON-able: it belongs to every score."
+        return {"stride": self.probe_stride, "epochs": self.probe_epochs, "batch_size": self.probe_batch, "finetune_epochs": self.finetune_epochs}
+
     def sim(self, system: str) -> SimPreset:
         "What is simulated for a system; ValueError where the preset does not simulate it."
         if system not in self.sims:
@@ -114,6 +119,15 @@ class Preset:
 # %% ../nbs/00a_presets.ipynb #6991da8c
 _SHEAR_GRID = {"Reynolds": (400.0, 800.0, 1600.0, 3200.0), "Schmidt": (0.25, 0.5, 1.0, 2.0)}
 _SHEAR = dict(grid_values=_SHEAR_GRID, grid=64, store_grid=32, frame_dt=0.2, dt=0.025)
+_CONVECTION_GRID = {"Prandtl": (0.5, 1.0, 2.0, 4.0), "Rayleigh": (1e4, 31623.0, 1e5, 316228.0, 1e6)}
+_CONVECTION = dict(grid_values=_CONVECTION_GRID, grid=(64, 40), store_grid=32, frame_dt=0.5, dt=0.01, box=(2.0, 1.0))
+_MATTER_GRID = {"alpha": (-1.0, -2.0, -3.5, -5.0), "zeta": (1.0, 2.0, 3.5, 5.0)}
+_MATTER = dict(grid_values=_MATTER_GRID, grid=48, store_grid=32, frame_dt=0.25, dt=0.05, box=(5.0, 5.0))
+
+
+def _corners(numbers: dict) -> dict:
+    "The same with the smallest and the largest value of each parameter only."
+    return numbers | {"grid_values": {name: (min(values), max(values)) for name, values in numbers["grid_values"].items()}}
 
 # %% ../nbs/00a_presets.ipynb #29083fa2
 _LAPTOP_ENCODERS = {
@@ -139,10 +153,8 @@ _SMOKE = Preset(
     name="smoke",
     says="seconds; shows that everything runs, its numbers mean nothing",
     sims={
-        "shear_flow": SimPreset(
-            **_SHEAR | dict(grid_values={"Reynolds": (400.0, 3200.0), "Schmidt": (0.25, 2.0)}),
-            counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36,
-        )
+        system: SimPreset(**_corners(numbers), counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36)
+        for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
     encoders={
         "convnext": _LAPTOP_ENCODERS["convnext"] | dict(widths=(16, 32), depths=(1, 1)),
@@ -160,24 +172,30 @@ _SMOKE = Preset(
 _LAPTOP = Preset(
     name="laptop",
     says="two cores, no GPU: what `make reproduce` runs",
-    sims={"shear_flow": SimPreset(**_SHEAR, counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48)},
+    sims={
+        system: SimPreset(**numbers, counts={"train": 24, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48)
+        for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
+    },
     encoders=_LAPTOP_ENCODERS,
     objectives=_LAPTOP_OBJECTIVES,
-    # every objective sees 12800 windows
+    # every objective sees 3200 windows
     train={
-        "jepa": TrainPreset(steps=400, batch_size=32, lr=3e-3),
-        "mae": TrainPreset(steps=800, batch_size=16, lr=4e-3, weight_decay=0.005),
-        "supervised-convnext": TrainPreset(steps=1600, batch_size=8, lr=2e-3, weight_decay=0.005),
-        "supervised-vit": TrainPreset(steps=800, batch_size=16, lr=1e-3),
+        "jepa": TrainPreset(steps=100, batch_size=32, lr=3e-3),
+        "mae": TrainPreset(steps=200, batch_size=16, lr=4e-3, weight_decay=0.005),
+        "supervised-convnext": TrainPreset(steps=400, batch_size=8, lr=2e-3, weight_decay=0.005),
+        "supervised-vit": TrainPreset(steps=200, batch_size=16, lr=1e-3),
         "random": TrainPreset(steps=0, batch_size=16, lr=1e-3),
     },
-    refined={"test": 2},
+    probe_epochs=15,
+    finetune_epochs=1,
+    refined={"test": 1},
     seeds=(0, 1, 2),
 )
 
 # %% ../nbs/00a_presets.ipynb #2bedaa9e
 _GPU = Preset(
     name="gpu",
+    systems=("shear_flow",),
     says="one GPU: the paper's encoder on 128x128 simulations",
     sims={
         "shear_flow": SimPreset(

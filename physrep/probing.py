@@ -297,7 +297,7 @@ def fit_attentive(
     for epoch in tqdm(range(recipe.epochs), desc="attentive probe", disable=not progress, leave=False):
         head.train()
         order = torch.randperm(len(train), generator=generator("attentive-order", seed, epoch))
-        for index in order.chunk(per_epoch):  # equal parts: no batch of a single left-over window
+        for index in order.tensor_split(per_epoch):  # equal parts: no batch of a single left-over window
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr_at(step, per_epoch * recipe.epochs)
             x = _standardised(train.tokens[index], mean, scale, device)
@@ -439,7 +439,7 @@ def fit_finetune(
     optimiser = torch.optim.AdamW([{"params": part.parameters(), "lr": lr} for part, lr in zip((network[0], network[2]), rates)], weight_decay=recipe.weight_decay)
     per_epoch = math.ceil(len(train.windows) / train.batch_size)
     trials = [{"epoch": 0, "valid_mse": _error(_network_outputs(network, valid), labels, scaler)}]
-    best, weights = min(trials[0]["valid_mse"], math.inf), copy.deepcopy(network.state_dict())
+    best, weights = trials[0]["valid_mse"] if math.isfinite(trials[0]["valid_mse"]) else math.inf, copy.deepcopy(network.state_dict())
     for epoch in tqdm(range(recipe.epochs), desc="fine-tune", disable=not progress, leave=False):
         network.train()
         with torch.random.fork_rng(devices=[]):  # for an encoder that draws, e.g. dropout

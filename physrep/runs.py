@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve', 'system_of', 'config_hash', 'run_folder', 'baseline_folder', 'default_data_dir', 'ensure_data', 'crop_of',
-           'load_splits', 'normaliser_of', 'build', 'modules_of', 'window_frames', 'pretrain', 'restore']
+           'load_splits', 'normaliser_of', 'build', 'modules_of', 'window_frames', 'clip_shape', 'pretrain', 'restore']
 
 # %% ../nbs/02pa_runs.ipynb #3bb8cdb5
 import hashlib
@@ -146,22 +146,19 @@ def build(config: dict, shape: tuple[int, int, int], in_channels: int) -> torch.
 
 def modules_of(config: dict) -> list[str]:
     "The modules that a run depends on: the loop, its encoder, its objective, its solver."
-    solver = [SOLVERS[config["system"]][1]] if isinstance(config["data"], dict) else []
+    solver = [SOLVERS[config["system"]]] if isinstance(config["data"], dict) else []
     return ["runs", encoder_module(config["encoder"]), objective_module(config["objective"]), *solver]
 
 
 def window_frames(config: dict) -> int:
     "Frames of a training window: a clip, or a clip and its target."
-    c = config["clip"]
     system = system_of(config)
-    probe = build(config, (c["frames"], *_grid(config)), system.n_channels)
-    return probe.frames
+    return build(config, clip_shape(config), system.n_channels).frames
 
 
-def _grid(config: dict) -> tuple[int, int]:
-    if config["clip"]["size"]:
-        return (config["clip"]["size"],) * 2
-    return (config["data"]["store_grid"],) * 2
+def clip_shape(config: dict) -> tuple[int, int, int]:
+    "`(t, h, w)` of the clips of a run."
+    return (config["clip"]["frames"], *(config["clip"]["size"] or config["data"]["store_grid"],) * 2)
 
 # %% ../nbs/02pa_runs.ipynb #a6a737b6
 def _claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable[[str], None]) -> bool:
@@ -178,8 +175,10 @@ def _claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable
             return True
         if not resume or stale:
             say(f"training {folder.parent.name}/{folder.name} anew: " + (f"its {' and '.join(stale)} changed" if stale else "resume is off"))
-            for name in ("encoder.safetensors", "checkpoint/last.safetensors", "metrics.csv"):
-                (folder / name).unlink(missing_ok=True)
+            for name in ("encoder.safetensors", "metrics.csv"):
+                if (folder / name).is_file():  # an encoder may have cost days: the one before stays
+                    (folder / name).replace(folder / f"old-{name}")
+            (folder / "checkpoint" / "last.safetensors").unlink(missing_ok=True)
         else:
             seconds = old.get("seconds", 0.0)
     write_json(folder / "config.json", config)
@@ -252,7 +251,7 @@ def _train(config: dict, objective, train_batches: Batches, valid: Batches, fold
 def restore(config: dict, run_dir: str | Path | None = None, device: str = "cpu") -> torch.nn.Module:
     "The objective of a finished run with its trained weights (predictor and decoder too), for pictures of what it predicts."
     folder = run_folder(config, run_dir)
-    objective = build(config, (config["clip"]["frames"], *_grid(config)), system_of(config).n_channels)
+    objective = build(config, clip_shape(config), system_of(config).n_channels)
     if objective.trains:
         load_checkpoint(folder / "checkpoint" / "last.safetensors", objective, make_optimizer(objective, Recipe(steps=1, lr=1.0)))
     return objective.to(device).eval()

@@ -58,7 +58,9 @@ class System:
     labels: tuple[Label, ...]
     axes: tuple[str, str] = ("x", "y")
     boundary: tuple[str, str] = ("periodic", "periodic")  # per axis: 'periodic' or 'wall'
-    mirror_axes: tuple[int, ...] = ()  # axes along which a plain mirror image is again a solution
+    mirror_axes: tuple[int, ...] = ()  # axes along which a mirror image is again a solution
+    odd_scalars: tuple[tuple[int, str], ...] = ()  # (axis, scalar) that a mirror image turns the sign of
+    mirror_offsets: tuple[tuple[int, str, float, float], ...] = ()  # (axis, scalar, a, b): the image has a + b * position added, position from 0 to 1 along the axis
     group: tuple[str, ...] = ()  # labels that, with the initial condition, fix what must not be split
     ignored: tuple[str, ...] = ()  # scalars of The Well's files that are constants, not labels
     paper: tuple[tuple[str, object], ...] = ()  # crop, size, stride and label constants of the paper
@@ -95,15 +97,23 @@ class System:
         raise AssertionError("unreachable")
 
     def mirror_signs(self, axis: int) -> np.ndarray:
-        "Signs `(c,)` that a reflection of spatial axis 0 or 1 gives each channel: a component flips once per index along it."
+        "Signs `(c,)` that a reflection of spatial axis 0 or 1 gives each channel: a component flips once per index along it, an odd scalar as well."
         if axis not in self.mirror_axes:
             allowed = ", ".join(self.axes[a] for a in self.mirror_axes) or "none"
             raise ValueError(f"{self.name} has no mirror symmetry along axis {axis}; axes that have one: {allowed}")
         signs = []
         for f in self.fields:
             for component in np.ndindex(*(len(self.axes),) * f.rank):
-                signs.append((-1.0) ** sum(index == axis for index in component))
+                signs.append((-1.0) ** (sum(index == axis for index in component) + ((axis, f.name) in self.odd_scalars)))
         return np.array(signs, dtype=np.float32)
+
+    def mirror_shift(self, axis: int, positions: np.ndarray) -> np.ndarray:
+        "What a reflection of an axis adds to each channel `(c, n)`, after the signs; `positions` `(n,)` of the points along it, from 0 to 1."
+        shift = np.zeros((self.n_channels, len(positions)), dtype=np.float32)
+        for a, name, constant, slope in self.mirror_offsets:
+            if a == axis:
+                shift[self.channel_slice(name)] = constant + slope * np.asarray(positions)
+        return shift
 
 # %% ../nbs/00_systems.ipynb #3a00d12a
 _SCHMIDT = Label("Schmidt", log=True, paper_log=False, latex="Sc")
@@ -143,7 +153,9 @@ SYSTEMS = {
             Label("Rayleigh", log=True, paper_log=True, latex="Ra"),
         ),
         boundary=("periodic", "wall"),
-        mirror_axes=(0,),
+        mirror_axes=(0, 1),
+        odd_scalars=((1, "buoyancy"),),
+        mirror_offsets=((1, "buoyancy", 1.0, 0.0), (1, "pressure", -0.5, 1.0)),  # b -> 1 - b, p -> p + y - 1/2
         paper=(("crop", ((192, 320), (0, 128))), ("size", 224), ("stride", 4), ("label_mean", (2.69, 8.0)), ("label_std", (3.38, 1.41))),
     ),
 }

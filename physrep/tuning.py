@@ -7,6 +7,7 @@ __all__ = ['PARTS', 'WALKS', 'ENCODER_FROM', 'TUNING_SEED', 'MARGIN', 'Walk', 'm
            'run_walk', 'code_of', 'tuning_table', 'plot_walks']
 
 # %% ../nbs/02u_tuning.ipynb #68dc5ddb
+import contextlib
 import copy
 import itertools
 import json
@@ -20,11 +21,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .evaluate import valid_scores
 from .figures import color_of, title_of, using_style
 from .presets import TrainPreset, get_preset, project_root
 from .provenance import module_digests, provenance, read_json, write_json
+from .readout import valid_scores
 from .runs import config_hash, modules_of, pretrain, resolve
+from .well import find_files, fingerprint
 
 # %% ../nbs/02u_tuning.ipynb #e1683b4b
 PARTS = ("coefficients", "encoder_config", "recipe")
@@ -35,7 +37,6 @@ class Walk:
     "What is tried for one row of the table: a base, then changes one after the other, `{part: {name: value}}` each, with a title."
     base: Mapping[str, Mapping]
     changes: Sequence[tuple[str, Mapping[str, Mapping]]]
-    only_logged: tuple[str, ...] = ()  # titles of changes that cost too much for a laptop: tried and logged, never kept
 
     @property
     def n_trials(self) -> int:
@@ -80,9 +81,8 @@ WALKS: dict[tuple[str, str], Walk] = {
             ("EMA target", _c(target="ema")), ("invariance 5", _c(invariance=5.0)), ("invariance 25", _c(invariance=25.0)),
             ("horizon 8", _c(horizon=8)), ("horizon 16", _c(horizon=16)), ("horizon 2", _c(horizon=2)), ("covariance 4", _c(covariance=4.0)),
             ("lr 1e-3", _r(lr=1e-3)), ("no noise", _c(noise=0.0)), ("time axis kept", _e(strides=((1, 1, 1),))), ("kernel 5", _e(kernel_size=5)),
-            ("widths 64, 128", _e(widths=(64, 128))), ("stem of 2 frames", _e(stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4))),
+            ("widths 64, 128", _e(widths=(64, 128))), ("batch 16", _r(batch_size=16)),
         ],
-        only_logged=("stem of 2 frames",),
     ),
     ("mae", "vit"): Walk(
         base=_c(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2) | _e(**_TUBE4) | _r(batch_size=16, lr=2e-3, weight_decay=0.005),
@@ -90,9 +90,8 @@ WALKS: dict[tuple[str, str], Walk] = {
             ("lr 4e-3", _r(lr=4e-3)), ("lr 1e-3", _r(lr=1e-3)), ("ratio 0.5", _c(ratio=0.5)), ("ratio 0.9", _c(ratio=0.9)), ("patch-normalised target", _c(target_norm="patch")),
             ("decoder 32 wide, 1 deep", _c(decoder_width=32, decoder_depth=1)), ("batch 8", _r(batch_size=8)), ("weight decay 0.05", _r(weight_decay=0.05)),
             ("positions of temperature 1e4", _e(temperature=10000.0)), ("width 96", _e(dim=96, heads=3)), ("depth 6", _e(depth=6)), ("warm-up 0.02", _r(warmup=0.02)),
-            ("tubelet of 2 frames", _e(tubelet=(2, 4, 4)) | _c(patch=(2, 4, 4))),
+            ("lr 8e-3", _r(lr=8e-3)),
         ],
-        only_logged=("tubelet of 2 frames",),
     ),
     ("supervised", "convnext"): Walk(
         base=_c(head="linear") | _r(batch_size=16, lr=2e-3), changes=[("MLP head", _c(head="mlp")), ("attentive head", _c(head="attentive")), *_OPTIMISER]
@@ -127,9 +126,13 @@ def _resolve(system: str, row: tuple[str, str], preset: str, change: Mapping[str
     return json.loads(json.dumps({**config, **change, "recipe": whole}))
 
 
-def _code(config: dict) -> dict[str, str]:
-    "Digests of the modules that a trial depends on, but for presets: its configuration holds their numbers."
-    return {name: digest for name, digest in module_digests(*modules_of(config), "evaluate").items() if name != "presets"}
+def _made(config: dict, data_dir: str | Path) -> dict:
+    "What a trial depends on besides its configuration: digests of modules, data (as far as they are there), and how encoders are probed."
+    data = {}
+    for split in ("train", "valid"):
+        with contextlib.suppress(FileNotFoundError):
+            data[split] = fingerprint(find_files(data_dir, config["system"], split))
+    return {"code": module_digests(*modules_of(config), "readout"), "data": data, "probing": get_preset(config["preset"]).probing()}
 
 
 def log_path(system: str, row: tuple[str, str], preset: str, run_dir: str | Path | None = None) -> Path:
@@ -176,15 +179,17 @@ def run_walk(
     for title, change in [("base", {}), *WALKS[row].changes[:changes]]:
         tried = merge(best, copy.deepcopy(change))
         config = _resolve(system, row, preset, tried)
+        made = _made(config, data_dir)
         if len(log) < len(done):
             entry = done[len(log)]
-            if entry["hash"] != config_hash(config):
-                raise ValueError(f"{path}: trial {len(log)} ({entry['title']}) is not that of this walk ({title}); delete the file to tune anew")
+            now = {"hash": config_hash(config), **made}
+            if other := [k for k in now if entry.get(k) != now[k]]:
+                raise ValueError(f"{path}: trial {len(log)} ({entry['title']}) is not that of this walk ({title}): its {', '.join(other)} differs; delete the file to tune anew")
         else:
             found = trial(config, data_dir, path.parent / "runs")
-            better = not log or (found["score"] < best_trial(log)["score"] - MARGIN and title not in WALKS[row].only_logged)
+            better = not log or found["score"] < best_trial(log)["score"] - MARGIN
             change_now = json.loads(json.dumps(tried))
-            entry = {"trial": len(log), "title": title, "kept": better, "hash": config_hash(config), "config": config, "change": change_now, "code": _code(config), **found}
+            entry = {"trial": len(log), "title": title, "kept": better, "hash": config_hash(config), "config": config, "change": change_now, **made, **found}
             say(f"{'-'.join(row)} {len(log):2d} {title:28s} score {found['score']:.3f} {'kept' if better else ''} ({found['seconds']:.0f} s)")
         log.append(entry)
         if entry["kept"]:

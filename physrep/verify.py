@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .presets import project_root
+from .presets import get_preset, project_root
 from .provenance import code_digest, module_digests, notebook_digest, read_json
 from .runs import default_data_dir, modules_of, resolve, run_folder
 from .systems import SYSTEMS
@@ -36,7 +36,7 @@ def _broken_files(folder: Path, record: dict) -> list[str]:
 def _changed_code(record: dict) -> list[str]:
     "Modules and notebook that are not as they were."
     try:
-        now = {name: digest for name, digest in module_digests(*record["modules"]).items() if name not in record.get("resolved", ())}
+        now = module_digests(*record["modules"])
     except ValueError as error:
         return [str(error)]
     then = record["code"]
@@ -60,6 +60,17 @@ def _names_today(asked: Sequence[dict]) -> tuple[list[str], list[str]]:
         except (TypeError, ValueError) as error:
             errors.append(str(error))
     return names, errors
+
+
+def _changed_probing(record: dict) -> list[str]:
+    "How encoders are probed, where that is not as it was."
+    try:
+        now = get_preset(record["preset"]).probing()
+    except ValueError as error:
+        return [str(error)]
+    then = record["probing"]
+    changed = [f"{k} {then.get(k)} then, {now.get(k)} now" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+    return [f"encoders are probed otherwise: {', '.join(changed)}"] if changed else []
 
 
 def _changed_runs(record: dict) -> list[str]:
@@ -96,7 +107,7 @@ def _changed_data(record: dict, data_dir: Path) -> tuple[list[str], list[str]]:
     return why, unchecked
 
 # %% ../nbs/02sb_verify.ipynb #c8a45855
-_NEEDED = ("files", "modules", "code", "notebook", "notebook_digest", "preset", "runs", "configs", "data")
+_NEEDED = ("files", "modules", "code", "notebook", "notebook_digest", "preset", "probing", "runs", "configs", "data")
 
 
 def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
@@ -113,7 +124,7 @@ def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
         return line | {"why": [f"the record does not have {', '.join(missing)}: draw the figure again"]}
     broken = _broken_files(folder, record)
     data_why, unchecked = _changed_data(record, Path(data_dir or default_data_dir(record["preset"])))
-    stale = _changed_code(record) + _changed_runs(record) + data_why
+    stale = _changed_code(record) + _changed_runs(record) + _changed_probing(record) + data_why
     return line | {"state": "broken" if broken else "stale" if stale else "current", "why": broken + stale, "unchecked": unchecked}
 
 
@@ -137,7 +148,8 @@ def is_current(result: str | Path) -> bool:
     if "config" not in found or "provenance" not in found:
         return True
     trained = [] if all(row["encoder"] == "none" for row in found["rows"]) else modules_of(found["config"])
-    return found["provenance"]["code"] == code_digest(*trained, "evaluate")
+    same_probes = found.get("probing") == get_preset(found["config"]["preset"]).probing()
+    return same_probes and found["provenance"]["code"] == code_digest(*trained, "evaluate")
 
 
 def check_current(folders: Sequence[str | Path]) -> None:

@@ -148,6 +148,16 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
     return time
 
 
+def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray | None:
+    "Of the points along a second axis between walls, from 0 to 1 (the walls); None for a periodic axis. WellFormatError if they are not increasing, or outside."
+    if system.boundary[1] == "periodic":
+        return None
+    y = np.atleast_2d(_member(path, file, f"dimensions/{system.axes[1]}")[()].astype(np.float64))[0]
+    if not (np.diff(y) > 0).all() or not (-1e-6 <= y[0] and y[-1] <= 1 + 1e-6):
+        raise WellFormatError(f"{path}: dimensions/{system.axes[1]} must be increasing heights between the walls at 0 and 1, it runs from {y[0]:g} to {y[-1]:g}")
+    return y
+
+
 def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
     "Distance of grid points along both axes, NaN where they are not evenly spaced."
     spacing = []
@@ -201,6 +211,7 @@ class WellFile:
             self.grid: tuple[int, int] = tuple(grid)
             self.time = _read_time(self.path, file, self.system, self._stored[0].shape[:4])  # float64 (T,) or (B, T)
             self.spacing = _read_spacing(file, self.system)  # of grid points, along both axes
+            self.positions = _read_positions(self.path, file, self.system)  # (w,) heights of a system between walls, else None
             self.labels = _read_labels(self.path, file, self.system, self.n_trajectories)  # name -> float or (B,)
             self.initial_conditions: np.ndarray | None = file[INITIAL_CONDITION][()] if INITIAL_CONDITION in file else None
         if self.initial_conditions is not None and self.initial_conditions.shape != (self.n_trajectories,):

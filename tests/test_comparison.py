@@ -160,6 +160,33 @@ def test_what_cannot_be_compared_is_refused_naming_both(tmp_path):
         compare([a, b], a)
 
 
+def test_runs_on_other_fields_are_refused_where_both_say_so(tmp_path):
+    silent, a = run(tmp_path / "a", data=None), run(tmp_path / "a", seed=1, data={"test": "00aa", "train": "00cc"})
+    assert read_predictions(silent).data == {} and read_predictions(a).data == {"test": "00aa"}, "of the splits that have predictions"
+    [m] = read_methods(tmp_path / "a")
+    assert m.data == {"test": "00aa"}
+    for same in (run(tmp_path / "b", "mae", "vit"), run(tmp_path / "c", "mae", "vit", data={"test": "00aa"}), run(tmp_path / "d", "mae", "vit", data={"unseen": "00dd"})):
+        assert len(compare(m, same)) == len(compare(silent, same))
+    with pytest.raises(ValueError, match="jepa-convnext-0123abcd and mae-vit-0123abcd were not scored on the same fields of split 'test'"):
+        compare(m, run(tmp_path / "e", "mae", "vit", data={"test": "00bb"}))
+    other = run(tmp_path / "a", seed=2, data={"test": "00bb"})
+    with pytest.raises(ValueError, match="same fields of split 'test': fingerprints 00bb and 00aa") as error:
+        read_methods([silent, a, other])
+    assert str(a) in str(error.value) and str(other) in str(error.value)
+
+
+def test_differences_of_each_seed(tmp_path):
+    for objective, seeds in {"jepa": 3, "mae": 3, "random": 2}.items():
+        for k in range(seeds):
+            run(tmp_path / objective, objective, seed=k, error=0.2 * (k + 1) + 0.1 * (objective == "mae"))
+    value = {m: [summarise(tmp_path / m / f"{m}-convnext-0123abcd/seed{k}").query("label == 'mean' and metric == 'mse'").value.item() for k in range(n)]
+             for m, n in {"jepa": 3, "mae": 3, "random": 2}.items()}  # fmt: skip
+    paired = compare(tmp_path / "jepa", tmp_path / "mae", metric="mse").query("label == 'mean'").iloc[0]
+    assert paired.by_seed == pytest.approx(np.subtract(value["jepa"], value["mae"])) and np.mean(paired.by_seed) == pytest.approx(paired.difference)
+    other = differences(tmp_path, references=["random"]).query("objective == 'jepa' and label == 'mean'").iloc[0]
+    assert other.by_seed == pytest.approx(np.subtract(value["jepa"], np.mean(value["random"]))) and np.mean(other.by_seed) == pytest.approx(other.difference)
+
+
 def test_differences_find_the_counterparts(tmp_path):
     for objective, encoder, probes in [
         ("jepa", "convnext", ("linear", "finetune")), ("random", "convnext", ("linear",)), ("random", "vit", ("linear",)), ("statistics", "none", ("linear",)),

@@ -16,6 +16,7 @@ from physrep.data import Batches, LabelScaler, Normaliser, Windows, apply_symmet
 from physrep.generate import make_dataset
 from physrep.presets import get_preset
 from physrep.randomness import sample_seeds
+from physrep.sim import rayleigh_benard
 from physrep.sim.shear_flow import simulate
 from physrep.systems import get_system
 from physrep.well import WellFile
@@ -129,6 +130,26 @@ def test_symmetries_commute_with_the_solver():
         assert np.abs(again["tracer"][0, -1] - y[0, 0, -1]).max() < 1e-9
 
 
+def test_upside_down_commutes_with_the_solver():
+    "Warm and cold exchanged, the layer upside down: again the same layer, with the pressure that goes with it."
+    walls, heights = get_system("rayleigh_benard"), rayleigh_benard.vertical_points(24, "legendre")
+    options = dict(grid=(32, 24), n_frames=5, frame_dt=0.5, dt=0.025, store_nodes="legendre", dtype=torch.float64)
+    x, y = np.meshgrid(np.arange(32) / 16, heights, indexing="ij")
+    start = (1 - y + 0.2 * np.sin(np.pi * y) * np.cos(np.pi * x) + 0.1 * np.sin(2 * np.pi * y) * np.sin(2 * np.pi * x))[None]
+
+    def channels(b):
+        f = rayleigh_benard.simulate(3e4, 1.0, [0], initial=(np.zeros_like(b), b), **options)
+        return torch.as_tensor(np.concatenate([f["buoyancy"][:, None], f["pressure"][:, None], np.moveaxis(f["velocity"], -1, 1)], axis=1))
+
+    fields = channels(start)
+    assert np.abs(fields[0, 3, -1]).max() > 0.1, "it moves"
+    for mirror, moved in (([False, True], 1 - start[:, :, ::-1]), ([True, True], 1 - start[:, ::-1, ::-1])):
+        image = apply_symmetry(fields, np.array([[0, 0]]), np.array([mirror]), walls, heights)
+        assert (channels(np.ascontiguousarray(moved)) - image).abs().max() < 1e-6  # offsets are float32
+    with pytest.raises(ValueError, match="positions along y must be 24 points"):
+        apply_symmetry(fields, np.array([[0, 0]]), np.array([[False, True]]), walls, heights**2)
+
+
 def test_symmetry_draws_cover_the_group_and_depend_on_the_sample_only():
     seeds = sample_seeds(0, 0, 0, list(range(200)))
     shifts, mirrors = symmetry_draws(seeds, SHEAR, (32, 32))
@@ -136,7 +157,9 @@ def test_symmetry_draws_cover_the_group_and_depend_on_the_sample_only():
     assert np.array_equal(symmetry_draws(seeds[50:60], SHEAR, (32, 32))[0], shifts[50:60])
     walls = get_system("rayleigh_benard")
     shifts, mirrors = symmetry_draws(seeds, walls, (32, 32))
-    assert not shifts[:, 1].any() and not mirrors[:, 1].any(), "nothing is shifted through a wall, nor turned upside down"
+    assert not shifts[:, 1].any() and 0.3 < mirrors[:, 1].mean() < 0.7, "nothing is shifted through a wall, but half is turned upside down"
+    shifts, mirrors = symmetry_draws(seeds, walls, (32, 32), whole=(False, False))
+    assert not shifts.any() and not mirrors[:, 1].any() and mirrors[:, 0].any(), "a crop is not shifted, nor turned upside down"
 
 
 def test_resize_noise_and_crop(smoke_data):

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from physrep.figures import figure_record, plot_differences, plot_table1, save_figure
+from physrep.figures import figure_record, plot_differences, plot_systems, plot_systems_differences, plot_table1, save_figure
 from physrep.presets import project_root
 from physrep.provenance import module_digests, notebook_digest
 from physrep.results import over_seeds
@@ -119,6 +119,67 @@ def test_differences_that_touch_zero_are_hollow():
     for bad, message in [(df.assign(metric=["mse"] + 4 * ["r2"]), "several metrics"), (df.assign(system="active_matter"), "there are: active_matter, Reynolds; active_matter, mean")]:
         with pytest.raises(ValueError, match=message):
             plot_differences(bad, "shear_flow")
+
+
+def test_differences_with_a_seed_of_the_other_sign_are_hollow():
+    seeds = [(-0.3, -0.1, -0.2), (-0.3, 0.01, -0.3), (-0.3, 0.0, -0.3), math.nan]
+    df = pd.DataFrame([difference(probe=p, by_seed=s) for p, s in zip(("linear", "knn", "attentive", "finetune"), seeds)])
+    for table, hollow in [(df, [False, True, True, False]), (df.drop(columns="by_seed"), 4 * [False]), (df.assign(low=-0.3, high=0.0), 4 * [True])]:
+        fig = plot_differences(table, "shear_flow")
+        assert [line.get_markerfacecolor() == "white" for line in fig.axes[0].lines if line.get_marker() not in ("None", "")] == hollow
+        assert ("every seed" in fig.legends[0].get_texts()[0].get_text()) == ("by_seed" in table)
+
+
+METHODS = [("jepa", "convnext"), ("mae", "vit"), ("disco", "disco"), ("supervised", "vit"), ("random", "convnext"), ("statistics", "none"), ("constant", "none")]
+TITLES = ["Active matter", "Shear flow", "Rayleigh-Benard convection"]
+
+
+def three_systems() -> pd.DataFrame:
+    "The linear probe is the best of every frozen encoder, JEPA's on shear flow, MAE's on active matter, random weights on convection; fine-tuned and supervised are better still."
+    best = {"shear_flow": "jepa", "active_matter": "mae", "rayleigh_benard": "random"}
+    value = {"linear": 0.5, "knn": 0.7, "finetune": 0.05}
+    return pd.DataFrame([
+        row(system=s, objective=o, encoder=e, probe=p, split=split, value=v, low=0.8 * v, high=1.2 * v, run=f"{o}-{e}/seed0")
+        for s, winner in best.items() for o, e in METHODS for split in ("test", "unseen") for p in (("linear",) if e == "none" else ("linear", "knn", "finetune"))
+        for v in [0.2 if o == winner and p == "linear" else 0.1 if o == "supervised" else value[p]] if (s, o) != ("rayleigh_benard", "disco")
+    ])  # fmt: skip
+
+
+def no_number_overlaps(fig: Figure) -> bool:
+    "Whether what is written right of a panel ends before the next panel and before the edge."
+    fig.draw_without_rendering()
+    ends = [ax.get_window_extent().x0 for ax in fig.axes[1:]] + [fig.bbox.x1]
+    return all(t.get_window_extent().x1 < end for ax, end in zip(fig.axes, ends) for t in ax.texts)
+
+
+def test_all_systems_side_by_side():
+    fig = plot_systems(three_systems())
+    assert [ax.get_title() for ax in fig.axes] == TITLES and no_number_overlaps(fig)
+    plates = [[t.get_text() for t in ax.texts if t.get_bbox_patch() is not None] for ax in fig.axes]
+    assert plates == [["0.20", "MAE ViT, linear"], ["0.20", "JEPA ConvNeXt, linear"], ["0.20", "random weights ConvNeXt, linear"]]
+    bold = [t.get_text() for t in fig.axes[1].texts if t.get_fontweight() == "bold"]
+    assert bold == ["0.05", "0.05", "0.05", "0.10", "0.05", "0.50", "0.50"], "the best of each method"
+    assert [t.get_text() for t in fig.axes[2].texts].count("–") == 3, "not measured"
+    higher = plot_systems(three_systems().assign(metric="r2"), "r2")
+    assert [t.get_text() for t in higher.axes[1].texts if t.get_bbox_patch() is not None] == ["0.70", "JEPA ConvNeXt, kNN"], "of r2 the highest is best"
+    assert len(plot_systems(gappy()).axes) == 2 and len(plot_systems(seeded()).axes) == 1
+    for bad, message in [(three_systems().query("split != 'test' or system != 'shear_flow'"), "'shear_flow' and metric 'mse' on split test"),
+                         (three_systems()[:0], "without rows"), (three_systems().assign(system="shear"), "shear")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            plot_systems(bad)
+
+
+def test_differences_of_all_systems_side_by_side():
+    rows = three_systems().query("split == 'test' and objective != 'constant'").to_dict("records")
+    df = pd.DataFrame([difference(**r | {"low": -0.3, "high": -0.1}, reference=ref, text="-0.20 [-0.30, -0.10]") for r in rows for ref in ("random", "statistics") if r["objective"] != ref])
+    fig = plot_systems_differences(df, "random")
+    assert [ax.get_title() for ax in fig.axes] == TITLES and no_number_overlaps(fig)
+    assert fig.get_suptitle() == "difference from random weights (same backbone and probe): mean over labels, test"
+    assert [sum(t.get_text().startswith("-0.20") for t in ax.texts) for ax in fig.axes] == [13, 13, 10]
+    with pytest.raises(ValueError, match="no differences from 'equations', mean over labels; references: random, statistics"):
+        plot_systems_differences(df, "equations")
+    with pytest.raises(ValueError, match="several splits"):
+        plot_systems_differences(df.assign(split=df.probe), "random")
 
 
 def test_pictures_of_sixty_lines_stay_small(tmp_path):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # each imports only what stands before it
 FLOORS = [
     {"systems", "presets", "randomness", "provenance", "parameters"}, {"well", "sim"}, {"well_write"}, {"generate", "data", "report", "download"}, {"encoders", "heads"},
-    {"objectives"}, {"training", "runs", "features", "scores", "probing", "baselines"}, {"results", "comparison"}, {"figures", "evaluate"}, {"verify", "tuning", "cost", "regimes"}, {"explore"},
+    {"objectives"}, {"training", "runs", "features", "scores", "probing", "baselines"}, {"results", "comparison", "readout"}, {"figures", "evaluate"},
+    {"verify", "tuning", "cost", "regimes", "across"}, {"explore"},
 ]
 
 
@@ -100,5 +101,8 @@ def test_the_graph_of_the_laptop_preset():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-3000:]
-    for rule in ("simulate_shear_flow", "pretrain_shear_flow_jepa_convnext_seed0", "probe_shear_flow_mae_vit_seed0", "probe_shear_flow_constant", "table1"):
+    for system in ("shear_flow", "rayleigh_benard", "active_matter"):
+        for rule in (f"simulate_{system}", f"refine_{system}", f"pretrain_{system}_jepa_convnext", f"probe_{system}_mae_vit", f"probe_{system}_baselines"):
+            assert re.search(rf"^{rule}\s+1$", text, re.M), rule
+    for rule in ("table1", "resolution", "across", "regimes"):
         assert re.search(rf"^{rule}\s+1$", text, re.M), rule

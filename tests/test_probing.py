@@ -299,6 +299,7 @@ class Amplitudes:
         self.fields = rng.normal(0, 0.3, (n, *self.shape)).astype(np.float32)
         self.fields[:, 2:] += (u + 1.5)[:, :, None, None, None] * np.sin(np.pi * np.arange(8) / 2)
         self.labels = 10 ** (u + [5.0, 0.0])
+        self.whole, self.positions = (True, True), None
 
     def __len__(self) -> int:
         return len(self.fields)

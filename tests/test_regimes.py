@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from physrep.regimes import REGIMES, defect_charges, defect_count, regime_labels, wall_nusselt, wave_energy
+from physrep.data import Windows
+from physrep.features import Features
+from physrep.regimes import REGIMES, defect_charges, defect_count, later, probe_regime, regime_labels, regime_targets, wall_nusselt, wave_energy
 from physrep.systems import SYSTEMS, get_system
 
 
@@ -13,7 +15,9 @@ def noise(system, b=2, t=3, grid=(12, 16), seed=0):
 
 def mirrored(fields, system, axis):
     s = get_system(system)
-    return np.flip(fields, axis + 3) * s.mirror_signs(axis)[:, None, None, None]
+    image = np.flip(fields, axis + 3) * s.mirror_signs(axis)[:, None, None, None]
+    n = fields.shape[axis + 3]
+    return image + s.mirror_shift(axis, (np.arange(n) + 0.5) / n).reshape((-1, 1, n, 1) if axis == 0 else (-1, 1, 1, n))
 
 
 @pytest.mark.parametrize("system", list(SYSTEMS))
@@ -68,3 +72,27 @@ def test_bad_fields():
     x[0, 0, -1, 0, 0] = np.nan
     with pytest.raises(ValueError, match="last frame of the fields has values that are not finite"):
         regime_labels(x, "shear_flow")
+
+
+def test_later_pairs_each_window_with_the_one_after_it(smoke_data):
+    w = Windows(smoke_data, "shear_flow", "test", frames=16, stride=8)
+    now, then = later(w)
+    assert (w.index[now, 0] == w.index[then, 0]).all() and (w.index[then, 1] - w.index[now, 1] == 16).all()
+    assert len(now) == sum(tuple(i) in set(map(tuple, w.index)) for i in w.index + [0, 16])
+    with pytest.raises(ValueError, match="no window of 'test' is followed by another 30 frames later"):
+        later(Windows(smoke_data, "shear_flow", "test", frames=30, stride=30))
+
+
+def test_features_that_know_nothing_score_about_one_and_seeds_are_kept(smoke_data):
+    windows = {s: Windows(smoke_data, "shear_flow", s, frames=8, stride=4) for s in ("train", "valid", "test")}
+    targets = {s: regime_targets(w) for s, w in windows.items()}
+    assert np.allclose(targets["test"], regime_labels(windows["test"].read(np.arange(len(windows["test"]))).numpy(), "shear_flow")[0])
+
+    def blind(seed):
+        rng = np.random.default_rng(seed)
+        return {s: Features(rng.normal(size=(len(w), 1, 2)).astype(np.float32), w.labels[w.index[:, 0]], w.window_groups()) for s, w in windows.items()}
+
+    rows = probe_regime([blind(0), blind(1)], windows, targets, probes=["linear"])
+    assert {(r["when"], r["split"]) for r in rows} == {("now", "test"), ("later", "test")}
+    for r in (r for r in rows if r["metric"] == "mse"):
+        assert 0.5 < r["value"] < 1.6 and len(r["by_seed"]) == 2 and r["low"] <= r["value"] <= r["high"] and 0 <= r["above"] <= 1

@@ -72,12 +72,12 @@ def test_a_module_outside_of_those_used_does_not_matter(tmp_path):
     assert "figures" not in read_json(tmp_path / "one.json")["code"] and state(tmp_path) == ("current", "")
 
 
-def test_a_module_whose_values_are_in_the_record_does_not_matter(tmp_path, monkeypatch):
-    draw(tmp_path, resolved=["systems"])
-    monkeypatch.setattr(physrep.verify, "module_digests", lambda *names: module_digests(*names) | {"systems": "0" * 16})
-    assert state(tmp_path) == ("current", "")
+def test_presets_are_in_the_record_and_not_among_the_modules(tmp_path):
     draw(tmp_path)
-    assert state(tmp_path) == ("stale", "module systems changed")
+    record = read_json(tmp_path / "one.json")
+    assert "presets" not in module_digests("evaluate") and "presets" not in record["code"] and record["probing"] == get_preset("smoke").probing()
+    edit(tmp_path, probing=record["probing"] | {"epochs": 99})
+    assert state(tmp_path) == ("stale", f"encoders are probed otherwise: epochs 99 then, {record['probing']['epochs']} now")
 
 
 def test_the_notebook(tmp_path):
@@ -111,7 +111,6 @@ def test_data_are_compared_where_they_are(tmp_path, smoke_data):
     assert line.state == "current" and line.unchecked == [f"shear_flow {s}: data not here, not checked" for s in ("test", "train")]
     draw(tmp_path, data={"shear_flow": prints | {"test": "0" * 16}})
     assert state(tmp_path, data_dir=smoke_data) == ("stale", "data of shear_flow, split test, are not those that were used")
-    assert get_preset("smoke").systems == ("shear_flow",)
 
 
 def test_records_that_are_missing_torn_or_of_another_kind(tmp_path):

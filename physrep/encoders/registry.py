@@ -64,14 +64,17 @@ class LoadedEncoder(nn.Module):
         return self.encoder(x)
 
     @torch.no_grad()
-    def embed(self, fields: np.ndarray | torch.Tensor, dt: float, *, pool: bool = True, batch_size: int = 64) -> np.ndarray:
+    def embed(self, fields: np.ndarray | torch.Tensor, dt: float, *, pool: bool = True, any_grid: bool = False, batch_size: int = 64) -> np.ndarray:
         """Physical fields `(b, c, t, h, w)`, channels in the order `info["channels"]`, frames `dt` apart -> features `(b, d)` (mean over tokens), or
-        tokens `(b, n, d)` with `pool=False`. Raises ValueError for other channels, another number of frames, another `dt`, or values that are not finite."""
+        tokens `(b, n, d)` with `pool=False`. Raises ValueError for other channels, another number of frames, another `dt`, values that are not finite, or (but for
+        `any_grid=True`) another grid than it was trained on."""
         x = torch.as_tensor(np.asarray(fields), dtype=torch.float32)
-        c, t = len(self.info["channels"]), self.info["shape"][0]
+        c, (t, *grid) = len(self.info["channels"]), self.info["shape"]
         if x.ndim != 5 or x.shape[1] != c or x.shape[2] != t:
             raise ValueError(f"fields must be (b, {c}, {t}, h, w) with channels {', '.join(self.info['channels'])}; got shape {tuple(x.shape)}")
-        if abs(dt - self.info["dt"]) > 0.01 * self.info["dt"]:
+        if not any_grid and list(x.shape[3:]) != grid:
+            raise ValueError(f"this encoder was trained on grids of {grid[0]}x{grid[1]}, got {x.shape[3]}x{x.shape[4]}; resample the fields, or pass any_grid=True")
+        if not abs(dt - self.info["dt"]) <= 0.01 * self.info["dt"]:
             raise ValueError(f"this encoder was trained on frames {self.info['dt']:g} apart, got dt={dt:g}")
         if not torch.isfinite(x).all():
             raise ValueError("fields hold values that are not finite")

@@ -1,0 +1,83 @@
+"""One encoder for several systems: what it is fed, that it goes on where it was stopped, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from physrep.across import SHARED, InTurn, Translated, pretrain_jointly, score_translated, shared_names, translate
+from physrep.data import Batches, LabelScaler, Normaliser, Windows
+from physrep.encoders.registry import build_encoder
+from physrep.generate import make_dataset
+from physrep.presets import get_preset
+from physrep.systems import SYSTEMS, get_system
+
+PAIR = ["shear_flow", "active_matter"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for system in PAIR:
+        make_dataset(system, get_preset("smoke").sim(system), folder, workers=1, progress=False)
+    return folder
+
+
+def batches(folder, system, **options):
+    w, s = Windows(folder, system, "train", frames=16, stride=8), get_system(system)
+    return Batches(w, batch_size=4, normaliser=Normaliser.load(folder, s), scaler=LabelScaler.fit(s, w.labels), **options)
+
+
+@pytest.mark.parametrize("system", list(SYSTEMS))
+def test_every_channel_has_one_place(system):
+    own = shared_names(get_system(system))
+    assert len(set(own)) == len(own) and set(own) <= set(SHARED.channels)
+    x = torch.randn(2, len(own), 3, 4, 4)
+    shared = translate(x, own, SHARED.channels)
+    assert torch.equal(translate(shared, SHARED.channels, own), x)
+    assert int((shared != 0).sum()) == x.numel(), "and all others are zero"
+
+
+def test_what_cannot_be_read_is_refused():
+    with pytest.raises(ValueError, match=r"fields must be \(b, 2, t, h, w\)"):
+        translate(torch.zeros(1, 3, 2, 4, 4), ["scalar", "pressure"], ["scalar"])
+    with pytest.raises(ValueError, match="no channel in common: pressure and scalar"):
+        translate(torch.zeros(1, 1, 2, 4, 4), ["pressure"], ["scalar"])
+
+
+def test_updates_take_systems_in_turn(two):
+    turn = InTurn({s: batches(two, s) for s in PAIR})
+    for step in range(4):
+        [batch], name = list(turn(step)), PAIR[step % 2]
+        [plain] = batches(two, name)(step // 2)
+        assert torch.equal(batch["fields"], translate(plain["fields"], shared_names(get_system(name)), SHARED.channels))
+    assert len(list(turn.evaluation(limit=4))) == 2, "one batch of each"
+
+
+def test_an_interrupted_training_is_the_same_training(two, tmp_path):
+    options = dict(systems=PAIR, objective="mae", encoder="vit", preset="smoke", data_dir=two, progress=False)
+    whole, folder = pretrain_jointly(**options, run_dir=tmp_path / "a")
+    again, other = pretrain_jointly(**options, run_dir=tmp_path / "b")
+    assert folder.parent.name == other.parent.name and (folder / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    seed, _ = pretrain_jointly(**options, run_dir=tmp_path / "b", seed=1)
+    assert not all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), seed.state_dict().values()))
+
+
+@pytest.mark.parametrize("objective", ["supervised", "random"])
+def test_labels_of_different_systems_cannot_be_mixed(objective, two, tmp_path):
+    with pytest.raises(ValueError, match=f"only a self-supervised objective can be trained on several systems, got '{objective}'"):
+        pretrain_jointly(PAIR, objective, "convnext", "smoke", two, tmp_path)
+
+
+def test_an_encoder_of_one_system_reads_another(two, tmp_path):
+    encoder = build_encoder("convnext", in_channels=4, **get_preset("smoke").encoders["convnext"])
+    scored = score_translated(
+        encoder, shared_names(get_system("shear_flow")), "active_matter", "smoke", two, tmp_path, objective="random", encoder_name="convnext", run="from/seed0",
+        probes=["linear", "knn"], progress=False,
+    )  # fmt: skip
+    assert {r["probe"] for r in scored.rows} == {"linear", "knn"} and {r["system"] for r in scored.rows} == {"active_matter"}
+    reader, x = Translated(encoder, shared_names(get_system("shear_flow")), get_system("active_matter")), torch.randn(2, 11, 16, 32, 32)
+    seen = x.clone()
+    seen[:, 3:] = 0
+    assert torch.equal(reader(x), reader(seen)), "it does not see the tensors that it was not trained on"
+    assert np.isfinite(scored.predictions["linear", "test"]).all()
