@@ -14,6 +14,7 @@ from physrep.evaluate import BASELINES, ROWS, systems_of
 from physrep.presets import get_preset, project_root
 from physrep.provenance import code_digest, notebook_digest
 from physrep.runs import baseline_folder, default_data_dir, modules_of, resolve, run_folder
+from physrep.systems import get_system
 from physrep.tuning import ENCODER_FROM, WALKS, log_path
 
 ROOT = project_root()
@@ -33,7 +34,7 @@ def papermill(name, out, **parameters):
     """The command of a job. papermill reads a notebook from standard input if that is a pipe, so it never is one. Its output goes to a log beside the
     notebook that it makes, progress bars to the terminal too, one line at a time; of a job that fails the end of the log is shown."""
     target, python, source = (shlex.quote(str(p)) for p in (OUT / "notebooks" / out, sys.executable, ROOT / "nbs" / f"{name}.ipynb"))
-    values = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in ({"preset": PRESET.name} | ({"data_dir": DATA} if config.get("data") else {}) | parameters).items())
+    values = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in ({"preset": PRESET.name} | ({"data_dir": DATA} if config.get("data") else {}) | parameters).items() if v is not None)
     bars = f"""while IFS= read -r line; do case "$line" in *%\\|*) echo "  {out}: ${{line##*$'\\r'}}";; esac; done"""
     return (
         f"mkdir -p {shlex.quote(str(OUT / 'notebooks'))} && {{ {python} -m papermill {source} {target}.ipynb --log-output --no-progress-bar {values} "
@@ -70,24 +71,36 @@ for system in SYSTEMS:
             params: code=stage("00g_simulate", "generate", f"sim.{system}"), command=papermill("00g_simulate", f"{system}-refine", system=system, refined=True, workers=1)
             shell: "{params.command}"
 
-    baselines = [baseline_folder(b, system, PRESET.name) / "result.json" for b in BASELINES]
-    RESULTS += baselines
+# The rows of a system: once on its data; The Well's shear flow once more on splits without leaks, with runs of its own.
+LEAK_FREE = [system for system in SYSTEMS if system not in PRESET.sims and get_system(system).group]
+MORE, LEAKAGE = ROOT / "runs" / "leak_free", []
+for system in LEAK_FREE:
     rule:
-        name: f"probe_{system}_baselines"
-        input: simulated(system)
+        name: f"leak_free_{system}"
+        output: MORE / "data" / system / "stats.yaml"
+        params: code=stage("00h_leak_free", "report"), command=papermill("00h_leak_free", f"{system}-leak-free", preset=None, system=system, data_dir=DATA, out_dir=MORE / "data")
+        shell: "{params.command}"
+
+for system, runs_in, about in [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"data_dir": MORE / "data", "run_dir": MORE}) for s in LEAK_FREE]:
+    inputs, tag, into = (simulated(system), "", RESULTS) if runs_in is None else ([MORE / "data" / system / "stats.yaml"], "leak_free_", LEAKAGE)
+    baselines = [baseline_folder(b, system, PRESET.name, runs_in) / "result.json" for b in BASELINES]
+    into += baselines
+    rule:
+        name: f"probe_{tag}{system}_baselines"
+        input: inputs
         output: baselines
-        params: code=stage("04_probe", "evaluate") + PROBING, command=papermill("04_probe", f"{system}-baselines", system=system, objective="baselines")
+        params: code=stage("04_probe", "evaluate") + PROBING, command=papermill("04_probe", f"{tag}{system}-baselines", system=system, objective="baselines", **about)
         shell: "{params.command}"
 
     for objective, encoder in ROWS:  # all seeds of a row in one job: starting one costs as much as a probe
         runs = [resolve(system, objective, encoder, PRESET.name, seed=seed) for seed in PRESET.seeds]
-        name, values = f"{system}-{objective}-{encoder}", dict(system=system, objective=objective, encoder=encoder, **SEEDS)
-        trained, results = ([run_folder(run) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
-        RESULTS += results
-        OF_ROW.setdefault((objective, encoder), []).extend(results)
+        name, values = f"{tag}{system}-{objective}-{encoder}", dict(system=system, objective=objective, encoder=encoder, **SEEDS, **about)
+        trained, results = ([run_folder(run, runs_in) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
+        into += results
+        OF_ROW.setdefault((objective, encoder), []).extend(results if runs_in is None else [])
         rule:
             name: f"pretrain_{name}".replace("-", "_")
-            input: simulated(system)
+            input: inputs
             output: trained
             params: code=stage("03_pretrain", *modules_of(runs[0])), command=papermill("03_pretrain", f"{name}-pretrain", **values)
             threads: JOB_THREADS
@@ -126,6 +139,13 @@ rule across:
     params: code=stage("08c_across_systems", "across", "figures") + PROBING, command=papermill("08c_across_systems", "across", systems=",".join(SYSTEMS))
     threads: JOB_THREADS
     priority: 5
+    shell: "{params.command}"
+
+# what the published splits give away
+rule leakage:
+    input: RESULTS + LEAKAGE
+    output: figures("leakage")
+    params: code=stage("05d_leakage", "evaluate", "figures") + PROBING, command=papermill("05d_leakage", "leakage", system=(LEAK_FREE or [None])[0])
     shell: "{params.command}"
 
 # a second thing to ask all encoders
@@ -182,4 +202,4 @@ rule simulated:
 
 rule all:
     default_target: True
-    input: rules.table1.output, rules.regimes.output, rules.across.output if len(SYSTEMS) > 1 else [], rules.resolution.output if REFINED else []
+    input: rules.table1.output, rules.regimes.output, rules.across.output if len(SYSTEMS) > 1 else [], rules.resolution.output if REFINED else [], rules.leakage.output if LEAK_FREE else []

@@ -38,7 +38,7 @@ def _checked(fields: np.ndarray | torch.Tensor, system: System, dt: float, spaci
         raise ValueError(f"fields of {(~finite).sum()} of {len(x)} windows are not finite, first of window {finite.argmin()}")
     return x
 
-
+# %% ../nbs/02r_baselines.ipynb #770ff3e5
 def _positions(heights: np.ndarray | None, system: System, n: int, step: float) -> np.ndarray:
     "Positions `(n,)` along y, `step` apart if no heights are given; ValueError for heights where there is no wall, or unless there are n that increase."
     if heights is None:
@@ -124,6 +124,8 @@ KNOWS: dict[str, Knows] = {
     "budget": Knows(_EQUATION, _UNITS, "the field is a whole periodic box", "none: their dissipation is neglected", False),
     "statistics": Knows("nothing", _UNITS, "which axes are periodic", "none; coefficients fitted on train, penalty chosen on valid", True),
 }  # of shear flow, and the statistics of any system
+
+# %% ../nbs/02r_baselines.ipynb #ae548911
 OTHER_EQUATIONS: dict[str, Knows] = {  # the weak form of the other systems
     "rayleigh_benard": replace(
         KNOWS["weak"], equation="advection and diffusion of vorticity and buoyancy, torque of buoyancy (free-fall units)", units="time between frames, grid spacing, heights of the points"
@@ -168,7 +170,7 @@ def _radius(points: np.ndarray) -> float:
     first, *_, last = gaps = np.diff(points) / np.diff(points).mean()
     return min(max(len(points) // 3, 8 * gaps.max()), (gaps.sum() + first + last) / 2)
 
-
+# %% ../nbs/02r_baselines.ipynb #36ad570e
 def _integrals(shape: tuple[int, int, int], dt: float, spacing: tuple[float, float], *, frame_radius: float = FRAME_RADIUS, heights: np.ndarray | None = None) -> Callable[..., np.ndarray]:
     """A function `integral(f, kx, ky, kt=0)`: of f `(b, t, h, w)`, real or complex, times derivatives of the bump, at every place, `(b, places)`.
     With `kt=None` over space only, at every frame. `heights` `(w,)` where the points along y are not `spacing[1]` apart."""
@@ -324,7 +326,7 @@ def _layer_equations(fields: np.ndarray, dt: float, spacing: tuple[float, float]
         (-integral(b, 0, 0, 1) - flux, integral(b, 2, 0) + integral(b, 0, 2)),
     ]
 
-
+# %% ../nbs/02r_baselines.ipynb #ce3608ef
 def _rayleigh_benard_oracle(fields: np.ndarray, *, dt: float, spacing: tuple[float, float], heights: np.ndarray | None = None, **_) -> np.ndarray:
     "Prandtl and Rayleigh numbers `(b, 2)` of clips of Rayleigh-Benard convection, by the weak form."
     equations = _layer_equations(fields, dt, spacing, heights)
@@ -358,7 +360,7 @@ def _rods(fields: np.ndarray, spacing: tuple[float, float]) -> tuple[np.ndarray,
     g, _ = closure(torch.from_numpy(np.minimum((np.abs(f) / density) ** 2, 1.0)))
     return c, u, v, along_x @ v - u @ along_y.T, f, e11 + 1j * e12, f * f / density * g.numpy()
 
-
+# %% ../nbs/02r_baselines.ipynb #e1973bd2
 def _active_matter_oracle(fields: np.ndarray, *, dt: float, spacing: tuple[float, float], **_) -> np.ndarray:
     "Activity and alignment (alpha, zeta), `(b, 2)`, of clips `(b, 11, t, h, w)` of active matter, by the weak form."
     c, u, v, w, f, strain, f4 = _rods(fields, spacing)

@@ -170,7 +170,7 @@ def statistics_features(windows: Mapping[str, Windows]) -> dict[str, Features]:
     features = {}
     for s, w in windows.items():
         file = w.files[0]
-        x = np.concatenate([summary_statistics(part, system=w.system, dt=file.dt, spacing=file.spacing, periodic=None if w.crop is None else False) for part in _clips(w)])
+        x = np.concatenate([summary_statistics(part, system=w.system, dt=file.dt, spacing=file.spacing, heights=w.positions, periodic=None if w.crop is None else False) for part in _clips(w)])
         features[s] = Features(torch.from_numpy(x[:, None].astype(np.float32)), w.targets(np.arange(len(w))), w.window_groups())
     return features
 
@@ -187,7 +187,7 @@ def _equations(windows: dict[str, Windows], scaler: LabelScaler) -> tuple[dict, 
         if s == "train":  # nothing is fitted
             continue
         file = w.files[0]
-        parts = [equation_oracle(part, system=w.system, dt=file.dt, spacing=file.spacing, periodic=None if w.crop is None else False) for part in _clips(w)]
+        parts = [equation_oracle(part, system=w.system, dt=file.dt, spacing=file.spacing, heights=w.positions, periodic=None if w.crop is None else False) for part in _clips(w)]
         found["oracle", s] = scaler.inverse(scaler.clip(scaler.transform(np.concatenate(parts))))
     return found, {}
 

@@ -135,13 +135,13 @@ _LAPTOP_ENCODERS = {
         widths=(48, 96), depths=(2, 2), stem_kernel=(4, 4, 4), stem_stride=(4, 4, 4), strides=((2, 1, 1),), kernel_size=7,
         layer_scale=0.1,  # 1e-6, as for long trainings, keeps the blocks shut for all of a short one
     ),
-    "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
+    "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=10000.0),
 }
 _LAPTOP_OBJECTIVES = {
     "jepa": dict(
-        invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, target="ema", momentum=0.99, noise=0.1, predictor_hidden=96, predictor_scale=0.1
+        invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, target="shared", momentum=0.99, noise=0.1, predictor_hidden=96, predictor_scale=0.1
     ),
-    "mae": dict(ratio=0.9, patch=(4, 4, 4), target_norm="patch", decoder_width=64, decoder_depth=2),
+    "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2),
     "supervised-convnext": dict(head="mlp"),
     "supervised-vit": dict(head="attentive"),
     "random": {},
@@ -181,7 +181,7 @@ _LAPTOP = Preset(
     # every objective sees 3200 windows
     train={
         "jepa": TrainPreset(steps=100, batch_size=32, lr=3e-3),
-        "mae": TrainPreset(steps=200, batch_size=16, lr=4e-3, weight_decay=0.005),
+        "mae": TrainPreset(steps=200, batch_size=16, lr=2e-3, weight_decay=0.005),
         "supervised-convnext": TrainPreset(steps=400, batch_size=8, lr=2e-3, weight_decay=0.005),
         "supervised-vit": TrainPreset(steps=200, batch_size=16, lr=1e-3),
         "random": TrainPreset(steps=0, batch_size=16, lr=1e-3),
@@ -205,7 +205,7 @@ _GPU = Preset(
     },
     encoders={"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))},
     objectives={
-        "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # as on the laptop; not yet tuned at this size
+        "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # not tuned at this size
         "mae": dict(ratio=0.75, patch=(2, 8, 8)),
         "supervised": {},
         "random": {},

@@ -132,16 +132,16 @@ def _shuffled(n: int, key: str) -> np.ndarray:
 def deal_flows(flows: pd.DataFrame, system: System | str) -> pd.DataFrame:
     "The table of `find_flows` with `published` (the split of before) and a `split` such that no flow is in two; deterministic."
     system = get_system(system) if isinstance(system, str) else system
-    share = flows.split.value_counts(normalize=True)
+    share = flows.split.value_counts(normalize=True).sort_values(kind="stable")
     new = {}
     for key, here in flows.groupby(list(system.group) or (lambda _: 0)):
         members = pd.crosstab(here.flow, here.split).reindex(columns=share.index, fill_value=0)
         left = members.iloc[_shuffled(len(members), str(key))]
-        for split in share.sort_values().index[:-1]:  # the largest split takes the rest
+        for split in share.index[:-1]:  # the largest split takes the rest
             chosen = left[split].sort_values(ascending=False, kind="stable").index[: max(1, round(share[split] * len(members)))]
             new |= dict.fromkeys(chosen, split)
             left = left.drop(chosen)
-        new |= dict.fromkeys(left.index, share.idxmax())
+        new |= dict.fromkeys(left.index, share.index[-1])
     return flows.assign(published=flows.split, split=flows.flow.map(new))
 
 # %% ../nbs/00fa_report.ipynb #7cd74cf8

@@ -80,8 +80,8 @@ WALKS: dict[tuple[str, str], Walk] = {
         changes=[
             ("EMA target", _c(target="ema")), ("invariance 5", _c(invariance=5.0)), ("invariance 25", _c(invariance=25.0)),
             ("horizon 8", _c(horizon=8)), ("horizon 16", _c(horizon=16)), ("horizon 2", _c(horizon=2)), ("covariance 4", _c(covariance=4.0)),
-            ("lr 1e-3", _r(lr=1e-3)), ("no noise", _c(noise=0.0)), ("time axis kept", _e(strides=((1, 1, 1),))), ("kernel 5", _e(kernel_size=5)),
-            ("widths 64, 128", _e(widths=(64, 128))), ("batch 16", _r(batch_size=16)),
+            ("lr 1e-3", _r(lr=1e-3)), ("no noise", _c(noise=0.0)), ("lr 6e-3", _r(lr=6e-3)), ("weight decay 0.005", _r(weight_decay=0.005)),
+            ("warm-up 0.3", _r(warmup=0.3)), ("batch 16", _r(batch_size=16)),
         ],
     ),
     ("mae", "vit"): Walk(
@@ -89,7 +89,7 @@ WALKS: dict[tuple[str, str], Walk] = {
         changes=[
             ("lr 4e-3", _r(lr=4e-3)), ("lr 1e-3", _r(lr=1e-3)), ("ratio 0.5", _c(ratio=0.5)), ("ratio 0.9", _c(ratio=0.9)), ("patch-normalised target", _c(target_norm="patch")),
             ("decoder 32 wide, 1 deep", _c(decoder_width=32, decoder_depth=1)), ("batch 8", _r(batch_size=8)), ("weight decay 0.05", _r(weight_decay=0.05)),
-            ("positions of temperature 1e4", _e(temperature=10000.0)), ("width 96", _e(dim=96, heads=3)), ("depth 6", _e(depth=6)), ("warm-up 0.02", _r(warmup=0.02)),
+            ("positions of temperature 1e4", _e(temperature=10000.0)), ("weight decay 0.2", _r(weight_decay=0.2)), ("clip norm 0.3", _r(clip_norm=0.3)), ("warm-up 0.02", _r(warmup=0.02)),
             ("lr 8e-3", _r(lr=8e-3)),
         ],
     ),
@@ -104,7 +104,7 @@ ENCODER_FROM = {("supervised", "convnext"): ("jepa", "convnext"), ("supervised",
 
 # %% ../nbs/02u_tuning.ipynb #6559f19c
 TUNING_SEED = 100  # no seed of a table
-MARGIN = 0.005  # a change is kept if the score falls by more
+MARGIN = 0.02  # a change is kept if the score falls by more: about the noise of a trial
 
 
 def run_trial(config: dict, data_dir: str | Path, run_dir: str | Path, *, progress: bool = False) -> dict:

@@ -1,10 +1,14 @@
 """Baselines: statistics with known values and symmetries; oracles that are right on exact solutions, and refuse what they cannot do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from physrep.baselines import (
+    ACTIVITIES,
+    ALIGNMENTS,
     DIFFUSIVITIES,
     KNOWS,
     METHODS,
@@ -12,18 +16,25 @@ from physrep.baselines import (
     SMALLEST,
     STATISTICS,
     _bump_matrices,
+    _derivative_matrix,
     _integration_matrix,
+    _least_squares,
     equation_oracle,
+    knows,
     statistics_names,
     summary_statistics,
 )
 from physrep.data import apply_symmetry
+from physrep.sim import active_matter, rayleigh_benard
 from physrep.sim.shear_flow import simulate
 from physrep.systems import SYSTEMS, get_system
 
-SHEAR = get_system("shear_flow")
+SHEAR, LAYER, MATTER = get_system("shear_flow"), get_system("rayleigh_benard"), get_system("active_matter")
 DT, N = 0.2, 32
 UNITS = dict(dt=DT, spacing=(1 / N, 1 / N))
+LAYER_UNITS = dict(system=LAYER, dt=0.5, spacing=(2 / N, 1 / N))
+MATTER_UNITS = dict(system=MATTER, dt=0.25, spacing=(5 / N, 3.75 / 24))
+HEIGHTS = {kind: rayleigh_benard.vertical_points(N, kind) for kind in ("uniform", "chebyshev")}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +44,38 @@ def flows() -> tuple[np.ndarray, np.ndarray]:
     out = simulate(*labels.T, list(range(8)), n_frames=24, frame_dt=DT, store_grid=N)
     fields = np.stack([out["tracer"], out["pressure"], out["velocity"][..., 0], out["velocity"][..., 1]], axis=1)
     return fields[:, :, 8:], labels
+
+
+def stacked(out: dict[str, np.ndarray], system) -> np.ndarray:
+    "Channels `(n, c, t, h, w)` of a simulation in the system's order."
+    parts = [out[f.name].reshape(*out[f.name].shape[:4], -1) for f in system.fields]
+    return np.moveaxis(np.concatenate(parts, axis=-1), -1, 1)
+
+
+@pytest.fixture(scope="module", params=HEIGHTS)
+def layers(request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Convection `(4, 4, 16, 32, 32)`, labels `(4, 2)` (Prandtl, Rayleigh) and heights `(32,)`."
+    labels = np.array([(pr, ra) for ra in (1e4, 2e5) for pr in (0.7, 3.0)])
+    out = rayleigh_benard.simulate(labels[:, 1], labels[:, 0], list(range(4)), grid=(64, 40), n_frames=22, frame_dt=0.5, dt=0.0125, store_grid=N, store_nodes=request.param)
+    return stacked(out, LAYER)[:, :, 6:], labels, HEIGHTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def matter() -> tuple[np.ndarray, np.ndarray]:
+    "Active matter in a box that is no square, `(4, 11, 16, 32, 24)`, and labels `(4, 2)`."
+    labels = np.array([(alpha, zeta) for alpha in (-1.0, -4.0) for zeta in (1.0, 2.5)])
+    out = active_matter.simulate(*labels.T, list(range(4)), grid=(48, 36), box=(5.0, 3.75), n_frames=24, frame_dt=0.25, dt=0.05, store_grid=(N, 24))
+    return stacked(out, MATTER)[:, :, 8:], labels
+
+
+def elevator(rayleigh, prandtl, *, slope, wind=0.0, y=HEIGHTS["uniform"]) -> np.ndarray:
+    "Exact solution `(1, 4, 16, h, w)`: warm and cold columns that slide past each other in a stratified layer and a wind."
+    kappa, nu, k = (rayleigh * prandtl) ** -0.5, (rayleigh / prandtl) ** -0.5, 2 * np.pi
+    t = 0.5 * torch.arange(16, dtype=torch.float64)
+    matrix = torch.tensor([[-kappa * k**2, slope], [1.0, -nu * k**2]], dtype=torch.float64)
+    theta, speed = (torch.linalg.matrix_exp(t[:, None, None] * matrix) @ torch.tensor([0.3, 0.1], dtype=torch.float64)).numpy().T[:, :, None, None]
+    wave = np.cos(k * (2 * np.arange(N)[:, None] / N - wind * t.numpy()[:, None, None])) + 0 * y
+    return np.stack([theta * wave - slope * y, 0 * wave, 0 * wave + wind, speed * wave])[None]
 
 
 def taylor_green(reynolds, schmidt, *, wind=(0.0, 0.0), shape=(N, N), box=(1.0, 1.0), frames=16) -> np.ndarray:
@@ -99,6 +142,16 @@ def test_walls_and_crops_have_no_neighbour_across_the_edge():
         summary_statistics(z, system=system, periodic=True, **UNITS)
 
 
+def test_statistics_know_the_heights():
+    y = HEIGHTS["chebyshev"]
+    fields = np.broadcast_to(3 * y, (1, 4, 6, N, N))  # a slope of 3
+    names = statistics_names(LAYER)
+    values = np.exp(summary_statistics(fields, system=LAYER, dt=DT, spacing=(1 / N, np.nan), heights=y)[0])
+    assert values[names.index("gradient buoyancy 1")] == pytest.approx(3.0)
+    even = [summary_statistics(fields, system=LAYER, heights=h, **UNITS) for h in (None, HEIGHTS["uniform"])]
+    assert np.allclose(*even)
+
+
 # ---- the parts of the oracle
 
 
@@ -112,13 +165,38 @@ def test_integration_is_exact_for_polynomials_of_degree_five():
 def test_derivatives_of_the_bump_integrate_by_parts():
     n, step = 40, 0.1
     x = step * np.arange(n)
-    bump = _bump_matrices(n, step, 13.0)
+    bump = _bump_matrices(x, 13.0)
     f, slope, bend = np.sin(1.7 * x), 1.7 * np.cos(1.7 * x), -(1.7**2) * np.sin(1.7 * x)
     assert np.allclose(bump[1] @ f, -bump[0] @ slope, atol=1e-4)
     assert np.allclose(bump[2] @ f, bump[0] @ bend, atol=1e-3)
     assert bump.shape == (4, 8, n)
     assert np.allclose(bump[1:].sum(-1), 0, atol=1e-3), "cut at an edge, a derivative would not sum to zero"
     assert all(np.allclose(row, np.roll(bump[0, 0], 2 * i)) for i, row in enumerate(bump[0])), "every place has the whole bump"
+
+
+def test_bumps_on_chebyshev_heights_integrate_as_well():
+    n = 64
+    y = (1 - np.cos(np.pi * (np.arange(n) + 0.5) / n)) / 2
+    bump = _bump_matrices(y, 24.0)
+    assert np.allclose(bump[1] @ np.sin(4 * y), -bump[0] @ (4 * np.cos(4 * y)), rtol=1e-5)
+    assert np.allclose(bump[2] @ np.sin(4 * y), bump[0] @ (-16 * np.sin(4 * y)), rtol=1e-4)
+
+
+def test_differences_are_exact_for_polynomials_of_degree_eight():
+    x = 0.1 * np.arange(12)
+    assert np.allclose(_derivative_matrix(12, 0.1) @ x**8, 8 * x**7, atol=1e-8)
+    assert np.allclose(_derivative_matrix(5, 0.1) @ x[:5] ** 4, 4 * x[:5] ** 3)
+
+
+def test_weights_take_out_bad_equations_and_leave_good_ones_alone():
+    rng = np.random.default_rng(0)
+    right = rng.normal(size=(2, 60))
+    left = 0.3 * right + 1e-4 * rng.normal(size=right.shape)
+    left[1, :6] += 5.0
+    plain, weighted = _least_squares(left, right), _least_squares(left, right, 10)
+    assert abs(plain[1] / 0.3 - 1) > 0.01 and np.abs(weighted / 0.3 - 1).max() < 1e-3
+    assert np.allclose(_least_squares((2.5 + 0j) * np.exp(1j * right), np.exp(1j * right), 3), 2.5)
+    assert not _least_squares(np.zeros((2, 5)), np.zeros((2, 5)), 3).any()
 
 
 # ---- the oracle
@@ -210,9 +288,89 @@ def test_errors_say_what_is_wrong(flows):
         equation_oracle(fields[..., :6], system=SHEAR, **UNITS)
     with pytest.raises(ValueError, match="unknown method 'strong'; valid: weak, resolved_budget, budget"):
         equation_oracle(fields, system=SHEAR, method="strong", **UNITS)
-    with pytest.raises(ValueError, match="no equation oracle for rayleigh_benard; there is one for shear_flow"):
-        equation_oracle(fields, system="rayleigh_benard", **UNITS)
+    with pytest.raises(ValueError, match="no equation oracle for smoke; there is one for shear_flow, rayleigh_benard, active_matter"):
+        equation_oracle(fields, system=replace(SHEAR, name="smoke"), **UNITS)
+    for function in (summary_statistics, equation_oracle):
+        with pytest.raises(ValueError, match="shear_flow has no walls: its points are evenly spaced"):
+            function(fields, system=SHEAR, heights=HEIGHTS["uniform"], **UNITS)
+        for heights in (HEIGHTS["uniform"][::-1], HEIGHTS["uniform"][1:], np.full(N, np.nan)):
+            with pytest.raises(ValueError, match="heights must be 32 increasing numbers, one for each point along y, got shape"):
+                function(fields, system=LAYER, heights=heights, **UNITS)
+        with pytest.raises(ValueError, match="dt must be a positive number and spacing a pair .* give `heights`"):
+            function(fields, system=LAYER, dt=DT, spacing=(1 / N, np.nan))
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_budgets_are_for_shear_flow_only(method):
+    for system in (LAYER, MATTER):
+        fields = np.zeros((1, system.n_channels, 8, 8, 8))
+        with pytest.raises(ValueError, match=f"method '{method}' is for shear_flow only, not for {system.name}; use 'weak'"):
+            equation_oracle(fields, system=system, method=method, **UNITS)
 
 
 def test_every_method_and_oracle_is_described():
-    assert set(KNOWS) == {*METHODS, "statistics"} and set(ORACLES) <= set(SYSTEMS)
+    assert set(KNOWS) == {*METHODS, "statistics"} and set(ORACLES) == set(SYSTEMS)
+    assert len({knows(name).equation for name in SYSTEMS}) == 3 and all(knows(name).crop for name in SYSTEMS)
+    assert knows("shear_flow", "budget") is KNOWS["budget"] and knows(SHEAR) is KNOWS["weak"]
+    assert all(knows(name, "statistics") is KNOWS["statistics"] for name in SYSTEMS)
+    with pytest.raises(ValueError, match="unknown method 'strong'; valid: weak"):
+        knows(MATTER, "strong")
+
+
+# ---- convection and active matter
+
+
+@pytest.mark.parametrize("wind", [0.0, 0.3])
+@pytest.mark.parametrize("y", HEIGHTS.values(), ids=HEIGHTS)
+def test_convection_on_elevator_modes(wind, y):
+    fields = np.concatenate([elevator(1e4, 0.5, slope=-0.2, wind=wind, y=y), elevator(1e6, 4.0, slope=0.01, wind=wind, y=y)])
+    found = equation_oracle(torch.from_numpy(fields), heights=y, **LAYER_UNITS)
+    assert np.allclose(found, [[0.5, 1e4], [4.0, 1e6]], rtol=0.005)
+
+
+def test_convection_from_simulations_and_crops_of_them(layers):
+    fields, labels, y = layers
+    assert np.abs(equation_oracle(fields, heights=y, **LAYER_UNITS) / labels - 1).max() < 0.005
+    crop = equation_oracle(fields[:, :, 2:, 3:27, 2:30], heights=y[2:30], periodic=False, **LAYER_UNITS)
+    assert np.abs(crop / labels - 1).max() < 0.03
+    if np.allclose(np.diff(y), 1 / N):
+        assert np.allclose(equation_oracle(fields, **LAYER_UNITS), equation_oracle(fields, heights=y + 7, **LAYER_UNITS), rtol=1e-6)
+
+
+def test_active_matter_from_simulations_and_crops_of_them(matter):
+    fields, labels = matter
+    assert np.abs(equation_oracle(fields, **MATTER_UNITS) / labels - 1).max() < 0.005
+    crop = equation_oracle(fields[:, :, :12, 3:29, 2:22], periodic=False, **MATTER_UNITS)
+    assert np.abs(crop / labels - 1).max() < 0.02
+
+
+def test_uniform_rods_that_align_tell_zeta():
+    zeta, t = 1.5, 0.25 * np.arange(16)
+    size, small = 0.1, 0.25 / 50
+    sizes = []
+    for i in range(16 * 50):  # d f / d t = zeta f (1 - q g) - 4 d_R f, by Heun's method
+        if i % 50 == 0:
+            sizes.append(size)
+
+        def rate(f: float) -> float:
+            return zeta * f * active_matter.closure(torch.tensor([f * f]).double())[1].item() - 4 * active_matter.D_R * f
+
+        size += small * (rate(size) + rate(size + small * rate(size))) / 2
+    fields = np.zeros((1, 11, len(t), N, 24))
+    a, b = (part * np.array(sizes)[:, None, None] for part in (0.6, 0.8))  # f = size * (0.6 + 0.8i)
+    fields[0, 0], fields[0, 3], fields[0, 4], fields[0, 5], fields[0, 6] = 1.0, (1 + a) / 2, b / 2, b / 2, (1 - a) / 2
+    assert equation_oracle(fields, **MATTER_UNITS)[0, 1] == pytest.approx(zeta, rel=1e-3)
+
+
+def test_estimates_of_every_system_are_finite_and_each_window_its_own(matter):
+    layer = np.concatenate([elevator(1e5, 2.0, slope=-0.1), elevator(1e5, 2.0, slope=-0.1)[:, :, ::-1], np.zeros((1, 4, 16, N, N))])
+    found = equation_oracle(layer, chunk=2, **LAYER_UNITS)
+    assert np.isfinite(found).all() and np.allclose(found[2], [1.0, DIFFUSIVITIES[0] ** -2])
+    assert np.allclose(found[:1], equation_oracle(layer[:1], **LAYER_UNITS), rtol=1e-9)
+    rods = np.concatenate([matter[0][:2], np.zeros_like(matter[0][:1]), np.random.default_rng(0).normal(size=matter[0][:1].shape)])
+    found = equation_oracle(rods, chunk=3, **MATTER_UNITS)
+    assert np.isfinite(found).all() and not found[2].any()
+    for values, (low, high) in zip(found.T, (ACTIVITIES, ALIGNMENTS)):
+        assert (low <= values).all() and (values <= high).all()
+    assert np.allclose(found[1:2], equation_oracle(rods[1:2], **MATTER_UNITS), rtol=1e-9)
+    assert equation_oracle(rods[:0], **MATTER_UNITS).shape == equation_oracle(layer[:0], **LAYER_UNITS).shape == (0, 2)

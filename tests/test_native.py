@@ -1,7 +1,9 @@
 """Files as The Well publishes them: native grids and layouts, against its own reader; large files; the paper's crops."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,6 +16,7 @@ from physrep.well import WellFile, find_files
 from physrep.well_write import write_stats, write_well
 
 FRAMES = 4
+ROOT = Path(__file__).resolve().parent.parent
 # grid, parameters as in a published file, a second pair, and coordinates as published
 NATIVE = {
     "active_matter": ((256, 256), {"L": 10.0, "zeta": 11.0, "alpha": -2.0}, {"L": 10.0, "zeta": 3.0, "alpha": -1.0}, {"x": np.linspace(0, 10, 256, False), "y": np.linspace(0, 10, 256, False)}),
@@ -94,6 +97,31 @@ def test_the_papers_crop_and_size(native):
     scaler = LabelScaler.fit(system, windows.labels)
     batches = Batches(windows, batch_size=2, normaliser=Normaliser.load(base, system), scaler=scaler, size=size)
     assert next(iter(batches.evaluation()))["fields"].shape == (2, system.n_channels, 2, size, size)
+
+
+def test_the_papers_graph_and_splits_without_leaks(native, tmp_path):
+    "`make reproduce PRESET=paper DATA=<folder>` finds what is there, and deals the shear flow out anew."
+    base, name, _ = native
+    dry = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", "--quiet", "host", "--config", "preset=paper", f"data={base}"]
+    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    there = {f"pretrain_{name}_jepa_convnext", f"probe_{name}_baselines", "table1"}
+    there |= {"leak_free_shear_flow", "probe_leak_free_shear_flow_mae_vit", "leakage"} if name == "shear_flow" else set()
+    for rule in there:
+        assert re.search(rf"^{rule}\s+1$", done.stdout + done.stderr, re.M), rule
+    assert ("leak_free" in done.stdout + done.stderr) == (name == "shear_flow") and "simulate" not in done.stdout
+    if name == "shear_flow":
+        command = ["nbs/00h_leak_free.ipynb", str(tmp_path / "x.ipynb"), "-p", "system", name, "-p", "data_dir", str(base), "-p", "out_dir", str(tmp_path / "new")]
+        done = subprocess.run([sys.executable, "-m", "papermill", *command], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        before, after = (sum(len(Windows(root, name, s, frames=FRAMES, in_memory=False)) for s in ("train", "valid", "test")) for root in (base, tmp_path / "new"))
+        assert before == after == 12
+
+
+def test_a_folder_without_data_is_said_before_any_work(tmp_path):
+    dry = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", "--quiet", "--config", "preset=paper", f"data={tmp_path}"]
+    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode != 0 and "preset paper reads The Well, but" in done.stdout + done.stderr and "pass DATA=<folder>" in done.stdout + done.stderr
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):

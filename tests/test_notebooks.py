@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["00g_simulate", "03_pretrain", "04_probe", "05_table1", "05b_resolution", "05c_machines", "08a_tuning", "08b_ablations"]
+STAGES = [
+    "00g_simulate", "00h_leak_free", "03_pretrain", "04_probe", "05_table1", "05b_resolution", "05c_machines", "05d_leakage", "08a_tuning", "08b_ablations", "08c_across_systems", "08d_regimes",
+]
 ALL = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
@@ -81,7 +84,7 @@ def test_pretrain_piped_makes_missing_data(tmp_path):
         (("-p", "objectiv", "mae"), "unknown parameter objectiv; this notebook has: system, objective"),
         (("-p", "objective", "mea"), "unknown objective 'mea'; valid: jepa, mae, supervised, random"),
         (("-p", "steps", "many"), "parameter steps must be int"),
-        (("-p", "system", "active_matter"), "preset laptop simulates shear_flow, not active_matter"),
+        (("-p", "preset", "gpu", "-p", "system", "active_matter"), "preset gpu simulates shear_flow, not active_matter"),
     ],
 )
 def test_pretrain_refuses_what_it_does_not_know(parameters, message, tmp_path):
@@ -105,15 +108,21 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
                 score_run(config, smoke_data, runs, **quiet)
     for name in BASELINES:
         score_baseline(name, config, smoke_data, runs)
-    common = ("-p", "preset", "smoke", "-p", "run_dir", str(runs))
-    table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, cwd=ROOT)
+    common, one = ("-p", "preset", "smoke", "-p", "run_dir", str(runs)), ("-p", "systems", "shear_flow")
+    table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, *one, cwd=ROOT)
     assert table.returncode != 0 and "no results yet of supervised-vit" in table.stderr
-    missing = ("-p", "objective", "supervised", "-p", "encoder", "vit", "-p", "seed", "1", "-p", "data_dir", str(smoke_data))
+    missing = ("-p", "objective", "supervised", "-p", "encoder", "vit", "-p", "seeds", "0 1", "-p", "data_dir", str(smoke_data))
     probe = papermill("nbs/04_probe.ipynb", str(tmp_path / "p.ipynb"), *common, *missing, cwd=ROOT)
     assert probe.returncode == 0, probe.stderr[-3000:]
-    table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, cwd=ROOT)
+    table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, *one, cwd=ROOT)
     assert table.returncode == 0, table.stderr[-3000:]
-    assert {f.name for f in (runs / "smoke" / "figures").iterdir()} == {f"{n}.{e}" for n in ("table1", "table1_differences") for e in ("png", "svg", "csv", "json")}
+    names = ("table1", "table1_shear_flow", "table1_differences", "table1_differences_statistics")
+    assert {f.name for f in (runs / "smoke" / "figures").iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "svg", "csv", "json")}
+    # the same runs stand for those on splits without leaks
+    leakage = papermill("nbs/05d_leakage.ipynb", str(tmp_path / "l.ipynb"), *common, "-p", "leak_free_dir", str(runs), cwd=ROOT)
+    assert leakage.returncode == 0, leakage.stderr[-3000:]
+    both = pd.read_csv(runs / "smoke" / "figures" / "leakage.csv").pivot(index=["objective", "encoder", "probe"], columns="splits", values="value")
+    assert len(both) > 15 and (both["published"] == both["leak-free"]).all()
 
 
 def test_tuning_notebook_runs_a_walk_and_goes_on(smoke_data, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from physrep.presets import PRESETS, get_preset, project_root
 from physrep.runs import resolve
-from physrep.tuning import PARTS, WALKS, merge, run_walk
+from physrep.tuning import MARGIN, PARTS, WALKS, merge, run_walk
 
 LOG = pd.read_csv(project_root() / "figures" / "tuning.csv")
 
@@ -27,7 +27,7 @@ def test_committed_log_is_that_of_the_walk(row):
         for part in PARTS:
             wanted = json.loads(json.dumps(tried[part]))
             assert {k: config[part][k] for k in wanted} == wanted, f"{title}: {part}"
-        better = walked is None or t.score < walked - 0.005
+        better = walked is None or t.score < walked - MARGIN
         assert bool(t.kept) == better, title
         if t.kept:
             best, walked = tried, t.score
