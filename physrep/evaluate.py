@@ -9,6 +9,7 @@ __all__ = ['ROWS', 'BASELINES', 'PROBES', 'FINETUNED', 'Scored', 'write_scores',
 
 # %% ../nbs/02t_evaluate.ipynb #d427478f
 import contextlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,8 +160,9 @@ def score_run(
     )  # fmt: skip
 
 # %% ../nbs/02t_evaluate.ipynb #dd70a09a
-def _clips(windows: Windows, batch_size: int = 256):
-    "All windows in order, physical `(b, c, t, h, w)`, part by part."
+def _clips(windows: Windows, memory: int = 2**27):
+    "All windows in order, physical `(b, c, t, h, w)`, part by part, `memory` bytes at a time."
+    batch_size = max(1, memory // (4 * math.prod(windows.shape)))
     for start in range(0, len(windows), batch_size):
         yield windows.read(np.arange(start, min(start + batch_size, len(windows)))).numpy()
 

@@ -105,8 +105,9 @@ def regime_system(system: System) -> System:
     return replace(system, labels=(Label(regime.says, log=regime.log, paper_log=regime.log),))
 
 
-def regime_targets(windows: Windows, batch: int = 256) -> np.ndarray:
+def regime_targets(windows: Windows, memory: int = 2**27) -> np.ndarray:
     "The number `(n,)` of every window, in its last frame; where it is probed as a logarithm, at least 0.01."
+    batch = max(1, memory // (4 * math.prod(windows.shape)))  # windows read at a time
     options = {"heights": windows.positions} if windows.system.name == "rayleigh_benard" else {}
     parts = [regime_labels(windows.read(np.arange(i, min(i + batch, len(windows)))).numpy(), windows.system, **options)[0] for i in range(0, len(windows), batch)]
     values = np.concatenate(parts).astype(np.float64)
