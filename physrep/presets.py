@@ -143,7 +143,7 @@ _LAPTOP_OBJECTIVES = {
     ),
     "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2),
     "supervised-convnext": dict(head="mlp"),
-    "supervised-vit": dict(head="attentive"),
+    "supervised-vit": dict(head="linear"),
     "random": {},
 }
 _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
@@ -182,8 +182,7 @@ _LAPTOP = Preset(
     train={
         "jepa": TrainPreset(steps=100, batch_size=32, lr=3e-3),
         "mae": TrainPreset(steps=200, batch_size=16, lr=2e-3, weight_decay=0.005),
-        "supervised-convnext": TrainPreset(steps=400, batch_size=8, lr=2e-3, weight_decay=0.005),
-        "supervised-vit": TrainPreset(steps=200, batch_size=16, lr=1e-3),
+        "supervised": TrainPreset(steps=200, batch_size=16, lr=2e-3),
         "random": TrainPreset(steps=0, batch_size=16, lr=1e-3),
     },
     probe_epochs=15,
