@@ -51,6 +51,7 @@ def simulated(system):
 JOB_THREADS = workflow.cores if torch.cuda.is_available() else 1
 # several seeds are text; one alone would be read as a number
 SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))} if len(PRESET.seeds) > 1 else {"seed": PRESET.seeds[0]}
+ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with
 RESULTS, OF_ROW, REFINED = [], {}, []
 
 for system in SYSTEMS:
@@ -104,13 +105,14 @@ for system, runs_in, about in [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"da
             output: trained
             params: code=stage("03_pretrain", *modules_of(runs[0])), command=papermill("03_pretrain", f"{name}-pretrain", **values)
             threads: JOB_THREADS
-            priority: {"jepa": 3, "supervised": 2, "mae": 1}.get(objective, 0)  # long jobs first
+            priority: 4 if (objective, encoder) in ACROSS else {"supervised": 2, "mae": 1}.get(objective, 0)  # long jobs first, and what the longest waits for
             shell: "{params.command}"
         rule:
             name: f"probe_{name}".replace("-", "_")
             input: trained
             output: results
             threads: JOB_THREADS
+            priority: 4 if (objective, encoder) in ACROSS else 0
             params: code=stage("04_probe", "evaluate", *modules_of(runs[0])) + PROBING, command=papermill("04_probe", f"{name}-probe", **values)
             shell: "{params.command}"
 
@@ -134,7 +136,7 @@ rule resolution:
 
 # one encoder for all systems, and encoders that read another
 rule across:
-    input: OF_ROW["jepa", "convnext"] + OF_ROW["random", "convnext"]
+    input: [result for row in ACROSS for result in OF_ROW[row]]
     output: figures("across")
     params: code=stage("08c_across_systems", "across", "figures") + PROBING, command=papermill("08c_across_systems", "across", systems=",".join(SYSTEMS))
     threads: JOB_THREADS

@@ -19,7 +19,7 @@ from .encoders.registry import build_encoder
 from .evaluate import Scored, write_scores
 from .objectives.registry import build_objective
 from .presets import get_preset, project_root
-from .provenance import code_digest, provenance, write_json
+from .provenance import code_digest, module_digests, provenance, write_json
 from .randomness import seed_for
 from .readout import FROZEN, features_of, fit_probes, probe_splits
 from .runs import clip_shape, load_splits, modules_of, normaliser_of, resolve
@@ -87,7 +87,7 @@ class InTurn:
 def joint_folder(config: dict, systems: Sequence[str], fingerprints: Sequence[str], run_dir: str | Path | None = None) -> Path:
     "`<run_dir>/across/<preset>/encoders/<objective>-<encoder>-<hash>/seed<k>`; the hash depends on configuration, systems, code and data."
     plain = {k: v for k, v in config.items() if k not in ("seed", "system", "data")}
-    text = json.dumps([plain, list(systems), list(fingerprints), code_digest(*modules_of(config), "across")], sort_keys=True)
+    text = json.dumps([plain, list(systems), list(fingerprints), code_digest(*modules_of(config)), module_digests("across")["across"]], sort_keys=True)
     name = f"{config['objective']}-{config['encoder']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return Path(run_dir or project_root() / "runs") / "across" / config["preset"] / "encoders" / name / f"seed{config['seed']}"
 

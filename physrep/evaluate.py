@@ -149,7 +149,7 @@ def score_run(
     predictions = {(name, s): probe.predict(f) for name, probe in fitted.items() for s, f in features.items() if s != "train"}
     if config["objective"] == "supervised":
         predictions |= _own_head(config, run_dir, features, scaler)
-    if "finetune" in probes and config["objective"] in FINETUNED:
+    if "finetune" in probes and preset.finetune_epochs and config["objective"] in FINETUNED:
         fitted["finetune"], tuned = _finetune(encoder, fitted.get("attentive"), windows, scaler, preset, size=size, **options)
         predictions |= tuned
     return write_scores(

@@ -78,12 +78,13 @@ class Regime:
     threshold: float
     classes: tuple[str, str]  # below, above
     log: bool = False  # probe the logarithm of the number
+    offset: float = 0.0  # added to the number before it is probed
 
 
 REGIMES: dict[str, Regime] = {
     "shear_flow": Regime(wave_energy, "share of the kinetic energy in waves", 0.2, ("laminar", "rolled up")),
     "rayleigh_benard": Regime(wall_nusselt, "wall Nusselt number", 1.5, ("conducting", "convecting"), log=True),
-    "active_matter": Regime(defect_count, "number of half-charged defects", 0.5, ("without defects", "with defects")),
+    "active_matter": Regime(defect_count, "number of half-charged defects", 0.5, ("without defects", "with defects"), log=True, offset=1.0),
 }
 
 
@@ -106,11 +107,12 @@ def regime_system(system: System) -> System:
 
 
 def regime_targets(windows: Windows, memory: int = 2**27) -> np.ndarray:
-    "The number `(n,)` of every window, in its last frame; where it is probed as a logarithm, at least 0.01."
+    "The number `(n,)` of every window, in its last frame, plus the regime's offset; where it is probed as a logarithm, at least 0.01."
     batch = max(1, memory // (4 * math.prod(windows.shape)))  # windows read at a time
     options = {"heights": windows.positions} if windows.system.name == "rayleigh_benard" else {}
     parts = [regime_labels(windows.read(np.arange(i, min(i + batch, len(windows)))).numpy(), windows.system, **options)[0] for i in range(0, len(windows), batch)]
     values = np.concatenate(parts).astype(np.float64)
+    values += REGIMES[windows.system.name].offset
     return np.maximum(values, 0.01) if REGIMES[windows.system.name].log else values
 
 
@@ -141,7 +143,7 @@ def probe_regime(
     """Rows `{when, probe, split, metric, value, low, high, by_seed, auc, n, above}` of one method: fitted on train, selected on valid; intervals by bootstrap over
     flows and seeds. `above` is the share of windows in the second class."""
     system = regime_system(windows["train"].system)
-    threshold, rows = REGIMES[system.name].threshold, []
+    threshold, rows = REGIMES[system.name].threshold + REGIMES[system.name].offset, []
     for when in ("now", "later"):
         pairs = {s: later(w) if when == "later" else (np.arange(len(w)),) * 2 for s, w in windows.items()}
         truth = {s: targets[s][then][:, None] for s, (_, then) in pairs.items()}
