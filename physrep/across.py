@@ -22,7 +22,7 @@ from .presets import get_preset, project_root
 from .provenance import code_digest, module_digests, provenance, write_json
 from .randomness import seed_for
 from .readout import FROZEN, features_of, fit_probes, probe_splits
-from .runs import clip_shape, load_splits, modules_of, normaliser_of, resolve
+from .runs import clip_shape, load_splits, modules_of, normaliser_of, resolve, system_of
 from .systems import Field, System, get_system
 from .training import Recipe, evaluate_objective, train
 
@@ -122,7 +122,7 @@ def pretrain_jointly(
 
     def batches(split: str, **options) -> InTurn:
         plain = dict(batch_size=size, size=config["clip"]["size"], device=device, seed=seed, **options)
-        fit = {s: (normaliser_of(configs[s], w["train"]), LabelScaler.fit(get_system(s), w["train"].labels)) for s, w in windows.items()}
+        fit = {s: (normaliser_of(configs[s], w["train"]), LabelScaler.fit(system_of(configs[s]), w["train"].labels)) for s, w in windows.items()}
         return InTurn({s: Batches(w[split], normaliser=fit[s][0], scaler=fit[s][1], **plain) for s, w in windows.items()})
 
     valid = batches("valid")
@@ -153,7 +153,7 @@ def score_translated(
     "Probes an encoder on a system that it may not have been made for, and writes its rows."
     config = resolve(target, "random", "", preset, seed=seed)
     windows = probe_splits(config, data_dir)
-    scaler = LabelScaler.fit(get_system(target), windows["train"].labels)
+    scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
     reader = Translated(encoder, channels, get_system(target))
     features = {s: features_of(reader, w, scaler, size=config["clip"]["size"], device=device, progress=progress) for s, w in windows.items()}
     fitted = fit_probes(features, scaler, get_preset(preset), probes=probes, seed=seed, device=device, progress=progress)

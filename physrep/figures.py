@@ -166,7 +166,8 @@ def figure_record(
         if not isinstance(splits, Mapping):
             raise ValueError(f"data of {system} must be fingerprints by split, got {splits!r}")
     made = {"code": module_digests(*modules), "modules": sorted(modules), "notebook": notebook, "notebook_digest": notebook_digest(path)}
-    given = {"preset": preset, "probing": get_preset(preset).probing(), "parameters": dict(parameters or {}), "runs": sorted(set(runs)), "configs": dict(configs or {}), "data": dict(data or {})}
+    made |= {"probing": get_preset(preset).probing(), "scope": get_preset(preset).scope()}
+    given = {"preset": preset, "parameters": dict(parameters or {}), "runs": sorted(set(runs)), "configs": dict(configs or {}), "data": dict(data or {})}
     return {**provenance(*modules, device=device), **made, **given, **extra}
 
 # %% ../nbs/02sa_figures.ipynb #fc4d66f3

@@ -111,6 +111,10 @@ class Preset:
         frozen = {"stride": self.probe_stride, "epochs": self.probe_epochs, "batch_size": self.probe_batch}
         return frozen | ({"finetune_epochs": self.finetune_epochs} if self.finetune_epochs else {})
 
+    def scope(self) -> dict:
+        "What else decides the numbers of a figure and is in no run's configuration, JSON-able: it belongs to every figure."
+        return {"seeds": list(self.seeds), "systems": list(self.systems), "refined": dict(self.refined), "paper_labels": self.paper_labels}
+
     def sim(self, system: str) -> SimPreset:
         "What is simulated for a system; ValueError where the preset does not simulate it."
         if system not in self.sims:

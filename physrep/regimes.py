@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGIMES', 'wave_energy', 'wall_nusselt', 'defect_charges', 'defect_count', 'Regime', 'regime_labels', 'regime_system',
-           'regime_targets', 'later', 'probe_regime']
+           'regime_targets', 'later', 'state_statistics', 'state_parameters', 'state_now', 'probe_regime']
 
 # %% ../nbs/02w_regimes.ipynb #32fb7c55
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from .baselines import summary_statistics
 from .data import LabelScaler, Windows
 from .features import Features
 from .probing import fit_probe
@@ -125,6 +126,33 @@ def later(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array(pairs).T)
 
 # %% ../nbs/02w_regimes.ipynb #3290d217
+def _as_features(x: np.ndarray, windows: Windows) -> Features:
+    "Numbers `(n, d)` as features of a single token."
+    return Features(x[:, None].astype(np.float32), windows.targets(np.arange(len(windows))), windows.window_groups())
+
+
+def state_statistics(windows: Windows, memory: int = 2**27) -> Features:
+    "Summary statistics of four frames, the last one among them."
+    file, batch, parts = windows.files[0], max(1, memory // (4 * math.prod(windows.shape))), []
+    options = dict(system=windows.system, dt=file.dt, spacing=file.spacing, heights=windows.positions, periodic=None if windows.crop is None else False)
+    for i in range(0, len(windows), batch):
+        clips = windows.read(np.arange(i, min(i + batch, len(windows)))).numpy()
+        parts.append(summary_statistics(clips[:, :, ::-1], **options))  # backwards: it takes the first frame and leaves out the last
+    return _as_features(np.concatenate(parts), windows)
+
+
+def state_parameters(windows: Windows, scaler: LabelScaler) -> Features:
+    "The true parameters (z-scored) and the time of the last frame, with their squares and products."
+    time = (windows.index[:, 1] + windows.frames) / windows.files[0].n_frames
+    x = np.column_stack([scaler.transform(windows.targets(np.arange(len(windows)))), time])
+    return _as_features(np.column_stack([x, *(x[:, i] * x[:, j] for i in range(x.shape[1]) for j in range(i, x.shape[1]))]), windows)
+
+
+def state_now(windows: Windows, targets: np.ndarray) -> Features:
+    "The number itself, as it is in the last frame: for a forecast, that nothing changes."
+    return _as_features(np.log(targets)[:, None] if REGIMES[windows.system.name].log else targets[:, None], windows)
+
+# %% ../nbs/02w_regimes.ipynb #f4f9d083
 def _auc(predictions: Sequence[np.ndarray], truth: np.ndarray, threshold: float) -> float:
     "Mean over seeds of the area under the ROC curve; NaN if a class has fewer than one window in twenty."
     above = truth[:, 0] > threshold
@@ -141,11 +169,11 @@ def probe_regime(
     probes: Sequence[str] = ("linear", "knn"),
 ) -> list[dict]:
     """Rows `{when, probe, split, metric, value, low, high, by_seed, auc, n, above}` of one method: fitted on train, selected on valid; intervals by bootstrap over
-    flows and seeds. `above` is the share of windows in the second class."""
+    flows and seeds. *now* and *later* are asked of the same windows, those that another follows. `above` is the share of windows in the second class."""
     system = regime_system(windows["train"].system)
     threshold, rows = REGIMES[system.name].threshold + REGIMES[system.name].offset, []
     for when in ("now", "later"):
-        pairs = {s: later(w) if when == "later" else (np.arange(len(w)),) * 2 for s, w in windows.items()}
+        pairs = {s: (now, then if when == "later" else now) for s, w in windows.items() for now, then in [later(w)]}
         truth = {s: targets[s][then][:, None] for s, (_, then) in pairs.items()}
         scaler = LabelScaler.fit(system, truth["train"])
         given = [{s: Features(f[s].tokens[now], truth[s], f[s].groups[now]) for s, (now, _) in pairs.items()} for f in features]

@@ -8,6 +8,7 @@ __all__ = ['verify', 'is_current', 'check_current', 'main']
 # %% ../nbs/02sb_verify.ipynb #c5291d0b
 import argparse
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,15 +63,16 @@ def _names_today(asked: Sequence[dict]) -> tuple[list[str], list[str]]:
     return names, errors
 
 
-def _changed_probing(record: dict) -> list[str]:
-    "How encoders are probed, where that is not as it was."
+def _changed_preset(record: dict) -> list[str]:
+    "What the preset says about probes and scope, where that is not as it was."
     try:
-        now = get_preset(record["preset"]).probing()
+        preset = get_preset(record["preset"])
     except ValueError as error:
         return [str(error)]
-    then = record["probing"]
-    changed = [f"{k} {then.get(k)} then, {now.get(k)} now" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
-    return [f"encoders are probed otherwise: {', '.join(changed)}"] if changed else []
+    why = []
+    for then, now in ((record["probing"], preset.probing()), (record["scope"], json.loads(json.dumps(preset.scope())))):
+        why += [f"preset {preset.name}: {k} {then.get(k)} then, {now.get(k)} now" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+    return why
 
 
 def _changed_runs(record: dict) -> list[str]:
@@ -107,7 +109,7 @@ def _changed_data(record: dict, data_dir: Path) -> tuple[list[str], list[str]]:
     return why, unchecked
 
 # %% ../nbs/02sb_verify.ipynb #c8a45855
-_NEEDED = ("files", "modules", "code", "notebook", "notebook_digest", "preset", "probing", "runs", "configs", "data")
+_NEEDED = ("files", "modules", "code", "notebook", "notebook_digest", "preset", "probing", "scope", "runs", "configs", "data")
 
 
 def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
@@ -124,7 +126,7 @@ def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
         return line | {"why": [f"the record does not have {', '.join(missing)}: draw the figure again"]}
     broken = _broken_files(folder, record)
     data_why, unchecked = _changed_data(record, Path(data_dir or default_data_dir(record["preset"])))
-    stale = _changed_code(record) + _changed_runs(record) + _changed_probing(record) + data_why
+    stale = _changed_code(record) + _changed_runs(record) + _changed_preset(record) + data_why
     return line | {"state": "broken" if broken else "stale" if stale else "current", "why": broken + stale, "unchecked": unchecked}
 
 

@@ -1,14 +1,17 @@
 """One encoder for several systems: what it is fed, that it goes on where it was stopped, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from physrep.across import SHARED, InTurn, Translated, pretrain_jointly, score_translated, shared_names, translate
+from physrep.comparison import read_predictions
 from physrep.data import Batches, LabelScaler, Normaliser, Windows
 from physrep.encoders.registry import build_encoder
 from physrep.generate import make_dataset
-from physrep.presets import get_preset
+from physrep.presets import PRESETS, get_preset
 from physrep.systems import SYSTEMS, get_system
 
 PAIR = ["shear_flow", "active_matter"]
@@ -67,6 +70,17 @@ def test_an_interrupted_training_is_the_same_training(two, tmp_path):
 def test_labels_of_different_systems_cannot_be_mixed(objective, two, tmp_path):
     with pytest.raises(ValueError, match=f"only a self-supervised objective can be trained on several systems, got '{objective}'"):
         pretrain_jointly(PAIR, objective, "convnext", "smoke", two, tmp_path)
+
+
+def test_labels_are_those_of_the_preset(two, tmp_path, monkeypatch):
+    "The paper takes no logarithm of Schmidt numbers: what reads another system is scored as the rows it is compared with."
+    monkeypatch.setitem(PRESETS, "smoke", replace(get_preset("smoke"), paper_labels=True))
+    encoder = build_encoder("convnext", in_channels=11, **get_preset("smoke").encoders["convnext"])
+    score_translated(
+        encoder, shared_names(get_system("active_matter")), "shear_flow", "smoke", two, tmp_path, objective="random", encoder_name="convnext", run="from/seed0",
+        probes=["linear"], progress=False,
+    )  # fmt: skip
+    assert [label.log for label in read_predictions(tmp_path).scaler.system.labels] == [True, False]
 
 
 def test_an_encoder_of_one_system_reads_another(two, tmp_path):

@@ -114,6 +114,8 @@ def test_the_papers_graph_and_splits_without_leaks(native, tmp_path):
         command = ["nbs/00h_leak_free.ipynb", str(tmp_path / "x.ipynb"), "-p", "system", name, "-p", "data_dir", str(base), "-p", "out_dir", str(tmp_path / "new")]
         done = subprocess.run([sys.executable, "-m", "papermill", *command], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
+        done = subprocess.run([sys.executable, "-m", "papermill", *command[:-1], str(base / "datasets")], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+        assert done.returncode != 0 and "holds the published files themselves; name another out_dir" in done.stderr and find_files(base, name, "train")
         before, after = (sum(len(Windows(root, name, s, frames=FRAMES, in_memory=False)) for s in ("train", "valid", "test")) for root in (base, tmp_path / "new"))
         assert before == after == 12
 

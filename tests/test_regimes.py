@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from physrep.data import Windows
+from physrep.data import LabelScaler, Windows
 from physrep.features import Features
-from physrep.regimes import REGIMES, defect_charges, defect_count, later, probe_regime, regime_labels, regime_targets, wall_nusselt, wave_energy
+from physrep.regimes import REGIMES, defect_charges, defect_count, later, probe_regime, regime_labels, regime_targets
+from physrep.regimes import state_now, state_parameters, state_statistics, wall_nusselt, wave_energy
 from physrep.systems import SYSTEMS, get_system
 
 
@@ -87,6 +88,12 @@ def test_features_that_know_nothing_score_about_one_and_seeds_are_kept(smoke_dat
     windows = {s: Windows(smoke_data, "shear_flow", s, frames=8, stride=4) for s in ("train", "valid", "test")}
     targets = {s: regime_targets(w) for s, w in windows.items()}
     assert np.allclose(targets["test"], regime_labels(windows["test"].read(np.arange(len(windows["test"]))).numpy(), "shear_flow")[0])
+
+    known = [{s: state_now(w, targets[s]) for s, w in windows.items()}], [{s: state_statistics(w) for s, w in windows.items()}]
+    now = [r["value"] for f in known for r in probe_regime(f, windows, targets, probes=["linear"]) if r["metric"] == "mse" and r["when"] == "now"]
+    assert now[0] < 1e-6 < now[1] < 0.5, "the number itself is known, statistics know much of it"
+    scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
+    assert state_parameters(windows["test"], scaler).tokens.shape == (len(windows["test"]), 1, 3 + 6)
 
     def blind(seed):
         rng = np.random.default_rng(seed)

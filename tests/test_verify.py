@@ -77,7 +77,9 @@ def test_presets_are_in_the_record_and_not_among_the_modules(tmp_path):
     record = read_json(tmp_path / "one.json")
     assert "presets" not in module_digests("evaluate") and "presets" not in record["code"] and record["probing"] == get_preset("smoke").probing()
     edit(tmp_path, probing=record["probing"] | {"epochs": 99})
-    assert state(tmp_path) == ("stale", f"encoders are probed otherwise: epochs 99 then, {record['probing']['epochs']} now")
+    assert state(tmp_path) == ("stale", f"preset smoke: epochs 99 then, {record['probing']['epochs']} now")
+    edit(tmp_path, probing=record["probing"], scope=record["scope"] | {"seeds": [0, 1, 2]})
+    assert state(tmp_path) == ("stale", "preset smoke: seeds [0, 1, 2] then, [0, 1] now")
 
 
 def test_the_notebook(tmp_path):
