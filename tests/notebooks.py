@@ -17,7 +17,7 @@ NBS = ROOT / "nbs"
 BIN = Path(sys.executable).parent
 # which executed notebook of a preset's runs shows a stage
 SHOWN = {
-    "00g_simulate": "rayleigh_benard-simulate", "03_pretrain": "shear_flow-mae-vit-pretrain", "04_probe": "shear_flow-mae-vit-probe",
+    "00g_simulate": "shear_flow-simulate", "03_pretrain": "shear_flow-mae-vit-pretrain", "04_probe": "shear_flow-mae-vit-probe",
     "05_table1": "table1", "05b_resolution": "resolution", "05c_machines": "machines", "08a_tuning": "tuning", "08b_ablations": "ablations",
     "08c_across_systems": "across", "08d_regimes": "regimes",
 }
