@@ -51,12 +51,12 @@ data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
 tune: TARGET = tuning
-tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, about two hours of one core
+tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, about an hour of one core
 	@$(SNAKE) </dev/null
 	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/tuning.* $(FIGURES)/
 
 ablations: TARGET = ablations
-ablations: $(READY)  ## variants of rows of Table 1 (equal compute, circular padding), about a quarter of an hour after `make reproduce`
+ablations: $(READY)  ## variants of rows of Table 1 (equal compute, circular padding), some minutes after `make reproduce`
 	@$(SNAKE) </dev/null
 	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/ablations.* $(FIGURES)/
 
