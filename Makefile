@@ -27,7 +27,7 @@ export TQDM_MININTERVAL := 20
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
-	@echo "  PRESET=smoke|laptop|gpu|paper (now: $(PRESET))   DATA=<folder of The Well's data>   CORES=$(CORES)"
+	@echo "  PRESET=smoke|laptop|gpu|paper|native (now: $(PRESET))   DATA=<folder of The Well's data>   CORES=$(CORES)"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
 

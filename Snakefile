@@ -13,7 +13,7 @@ from physrep.cost import VARIANTS
 from physrep.evaluate import BASELINES, ROWS, systems_of
 from physrep.presets import get_preset, project_root
 from physrep.provenance import code_digest, notebook_digest
-from physrep.runs import baseline_folder, default_data_dir, modules_of, resolve, run_folder
+from physrep.runs import baseline_folder, clip_shape, default_data_dir, modules_of, resolve, run_folder
 from physrep.systems import get_system
 from physrep.tuning import ENCODER_FROM, WALKS, log_path
 
@@ -47,11 +47,20 @@ def simulated(system):
     return [DATA / system / "stats.yaml"] if system in PRESET.sims else []
 
 
+def finished(name, files):
+    """The stamp of a job that keeps or replaces `files` itself. Snakemake deletes declared outputs before a job; an encoder that may have cost days is better
+    put aside by the training that takes its place. No stamp where a file is missing."""
+    if not all(f.is_file() for f in files):
+        (OUT / "finished" / name).unlink(missing_ok=True)
+    return OUT / "finished" / name
+
+
 # one job at a time on a GPU; on the CPU as many as there are cores, one thread each
 JOB_THREADS = workflow.cores if torch.cuda.is_available() else 1
 # several seeds are text; one alone would be read as a number
 SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))} if len(PRESET.seeds) > 1 else {"seed": PRESET.seeds[0]}
-ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with
+ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all systems have the same grid
+SAME_GRID = len({clip_shape(resolve(system, "jepa", "convnext", PRESET.name)) for system in SYSTEMS}) == 1
 RESULTS, OF_ROW, REFINED = [], {}, []
 
 for system in SYSTEMS:
@@ -102,14 +111,14 @@ for system, runs_in, about in [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"da
         rule:
             name: f"pretrain_{name}".replace("-", "_")
             input: inputs
-            output: trained
+            output: touch(finished(name, trained))
             params: code=stage("03_pretrain", *modules_of(runs[0])), command=papermill("03_pretrain", f"{name}-pretrain", **values)
             threads: JOB_THREADS
             priority: 4 if (objective, encoder) in ACROSS else {"supervised": 2, "mae": 1}.get(objective, 0)  # long jobs first, and what the longest waits for
             shell: "{params.command}"
         rule:
             name: f"probe_{name}".replace("-", "_")
-            input: trained
+            input: OUT / "finished" / name
             output: results
             threads: JOB_THREADS
             priority: 4 if (objective, encoder) in ACROSS else 0
@@ -204,4 +213,4 @@ rule simulated:
 
 rule all:
     default_target: True
-    input: rules.table1.output, rules.regimes.output, rules.across.output if len(SYSTEMS) > 1 else [], rules.resolution.output if REFINED else [], rules.leakage.output if LEAK_FREE else []
+    input: rules.table1.output, rules.regimes.output, rules.across.output if len(SYSTEMS) > 1 and SAME_GRID else [], rules.resolution.output if REFINED else [], rules.leakage.output if LEAK_FREE else []

@@ -114,15 +114,15 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[Path]:
 
 
 def _recipe(system: str, sim: SimPreset) -> dict:
-    "What decides the content of a data set: the preset's numbers and the solver's code."
-    return {"system": system, "solver": code_digest(SOLVERS[system], "randomness"), **asdict(sim)}
+    "What decides the content of a data set: the preset's numbers, and the code that solves, plans and writes."
+    return {"system": system, "code": code_digest("generate", SOLVERS[system]), **asdict(sim)}
 
 
 def _made_by(folder: Path, recipe: dict) -> bool:
-    "Whether `folder` was made by this recipe; ValueError, with the differences, if its numbers are others; False if only the solver's code has changed."
+    "Whether `folder` was made by this recipe; ValueError, with the differences, if its numbers are others; False if only the code has changed."
     found, wanted = read_json(folder / "plan.json"), json.loads(json.dumps(recipe))  # tuples become lists
     different = {k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k)}
-    if numbers := sorted(different - {"solver"}):
+    if numbers := sorted(different - {"code"}):
         text = "; ".join(f"{k}: there {found.get(k)!r}, asked for {wanted.get(k)!r}" for k in numbers)
         raise ValueError(f"{folder} holds data that were made differently ({text}). Delete the folder, or name another data_dir")
     return not different
@@ -167,7 +167,7 @@ def make_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
         if not (folder / "plan.json").is_file() or not _made_by(folder, _recipe(system, sim)):
-            for old in (folder / "data").rglob("*.hdf5"):  # of an older solver
+            for old in (folder / "data").rglob("*.hdf5"):  # of older code
                 old.unlink()
             write_json(folder / "plan.json", _recipe(system, sim))
         for leftover in folder.rglob("*.tmp"):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGIMES', 'wave_energy', 'wall_nusselt', 'defect_charges', 'defect_count', 'Regime', 'regime_labels', 'regime_system',
-           'regime_targets', 'later', 'state_statistics', 'state_parameters', 'state_now', 'probe_regime']
+           'regime_targets', 'later', 'state_statistics', 'state_parameters', 'state_now', 'Answers', 'probe_regime',
+           'regime_rows', 'regime_difference']
 
 # %% ../nbs/02w_regimes.ipynb #32fb7c55
 import math
@@ -18,7 +19,7 @@ from .baselines import summary_statistics
 from .data import LabelScaler, Windows
 from .features import Features
 from .probing import fit_probe
-from .scores import score_seeds
+from .scores import difference_seeds, score_seeds
 from .systems import Label, System, get_system
 
 # %% ../nbs/02w_regimes.ipynb #74fad7b3
@@ -161,17 +162,24 @@ def _auc(predictions: Sequence[np.ndarray], truth: np.ndarray, threshold: float)
     return float(np.mean([roc_auc_score(above, p[:, 0]) for p in predictions]))
 
 
+@dataclass(frozen=True)
+class Answers:
+    "What the probes of one method say about the windows of a split, and what is true; numbers `(n, 1)` with the regime's offset."
+    predictions: tuple[np.ndarray, ...]  # of each seed
+    truth: np.ndarray
+    groups: np.ndarray  # (n,), of the same flow
+    scaler: LabelScaler
+
+
 def probe_regime(
     features: Sequence[Mapping[str, Features]],  # of each seed: split -> features of all windows
     windows: Mapping[str, Windows],
     targets: Mapping[str, np.ndarray],  # of `regime_targets`, split -> (n,)
     *,
     probes: Sequence[str] = ("linear", "knn"),
-) -> list[dict]:
-    """Rows `{when, probe, split, metric, value, low, high, by_seed, auc, n, above}` of one method: fitted on train, selected on valid; intervals by bootstrap over
-    flows and seeds. *now* and *later* are asked of the same windows, those that another follows. `above` is the share of windows in the second class."""
-    system = regime_system(windows["train"].system)
-    threshold, rows = REGIMES[system.name].threshold + REGIMES[system.name].offset, []
+) -> dict[tuple[str, str, str], Answers]:
+    """Answers of one method by (when, probe, split): fitted on train, selected on valid. *now* and *later* are asked of the same windows, those that another follows."""
+    system, found = regime_system(windows["train"].system), {}
     for when in ("now", "later"):
         pairs = {s: (now, then if when == "later" else now) for s, w in windows.items() for now, then in [later(w)]}
         truth = {s: targets[s][then][:, None] for s, (_, then) in pairs.items()}
@@ -179,11 +187,29 @@ def probe_regime(
         given = [{s: Features(f[s].tokens[now], truth[s], f[s].groups[now]) for s, (now, _) in pairs.items()} for f in features]
         for probe in probes:
             fitted = [fit_probe(probe, g["train"], g["valid"], scaler) for g in given]
-            for split in (s for s in windows if s not in ("train", "valid")):
-                found = [p.predict(g[split]) for p, g in zip(fitted, given)]
-                base = {"when": when, "probe": probe, "split": split, "auc": _auc(found, truth[split], threshold), "above": float((truth[split] > threshold).mean())}
-                one = [score_seeds([p], truth[split], given[0][split].groups, system, scaler, n_bootstrap=0) for p in found]
-                for i, row in enumerate(score_seeds(found, truth[split], given[0][split].groups, system, scaler)):
-                    if row["label"] != "mean":
-                        rows.append({**base, **{k: row[k] for k in ("metric", "value", "low", "high", "n")}, "by_seed": tuple(o[i]["value"] for o in one)})
+            for s in (s for s in windows if s not in ("train", "valid")):
+                found[when, probe, s] = Answers(tuple(p.predict(g[s]) for p, g in zip(fitted, given)), truth[s], given[0][s].groups, scaler)
+    return found
+
+
+def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
+    """Rows `{when, probe, split, metric, value, low, high, by_seed, auc, n, above}` of the answers of `probe_regime`; intervals by bootstrap over flows and seeds.
+    `above` is the share of windows in the second class."""
+    rows = []
+    for (when, probe, split), a in found.items():
+        system = a.scaler.system
+        threshold = REGIMES[system.name].threshold + REGIMES[system.name].offset
+        base = {"when": when, "probe": probe, "split": split, "auc": _auc(a.predictions, a.truth, threshold), "above": float((a.truth > threshold).mean())}
+        alone = [score_seeds([p], a.truth, a.groups, system, a.scaler, n_bootstrap=0) for p in a.predictions]
+        for i, row in enumerate(score_seeds(a.predictions, a.truth, a.groups, system, a.scaler)):
+            if row["label"] != "mean":
+                rows.append({**base, **{k: row[k] for k in ("metric", "value", "low", "high", "n")}, "by_seed": tuple(one[i]["value"] for one in alone)})
     return rows
+
+
+def regime_difference(a: Answers, b: Answers, metric: str = "mse") -> tuple[float, float, float]:
+    "Paired difference of a metric, `a` minus `b`, and its 95 % interval by bootstrap over flows and seeds; ValueError if they answer other questions."
+    if not np.array_equal(a.truth, b.truth) or not np.array_equal(a.groups, b.groups):
+        raise ValueError("answers to different questions, or about different windows, are not compared")
+    rows = difference_seeds(a.predictions, b.predictions, a.truth, a.groups, a.scaler.system, a.scaler)
+    return next((r["value"], r["low"], r["high"]) for r in rows if r["metric"] == metric)

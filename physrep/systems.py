@@ -63,6 +63,7 @@ class System:
     mirror_offsets: tuple[tuple[int, str, float, float], ...] = ()  # (axis, scalar, a, b): the image has a + b * position added, position from 0 to 1 along the axis
     group: tuple[str, ...] = ()  # labels that, with the initial condition, fix what must not be split
     ignored: tuple[str, ...] = ()  # scalars of The Well's files that are constants, not labels
+    native: tuple[int, int] = ()  # grid points of The Well's files
     paper: tuple[tuple[str, object], ...] = ()  # crop, size, stride and label constants of the paper
 
     @property
@@ -133,6 +134,7 @@ SYSTEMS = {
         ),
         mirror_axes=(0, 1),
         ignored=("L",),
+        native=(256, 256),
         paper=(("crop", ((0, 256), (0, 256))), ("size", 224), ("stride", 1), ("label_mean", (-3.0, 9.0)), ("label_std", (1.41, 5.16))),
     ),
     "shear_flow": System(
@@ -142,6 +144,7 @@ SYSTEMS = {
         labels=(Label("Reynolds", log=True, paper_log=True, latex="Re", aliases=("Rayleigh",)), _SCHMIDT),
         mirror_axes=(0, 1),
         group=("Reynolds",),
+        native=(256, 512),
         paper=(("crop", ((0, 256), (0, 256))), ("size", 224), ("stride", 4), ("label_mean", (4.85, 2.69)), ("label_std", (0.61, 3.38))),
     ),
     "rayleigh_benard": System(
@@ -156,6 +159,7 @@ SYSTEMS = {
         mirror_axes=(0, 1),
         odd_scalars=((1, "buoyancy"),),
         mirror_offsets=((1, "buoyancy", 1.0, 0.0), (1, "pressure", -0.5, 1.0)),  # b -> 1 - b, p -> p + y - 1/2
+        native=(512, 128),
         paper=(("crop", ((192, 320), (0, 128))), ("size", 224), ("stride", 4), ("label_mean", (2.69, 8.0)), ("label_std", (3.38, 1.41))),
     ),
 }

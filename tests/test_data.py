@@ -59,16 +59,16 @@ def test_out_of_time_is_an_error_that_can_be_resumed(tmp_path):
     make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
 
 
-def test_a_new_solver_makes_the_data_anew(tmp_path):
+def test_new_code_makes_the_data_anew(tmp_path):
     from physrep.provenance import read_json, write_json
 
     sim = replace(SIM, counts={"train": 1, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=3)
     folder = make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
     before = fingerprints(folder)
     victim = sorted((folder / "data/train").iterdir())[0]
-    victim.write_bytes(sorted((folder / "data/train").iterdir())[1].read_bytes())  # whole, but not what this solver gives
+    victim.write_bytes(sorted((folder / "data/train").iterdir())[1].read_bytes())  # whole, but not what this code gives
     plan = read_json(folder / "plan.json")
-    write_json(folder / "plan.json", plan | {"solver": "0" * 16})
+    write_json(folder / "plan.json", plan | {"code": "0" * 16})
     make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
     assert fingerprints(folder) == before and read_json(folder / "plan.json") == plan
 

@@ -5,7 +5,7 @@ import pytest
 
 from physrep.data import LabelScaler, Windows
 from physrep.features import Features
-from physrep.regimes import REGIMES, defect_charges, defect_count, later, probe_regime, regime_labels, regime_targets
+from physrep.regimes import REGIMES, defect_charges, defect_count, later, probe_regime, regime_difference, regime_labels, regime_rows, regime_targets
 from physrep.regimes import state_now, state_parameters, state_statistics, wall_nusselt, wave_energy
 from physrep.systems import SYSTEMS, get_system
 
@@ -90,7 +90,7 @@ def test_features_that_know_nothing_score_about_one_and_seeds_are_kept(smoke_dat
     assert np.allclose(targets["test"], regime_labels(windows["test"].read(np.arange(len(windows["test"]))).numpy(), "shear_flow")[0])
 
     known = [{s: state_now(w, targets[s]) for s, w in windows.items()}], [{s: state_statistics(w) for s, w in windows.items()}]
-    now = [r["value"] for f in known for r in probe_regime(f, windows, targets, probes=["linear"]) if r["metric"] == "mse" and r["when"] == "now"]
+    now = [r["value"] for f in known for r in regime_rows(probe_regime(f, windows, targets, probes=["linear"])) if r["metric"] == "mse" and r["when"] == "now"]
     assert now[0] < 1e-6 < now[1] < 0.5, "the number itself is known, statistics know much of it"
     scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
     assert state_parameters(windows["test"], scaler).tokens.shape == (len(windows["test"]), 1, 3 + 6)
@@ -99,7 +99,14 @@ def test_features_that_know_nothing_score_about_one_and_seeds_are_kept(smoke_dat
         rng = np.random.default_rng(seed)
         return {s: Features(rng.normal(size=(len(w), 1, 2)).astype(np.float32), w.labels[w.index[:, 0]], w.window_groups()) for s, w in windows.items()}
 
-    rows = probe_regime([blind(0), blind(1)], windows, targets, probes=["linear"])
+    answers = probe_regime([blind(0), blind(1)], windows, targets, probes=["linear"])
+    rows = regime_rows(answers)
     assert {(r["when"], r["split"]) for r in rows} == {("now", "test"), ("later", "test")}
     for r in (r for r in rows if r["metric"] == "mse"):
         assert 0.5 < r["value"] < 1.6 and len(r["by_seed"]) == 2 and r["low"] <= r["value"] <= r["high"] and 0 <= r["above"] <= 1
+    with pytest.raises(ValueError, match="answers to different questions"):
+        regime_difference(answers["now", "linear", "test"], answers["later", "linear", "test"])
+    against = probe_regime(known[0], windows, targets, probes=["linear"])
+    difference, low, high = regime_difference(answers["now", "linear", "test"], against["now", "linear", "test"])
+    value = {r["when"]: r["value"] for r in rows if r["metric"] == "mse"}
+    assert difference == pytest.approx(value["now"], abs=1e-5) and 0 < low <= difference <= high, "the other one makes no errors"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from physrep.data import Windows, check_disjoint
+from physrep.evaluate import window_flows
 from physrep.report import data_report, deal_flows, find_flows, leakage, write_leak_free
 from physrep.systems import get_system
 from physrep.well import WellFile
@@ -37,6 +38,15 @@ def test_planted_twins_are_found_with_and_without_a_record(tmp_path, record):
     table = leakage(find_flows(shear(tmp_path, record), "shear_flow"))
     assert table.loc["valid"].to_dict() == {"train": 2, "test": 0, "valid": 0, "trajectories": 2}
     assert table.loc["test", "train"] == 2
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_the_bootstrap_draws_twins_of_a_split_together(tmp_path, record):
+    windows = Windows(shear(tmp_path, record) / "shear_flow", "shear_flow", "train", frames=1)
+    found = {}  # flow -> initial conditions of its windows, by how the file was written: seeds 0 to 7 and 4 to 11
+    for flow, (k, _) in zip(window_flows(windows), windows.index):
+        found.setdefault(int(flow), set()).add((0, 4)[windows.trajectories[k][0]] + windows.trajectories[k][1])
+    assert len(found) == 12 and all(len(s) == 1 for s in found.values()), "16 trajectories, 4 of them twins"
 
 
 def test_equal_velocity_at_another_reynolds_number_is_no_twin(tmp_path):
