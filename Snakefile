@@ -108,17 +108,18 @@ for system, runs_in, about in [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"da
         trained, results = ([run_folder(run, runs_in) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
         into += results
         OF_ROW.setdefault((objective, encoder), []).extend(results if runs_in is None else [])
-        rule:
-            name: f"pretrain_{name}".replace("-", "_")
-            input: inputs
-            output: touch(finished(name, trained))
-            params: code=stage("03_pretrain", *modules_of(runs[0])), command=papermill("03_pretrain", f"{name}-pretrain", **values)
-            threads: JOB_THREADS
-            priority: 4 if (objective, encoder) in ACROSS else {"supervised": 2, "mae": 1}.get(objective, 0)  # long jobs first, and what the longest waits for
-            shell: "{params.command}"
+        if objective != "random":  # where nothing is trained, probing makes the run
+            rule:
+                name: f"pretrain_{name}".replace("-", "_")
+                input: inputs
+                output: touch(finished(name, trained))
+                params: code=stage("03_pretrain", *modules_of(runs[0])), command=papermill("03_pretrain", f"{name}-pretrain", **values)
+                threads: JOB_THREADS
+                priority: 4 if (objective, encoder) in ACROSS else {"supervised": 2, "mae": 1}[objective]  # long jobs first, and what the longest waits for
+                shell: "{params.command}"
         rule:
             name: f"probe_{name}".replace("-", "_")
-            input: OUT / "finished" / name
+            input: inputs if objective == "random" else OUT / "finished" / name
             output: results
             threads: JOB_THREADS
             priority: 4 if (objective, encoder) in ACROSS else 0
@@ -165,6 +166,7 @@ rule regimes:
     output: figures("regimes")
     params: code=stage("08d_regimes", "regimes", "evaluate", "figures") + PROBING, command=papermill("08d_regimes", "regimes", systems=",".join(SYSTEMS))
     threads: JOB_THREADS
+    priority: 1  # the longest of the last
     shell: "{params.command}"
 
 # `make machines`: one row again, with other threads and other instructions

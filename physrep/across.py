@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from .data import Batches, LabelScaler
+from .data import Batches, LabelScaler, Windows
 from .encoders.registry import build_encoder
 from .evaluate import Scored, write_scores
 from .objectives.registry import build_objective
 from .presets import get_preset, project_root
 from .provenance import code_digest, module_digests, provenance, write_json
 from .randomness import seed_for
-from .readout import FROZEN, features_of, fit_probes, probe_splits
+from .readout import FROZEN, features_of, fit_probes
 from .runs import clip_shape, load_splits, modules_of, normaliser_of, resolve, system_of
 from .systems import Field, System, get_system
 from .training import Recipe, evaluate_objective, train
@@ -137,11 +137,10 @@ def pretrain_jointly(
 def score_translated(
     encoder: torch.nn.Module,  # normalised fields in `channels` -> tokens
     channels: Sequence[str],  # shared names of what it reads
-    target: str,  # system that is probed
-    preset: str,
-    data_dir: str | Path,
+    windows: Mapping[str, Windows],  # from `probe_splits` of the system that is probed
     folder: str | Path,  # gets result.json and predictions
     *,
+    preset: str,
     objective: str,
     encoder_name: str,
     run: str,  # names the row
@@ -151,11 +150,9 @@ def score_translated(
     progress: bool = True,
 ) -> Scored:
     "Probes an encoder on a system that it may not have been made for, and writes its rows."
-    config = resolve(target, "random", "", preset, seed=seed)
-    windows = probe_splits(config, data_dir)
-    scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
-    reader = Translated(encoder, channels, get_system(target))
-    features = {s: features_of(reader, w, scaler, size=config["clip"]["size"], device=device, progress=progress) for s, w in windows.items()}
+    system = windows["train"].system
+    scaler, reader = LabelScaler.fit(system, windows["train"].labels), Translated(encoder, channels, system)
+    features = {s: features_of(reader, w, scaler, size=get_preset(preset).size, device=device, progress=progress) for s, w in windows.items()}
     fitted = fit_probes(features, scaler, get_preset(preset), probes=probes, seed=seed, device=device, progress=progress)
     predictions = {(name, s): probe.predict(f) for name, probe in fitted.items() for s, f in features.items() if s != "train"}
     record = provenance("across", device=device)

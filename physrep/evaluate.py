@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from .baselines import equation_oracle, summary_statistics
-from .comparison import interval_text, write_predictions
+from .comparison import interval_text, read_predictions, write_predictions
 from .data import Batches, LabelScaler, Normaliser, Windows
 from .encoders.registry import LoadedEncoder, load_encoder
 from .features import Features
@@ -247,11 +247,13 @@ def refined_differences(preset: str, refined: Windows, stored: Windows, run_dir:
     for objective, encoder in rows:
         configs = [resolve(system.name, objective, encoder, preset, seed=seed) for seed in get_preset(preset).seeds]
         fine = [predict_windows(c, refined, run_dir, device=device) for c in configs]
-        coarse = [predict_windows(c, stored, run_dir, device=device) for c in configs]
-        scaler = load_probe(run_folder(configs[0], run_dir) / f"probe-{FROZEN[0]}.safetensors").scaler
+        saved = [read_predictions(run_folder(c, run_dir)) for c in configs]
+        if old := [str(p.path) for p in saved if p.data[stored.split] != stored.fingerprint() or len(p.truth[stored.split]) != len(stored)]:
+            raise ValueError(f"{', '.join(old)} is of other data than {stored.paths[0].parent}; probe the run again")
+        scaler = saved[0].scaler
         truth, groups = (np.concatenate([v] * len(configs)) for v in (refined.targets(np.arange(len(refined))), refined.window_groups()))
         for probe in FROZEN:
-            a, b = (np.concatenate(parts) for parts in ([p[probe] for p in fine], [p[probe][match] for p in coarse]))
+            a, b = (np.concatenate(parts) for parts in ([p[probe] for p in fine], [p.predictions[probe, stored.split][match] for p in saved]))
             errors = [{(r["label"], r["metric"]): r["value"] for r in score(p, truth, groups, system, scaler, n_bootstrap=1)} for p in (a, b)]
             base = dict(system=system.name, objective=objective, encoder=encoder, probe=probe, share=1.0, reference="the same flows as stored", split=stored.split)
             for row in score_difference(a, b, truth, groups, system, scaler):

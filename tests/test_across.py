@@ -12,6 +12,8 @@ from physrep.data import Batches, LabelScaler, Normaliser, Windows
 from physrep.encoders.registry import build_encoder
 from physrep.generate import make_dataset
 from physrep.presets import PRESETS, get_preset
+from physrep.readout import probe_splits
+from physrep.runs import resolve
 from physrep.systems import SYSTEMS, get_system
 
 PAIR = ["shear_flow", "active_matter"]
@@ -66,6 +68,10 @@ def test_an_interrupted_training_is_the_same_training(two, tmp_path):
     assert not all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), seed.state_dict().values()))
 
 
+def windows(data, system):
+    return probe_splits(resolve(system, "random", preset="smoke"), data)
+
+
 @pytest.mark.parametrize("objective", ["supervised", "random"])
 def test_labels_of_different_systems_cannot_be_mixed(objective, two, tmp_path):
     with pytest.raises(ValueError, match=f"only a self-supervised objective can be trained on several systems, got '{objective}'"):
@@ -77,7 +83,7 @@ def test_labels_are_those_of_the_preset(two, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "smoke", replace(get_preset("smoke"), paper_labels=True))
     encoder = build_encoder("convnext", in_channels=11, **get_preset("smoke").encoders["convnext"])
     score_translated(
-        encoder, shared_names(get_system("active_matter")), "shear_flow", "smoke", two, tmp_path, objective="random", encoder_name="convnext", run="from/seed0",
+        encoder, shared_names(get_system("active_matter")), windows(two, "shear_flow"), tmp_path, preset="smoke", objective="random", encoder_name="convnext", run="from/seed0",
         probes=["linear"], progress=False,
     )  # fmt: skip
     assert [label.log for label in read_predictions(tmp_path).scaler.system.labels] == [True, False]
@@ -86,7 +92,7 @@ def test_labels_are_those_of_the_preset(two, tmp_path, monkeypatch):
 def test_an_encoder_of_one_system_reads_another(two, tmp_path):
     encoder = build_encoder("convnext", in_channels=4, **get_preset("smoke").encoders["convnext"])
     scored = score_translated(
-        encoder, shared_names(get_system("shear_flow")), "active_matter", "smoke", two, tmp_path, objective="random", encoder_name="convnext", run="from/seed0",
+        encoder, shared_names(get_system("shear_flow")), windows(two, "active_matter"), tmp_path, preset="smoke", objective="random", encoder_name="convnext", run="from/seed0",
         probes=["linear", "knn"], progress=False,
     )  # fmt: skip
     assert {r["probe"] for r in scored.rows} == {"linear", "knn"} and {r["system"] for r in scored.rows} == {"active_matter"}

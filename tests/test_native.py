@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -11,6 +12,9 @@ import pytest
 from the_well.data import WellDataset
 
 from physrep.data import Batches, LabelScaler, Normaliser, Windows
+from physrep.encoders.registry import load_encoder
+from physrep.presets import PRESETS, TrainPreset, get_preset
+from physrep.runs import clip_shape, crop_of, pretrain, resolve
 from physrep.systems import get_system
 from physrep.well import WellFile, find_files
 from physrep.well_write import write_stats, write_well
@@ -97,6 +101,18 @@ def test_the_papers_crop_and_size(native):
     scaler = LabelScaler.fit(system, windows.labels)
     batches = Batches(windows, batch_size=2, normaliser=Normaliser.load(base, system), scaler=scaler, size=size)
     assert next(iter(batches.evaluation()))["fields"].shape == (2, system.n_channels, 2, size, size)
+
+
+def test_native_grids_instead_of_the_papers_crop(native, tmp_path, monkeypatch):
+    base, name, _ = native
+    paper = resolve(name, "mae", preset="paper")
+    assert clip_shape(paper) == (16, 224, 224) and crop_of(name, "paper") == dict(get_system(name).paper)["crop"]
+    vit, train = dict(dim=16, depth=1, heads=2, tubelet=(2, 16, 16)), TrainPreset(steps=1, batch_size=2, lr=1e-3)
+    monkeypatch.setitem(PRESETS, "native", replace(get_preset("native"), frames=2, encoders={"vit": vit}, train={"mae": train}))
+    config = resolve(name, "mae", preset="native")
+    assert config["clip"]["stride"] == paper["clip"]["stride"] == (1 if name == "active_matter" else 4) and crop_of(name, "native") is None
+    encoder = load_encoder(pretrain(config, base, tmp_path, progress=False))
+    assert tuple(encoder.info["shape"]) == clip_shape(config) == (2, *NATIVE[name][0])
 
 
 def test_the_papers_graph_and_splits_without_leaks(native, tmp_path):
