@@ -95,12 +95,12 @@ def test_supervised_rows_wait_for_the_encoder_and_take_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="takes the encoder that mae-vit chose: run that walk first"):
         run_walk("shear_flow", ("supervised", "vit"), "laptop", "", tmp_path, trial=made_up)
 
-    def wide(config, data_dir, run_dir):
-        return made_up(config, data_dir, run_dir) | {"score": 0.4 - 0.001 * config["encoder_config"]["dim"]}
+    def far(config, data_dir, run_dir):
+        return made_up(config, data_dir, run_dir) | {"score": 0.4 - 1e-5 * config["encoder_config"]["temperature"]}
 
-    run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=wide, say=lambda text: None)
+    run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=far, say=lambda text: None)
     log = run_walk("shear_flow", ("supervised", "vit"), "laptop", "", tmp_path, trial=made_up, changes=1, say=lambda text: None)
-    assert log[0]["config"]["encoder_config"]["dim"] == 96
+    assert log[0]["config"]["encoder_config"]["temperature"] == 10000.0 != WALKS["mae", "vit"].base["encoder_config"]["temperature"]
 
 
 def test_a_log_of_another_walk_is_refused(tmp_path):
@@ -108,5 +108,5 @@ def test_a_log_of_another_walk_is_refused(tmp_path):
     run_walk(*arguments, trial=made_up, changes=1, say=lambda text: None)
     path = next(tmp_path.rglob("shear_flow-mae-vit.json"))
     path.write_text(path.read_text().replace('"hash": "', '"hash": "x', 1))
-    with pytest.raises(ValueError, match=r"trial 0 \(base\) is not that of this walk \(base\); delete the file"):
+    with pytest.raises(ValueError, match=r"trial 0 \(base\) is not that of this walk \(base\): its hash differs; delete the file"):
         run_walk(*arguments, trial=made_up)
