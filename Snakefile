@@ -57,6 +57,8 @@ def finished(name, files):
 
 # one job at a time on a GPU; on the CPU as many as there are cores, one thread each
 JOB_THREADS = workflow.cores if torch.cuda.is_available() else 1
+# systems are simulated side by side: no core waits while one of them starts or ends
+SIM_WORKERS = max(1, workflow.cores // max(1, len(PRESET.sims)))
 # several seeds are text; one alone would be read as a number
 SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))} if len(PRESET.seeds) > 1 else {"seed": PRESET.seeds[0]}
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all systems have the same grid
@@ -68,8 +70,8 @@ for system in SYSTEMS:
         rule:
             name: f"simulate_{system}"
             output: simulated(system)
-            params: code=stage("00g_simulate", "generate", f"sim.{system}"), command=papermill("00g_simulate", f"{system}-simulate", system=system)
-            threads: workflow.cores
+            params: code=stage("00g_simulate", "generate", f"sim.{system}"), command=papermill("00g_simulate", f"{system}-simulate", system=system, workers=SIM_WORKERS)
+            threads: workflow.cores if torch.cuda.is_available() else SIM_WORKERS
             priority: 9
             shell: "{params.command}"
 

@@ -139,6 +139,7 @@ def score_run(
     run_dir: str | Path | None = None,
     *,
     probes: Sequence[str] = PROBES,
+    windows: Mapping[str, Windows] | None = None,  # from `probe_splits`, for several runs on the same data; default: opened here
     device: str = "cpu",
     cache: bool = True,  # keep features in the run folder
     progress: bool = True,
@@ -148,7 +149,7 @@ def score_run(
     if unknown := sorted(set(probes) - set(PROBES)):
         raise ValueError(f"unknown probe {', '.join(map(repr, unknown))}; valid: {', '.join(PROBES)}")
     folder, preset, size, started = run_folder(config, run_dir), get_preset(config["preset"]), config["clip"]["size"], time.monotonic()
-    encoder, windows = load_encoder(folder, device), probe_splits(config, data_dir)
+    encoder, windows = load_encoder(folder, device), windows or probe_splits(config, data_dir)
     scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
     features = {s: features_of(encoder, w, scaler, size=size, device=device, cache=folder / "features" if cache else None, progress=progress) for s, w in windows.items()}
     options = dict(seed=config["seed"], device=device, progress=progress)
@@ -211,11 +212,11 @@ def _constant(windows: dict[str, Windows], scaler: LabelScaler) -> tuple[dict, d
 _BASELINES = {"constant": _constant, "statistics": _statistics, "equations": _equations}
 
 
-def score_baseline(name: str, config: dict, data_dir: str | Path, run_dir: str | Path | None = None) -> Scored:
+def score_baseline(name: str, config: dict, data_dir: str | Path, run_dir: str | Path | None = None, *, windows: Mapping[str, Windows] | None = None) -> Scored:
     "The row of a baseline (constant, statistics, equations) for the data of a configuration; ValueError for an unknown one."
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; valid: {', '.join(BASELINES)}")
-    windows = probe_splits(config, data_dir)
+    windows = windows or probe_splits(config, data_dir)
     scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
     predictions, probes = _BASELINES[name](windows, scaler)
     folder = baseline_folder(name, config["system"], config["preset"], run_dir)

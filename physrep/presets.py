@@ -66,6 +66,7 @@ class TrainPreset:
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
     checkpoint_seconds: float = 30.0  # wall time between checkpoints
+    evaluations: int = 10  # on held-out windows, besides that of the first update
     precision: str = "float32"  # or "bfloat16": autocast
 
 
@@ -166,7 +167,7 @@ _SMOKE = Preset(
         "vit": _LAPTOP_ENCODERS["vit"] | dict(dim=32, depth=1, heads=2),
     },
     objectives=_LAPTOP_OBJECTIVES,
-    train={name: TrainPreset(steps=6, batch_size=8, lr=1e-3) for name in ("jepa", "mae", "supervised", "random")},
+    train={name: TrainPreset(steps=6, batch_size=8, lr=1e-3, evaluations=2) for name in ("jepa", "mae", "supervised", "random")},
     probe_epochs=2,
     finetune_epochs=1,
     refined={"test": 1},
@@ -185,9 +186,9 @@ _LAPTOP = Preset(
     objectives=_LAPTOP_OBJECTIVES,
     # every objective sees 3200 windows
     train={
-        "jepa": TrainPreset(steps=100, batch_size=32, lr=3e-3),
-        "mae": TrainPreset(steps=200, batch_size=16, lr=2e-3, weight_decay=0.005),
-        "supervised": TrainPreset(steps=200, batch_size=16, lr=2e-3),
+        "jepa": TrainPreset(steps=100, batch_size=32, lr=3e-3, evaluations=3),
+        "mae": TrainPreset(steps=200, batch_size=16, lr=2e-3, weight_decay=0.005, evaluations=3),
+        "supervised": TrainPreset(steps=200, batch_size=16, lr=2e-3, evaluations=3),
         "random": TrainPreset(steps=0, batch_size=16, lr=1e-3),
     },
     probe_epochs=15,

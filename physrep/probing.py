@@ -290,7 +290,7 @@ def fit_attentive(
     mean, scale = (v.to(device) for v in token_standardiser(train.tokens))
     target = torch.as_tensor(scaler.transform(train.labels), dtype=torch.float32, device=device)
     head = _new_head(train.dim, target.shape[1], recipe.head, "attentive", seed).to(device)
-    optimiser = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     per_epoch = math.ceil(len(train) / recipe.batch_size)
     trials, best, step = [], math.inf, 0
     weights = copy.deepcopy(head.state_dict())

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['stride_of', 'resolve', 'system_of', 'config_hash', 'run_folder', 'baseline_folder', 'default_data_dir', 'ensure_data',
-           'crop_of', 'load_splits', 'normaliser_of', 'build', 'modules_of', 'window_frames', 'clip_shape', 'pretrain',
-           'restore']
+           'crop_of', 'load_splits', 'normaliser_of', 'build', 'modules_of', 'window_frames', 'clip_shape',
+           'training_windows', 'pretrain', 'restore']
 
 # %% ../nbs/02pa_runs.ipynb #3bb8cdb5
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -31,6 +31,9 @@ from .systems import System, get_system
 from .training import Recipe, evaluate_objective, load_checkpoint, make_optimizer, train
 
 # %% ../nbs/02pa_runs.ipynb #b9426498
+_WATCHING = ("checkpoint_seconds", "evaluations")  # of a training preset: they decide no number of the encoder
+
+
 def stride_of(system: str, stride: int | None) -> int:
     "Frames between the starts of windows: what the preset says, or else the paper's for the system."
     return stride or dict(get_system(system).paper)["stride"]
@@ -59,7 +62,7 @@ def resolve(
         p.sim(system)  # raises with the systems that the preset simulates
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    known = {f.name for f in fields(TrainPreset)} - {"checkpoint_seconds"}
+    known = {f.name for f in fields(TrainPreset)} - set(_WATCHING)
     if unknown := sorted(set(recipe or {}) - known):
         raise ValueError(f"recipe has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
     changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
@@ -67,14 +70,14 @@ def resolve(
     if trained.batch_size < 1 or trained.batch_size % trained.accumulate:
         raise ValueError(f"batch_size must be a positive multiple of accumulate={trained.accumulate}, got {trained.batch_size}")
     if trains:
-        Recipe(**{k: v for k, v in asdict(trained).items() if k not in ("batch_size", "checkpoint_seconds")})
+        Recipe(**{k: v for k, v in asdict(trained).items() if k not in ("batch_size", *_WATCHING)})
     if tag and not tag.replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"tag may hold letters, digits, '.' and '_', got {tag!r}")
     config = {
         "system": system, "objective": objective, "encoder": encoder, "preset": preset, "seed": int(seed), "tag": tag,
         "encoder_config": {**p.encoders[encoder], **(encoder_config or {})},
         "coefficients": {**p.coefficients(objective, encoder), **(coefficients or {})},
-        "recipe": {k: v for k, v in asdict(trained).items() if k != "checkpoint_seconds"} if trains else {},
+        "recipe": {k: v for k, v in asdict(trained).items() if k not in _WATCHING} if trains else {},
         "clip": {"frames": p.frames, "size": p.size, "stride": stride_of(system, p.train_stride), "augment": p.augment, "noise": p.noise},
         "data": asdict(p.sims[system]) if system in p.sims else "The Well",
     }
@@ -195,12 +198,18 @@ def _claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable
     return False
 
 # %% ../nbs/02pa_runs.ipynb #6fe52dac
+def training_windows(config: dict, data_dir: str | Path) -> dict[str, Windows]:
+    "The windows that a run is trained on and evaluated with: `train` and `valid`."
+    return load_splits(config, Path(data_dir), ("train", "valid"), frames=window_frames(config), stride=config["clip"]["stride"])
+
+
 def pretrain(
     config: dict,  # from `resolve`
     data_dir: str | Path,  # from `ensure_data`
     run_dir: str | Path | None = None,
     *,
     device: str = "cpu",
+    windows: Mapping[str, Windows] | None = None,  # `training_windows`, for several runs on the same data; default: opened here
     resume: bool = True,
     minutes: float = math.inf,  # raise TimeUp after this time; the same call goes on
     checkpoint_seconds: float | None = None,  # default: the preset's
@@ -211,14 +220,14 @@ def pretrain(
     Raises ValueError (folder of another run, data that do not fit), TrainingDiverged, TimeUp."""
     folder = run_folder(config, run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    windows = windows or training_windows(config, data_dir)
     with filelock.FileLock(folder / ".lock"):
-        _pretrain(config, Path(data_dir), folder, device, resume, minutes, checkpoint_seconds, progress, say)
+        _pretrain(config, windows, folder, device, resume, minutes, checkpoint_seconds, progress, say)
     return folder
 
 
-def _pretrain(config: dict, data_dir: Path, folder: Path, device: str, resume: bool, minutes: float, checkpoint_seconds: float | None, progress: bool, say: Callable) -> None:
+def _pretrain(config: dict, windows: Mapping[str, Windows], folder: Path, device: str, resume: bool, minutes: float, checkpoint_seconds: float | None, progress: bool, say: Callable) -> None:
     system, clip = system_of(config), config["clip"]
-    windows = load_splits(config, data_dir, ("train", "valid"), frames=window_frames(config), stride=clip["stride"])
     record = provenance(*modules_of(config), device=device, data="-".join(w.fingerprint() for w in windows.values()))
     if _claim(folder, config, record, resume, say):
         return
@@ -245,11 +254,12 @@ def _pretrain(config: dict, data_dir: Path, folder: Path, device: str, resume: b
 # %% ../nbs/02pa_runs.ipynb #bfbcbf07
 def _train(config: dict, objective, train_batches: Batches, valid: Batches, folder: Path, device: str, resume: bool, minutes: float, checkpoint_seconds: float | None, progress: bool) -> None:
     if objective.trains:
+        watching = get_preset(config["preset"]).recipe(config["objective"], config["encoder"])
         recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items() if k != "batch_size"})
         train(
             objective, train_batches, recipe, folder, device=device, resume=resume, minutes=minutes, progress=progress,
-            evaluate=lambda: evaluate_objective(objective, valid.evaluation(limit=96)), evaluations=5,
-            checkpoint_seconds=get_preset(config["preset"]).recipe(config["objective"], config["encoder"]).checkpoint_seconds if checkpoint_seconds is None else checkpoint_seconds,
+            evaluate=lambda: evaluate_objective(objective, valid.evaluation(limit=96)), evaluations=watching.evaluations,
+            checkpoint_seconds=watching.checkpoint_seconds if checkpoint_seconds is None else checkpoint_seconds,
         )
     else:  # nothing to train, but how much its features vary is worth knowing
         measures = evaluate_objective(objective.eval(), valid.evaluation(32, limit=128))
