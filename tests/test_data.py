@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.data import Batches, LabelScaler, Normaliser, Windows, apply_symmetry, check_disjoint, symmetry_draws
+from physrep.data import Batches, LabelScaler, Normaliser, Order, Windows, apply_symmetry, check_disjoint, resize, symmetry_draws
 from physrep.generate import make_dataset
 from physrep.presets import get_preset
 from physrep.randomness import sample_seeds
@@ -128,6 +128,42 @@ def test_symmetries_commute_with_the_solver():
         again = simulate(400.0, 1.0, [3], grid=32, n_frames=9, frame_dt=0.2, dtype=torch.float64, initial=(vorticity(start[2], start[3])[None], start[0][None]))
         assert np.abs(again["velocity"][0, -1] - np.moveaxis(y[0, 2:, -1], 0, -1)).max() < 1e-9
         assert np.abs(again["tracer"][0, -1] - y[0, 0, -1]).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["shear_flow", "active_matter"])
+def test_symmetry_point_by_point(name):
+    system = get_system(name)
+    x = np.random.default_rng(0).standard_normal((4, system.n_channels, 2, 6, 8)).astype(np.float32)
+    shifts, mirrors = np.array([[0, 0], [2, 7], [5, 0], [1, 3]]), np.array([[False, False], [True, False], [False, True], [True, True]])
+    found = apply_symmetry(torch.from_numpy(x), shifts, mirrors, system).numpy()
+    for i, (shift, mirror) in enumerate(zip(shifts, mirrors)):
+        where = [(np.arange(n) + s)[:: -1 if m else 1] % n for n, s, m in zip(x.shape[3:], shift, mirror)]
+        want = x[i][:, :, where[0]][:, :, :, where[1]]
+        for axis in np.flatnonzero(mirror):
+            want = want * system.mirror_signs(axis)[:, None, None, None]
+        np.testing.assert_array_equal(found[i], want)
+
+
+def test_a_split_is_identified_once(tmp_path, smoke_data, monkeypatch):
+    windows = Windows(smoke_data, SHEAR, "test", frames=2)
+    first = windows.fingerprint()
+    monkeypatch.setattr("physrep.data.fingerprint", lambda paths: pytest.fail("the files are read again"))
+    assert windows.fingerprint() == first
+
+
+def test_updates_span_epochs():
+    order = Order(10, 4, seed=3)
+    indices, seeds = zip(*(order(step) for step in range(5)))
+    assert sorted(np.concatenate(indices)[:10]) == sorted(np.concatenate(indices)[10:]) == list(range(10)), "two epochs in five updates"
+    assert len(set(torch.cat(seeds).tolist())) == 20, "a window has other random numbers in the next epoch"
+    again, reseeded = Order(10, 4, seed=3), Order(10, 4, seed=4)
+    assert np.array_equal(again(2)[0], indices[2]) and not np.array_equal(reseeded(2)[0], indices[2])
+
+
+def test_resize_leaves_what_has_the_size():
+    x = torch.rand(2, 3, 4, 8, 6)
+    assert resize(x, None) is x and resize(x[..., :6, :], 6).data_ptr() == x.data_ptr()
+    assert resize(torch.ones_like(x), 16).shape == (2, 3, 4, 16, 16) and resize(torch.ones_like(x), 16).sub(1).abs().max() < 1e-6
 
 
 def test_upside_down_commutes_with_the_solver():

@@ -17,6 +17,7 @@ from physrep.scores import (
     score_difference,
     score_seeds,
 )
+from physrep.runs import resolve, system_of
 from physrep.systems import get_system
 
 SYSTEM = get_system("shear_flow")
@@ -185,3 +186,16 @@ def test_plots_of_few_windows_and_of_equal_predictions():
         fig = plot_predictions(np.full((n, 2), [1e5, 1.0]), truth[:n], SYSTEM, half_width=np.array([0.1, np.inf]))
         fig.canvas.draw()
         plt.close(fig)
+
+
+def test_plain_labels_below_zero_are_drawn():
+    "The paper takes no logarithm of the Prandtl number, and a probe of it may say a negative one."
+    import matplotlib.pyplot as plt
+
+    system = system_of(resolve("rayleigh_benard", "random", preset="paper"))
+    truth = np.array([[0.1, 1e6], [1.0, 1e8], [5.0, 1e10]])
+    fig = plot_predictions(truth - [0.3, 0.0], truth, system, half_width=np.array([0.5, 0.5]))
+    fig.canvas.draw()
+    low, high = fig.axes[0].get_xlim()
+    assert low < -0.2 and high > 5 and fig.axes[0].get_xscale() == "linear", "the point below zero is inside"
+    plt.close(fig)
