@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from physrep.data import LabelScaler
+from physrep.runs import resolve, system_of
 from physrep.scores import (
     METRICS,
     _spread,
@@ -17,7 +18,6 @@ from physrep.scores import (
     score_difference,
     score_seeds,
 )
-from physrep.runs import resolve, system_of
 from physrep.systems import get_system
 
 SYSTEM = get_system("shear_flow")
