@@ -58,7 +58,7 @@ def features_of(
 # %% ../nbs/02qb_readout.ipynb #c700f33e
 def fit_probes(features: Mapping[str, Features], scaler: LabelScaler, preset: Preset, *, probes: Sequence[str] = FROZEN, seed: int = 0, device: str = "cpu", progress: bool = True) -> dict[str, Probe]:
     "Probes fitted on `train` and selected on `valid`, by name, all with the recipe of the preset."
-    recipe = AttentiveRecipe(epochs=preset.probe_epochs, batch_size=preset.probe_batch)
+    recipe = AttentiveRecipe(epochs=preset.probe_epochs, lr=preset.probe_lr, batch_size=preset.probe_batch)
     options = {"attentive": dict(recipe=recipe, device=device, progress=progress)}
     return {name: fit_probe(name, features["train"], features["valid"], scaler, seed=seed, **options.get(name, {})) for name in probes}
 

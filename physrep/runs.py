@@ -39,6 +39,21 @@ def stride_of(system: str, stride: int | None) -> int:
     return stride or dict(get_system(system).paper)["stride"]
 
 
+def _recipe(usual: TrainPreset, changes: Mapping, trains: bool) -> dict:
+    "What a preset trains with, and the changes to it, as far as it decides numbers; nothing where nothing is trained. ValueError for names and values that there are not."
+    known = {f.name for f in fields(TrainPreset)} - set(_WATCHING)
+    if unknown := sorted(set(changes) - known):
+        raise ValueError(f"recipe has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
+    recipe = {k: v for k, v in asdict(replace(usual, **changes)).items() if k in known}
+    if recipe["steps"] < 1 and "steps" in changes:
+        raise ValueError(f"steps must be at least 1, got {recipe['steps']}")
+    if recipe["batch_size"] < 1 or recipe["batch_size"] % recipe["accumulate"]:
+        raise ValueError(f"batch_size must be a positive multiple of accumulate={recipe['accumulate']}, got {recipe['batch_size']}")
+    if trains:
+        Recipe(**{k: v for k, v in recipe.items() if k != "batch_size"})
+    return recipe if trains else {}
+
+# %% ../nbs/02pa_runs.ipynb #bbbefac8
 def resolve(
     system: str,
     objective: str,
@@ -57,33 +72,22 @@ def resolve(
     "Every parameter of a run as JSON-able data; ValueError for unknown names and impossible values, with the valid ones."
     get_system(system)
     p, encoder = get_preset(preset), check_pair(objective, encoder)
-    trains = objective_class(objective).trains
     if p.sims:
         p.sim(system)  # raises with the systems that the preset simulates
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    known = {f.name for f in fields(TrainPreset)} - set(_WATCHING)
-    if unknown := sorted(set(recipe or {}) - known):
-        raise ValueError(f"recipe has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
-    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
-    trained = replace(p.recipe(objective, encoder), **changes | (recipe or {}))
-    if trained.batch_size < 1 or trained.batch_size % trained.accumulate:
-        raise ValueError(f"batch_size must be a positive multiple of accumulate={trained.accumulate}, got {trained.batch_size}")
-    if trains:
-        Recipe(**{k: v for k, v in asdict(trained).items() if k not in ("batch_size", *_WATCHING)})
+    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None} | (recipe or {})
     if tag and not tag.replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"tag may hold letters, digits, '.' and '_', got {tag!r}")
     config = {
         "system": system, "objective": objective, "encoder": encoder, "preset": preset, "seed": int(seed), "tag": tag,
         "encoder_config": {**p.encoders[encoder], **(encoder_config or {})},
         "coefficients": {**p.coefficients(objective, encoder), **(coefficients or {})},
-        "recipe": {k: v for k, v in asdict(trained).items() if k not in _WATCHING} if trains else {},
+        "recipe": _recipe(p.recipe(objective, encoder), changes, objective_class(objective).trains),
         "clip": {"frames": p.frames, "size": p.size, "stride": stride_of(system, p.train_stride), "augment": p.augment, "noise": p.noise},
         "data": asdict(p.sims[system]) if system in p.sims else "The Well",
     }
     return json.loads(json.dumps(config))
 
-
+# %% ../nbs/02pa_runs.ipynb #58ea7077
 def system_of(config: dict) -> System:
     "The system of a run; with the paper's label transforms (no logarithm of Schmidt and Prandtl numbers) where the preset asks for them."
     system = get_system(config["system"])
