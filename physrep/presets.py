@@ -142,13 +142,13 @@ _LAPTOP_ENCODERS = {
         widths=(48, 96), depths=(2, 2), stem_kernel=(4, 4, 4), stem_stride=(4, 4, 4), strides=((2, 1, 1),), kernel_size=7,
         layer_scale=0.1,  # 1e-6, as for long trainings, keeps the blocks shut for all of a short one
     ),
-    "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=10000.0),
+    "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
 }
 _LAPTOP_OBJECTIVES = {
     "jepa": dict(
         invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, target="shared", momentum=0.99, noise=0.1, predictor_hidden=96, predictor_scale=0.1
     ),
-    "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2),
+    "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=32, decoder_depth=1),
     "supervised-convnext": dict(head="mlp"),
     "supervised-vit": dict(head="linear"),
     "random": {},
@@ -188,8 +188,9 @@ _LAPTOP = Preset(
     # every objective sees 1600 windows
     train={
         "jepa": TrainPreset(steps=50, batch_size=32, lr=3e-3, evaluations=3),
-        "mae": TrainPreset(steps=100, batch_size=16, lr=2e-3, weight_decay=0.005, evaluations=3),
-        "supervised": TrainPreset(steps=100, batch_size=16, lr=2e-3, evaluations=3),
+        "mae": TrainPreset(steps=100, batch_size=16, lr=1e-3, weight_decay=0.005, evaluations=3),
+        "supervised-convnext": TrainPreset(steps=100, batch_size=16, lr=2e-3, evaluations=3),
+        "supervised-vit": TrainPreset(steps=100, batch_size=16, lr=2e-3, warmup=0.3, evaluations=3),
         "random": TrainPreset(steps=0, batch_size=16, lr=1e-3),
     },
     probe_epochs=12,
