@@ -51,7 +51,7 @@ data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
 tune: TARGET = tuning
-tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, about an hour of one core
+tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, about half an hour of one core
 	@$(SNAKE) </dev/null
 	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/tuning.* $(FIGURES)/
 

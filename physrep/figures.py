@@ -425,7 +425,7 @@ def _forest(rows: pd.DataFrame, by: str, titles: Mapping[str, str], what: str = 
         _bands(axes, lines)
         _name_rows(axes[0], lines)
         if len(axes) > 2:  # narrow: few numbers on the axis
-            axes[0].locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])
+            axes[0].locator_params(axis="x", nbins=3, steps=[1, 2, 5, 10])
             for ax in axes:
                 ax.xaxis.set_minor_locator(AutoMinorLocator(2))
                 ax.grid(axis="x", which="minor")
