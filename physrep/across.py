@@ -120,16 +120,16 @@ def pretrain_jointly(
     recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items()}
     size = recipe.pop("batch_size")
 
-    def batches(split: str, **options) -> InTurn:
+    def batches(split: str, size: int, **options) -> InTurn:
         plain = dict(batch_size=size, size=config["clip"]["size"], device=device, seed=seed, **options)
         fit = {s: (normaliser_of(configs[s], w["train"]), LabelScaler.fit(system_of(configs[s]), w["train"].labels)) for s, w in windows.items()}
         return InTurn({s: Batches(w[split], normaliser=fit[s][0], scaler=fit[s][1], **plain) for s, w in windows.items()})
 
-    valid = batches("valid")
+    valid = batches("valid", size // recipe["accumulate"])
     write_json(folder / "provenance.json", {**provenance(*modules_of(config), "across", device=device), "systems": list(systems), "config": config})
     train(
-        model, batches("train", augment=config["clip"]["augment"], noise=config["clip"]["noise"], accumulate=recipe["accumulate"]), Recipe(**recipe), folder,
-        device=device, progress=progress, evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=size)), evaluations=4,
+        model, batches("train", size, augment=config["clip"]["augment"], noise=config["clip"]["noise"], accumulate=recipe["accumulate"]), Recipe(**recipe), folder,
+        device=device, progress=progress, evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=min(size, 96))), evaluations=4,
     )
     return model.encoder, folder
 

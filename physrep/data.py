@@ -85,15 +85,25 @@ class Windows:
     def read(self, indices: np.ndarray | list[int], out: torch.Tensor | None = None) -> torch.Tensor:
         "Windows `(b, c, t, h, w)` float32 on the CPU, into `out` if given (reuse it: fresh large buffers cost page faults)."
         out = torch.empty(len(indices), *self.shape) if out is None else out[: len(indices)]
-        view = out.numpy()
-        for row, n in enumerate(indices):
-            k, start = self.index[n]
-            if self.memory is not None:
-                view[row] = self.memory[k, :, start : start + self.frames]
-            else:
-                f, i = self.trajectories[k]
-                self.files[f].window(i, int(start), self.frames, crop=self.crop, out=view[row])
+        for slot, (k, start) in zip(out.numpy(), self.index[indices]):
+            self._copy(k, start, slot)
         return out
+
+    def read_frames(self, places: np.ndarray) -> torch.Tensor:
+        "Single frames `(n, c, 1, h, w)` float32 at `places (n, 2)`, of (trajectory, frame)."
+        channels, _, *grid = self.shape
+        out = torch.empty(len(places), channels, 1, *grid)
+        for slot, (k, frame) in zip(out.numpy(), places):
+            self._copy(k, frame, slot)
+        return out
+
+    def _copy(self, k: int, start: int, out: np.ndarray) -> None:
+        "As many frames of a trajectory as `out (c, t, h, w)` has room for."
+        if self.memory is not None:
+            out[:] = self.memory[k, :, start : start + out.shape[1]]
+        else:
+            f, i = self.trajectories[k]
+            self.files[f].window(i, int(start), out.shape[1], crop=self.crop, out=out)
 
     def targets(self, indices: np.ndarray | list[int]) -> np.ndarray:
         "Physical labels `(b, n_labels)` of windows."

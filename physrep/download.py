@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from .systems import System, get_system
-from .well import WellFile, WellFormatError
+from .well import DamagedFileError, WellFile, WellFormatError, find_folder, read_stats
 
 # %% ../nbs/00fb_download.ipynb #da3c9d24
 SPLITS = ("train", "valid", "test")
@@ -23,36 +23,42 @@ def check_files(
     system: System | str,
     sizes: Mapping[str, int | None] | None = None,  # path below the folder -> bytes; default: what is there, of any size
     *,
-    remove: bool = False,  # delete what is wrong
+    remove: bool = False,  # delete what is not whole: of another size, no HDF5 file, truncated
 ) -> list[str]:
     "What is wrong with the files of a set, a line each, empty if all are well; FileNotFoundError if there is none."
     folder, system = Path(folder), get_system(system) if isinstance(system, str) else system
     if sizes is None:
         sizes = {str(p.relative_to(folder)): None for p in sorted(folder.glob("data/*/*")) if p.suffix in (".h5", ".hdf5")}
+        sizes |= {"stats.yaml": None} if sizes and (folder / "stats.yaml").is_file() else {}
     if not sizes:
         raise FileNotFoundError(f"no .h5 or .hdf5 files in {folder}/data/<split>")
     problems = []
     for name, size in sizes.items():
         path = folder / name
-        why = _problem(path, system, size)
+        why, damaged = _problem(path, system, size)
         if why:
             problems.append(why)
-            if remove:
+            if remove and damaged:
                 path.unlink(missing_ok=True)
     return problems
 
 
-def _problem(path: Path, system: System, size: int | None) -> str:
-    "What is wrong with a file, empty if nothing is."
+def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
+    "What is wrong with a file, empty if nothing is; and whether another copy would help."
     if not path.is_file():
-        return f"{path}: missing"
-    if path.suffix in (".h5", ".hdf5"):
-        try:
-            WellFile(path, system)
-        except WellFormatError as error:  # says more than a wrong size would
-            return str(error)
+        return f"{path}: missing", True
     found = path.stat().st_size
-    return "" if size is None or found == size else f"{path}: {found} bytes, the server has {size}"
+    other = "" if size is None or found == size else f"{path}: {found} bytes, the server has {size}"
+    try:
+        if path.suffix in (".h5", ".hdf5"):
+            WellFile(path, system)
+        elif not other:
+            read_stats(path, system)
+    except DamagedFileError as error:  # says more than a wrong size would
+        return str(error), True
+    except WellFormatError as error:  # whole, and not what physrep expects: the same would come again
+        return other or str(error), bool(other)
+    return other, bool(other)
 
 # %% ../nbs/00fb_download.ipynb #59a4d28a
 def _client():
@@ -88,18 +94,23 @@ def download(
     data = [n for n in wanted if n != "stats.yaml"]
     if not data:
         raise ValueError(f"{name} has no files of split {' or '.join(splits)} that fit {pattern!r}")
-    missing = sum(size or 0 for n, size in wanted.items() if not (folder / n).is_file())
+    missing = sum(size or 0 for n, size in wanted.items() if not (folder / n).is_file() or (folder / n).stat().st_size != size)
+    missing -= sum(p.stat().st_size for p in folder.glob(".cache/huggingface/download/**/*.incomplete"))  # what the client goes on with
+    missing = max(missing, 0)
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < missing:
         raise ValueError(f"{folder}: {missing / 1e9:.1f} GB are still to come, the disk has {free / 1e9:.1f} GB free")
     say(f"{name}: {len(data)} files, {sum(size or 0 for size in wanted.values()) / 1e9:.1f} GB, {missing / 1e9:.1f} GB still to come")
-    problems = []
-    for _ in range(tries):
+    attempt = 0
+    while True:
+        attempt += 1
         client.snapshot_download(name, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=list(wanted))
         if not (problems := check_files(folder, system, wanted, remove=True)):
             return folder
-        say(f"{len(problems)} of {len(wanted)} files were wrong and are removed: {problems[0]}")
-    raise RuntimeError(f"after {tries} tries still wrong: " + "; ".join(problems))
+        gone = sum(not (folder / name).is_file() for name in wanted)
+        say(f"{len(problems)} of {len(wanted)} files are wrong, {gone} of them not whole and removed: {problems[0]}")
+        if not gone or attempt >= tries:
+            raise RuntimeError(f"after {attempt} {'try' if attempt == 1 else 'tries'} still wrong: " + "; ".join(problems))
 
 
 def _wanted(path: PurePosixPath, splits: Sequence[str], pattern: str) -> bool:
@@ -115,11 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("root", help="files go to ROOT/SYSTEM/data/SPLIT/")
     parser.add_argument("--split", action="append", choices=SPLITS, help="only this split (may be repeated)")
     parser.add_argument("--pattern", default="*", help="only files whose name fits, e.g. '*Reynolds_1e4*'")
-    parser.add_argument("--check", action="store_true", help="download nothing, check what is there")
+    parser.add_argument("--check", action="store_true", help="download nothing, check what is there (also in the folder of another client)")
+    parser.add_argument("--remove", action="store_true", help="with --check: delete files that are not whole")
     asked = parser.parse_args(arguments)
     try:
         if asked.check:
-            problems = check_files(Path(asked.root) / asked.system, asked.system)
+            problems = check_files(find_folder(asked.root, asked.system), asked.system, remove=asked.remove)
             print("\n".join(problems) or "all files are whole")
             return int(bool(problems))
         print(download(asked.system, asked.root, asked.split or SPLITS, pattern=asked.pattern))

@@ -158,7 +158,7 @@ _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubel
 # %% ../nbs/00a_presets.ipynb #239d41ee
 _SMOKE = Preset(
     name="smoke",
-    says="seconds; shows that everything runs, its numbers mean nothing",
+    says="a few minutes; shows that everything runs, its numbers mean nothing",
     sims={
         system: SimPreset(**_corners(numbers), counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36)
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
@@ -204,7 +204,7 @@ _LAPTOP = Preset(
 _GPU = Preset(
     name="gpu",
     systems=("shear_flow",),
-    says="one GPU: the paper's encoder on 128x128 simulations",
+    says="one GPU: the paper's encoder on 128x128 simulations of the shear flow",
     sims={
         "shear_flow": SimPreset(
             **_SHEAR | dict(grid=128, store_grid=128, dt=0.0125, grid_values={"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0), "Schmidt": (0.25, 0.5, 1.0, 2.0)}),

@@ -110,10 +110,11 @@ def regime_system(system: System) -> System:
 
 def regime_targets(windows: Windows, memory: int = 2**27) -> np.ndarray:
     "The number `(n,)` of every window, in its last frame, plus the regime's offset; where it is probed as a logarithm, at least 0.01."
-    batch = max(1, memory // (4 * math.prod(windows.shape)))  # windows read at a time
+    places, back = np.unique(windows.index + [0, windows.frames - 1], axis=0, return_inverse=True)  # windows that overlap may end in the same frame
+    batch = max(1, memory * windows.frames // (4 * math.prod(windows.shape)))  # frames read at a time
     options = {"heights": windows.positions} if windows.system.name == "rayleigh_benard" else {}
-    parts = [regime_labels(windows.read(np.arange(i, min(i + batch, len(windows)))).numpy(), windows.system, **options)[0] for i in range(0, len(windows), batch)]
-    values = np.concatenate(parts).astype(np.float64)
+    parts = [regime_labels(windows.read_frames(places[i : i + batch]).numpy(), windows.system, **options)[0] for i in range(0, len(places), batch)]
+    values = np.concatenate(parts).astype(np.float64)[back.ravel()]
     values += REGIMES[windows.system.name].offset
     return np.maximum(values, 0.01) if REGIMES[windows.system.name].log else values
 

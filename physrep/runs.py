@@ -136,7 +136,7 @@ def crop_of(system: str, preset: str) -> tuple | None:
 
 
 def load_splits(config: dict, data_dir: Path, splits: tuple[str, ...], *, frames: int, stride: int | None) -> dict[str, Windows]:
-    "Windows of these splits of a run's data, checked to share no initial condition."
+    "Windows of these splits of a run's data, checked to share no initial condition (where the files record them, as ours do; `physrep.report` looks for twins in others)."
     options = dict(frames=frames, stride=stride_of(config["system"], stride), crop=crop_of(config["system"], config["preset"]))
     windows = {s: Windows(data_dir, system_of(config), s, **options) for s in splits}
     check_disjoint(*windows.values())

@@ -4,12 +4,13 @@ import inspect
 import shutil
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 
 import physrep.download
 from physrep.download import check_files, download, main
-from physrep.well_write import write_well
+from physrep.well_write import write_stats, write_well
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def published(tmp_path):
             path = root / "data" / split / f"shear_flow_{name}.hdf5"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_well(path, "shear_flow", fields, {"Reynolds": float(name.split("_")[1]), "Schmidt": 1.0}, time=[0.0, 0.1], box=(1.0, 2.0))
-    (root / "stats.yaml").write_text("mean: {}\n")
+    write_stats(root, "shear_flow")
     (root / "README.md").write_text("words")
     (root / "data" / "train" / "gif").mkdir()
     (root / "data" / "train" / "gif" / "a.hdf5").write_text("no")
@@ -59,9 +60,34 @@ def test_only_what_is_asked_for_comes_and_the_second_call_brings_nothing(publish
 
 def test_a_file_that_stays_wrong_is_named_and_gone(published, tmp_path):
     client = Client(published, spoil=lambda name, call: "stats" in name or "test/shear_flow_Reynolds_5e4" in name)
-    with pytest.raises(RuntimeError, match=r"after 2 tries still wrong: .*test/shear_flow_Reynolds_5e4.hdf5.*stats.yaml: 8 bytes, the server has 9"):
+    with pytest.raises(RuntimeError, match=r"after 2 tries still wrong: .*test/shear_flow_Reynolds_5e4.hdf5.*stats.yaml: \d+ bytes, the server has \d+"):
         download("shear_flow", tmp_path / "mine", client=client, say=lambda text: None)
     assert len(client.calls) == 2 and len(list((tmp_path / "mine").rglob("*.hdf5"))) == 5
+
+
+def test_a_whole_file_that_physrep_cannot_use_is_named_and_stays(published, tmp_path):
+    with h5py.File(published / "data" / "valid" / "shear_flow_Reynolds_1e4.hdf5", "r+") as f:
+        f["dimensions"].attrs["spatial_dims"] = ["x", "z"]
+    client = Client(published)
+    with pytest.raises(RuntimeError, match=r"after 1 try still wrong: .*Reynolds_1e4.hdf5: dimensions@spatial_dims is \['x', 'z'\]"):
+        download("shear_flow", tmp_path / "mine", client=client, say=lambda text: None)
+    assert len(client.calls) == 1 and len(list((tmp_path / "mine").rglob("*.hdf5"))) == 6
+
+
+def test_what_has_come_already_needs_no_room(published, tmp_path, monkeypatch):
+    folder, said = tmp_path / "mine" / "shear_flow", []
+    (folder / "data" / "train").mkdir(parents=True)
+    shutil.copy(published / "data" / "train" / "shear_flow_Reynolds_1e4.hdf5", folder / "data" / "train")
+    (folder / "data" / "train" / "shear_flow_Reynolds_5e4.hdf5").write_bytes(b"half")  # of another size: comes again
+    part = folder / ".cache" / "huggingface" / "download" / "data" / "x.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(1000))
+    sizes = [p.stat().st_size for p in published.rglob("*") if p.suffix in (".hdf5", ".yaml") and p.parent.name != "gif"]
+    need = sum(sizes) - (published / "data" / "train" / "shear_flow_Reynolds_1e4.hdf5").stat().st_size - 1000
+    for free, enough in ((need - 1, False), (need, True)):
+        monkeypatch.setattr(physrep.download.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(RuntimeError if enough else ValueError, match="still wrong" if enough else "the disk has"):
+            download("shear_flow", tmp_path / "mine", client=Client(published, spoil=lambda name, call: True), tries=1, say=said.append)
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_first_byte(published, tmp_path, monkeypatch):
@@ -92,6 +118,12 @@ def test_check_from_the_command_line(published, tmp_path, capsys):
     assert main(["shear_flow", str(tmp_path / "mine"), "--check"]) == 0 and "all files are whole" in capsys.readouterr().out
     (tmp_path / "mine" / "shear_flow" / "data" / "valid" / "b.hdf5").write_text("<html>")
     assert main(["shear_flow", str(tmp_path / "mine"), "--check"]) == 1 and "b.hdf5: a web page" in capsys.readouterr().out
+    (tmp_path / "mine" / "shear_flow").rename(tmp_path / "hub")  # the folder itself, as the hub's client leaves it
+    (tmp_path / "hub" / "stats.yaml").write_text("<html>")
+    assert main(["shear_flow", str(tmp_path / "hub"), "--check", "--remove"]) == 1
+    out = capsys.readouterr().out
+    assert "b.hdf5: a web page" in out and "stats.yaml: not statistics but '<html>'" in out and not (tmp_path / "hub" / "data" / "valid" / "b.hdf5").exists()
+    assert main(["active_matter", str(tmp_path / "hub"), "--check"]) == 1 and "no .h5 or .hdf5 files of active_matter" in capsys.readouterr().out
 
 
 def test_the_client_has_the_face_that_is_used():

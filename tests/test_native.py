@@ -13,10 +13,11 @@ from the_well.data import WellDataset
 
 from physrep.data import Batches, LabelScaler, Normaliser, Windows
 from physrep.encoders.registry import load_encoder
+from physrep.evaluate import systems_of
 from physrep.presets import PRESETS, TrainPreset, get_preset
 from physrep.runs import clip_shape, crop_of, pretrain, resolve
-from physrep.systems import get_system
-from physrep.well import WellFile, find_files
+from physrep.systems import SYSTEMS, get_system
+from physrep.well import WellFile, find_files, find_folder
 from physrep.well_write import write_stats, write_well
 
 FRAMES = 4
@@ -76,6 +77,10 @@ def test_both_layouts_are_found(native, tmp_path):
     (tmp_path / "hub" / name).symlink_to(base / "datasets" / name)  # `hf download --local-dir hub/<name>`
     for root in (base, base / "datasets", base / "datasets" / name, tmp_path / "hub"):
         assert [p.name for p in find_files(root, name, "valid")] == [f"{name}_0.hdf5", f"{name}_1.hdf5"]
+        assert find_folder(root, name).resolve() == (base / "datasets" / name).resolve() and systems_of(get_preset("paper"), root) == (name,)
+    for other in set(SYSTEMS) - {name}:  # the folder of one set is not that of another
+        with pytest.raises(FileNotFoundError, match=f"no .h5 or .hdf5 files of {other}"):
+            find_files(base / "datasets" / name, other, "valid")
 
 
 def test_the_grid_is_understood(native):

@@ -88,6 +88,7 @@ def test_features_that_know_nothing_score_about_one_and_seeds_are_kept(smoke_dat
     windows = {s: Windows(smoke_data, "shear_flow", s, frames=8, stride=4) for s in ("train", "valid", "test")}
     targets = {s: regime_targets(w) for s, w in windows.items()}
     assert np.allclose(targets["test"], regime_labels(windows["test"].read(np.arange(len(windows["test"]))).numpy(), "shear_flow")[0])
+    assert np.array_equal(targets["test"], regime_targets(Windows(smoke_data, "shear_flow", "test", frames=8, stride=4, in_memory=False), memory=2**16)), "from files, and in parts"
 
     known = [{s: state_now(w, targets[s]) for s, w in windows.items()}], [{s: state_statistics(w) for s, w in windows.items()}]
     now = [r["value"] for f in known for r in regime_rows(probe_regime(f, windows, targets, probes=["linear"])) if r["metric"] == "mse" and r["when"] == "now"]

@@ -1,14 +1,16 @@
 """The data report where its notebook does not look: bad values, other systems, records, views that cannot be."""
 
+import warnings
+
 import h5py
 import numpy as np
 import pytest
 
 from physrep.data import Windows, check_disjoint
 from physrep.evaluate import window_flows
-from physrep.report import data_report, deal_flows, find_flows, leakage, write_leak_free
+from physrep.report import data_report, deal_flows, find_flows, leakage, main, write_leak_free
 from physrep.systems import get_system
-from physrep.well import WellFile
+from physrep.well import DamagedFileError, WellFile
 from physrep.well_write import write_well
 
 BOX = {"active_matter": (10.0, 10.0), "shear_flow": (1.0, 2.0), "rayleigh_benard": (4.0, 1.0)}
@@ -111,6 +113,45 @@ def test_views_move_with_their_sources(tmp_path):
     write_leak_free(shear(tmp_path / "here" / "published"), tmp_path / "here" / "view", "shear_flow")
     (tmp_path / "here").rename(tmp_path / "there")
     assert np.isfinite(Windows(tmp_path / "there" / "view", "shear_flow", "train", frames=2).read([0]).numpy()).all()
+
+
+@pytest.mark.parametrize("spoil, message", [(lambda p: p.unlink(), "is a view of .*Sc_0.5.hdf5, which is not there"), (lambda p: p.write_bytes(p.read_bytes()[:-4096]), "Sc_0.5.hdf5: truncated")])
+def test_views_of_what_is_gone_are_refused(tmp_path, spoil, message):
+    "HDF5 itself would read zeros."
+    write_leak_free(shear(tmp_path / "published"), tmp_path / "view", "shear_flow")
+    spoil(tmp_path / "published" / "shear_flow" / "data" / "train" / "Sc_0.5.hdf5")
+    with pytest.raises(DamagedFileError, match=message):
+        Windows(tmp_path / "view", "shear_flow", "train", frames=2)
+
+
+def test_a_flow_that_starts_with_nan_is_like_no_other(tmp_path):
+    velocity = np.random.default_rng(0).normal(size=(3, 1, 8, 16, 2)).astype(np.float32)
+    for split in ("train", "valid", "test"):
+        write(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": 1.0}, [0, 1, 2], n_frames=1, velocity=velocity)
+        with h5py.File(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "r+") as f:
+            f["t1_fields/velocity"][1] = np.nan
+    flows = find_flows(tmp_path, "shear_flow")
+    assert sorted(flows.groupby("flow").size()) == [1, 1, 1, 3, 3]
+    _, ranges = data_report(tmp_path, "shear_flow", ["train"], frames=1)
+    assert np.isfinite(ranges.to_numpy()).all(), "of the values that are finite"
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    assert main(["shear_flow", str(shear(tmp_path)), "--frames", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "not finite" in out and "velocity_x" in out and "trajectories with a twin" in out
+    assert main(["shear_flow", str(tmp_path), "--split", "unseen"]) == 1 and "splits with files" in capsys.readouterr().out
+    assert main(["shear", str(tmp_path)]) == 1 and "unknown system 'shear'" in capsys.readouterr().out
+
+
+def test_a_channel_without_a_finite_value_has_no_range(tmp_path):
+    write(tmp_path / "shear_flow" / "data" / "train" / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": 1.0}, [0])
+    with h5py.File(tmp_path / "shear_flow" / "data" / "train" / "a.hdf5", "r+") as f:
+        f["t0_fields/tracer"][:] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lines, ranges = data_report(tmp_path, "shear_flow", ["train"], frames=1)
+    assert ranges.loc["tracer"].isna().to_numpy().all() and ranges.drop(index="tracer").notna().to_numpy().all() and lines["not finite"].item() == 2 * 8 * 16
 
 
 def test_labels_that_vary_in_a_file_are_refused(tmp_path):
