@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SHARED', 'shared_names', 'translate', 'Translated', 'InTurn', 'joint_folder', 'pretrain_jointly',
-           'score_translated']
+           'load_joint', 'score_translated']
 
 # %% ../nbs/02x_across.ipynb #22eddc4b
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import filelock
 import torch
 
-from .data import Batches, LabelScaler, Windows
-from .encoders.registry import build_encoder
+from .data import Batches, LabelScaler, Normaliser, Windows
+from .encoders.registry import LoadedEncoder, build_encoder, read_encoder, save_encoder
 from .evaluate import Scored, write_scores
 from .objectives.registry import build_objective
 from .presets import get_preset, project_root
@@ -59,6 +61,10 @@ class Translated(torch.nn.Module):
         super().__init__()
         self.encoder, self.have, self.want = encoder.eval().requires_grad_(False), shared_names(system), list(channels)
 
+    @property
+    def dim(self) -> int:
+        return self.encoder.dim
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.encoder(translate(x, self.have, self.want))
 
@@ -92,6 +98,15 @@ def joint_folder(config: dict, systems: Sequence[str], fingerprints: Sequence[st
     return Path(run_dir or project_root() / "runs") / "across" / config["preset"] / "encoders" / name / f"seed{config['seed']}"
 
 
+def _joint_objective(config: dict) -> torch.nn.Module:
+    "The objective of a run around a new encoder of shared channels."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_for("encoder", config["encoder"], config["seed"]))
+        network = build_encoder(config["encoder"], in_channels=SHARED.n_channels, **config["encoder_config"])
+        torch.manual_seed(seed_for("objective", config["objective"], config["seed"]))
+        return build_objective(config["objective"], network, system=SHARED, shape=clip_shape(config), **config["coefficients"])
+
+
 def pretrain_jointly(
     systems: Sequence[str],
     objective: str,
@@ -102,36 +117,51 @@ def pretrain_jointly(
     *,
     seed: int = 0,
     device: str = "cpu",
+    minutes: float = math.inf,  # raise TimeUp after this time; the same call goes on
     progress: bool = True,
-) -> tuple[torch.nn.Module, Path]:
-    """One encoder of shared channels, trained on all `systems` with the recipe of the preset; it, and the folder with its checkpoint, metrics and record.
-    Goes on where it was stopped. ValueError for an objective that needs labels or is not trained (its labels would be of different systems)."""
+) -> Path:
+    """Trains one encoder of shared channels on all `systems` with the recipe of the preset; the folder with `encoder.safetensors`, checkpoint, metrics and record.
+    Goes on where it was stopped; of two processes the second waits. ValueError for an objective that needs labels (they differ) or is not trained; TimeUp."""
     configs = {s: resolve(s, objective, encoder, preset, seed=seed) for s in systems}
     config = configs[systems[0]]
     if not config["recipe"] or objective == "supervised":
         raise ValueError(f"only a self-supervised objective can be trained on several systems, got {objective!r}")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed_for("encoder", encoder, seed))
-        network = build_encoder(encoder, in_channels=SHARED.n_channels, **config["encoder_config"])
-        torch.manual_seed(seed_for("objective", objective, seed))
-        model = build_objective(objective, network, system=SHARED, shape=clip_shape(config), **config["coefficients"])
+    model, clip = _joint_objective(config), config["clip"]
     windows = {s: load_splits(c, Path(data_dir), ("train", "valid"), frames=model.frames, stride=c["clip"]["stride"]) for s, c in configs.items()}
     folder = joint_folder(config, systems, [w.fingerprint() for by in windows.values() for w in by.values()], run_dir)
+    normalisers = {s: normaliser_of(configs[s], w["train"]) for s, w in windows.items()}
     recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items()}
     size = recipe.pop("batch_size")
 
     def batches(split: str, size: int, **options) -> InTurn:
-        plain = dict(batch_size=size, size=config["clip"]["size"], device=device, seed=seed, **options)
-        fit = {s: (normaliser_of(configs[s], w["train"]), LabelScaler.fit(system_of(configs[s]), w["train"].labels)) for s, w in windows.items()}
-        return InTurn({s: Batches(w[split], normaliser=fit[s][0], scaler=fit[s][1], **plain) for s, w in windows.items()})
+        plain = dict(batch_size=size, size=clip["size"], device=device, seed=seed, **options)
+        scalers = {s: LabelScaler.fit(system_of(configs[s]), w["train"].labels) for s, w in windows.items()}
+        return InTurn({s: Batches(w[split], normaliser=normalisers[s], scaler=scalers[s], **plain) for s, w in windows.items()})
 
     valid = batches("valid", size // recipe["accumulate"])
-    write_json(folder / "provenance.json", {**provenance(*modules_of(config), "across", device=device), "systems": list(systems), "config": config})
-    train(
-        model, batches("train", size, augment=config["clip"]["augment"], noise=config["clip"]["noise"], accumulate=recipe["accumulate"]), Recipe(**recipe), folder,
-        device=device, progress=progress, evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=min(size, 96))), evaluations=4,
-    )
-    return model.encoder, folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".lock"):
+        write_json(folder / "provenance.json", {**provenance(*modules_of(config), "across", device=device), "systems": list(systems), "config": config})
+        train(
+            model, batches("train", size, augment=clip["augment"], noise=clip["noise"], accumulate=recipe["accumulate"]), Recipe(**recipe), folder,
+            device=device, minutes=minutes, progress=progress, evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=min(size, 96))), evaluations=4,
+        )
+        own = {s: {"mean": n.mean.tolist(), "std": n.std.tolist(), "dt": windows[s]["train"].files[0].dt} for s, n in normalisers.items()}
+        save_encoder(
+            folder / "encoder.safetensors", model.encoder, encoder, system=SHARED, normaliser=Normaliser.identity(SHARED), shape=clip_shape(config), dt=None,
+            systems=own, objective=objective, preset=preset, seed=seed,
+        )
+    return folder
+
+
+def load_joint(path: str | Path, system: str, device: str | torch.device = "cpu") -> LoadedEncoder:
+    "An encoder of `pretrain_jointly` for one of its systems: takes the system's own channels, in physical units by `embed`. FileNotFoundError, ValueError for another system."
+    network, info = read_encoder(path)
+    if system not in info.get("systems", {}):
+        raise ValueError(f"{path} was trained on {', '.join(info.get('systems', [info['system']]))}, not on {system}")
+    known = get_system(system)
+    mine = {k: v for k, v in info.items() if k != "systems"} | {"system": system, "channels": known.channels, **info["systems"][system]}
+    return LoadedEncoder(Translated(network, SHARED.channels, known), mine).to(device)
 
 # %% ../nbs/02x_across.ipynb #3adf219c
 def score_translated(
@@ -152,7 +182,7 @@ def score_translated(
     "Probes an encoder on a system that it may not have been made for, and writes its rows."
     system = windows["train"].system
     scaler, reader = LabelScaler.fit(system, windows["train"].labels), Translated(encoder, channels, system)
-    features = {s: features_of(reader, w, scaler, size=get_preset(preset).size, device=device, progress=progress) for s, w in windows.items()}
+    features = {s: features_of(reader, w, scaler, size=get_preset(preset).size, device=device, scratch=folder, progress=progress) for s, w in windows.items()}
     fitted = fit_probes(features, scaler, get_preset(preset), probes=probes, seed=seed, device=device, progress=progress)
     predictions = {(name, s): probe.predict(f) for name, probe in fitted.items() for s, f in features.items() if s != "train"}
     record = provenance("across", device=device)

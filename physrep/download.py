@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from .systems import System, get_system
-from .well import DamagedFileError, WellFile, WellFormatError, find_folder, read_stats
+from .well import DamagedFileError, WellFile, WellFormatError
+from .well_sets import find_folder, read_stats
 
 # %% ../nbs/00fb_download.ipynb #da3c9d24
 SPLITS = ("train", "valid", "test")

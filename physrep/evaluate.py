@@ -32,7 +32,7 @@ from .report import find_flows
 from .results import write_result
 from .runs import baseline_folder, modules_of, resolve, restore, run_folder, system_of
 from .scores import score, score_difference
-from .well import find_files
+from .well_sets import find_files
 
 # %% ../nbs/02t_evaluate.ipynb #50d716bd
 ROWS: tuple[tuple[str, str], ...] = (
@@ -107,7 +107,7 @@ def score_encoder(
 ) -> Scored:
     "Probes a frozen encoder as every row of the table is probed, and writes its rows."
     scaler = LabelScaler.fit(windows["train"].system, windows["train"].labels)
-    features = {s: features_of(encoder, w, scaler, normaliser=normaliser, device=device, progress=progress) for s, w in windows.items()}
+    features = {s: features_of(encoder, w, scaler, normaliser=normaliser, device=device, scratch=folder, progress=progress) for s, w in windows.items()}
     probes = fit_probes(features, scaler, get_preset(preset), seed=seed, device=device, progress=progress)
     for name, probe in probes.items():
         probe.save(Path(folder) / f"probe-{name}.safetensors")
@@ -151,7 +151,7 @@ def score_run(
     folder, preset, size, started = run_folder(config, run_dir), get_preset(config["preset"]), config["clip"]["size"], time.monotonic()
     encoder, windows = load_encoder(folder, device), windows or probe_splits(config, data_dir)
     scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
-    features = {s: features_of(encoder, w, scaler, size=size, device=device, cache=folder / "features" if cache else None, progress=progress) for s, w in windows.items()}
+    features = {s: features_of(encoder, w, scaler, size=size, device=device, cache=folder / "features" if cache else None, scratch=folder, progress=progress) for s, w in windows.items()}
     options = dict(seed=config["seed"], device=device, progress=progress)
     fitted = fit_probes(features, scaler, preset, probes=[p for p in FROZEN if p in probes], **options)
     for name, probe in fitted.items():

@@ -9,6 +9,7 @@ __all__ = ['Features', 'extract', 'tensors_digest', 'weights_digest', 'encoder_d
 # %% ../nbs/02pb_features.ipynb #01c7028c
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -62,10 +63,10 @@ class Features:
     @cached_property
     def pooled(self) -> Tensor:
         "Mean over tokens `(n, d)`, float32."
-        return self.tokens.mean(dim=1, dtype=torch.float32)
+        return torch.cat([part.mean(dim=1, dtype=torch.float32) for part in self.tokens.split(64)])
 
     def subset(self, index: np.ndarray) -> "Features":
-        "The windows with these indices (or where this mask is true)."
+        "A copy of the windows with these indices (or where this mask is true)."
         return Features(self.tokens[torch.as_tensor(index)], self.labels[index], self.groups[index], self.info)
 
 # %% ../nbs/02pb_features.ipynb #113f2bab
@@ -77,6 +78,34 @@ def _enough(tokens: Tensor, dtype: torch.dtype = torch.float16) -> bool:
     return bool(torch.isfinite(error).all() and (error[alive] <= 0.03 * std[alive]).all())
 
 
+class _Pile:
+    "Tensors `(b, ...)` put one on another, in memory until they are larger than `limit` bytes, then in an unnamed file in `folder`."
+
+    def __init__(self, limit: int, folder: Path | None):
+        self.limit, self.folder, self.file = limit, folder, None
+        self.parts, self.size, self.count = [], 0, 0
+
+    def add(self, part: Tensor) -> None:
+        self.parts.append(part.contiguous())
+        self.size, self.count, self.like = self.size + part.nbytes, self.count + len(part), part
+        if self.file is None and self.size > self.limit:
+            if self.folder:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=self.folder)
+        if self.file:
+            for waiting in self.parts:
+                self.file.write(waiting.view(-1).view(torch.uint8).numpy())
+            self.parts.clear()
+
+    def tensor(self) -> Tensor:
+        "All of them as one, mapped if they are in the file."
+        if self.file is None:
+            return torch.cat(self.parts)
+        self.file.flush()
+        plain = torch.from_numpy(np.memmap(self.file, dtype=np.uint8, mode="r+", shape=(self.size,)))
+        return plain.view(self.like.dtype).view(self.count, *self.like.shape[1:])
+
+
 def extract(
     encoder: nn.Module,  # `(b, c, t, h, w) -> (b, tokens, d)`
     batches: Iterable[dict],  # with "fields" (b, c, t, h, w)
@@ -84,25 +113,28 @@ def extract(
     device: str | torch.device = "cpu",
     amp: bool = False,  # bfloat16 autocast
     dtype: torch.dtype | None = None,  # of the result; None: float16, or float32 where rounding would harm the first batch
+    memory_limit: int = 2**31,  # bytes; larger results are mapped from a file
+    scratch: str | Path | None = None,  # folder for that file; default: the system's for temporary files, which may be memory itself
     progress: bool = True,
 ) -> Tensor:
     "Tokens `(n, tokens, d)` on the CPU of all windows in `batches`, in their order; ValueError for no batch or an overflow."
     was_training = encoder.training
     encoder.to(device).eval()
-    parts = []
+    pile = _Pile(memory_limit, Path(scratch) if scratch else None)
     try:
         with torch.no_grad(), torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=amp):
-            for batch in tqdm(batches, desc="features", disable=not progress, leave=False):
+            for i, batch in enumerate(tqdm(batches, desc="features", disable=not progress, leave=False)):
                 tokens = encoder(batch["fields"].to(device))
                 dtype = dtype or (torch.float16 if _enough(tokens) else torch.float32)
-                parts.append(tokens.to("cpu", dtype))
-                if not torch.isfinite(parts[-1]).all():
-                    raise ValueError(f"tokens are not finite as {dtype} in batch {len(parts) - 1}; try dtype=torch.float32")
+                tokens = tokens.to("cpu", dtype)
+                if not torch.isfinite(tokens).all():
+                    raise ValueError(f"tokens are not finite as {dtype} in batch {i}; try dtype=torch.float32")
+                pile.add(tokens)
     finally:
         encoder.train(was_training)
-    if not parts:
+    if not pile.count:
         raise ValueError("no batches, so no features")
-    return torch.cat(parts)
+    return pile.tensor()
 
 # %% ../nbs/02pb_features.ipynb #955ce347
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -140,18 +172,22 @@ def _file_digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return hashlib.blake2b((tensors_digest(tensors) + text).encode(), digest_size=16).hexdigest()
 
 
+def _open_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    "Mapped tensors and metadata of a safetensors file; FileNotFoundError, ValueError."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (mapped, so do not change the file while they are in use) and info of a file of `write_tensors`.
 
     Raises FileNotFoundError, or ValueError that names the file and says what is wrong with it."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        with safe_open(path, "pt") as f:
-            metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+    tensors, metadata = _open_tensors(path)
     try:
         text, digest = json.loads(metadata["physrep"])
     except (KeyError, TypeError, ValueError):
@@ -192,9 +228,8 @@ def cached(
             say(f"{path.name} holds features of another key ({_differences(found, key)}); it is made again")
         except ValueError as error:
             say(f"{str(error).replace(str(path), path.name)}; it is made again")
-    tokens = make()
-    write_tensors(path, {"tokens": tokens}, key)
-    return tokens
+    write_tensors(path, {"tokens": make()}, key)
+    return _open_tensors(path)[0]["tokens"]  # mapped, as for the next caller: what `make` held is free
 
 
 def _differences(found: object, wanted: dict) -> str:

@@ -38,7 +38,8 @@ def features_of(
     normaliser: Normaliser | None = None,  # default: the encoder's own; for a module without one, the training statistics of the data
     size: int | None = None,
     device: str = "cpu",
-    cache: str | Path | None = None,  # folder; for a LoadedEncoder
+    cache: str | Path | None = None,  # folder that keeps the tokens of a LoadedEncoder
+    scratch: str | Path | None = None,  # folder for tokens that are too large for memory, while they are in use; default: `cache`
     progress: bool = True,
 ) -> Features:
     "Frozen tokens of all windows with their physical labels and groups. ValueError for a normaliser that is not the one of a LoadedEncoder."
@@ -49,7 +50,7 @@ def features_of(
     batches = Batches(windows, batch_size=64, normaliser=normaliser, scaler=scaler, size=size, device=device)
 
     def make() -> torch.Tensor:
-        return extract(encoder, batches.evaluation(), device=device, progress=progress)
+        return extract(encoder, batches.evaluation(), device=device, scratch=scratch or cache, progress=progress)
 
     tokens = cached(cache, windows.split, features_key(encoder, windows, size=size, device=device), make) if cache and known else make()
     info = {"split": windows.split} | ({"encoder": encoder_digest(encoder)} if known else {})
@@ -69,7 +70,7 @@ def valid_scores(config: dict, data_dir: str | Path, run_dir: str | Path | None 
     encoder = load_encoder(folder, device)
     windows = load_splits(config, Path(data_dir), ("train", "valid"), frames=config["clip"]["frames"], stride=preset.probe_stride)
     scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
-    features = {s: features_of(encoder, w, scaler, size=config["clip"]["size"], device=device, progress=progress) for s, w in windows.items()}
+    features = {s: features_of(encoder, w, scaler, size=config["clip"]["size"], device=device, scratch=folder, progress=progress) for s, w in windows.items()}
     errors, chosen = {}, {}
     for name, probe in fit_probes(features, scaler, preset, seed=config["seed"], device=device, progress=progress).items():
         z = scaler.clip(scaler.transform(probe.predict(features["valid"])))

@@ -177,7 +177,7 @@ def probe_regime(
     windows: Mapping[str, Windows],
     targets: Mapping[str, np.ndarray],  # of `regime_targets`, split -> (n,)
     *,
-    probes: Sequence[str] = ("linear", "knn"),
+    probes: Sequence[str] = ("linear", "knn"),  # of the mean token
 ) -> dict[tuple[str, str, str], Answers]:
     """Answers of one method by (when, probe, split): fitted on train, selected on valid. *now* and *later* are asked of the same windows, those that another follows."""
     system, found = regime_system(windows["train"].system), {}
@@ -185,7 +185,7 @@ def probe_regime(
         pairs = {s: (now, then if when == "later" else now) for s, w in windows.items() for now, then in [later(w)]}
         truth = {s: targets[s][then][:, None] for s, (_, then) in pairs.items()}
         scaler = LabelScaler.fit(system, truth["train"])
-        given = [{s: Features(f[s].tokens[now], truth[s], f[s].groups[now]) for s, (now, _) in pairs.items()} for f in features]
+        given = [{s: Features(f[s].pooled[now][:, None], truth[s], f[s].groups[now]) for s, (now, _) in pairs.items()} for f in features]
         for probe in probes:
             fitted = [fit_probe(probe, g["train"], g["valid"], scaler) for g in given]
             for s in (s for s in windows if s not in ("train", "valid")):

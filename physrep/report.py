@@ -22,7 +22,8 @@ from scipy.spatial import cKDTree
 from .provenance import atomic_path
 from .randomness import generator, seed_for
 from .systems import System, get_system
-from .well import INITIAL_CONDITION, WellFile, find_files
+from .well import INITIAL_CONDITION, WellFile
+from .well_sets import find_files
 from .well_write import write_stats
 
 # %% ../nbs/00fa_report.ipynb #59efc738

@@ -26,7 +26,7 @@ from .presets import TrainPreset, get_preset, project_root
 from .provenance import module_digests, provenance, read_json, write_json
 from .readout import valid_scores
 from .runs import config_hash, modules_of, pretrain, resolve
-from .well import find_files, fingerprint
+from .well_sets import find_files, fingerprint
 
 # %% ../nbs/02u_tuning.ipynb #e1683b4b
 PARTS = ("coefficients", "encoder_config", "recipe")

@@ -19,7 +19,7 @@ from .presets import get_preset, project_root
 from .provenance import code_digest, module_digests, notebook_digest, read_json
 from .runs import default_data_dir, modules_of, resolve, run_folder
 from .systems import SYSTEMS
-from .well import find_files, fingerprint
+from .well_sets import find_files, fingerprint
 
 # %% ../nbs/02sb_verify.ipynb #f6230d53
 def _broken_files(folder: Path, record: dict) -> list[str]:

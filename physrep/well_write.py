@@ -19,7 +19,8 @@ import yaml
 
 from .provenance import atomic_path
 from .systems import System, get_system
-from .well import INITIAL_CONDITION, STATS, WellFile, WellFormatError, find_files
+from .well import INITIAL_CONDITION, WellFile, WellFormatError
+from .well_sets import STATS, find_files
 
 # %% ../nbs/00eb_well_write.ipynb #66413f64
 def _strings(names: Iterable[str]) -> np.ndarray:

@@ -17,7 +17,8 @@ from physrep.evaluate import systems_of
 from physrep.presets import PRESETS, TrainPreset, get_preset
 from physrep.runs import clip_shape, crop_of, pretrain, resolve
 from physrep.systems import SYSTEMS, get_system
-from physrep.well import WellFile, find_files, find_folder
+from physrep.well import WellFile
+from physrep.well_sets import find_files, find_folder
 from physrep.well_write import write_stats, write_well
 
 FRAMES = 4

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # each imports only what stands before it
 FLOORS = [
-    {"systems", "presets", "randomness", "provenance", "parameters"}, {"well", "sim"}, {"well_write"}, {"generate", "data", "report", "download"}, {"encoders", "heads"},
+    {"systems", "presets", "randomness", "provenance", "parameters"}, {"well", "sim"}, {"well_sets"}, {"well_write"}, {"generate", "data", "report", "download"}, {"encoders", "heads"},
     {"objectives"}, {"training", "runs", "features", "scores", "probing", "baselines"}, {"results", "comparison", "readout"}, {"figures", "evaluate"},
     {"verify", "tuning", "cost", "regimes", "across"}, {"explore"},
 ]

@@ -15,7 +15,7 @@ from physrep.presets import get_preset
 from physrep.provenance import module_digests, read_json, write_json
 from physrep.runs import resolve, run_folder
 from physrep.verify import main, verify
-from physrep.well import find_files, fingerprint
+from physrep.well_sets import find_files, fingerprint
 
 TABLE = pd.DataFrame({"x": [1.0, 2.0]})
 

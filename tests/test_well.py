@@ -13,7 +13,8 @@ from the_well.data import WellDataset
 from the_well.data.normalization import RMSNormalization, ZScoreNormalization
 
 from physrep.systems import SYSTEMS, get_system
-from physrep.well import STATS, WellFile, WellFormatError, channel_stats, find_files, fingerprint, read_stats
+from physrep.well import WellFile, WellFormatError
+from physrep.well_sets import STATS, channel_stats, find_files, fingerprint, read_stats
 from physrep.well_write import write_stats, write_well
 
 NX, NY, FRAMES = 12, 10, 9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'SHIPPED', 'encoder_module', 'build_encoder', 'save_encoder', 'LoadedEncoder', 'model_folder',
-           'load_encoder']
+           'read_encoder', 'load_encoder']
 
 # %% ../../nbs/01e_registry.ipynb #46906739
 import importlib
@@ -20,7 +20,7 @@ from torch import nn
 
 from ..data import Normaliser
 from ..provenance import atomic_path
-from ..systems import get_system
+from ..systems import System, get_system
 
 # %% ../../nbs/01e_registry.ipynb #16f26450
 ENCODERS = {"convnext": "physrep.encoders.convnext:ConvNeXt", "vit": "physrep.encoders.vit:ViT"}
@@ -39,10 +39,11 @@ def build_encoder(name: str, *, in_channels: int, **config) -> nn.Module:
     return getattr(module, ENCODERS[name].split(":")[1])(in_channels, **config)
 
 # %% ../../nbs/01e_registry.ipynb #ba33c4a5
-def save_encoder(path: str | Path, encoder: nn.Module, name: str, *, system: str, normaliser: Normaliser, shape: tuple[int, int, int], dt: float, **extra) -> None:
+def save_encoder(path: str | Path, encoder: nn.Module, name: str, *, system: str | System, normaliser: Normaliser, shape: tuple[int, int, int], dt: float | None, **extra) -> None:
     "Writes weights, configuration, field order, normalisation, clip shape `(t, h, w)`, time between frames and `extra`, whole or not at all."
+    system = get_system(system) if isinstance(system, str) else system
     info = {
-        "name": name, "config": dict(encoder.config), "system": system, "channels": get_system(system).channels, "shape": list(shape), "dt": dt,
+        "name": name, "config": dict(encoder.config), "system": system.name, "channels": system.channels, "shape": list(shape), "dt": dt,
         "mean": normaliser.mean.tolist(), "std": normaliser.std.tolist(), **extra,
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
@@ -96,8 +97,8 @@ def model_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"no encoder at {path}: give a finished run folder, its encoder.safetensors, or a name that comes with physrep ({', '.join(names)})")
 
 
-def load_encoder(path: str | Path, device: str | torch.device = "cpu") -> LoadedEncoder:
-    """Loads an encoder: the path of its `encoder.safetensors`, the run folder that holds it, or the name of one that comes with physrep.
+def read_encoder(path: str | Path) -> tuple[nn.Module, dict]:
+    """The network and all that came with its weights: from its `encoder.safetensors`, the run folder that holds it, or by the name of one that comes with physrep.
     Raises FileNotFoundError, or ValueError that names a file that is no encoder of physrep."""
     path = Path(path) if Path(path).is_file() else model_folder(path) / "encoder.safetensors"
     if not path.is_file():
@@ -114,4 +115,12 @@ def load_encoder(path: str | Path, device: str | torch.device = "cpu") -> Loaded
     config = {k: v for k, v in info["config"].items() if k != "in_channels"}
     encoder = build_encoder(info["name"], in_channels=len(info["channels"]), **config)
     encoder.load_state_dict(tensors)
+    return encoder, info
+
+
+def load_encoder(path: str | Path, device: str | torch.device = "cpu") -> LoadedEncoder:
+    "The frozen encoder at `path`, as for `read_encoder`; ValueError too for one of several systems, which `physrep.across.load_joint` loads."
+    encoder, info = read_encoder(path)
+    if "systems" in info:
+        raise ValueError(f"{path} reads {', '.join(info['systems'])} in shared channels: physrep.across.load_joint(path, system) loads it for one of them")
     return LoadedEncoder(encoder, info).to(device)
