@@ -203,12 +203,13 @@ _LAPTOP = Preset(
 # %% ../nbs/00a_presets.ipynb #2bedaa9e
 _GPU = Preset(
     name="gpu",
-    systems=("shear_flow",),
-    says="one GPU: the paper's encoder on 128x128 simulations of the shear flow",
+    says="one GPU: the paper's encoder on 128x128 simulations",
     sims={
-        "shear_flow": SimPreset(
-            **_SHEAR | dict(grid=128, store_grid=128, dt=0.0125, grid_values={"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0), "Schmidt": (0.25, 0.5, 1.0, 2.0)}),
-            counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48,
+        system: SimPreset(**numbers, counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48)
+        for system, numbers in (
+            ("shear_flow", _SHEAR | dict(grid=128, store_grid=128, dt=0.00625, grid_values=_SHEAR_GRID | {"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0)})),
+            ("rayleigh_benard", _CONVECTION | dict(grid=(128, 128), store_grid=128, dt=0.0025)),
+            ("active_matter", _MATTER | dict(grid=128, store_grid=128, dt=0.025)),
         )
     },
     encoders={"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))},

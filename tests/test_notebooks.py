@@ -84,7 +84,7 @@ def test_pretrain_piped_makes_missing_data(tmp_path):
         (("-p", "objectiv", "mae"), "unknown parameter objectiv; this notebook has: system, objective"),
         (("-p", "objective", "mea"), "unknown objective 'mea'; valid: jepa, mae, supervised, random"),
         (("-p", "steps", "many"), "parameter steps must be int"),
-        (("-p", "preset", "gpu", "-p", "system", "active_matter"), "preset gpu simulates shear_flow, not active_matter"),
+        (("-p", "system", "acoustics"), "unknown system 'acoustics'; valid: "),
     ],
 )
 def test_pretrain_refuses_what_it_does_not_know(parameters, message, tmp_path):
