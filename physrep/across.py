@@ -123,12 +123,16 @@ def pretrain_jointly(
     """Trains one encoder of shared channels on all `systems` with the recipe of the preset; the folder with `encoder.safetensors`, checkpoint, metrics and record.
     Goes on where it was stopped; of two processes the second waits. ValueError for an objective that needs labels (they differ) or is not trained; TimeUp."""
     configs = {s: resolve(s, objective, encoder, preset, seed=seed) for s in systems}
+    shapes = {s: clip_shape(c) for s, c in configs.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"clips of systems that are trained together must have one shape (t, h, w); of preset {preset} they have {shapes}")
     config = configs[systems[0]]
     if not config["recipe"] or objective == "supervised":
         raise ValueError(f"only a self-supervised objective can be trained on several systems, got {objective!r}")
     model, clip = _joint_objective(config), config["clip"]
     windows = {s: load_splits(c, Path(data_dir), ("train", "valid"), frames=model.frames, stride=c["clip"]["stride"]) for s, c in configs.items()}
-    folder = joint_folder(config, systems, [w.fingerprint() for by in windows.values() for w in by.values()], run_dir)
+    fingerprints = [w.fingerprint() for by in windows.values() for w in by.values()]
+    folder = joint_folder(config, systems, fingerprints, run_dir)
     normalisers = {s: normaliser_of(configs[s], w["train"]) for s, w in windows.items()}
     recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items()}
     size = recipe.pop("batch_size")
@@ -141,7 +145,9 @@ def pretrain_jointly(
     valid = batches("valid", size // recipe["accumulate"])
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
-        write_json(folder / "provenance.json", {**provenance(*modules_of(config), "across", device=device), "systems": list(systems), "config": config})
+        if (folder / "encoder.safetensors").is_file():  # finished: the name of the folder says by which code, on which data
+            return folder
+        write_json(folder / "provenance.json", {**provenance(*modules_of(config), "across", device=device, data="-".join(fingerprints)), "systems": list(systems), "config": config})
         train(
             model, batches("train", size, augment=clip["augment"], noise=clip["noise"], accumulate=recipe["accumulate"]), Recipe(**recipe), folder,
             device=device, minutes=minutes, progress=progress, evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=min(size, 96))), evaluations=4,
@@ -157,11 +163,13 @@ def pretrain_jointly(
 def load_joint(path: str | Path, system: str, device: str | torch.device = "cpu") -> LoadedEncoder:
     "An encoder of `pretrain_jointly` for one of its systems: takes the system's own channels, in physical units by `embed`. FileNotFoundError, ValueError for another system."
     network, info = read_encoder(path)
-    if system not in info.get("systems", {}):
-        raise ValueError(f"{path} was trained on {', '.join(info.get('systems', [info['system']]))}, not on {system}")
-    known = get_system(system)
-    mine = {k: v for k, v in info.items() if k != "systems"} | {"system": system, "channels": known.channels, **info["systems"][system]}
-    return LoadedEncoder(Translated(network, SHARED.channels, known), mine).to(device)
+    if "systems" not in info:
+        raise ValueError(f"{path} is an encoder of {info['system']} alone: physrep.encoders.registry.load_encoder loads it")
+    if system not in info["systems"]:
+        raise ValueError(f"{path} was trained on {', '.join(info['systems'])}, not on {system!r}")
+    known, reads = get_system(system), info["channels"]
+    mine = {k: v for k, v in info.items() if k != "systems"} | {"system": system, "channels": known.channels, "reads": reads, **info["systems"][system]}
+    return LoadedEncoder(Translated(network, reads, known), mine).to(device)
 
 # %% ../nbs/02x_across.ipynb #3adf219c
 def score_translated(

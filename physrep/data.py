@@ -68,7 +68,12 @@ class Trajectories:
         self.positions = self.files[0].positions if self.whole[1] else None  # (w,) along a second axis between walls, from 0 to 1
         size = sum(f.n_trajectories * f.n_frames for f in self.files) * self.system.n_channels * int(np.prod(self.grid)) * 4
         same = len({(f.n_frames, f.grid) for f in self.files}) == 1
-        self.memory = _load(self.files, crop, self.grid) if (same and size <= memory_limit if in_memory is None else in_memory) else None
+        self.in_memory = same and size <= memory_limit if in_memory is None else in_memory
+
+    @cached_property
+    def memory(self) -> np.ndarray | None:
+        "All trajectories `(trajectories, c, t, h, w)`, loaded at first use; None if they are read from the files."
+        return _load(self.files, self.crop, self.grid) if self.in_memory else None
 
     def copy(self, k: int, start: int, out: np.ndarray) -> None:
         "As many frames of trajectory `k` as `out (c, t, h, w)` has room for, from frame `start` on."

@@ -228,7 +228,7 @@ def predict_windows(config: dict, windows: Windows, run_dir: str | Path | None =
     "What the saved probes of a finished run predict `(n, n_labels)`, physical, by probe."
     folder = run_folder(config, run_dir)
     encoder, fitted = load_encoder(folder, device), {name: load_probe(folder / f"probe-{name}.safetensors") for name in probes}
-    features = features_of(encoder, windows, fitted[probes[0]].scaler, size=config["clip"]["size"], device=device, progress=False)
+    features = features_of(encoder, windows, fitted[probes[0]].scaler, size=config["clip"]["size"], device=device, scratch=folder, progress=False)
     return {name: probe.predict(features) for name, probe in fitted.items()}
 
 

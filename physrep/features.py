@@ -10,6 +10,7 @@ __all__ = ['Features', 'extract', 'tensors_digest', 'weights_digest', 'encoder_d
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,26 +84,35 @@ class _Pile:
 
     def __init__(self, limit: int, folder: Path | None):
         self.limit, self.folder, self.file = limit, folder, None
-        self.parts, self.size, self.count = [], 0, 0
+        self.parts, self.size, self.count, self.like = [], 0, 0, None
 
     def add(self, part: Tensor) -> None:
+        if self.like is not None and self.like.shape[1:] != part.shape[1:]:
+            raise ValueError(f"tokens must have the same shape in every batch, got {tuple(self.like.shape[1:])} and then {tuple(part.shape[1:])}")
         self.parts.append(part.contiguous())
-        self.size, self.count, self.like = self.size + part.nbytes, self.count + len(part), part
-        if self.file is None and self.size > self.limit:
+        self.size, self.count, self.like = self.size + part.nbytes, self.count + len(part), part[:0]
+        if self.size > self.limit:
+            try:
+                self._write()
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror}, with {self.size / 1e9:.1f} GB of tokens so far, in {self.folder or tempfile.gettempdir()}") from error
+
+    def _write(self) -> None:
+        if self.file is None:
             if self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.file = tempfile.TemporaryFile(dir=self.folder)
-        if self.file:
-            for waiting in self.parts:
-                self.file.write(waiting.view(-1).view(torch.uint8).numpy())
-            self.parts.clear()
+        for waiting in self.parts:
+            self.file.write(waiting.view(-1).view(torch.uint8).numpy())
+        self.file.flush()
+        self.parts.clear()
 
     def tensor(self) -> Tensor:
         "All of them as one, mapped if they are in the file."
         if self.file is None:
             return torch.cat(self.parts)
-        self.file.flush()
-        plain = torch.from_numpy(np.memmap(self.file, dtype=np.uint8, mode="r+", shape=(self.size,)))
+        with self.file:  # the mapping outlives it
+            plain = torch.from_numpy(np.memmap(self.file, dtype=np.uint8, mode="r+", shape=(self.size,)))
         return plain.view(self.like.dtype).view(self.count, *self.like.shape[1:])
 
 
@@ -154,11 +164,14 @@ def weights_digest(module: nn.Module) -> str:
 # %% ../nbs/02pb_features.ipynb #4936984e
 def encoder_digest(encoder: LoadedEncoder) -> str:
     "Names what turns physical fields into tokens: architecture, configuration, channels, time step, normalisation and weights. The device does not matter."
-    names = ("name", "config", "system", "channels", "dt", "mean", "std")
-    text = json.dumps({k: encoder.info[k] for k in names}, sort_keys=True) + weights_digest(encoder.encoder)
+    names = ("name", "config", "system", "channels", "dt", "mean", "std", "reads")
+    text = json.dumps({k: encoder.info[k] for k in names if k in encoder.info}, sort_keys=True) + weights_digest(encoder.encoder)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 # %% ../nbs/02pb_features.ipynb #9a115e00
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], info: dict) -> None:
     "Writes tensors, `info` (JSON) and a digest of both, whole or not at all."
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -181,6 +194,24 @@ def _open_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+    except RuntimeError:  # larger than memory: torch maps so that edits stay private, and for those Linux wants room
+        return _open_read_only(path)
+
+
+def _open_read_only(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    "The same of a sound file, mapped in a way that needs no memory; writing to such a tensor ends the process."
+    with open(path, "rb") as f:
+        start = 8 + int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(start - 8))
+    metadata = header.pop("__metadata__", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says what the docstring says
+        whole = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        tensors[name] = whole[start + first : start + last].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors, metadata
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -250,7 +281,7 @@ def features_key(
     "All that the tokens of these windows depend on, for `cached`."
     return {
         "encoder": encoder_digest(encoder),
-        "code": code_digest(encoder_module(encoder.info["name"]), "features", "data"),
+        "code": code_digest(encoder_module(encoder.info["name"]), "features", "data", *(["across"] if "reads" in encoder.info else [])),
         "data": windows.fingerprint(),
         "windows": {
             "system": windows.system.name, "split": windows.split, "frames": windows.frames, "stride": windows.stride,

@@ -83,10 +83,25 @@ def test_a_joint_encoder_is_loaded_for_one_of_its_systems(two, tmp_path):
         fields = own.read([0, 1])
         whole = encoder.encoder.encoder(translate(Normaliser.load(two, get_system(name))(fields), shared_names(get_system(name)), SHARED.channels))
         assert abs(encoder.embed(fields, own.files[0].dt) - whole.mean(1).numpy()).max() < 1e-5
-    with pytest.raises(ValueError, match=f"was trained on {', '.join(sorted(PAIR))}, not on rayleigh_benard"):
+    with pytest.raises(ValueError, match=f"was trained on {', '.join(sorted(PAIR))}, not on 'rayleigh_benard'"):
         load_joint(folder, "rayleigh_benard")
     with pytest.raises(ValueError, match="load_joint"):
         load_encoder(folder)
+    with pytest.raises(ValueError, match="is an encoder of shear_flow alone"):
+        load_joint("shear_flow-jepa-convnext", "shear_flow")
+
+
+def test_a_finished_joint_encoder_is_left_as_it_is(two, tmp_path):
+    options = dict(systems=PAIR, objective="mae", encoder="vit", preset="smoke", data_dir=two, run_dir=tmp_path, progress=False)
+    folder = pretrain_jointly(**options)
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}
+    assert pretrain_jointly(**options) == folder and before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}
+
+
+@pytest.mark.parametrize("systems", [["shear_flow", "rayleigh_benard"], []])
+def test_clips_of_different_shapes_are_refused_before_any_work(systems, tmp_path):
+    with pytest.raises(ValueError, match="of preset native they have"):
+        pretrain_jointly(systems, "jepa", "convnext", "native", tmp_path / "no data", tmp_path)
 
 
 def windows(data, system):

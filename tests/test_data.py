@@ -59,6 +59,17 @@ def test_out_of_time_is_an_error_that_can_be_resumed(tmp_path):
     make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
 
 
+@pytest.mark.parametrize(
+    "system, pair",
+    [("shear_flow", {"Reynolds": 6400.0, "Schmidt": 2.0}), ("rayleigh_benard", {"Prandtl": 0.5, "Rayleigh": 1e6}), ("active_matter", {"alpha": -5.0, "zeta": 5.0})],
+)
+def test_time_steps_of_preset_gpu_hold_for_its_fastest_flows(system, pair, tmp_path):
+    sim = get_preset("gpu").sim(system)
+    assert all(value in sim.grid_values[name] for name, value in pair.items())
+    sim = replace(sim, grid_values={name: (value,) for name, value in pair.items()}, counts={"train": 2}, unseen_pairs=0, unseen_count=0, n_frames=24)
+    make_dataset(system, sim, tmp_path, workers=1, progress=False)  # raises SimulationBlewUp otherwise
+
+
 def test_new_code_makes_the_data_anew(tmp_path):
     from physrep.provenance import read_json, write_json
 

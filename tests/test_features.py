@@ -232,27 +232,41 @@ import resource, sys
 from pathlib import Path
 
 import numpy as np, torch
-from physrep.features import Features, extract, write_tensors
+from physrep.features import Features, cached, extract
 
 torch.set_num_threads(1)
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 encoder, clips = torch.nn.Identity(), ({"fields": torch.full((8, 1024, 256), float(i))} for i in range(100))
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (1024 * (used + 150_000),) * 2)
-tokens = extract(encoder, clips, memory_limit=limit, scratch=folder, progress=False)
-write_tensors(folder / "tokens.safetensors", {"tokens": tokens}, {})
+first = cached(folder, "train", {}, lambda: extract(encoder, clips, memory_limit=limit, scratch=folder, progress=False))
+tokens = cached(folder, "train", {}, None)
 features = Features(tokens, np.ones((800, 2)), np.arange(800))
 assert tokens.shape == (800, 1024, 256) and tokens.dtype == torch.float16
 assert torch.equal(features.pooled[:, 0], torch.arange(100.0).repeat_interleave(8))
 assert features.tokens[torch.tensor([799, 0])].amax((1, 2)).tolist() == [99.0, 0.0]
-assert [p.name for p in folder.iterdir()] == ["tokens.safetensors"], "the file of extraction has no name"
+assert [p.suffix for p in folder.iterdir()] == [".safetensors"], "the file of extraction has no name"
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory that does not count mapped files")
 def test_tokens_larger_than_memory(tmp_path):
-    "With room for 150 MB, 400 MB of tokens are extracted, written, pooled and taken in any order; not if they are gathered in memory."
+    "With room for 150 MB, 400 MB of tokens are extracted, kept, pooled and taken in any order; not if they are gathered in memory."
     for limit, fits in ((2**24, True), (2**40, False)):
         done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path / str(limit)), str(limit)], capture_output=True, text=True)
         assert (done.returncode == 0) == fits, done.stderr
     assert "memory" in done.stderr.lower()
+
+
+def test_what_is_piled_up_has_one_shape_and_a_place(tmp_path):
+    def clips(*counts):
+        return [{"fields": torch.zeros(2, n, 4)} for n in counts]
+
+    for limit in (0, 2**31):
+        with pytest.raises(ValueError, match=r"same shape in every batch, got \(3, 4\) and then \(2, 4\)"):
+            extract(torch.nn.Identity(), clips(3, 2), memory_limit=limit, progress=False)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="tokens so far, in .*file"):
+        extract(torch.nn.Identity(), clips(3), memory_limit=0, scratch=tmp_path / "file", progress=False)
+    assert extract(torch.nn.Identity(), clips(3, 3), memory_limit=0, scratch=tmp_path / "new" / "folder", progress=False).shape == (4, 3, 4)
+    assert not list((tmp_path / "new" / "folder").iterdir())

@@ -489,6 +489,8 @@ def test_find_files(tmp_path, layout):
     assert str(folder) in str(error.value) and str(tmp_path / "datasets/shear_flow/data/valid") in str(error.value)
     with pytest.raises(FileNotFoundError, match="no files of any split"):
         find_files(tmp_path / "elsewhere", "shear_flow", "train")
+    with pytest.raises(FileNotFoundError):
+        find_files(tmp_path, "shear_flow", "t*")  # a name, no pattern: splits are not mixed
 
 
 # ---- statistics
