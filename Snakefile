@@ -30,14 +30,14 @@ def stage(name, *modules):
     return notebook_digest(ROOT / "nbs" / f"{name}.ipynb") + code_digest(*modules)
 
 
-def papermill(name, out, **parameters):
+def papermill(name, out, folder=OUT, **parameters):
     """The command of a job. papermill reads a notebook from standard input if that is a pipe, so it never is one. Its output goes to a log beside the
     notebook that it makes, progress bars to the terminal too, one line at a time; of a job that fails the end of the log is shown."""
-    target, python, source = (shlex.quote(str(p)) for p in (OUT / "notebooks" / out, sys.executable, ROOT / "nbs" / f"{name}.ipynb"))
+    target, python, source = (shlex.quote(str(p)) for p in (folder / "notebooks" / out, sys.executable, ROOT / "nbs" / f"{name}.ipynb"))
     values = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in ({"preset": PRESET.name} | ({"data_dir": DATA} if config.get("data") else {}) | parameters).items() if v is not None)
     bars = f"""while IFS= read -r line; do case "$line" in *%\\|*) echo "  {out}: ${{line##*$'\\r'}}";; esac; done"""
     return (
-        f"mkdir -p {shlex.quote(str(OUT / 'notebooks'))} && {{ {python} -m papermill {source} {target}.ipynb --log-output --no-progress-bar {values} "
+        f"mkdir -p {shlex.quote(str(folder / 'notebooks'))} && {{ {python} -m papermill {source} {target}.ipynb --log-output --no-progress-bar {values} "
         f"< /dev/null 2>&1 | tee {target}.log | {bars} ; }} || {{ tail -n 40 {target}.log; exit 1; }}"
     )
 
@@ -55,8 +55,8 @@ def finished(name, files):
     return OUT / "finished" / name
 
 
-# one job at a time on a GPU; on the CPU as many as there are cores, one thread each
-JOB_THREADS = workflow.cores if torch.cuda.is_available() else 1
+# one job at a time on a GPU, which leaves cores for jobs that need none; on the CPU as many as there are cores, one thread each
+JOB_THREADS = workflow.cores // 2 + 1 if torch.cuda.is_available() else 1
 # systems are simulated side by side: no core waits while one of them starts or ends
 SIM_WORKERS = max(1, workflow.cores // max(1, len(PRESET.sims)))
 # several seeds are text; one alone would be read as a number
@@ -90,7 +90,7 @@ for system in LEAK_FREE:
     rule:
         name: f"leak_free_{system}"
         output: MORE / "data" / system / "stats.yaml"
-        params: code=stage("00h_leak_free", "report"), command=papermill("00h_leak_free", f"{system}-leak-free", preset=None, system=system, data_dir=DATA, out_dir=MORE / "data")
+        params: code=stage("00h_leak_free", "report"), command=papermill("00h_leak_free", f"{system}-leak-free", MORE, preset=None, system=system, data_dir=DATA, out_dir=MORE / "data")
         shell: "{params.command}"
 
 for system, runs_in, about in [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"data_dir": MORE / "data", "run_dir": MORE}) for s in LEAK_FREE]:

@@ -23,7 +23,7 @@ from .baselines import equation_oracle, summary_statistics
 from .comparison import interval_text, read_predictions, write_predictions
 from .data import Batches, LabelScaler, Normaliser, Windows
 from .encoders.registry import LoadedEncoder, load_encoder
-from .features import Features
+from .features import Features, cache_path, features_key
 from .presets import Preset, get_preset
 from .probing import FinetuneRecipe, Probe, fit_finetune, fit_probe, load_probe
 from .provenance import provenance
@@ -127,12 +127,21 @@ def _own_head(config: dict, run_dir: str | Path | None, features: dict[str, Feat
 def _finetune(encoder: LoadedEncoder, start: Probe | None, windows: dict[str, Windows], scaler: LabelScaler, preset: Preset, **options) -> tuple:
     "The fine-tuned network and its predictions `{(finetune, split): physical}`."
     size, seed, device, progress = (options[k] for k in ("size", "seed", "device", "progress"))
-    plain = dict(batch_size=preset.probe_batch, normaliser=encoder.normaliser, scaler=scaler, size=size, device=device, seed=seed)
-    batches = {s: Batches(w, **plain) for s, w in windows.items()}  # not augmented, like the windows of the other probes
+    parts = preset.finetune_accumulate
+    plain = dict(normaliser=encoder.normaliser, scaler=scaler, size=size, device=device, seed=seed)
+    sizes = {s: dict(batch_size=preset.probe_batch, accumulate=parts) if s == "train" else dict(batch_size=preset.probe_batch // parts) for s in windows}
+    batches = {s: Batches(w, **sizes[s], **plain) for s, w in windows.items()}  # not augmented, like the windows of the other probes
     tuned = fit_finetune(encoder, batches["train"], batches["valid"], start=start, seed=seed, recipe=FinetuneRecipe(epochs=preset.finetune_epochs), progress=progress)
     return tuned, {("finetune", s): tuned.predict(b) for s, b in batches.items() if s != "train"}
 
 # %% ../nbs/02t_evaluate.ipynb #113d18ac
+def _drop_others(folder: Path, encoder: LoadedEncoder, windows: Mapping[str, Windows], **options) -> None:
+    "Deletes the features in a run's cache that are not those of its encoder, with today's code, on today's data: they may be 100 GB."
+    keep = {cache_path(folder, split, features_key(encoder, w, **options)) for split, w in windows.items()}
+    for path in set(folder.glob("*.safetensors")) - keep:
+        path.unlink()
+
+
 def score_run(
     config: dict,  # from `resolve`
     data_dir: str | Path,
@@ -152,6 +161,8 @@ def score_run(
     encoder, windows = load_encoder(folder, device), windows or probe_splits(config, data_dir)
     scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
     features = {s: features_of(encoder, w, scaler, size=size, device=device, cache=folder / "features" if cache else None, scratch=folder, progress=progress) for s, w in windows.items()}
+    if cache:
+        _drop_others(folder / "features", encoder, windows, size=size, device=device)
     options = dict(seed=config["seed"], device=device, progress=progress)
     fitted = fit_probes(features, scaler, preset, probes=[p for p in FROZEN if p in probes], **options)
     for name, probe in fitted.items():

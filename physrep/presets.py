@@ -89,6 +89,7 @@ class Preset:
     probe_lr: float = 1e-3  # of the attentive probe
     probe_batch: int = 32
     finetune_epochs: int = 2  # 0: no fine-tuning
+    finetune_accumulate: int = 1  # micro-batches of probe_batch, in fine-tuning
     refined: Mapping[str, int] = field(default_factory=dict)  # split -> trajectories per pair that are simulated again at twice the resolution
     paper_labels: bool = False  # label transforms and constants of the paper
     seeds: tuple[int, ...] = (0,)
@@ -251,11 +252,18 @@ _PAPER = Preset(
     probe_stride=None,
     augment=False,
     probe_epochs=100,
+    finetune_accumulate=8,  # 32 clips at once would take 90 GB
     paper_labels=True,
 )
 
 # %% ../nbs/00a_presets.ipynb #77099a76
-_NATIVE = replace(_PAPER, name="native", says="The Well on its native grids, otherwise as paper", size=None)
+_NATIVE = replace(
+    _PAPER,
+    name="native",
+    says="The Well on its native grids, otherwise as paper",
+    size=None,
+    encoders=_PAPER_ENCODERS | {"convnext": {"recompute": True}},  # 8 clips of 256x512 would take about 70 GB
+)
 
 # %% ../nbs/00a_presets.ipynb #ff418643
 PRESETS = {p.name: p for p in (_SMOKE, _LAPTOP, _GPU, _PAPER, _NATIVE)}

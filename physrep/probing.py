@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import Batches, LabelScaler, Normaliser
+from .data import Batches, LabelScaler, Normaliser, in_turn
 from .encoders.registry import LoadedEncoder, model_folder
 from .features import Features, encoder_digest, read_tensors, write_tensors
 from .heads import AttentiveHead
@@ -294,13 +295,18 @@ def fit_attentive(
     per_epoch = math.ceil(len(train) / recipe.batch_size)
     trials, best, step = [], math.inf, 0
     weights = copy.deepcopy(head.state_dict())
+
+    def tokens_of(index: Tensor) -> Tensor:
+        return _standardised(train.tokens[index], mean, scale, device)
+
     for epoch in tqdm(range(recipe.epochs), desc="attentive probe", disable=not progress, leave=False):
         head.train()
         order = torch.randperm(len(train), generator=generator("attentive-order", seed, epoch))
-        for index in order.tensor_split(per_epoch):  # equal parts: no batch of a single left-over window
+        parts = order.tensor_split(per_epoch)  # equal parts: no batch of a single left-over window
+        inputs = in_turn((partial(tokens_of, index) for index in parts), ahead=torch.device(device).type != "cpu")
+        for index, x in zip(parts, inputs):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr_at(step, per_epoch * recipe.epochs)
-            x = _standardised(train.tokens[index], mean, scale, device)
             loss = (head(x) - target[index.to(device)]).square().mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -6,6 +6,7 @@
 __all__ = ['SPLITS', 'FROZEN', 'probe_splits', 'features_of', 'fit_probes', 'valid_scores']
 
 # %% ../nbs/02qb_readout.ipynb #9dd5d32c
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .runs import load_splits, run_folder, system_of
 # %% ../nbs/02qb_readout.ipynb #c4d81dd8
 SPLITS = ("train", "valid", "test", "unseen")
 FROZEN = ("linear", "knn", "attentive")  # probes of frozen features
+_AT_ONCE = 2**28  # numbers in a batch of clips: the paper's encoder then takes about 50 GB, and no tensor has 2**31 elements
 
 # %% ../nbs/02qb_readout.ipynb #5c40a39c
 def probe_splits(config: dict, data_dir: str | Path) -> dict[str, Windows]:
@@ -47,7 +49,8 @@ def features_of(
     if known and normaliser is not None and not all(torch.allclose(a.cpu(), b.cpu()) for a, b in ((normaliser.mean, own.mean), (normaliser.std, own.std))):
         raise ValueError("a trained encoder goes with its own normalisation (encoder.normaliser); leave `normaliser` out")
     normaliser = normaliser or own or Normaliser.load(windows.root, windows.system)
-    batches = Batches(windows, batch_size=64, normaliser=normaliser, scaler=scaler, size=size, device=device)
+    inputs = len(windows.system.channels) * windows.frames * (size**2 if size else math.prod(windows.grid))  # numbers of one clip
+    batches = Batches(windows, batch_size=max(1, min(64, _AT_ONCE // inputs)), normaliser=normaliser, scaler=scaler, size=size, device=device)
 
     def make() -> torch.Tensor:
         return extract(encoder, batches.evaluation(), device=device, scratch=scratch or cache, progress=progress)

@@ -219,7 +219,7 @@ class _Moments:
         return np.sqrt(self.squares / self.n + self.mean**2)
 
 # %% ../nbs/00eb_well_write.ipynb #746f87a7
-_BLOCK_BYTES = 2**25  # of one block of frames in float32
+_BLOCK_BYTES = 2**22  # of one block of frames in float32; of several passes over it most then find it in the cache
 
 
 def _split_by_field(values: np.ndarray, system: System) -> dict[str, np.ndarray]:

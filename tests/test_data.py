@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from physrep.data import Batches, LabelScaler, Normaliser, Order, Windows, apply_symmetry, check_disjoint, resize, symmetry_draws
+from physrep.data import Batches, LabelScaler, Normaliser, Order, Windows, apply_symmetry, check_disjoint, in_turn, resize, symmetry_draws
 from physrep.generate import make_dataset
 from physrep.presets import get_preset
 from physrep.randomness import sample_seeds
@@ -221,6 +222,31 @@ def test_resize_noise_and_crop(smoke_data):
     assert batches.shape == (4, 16, 20, 20) and noisy["fields"].shape == (4, 4, 16, 20, 20)
     assert abs(float((noisy["fields"] - plain["fields"]).std()) - 0.5) < 0.01
     assert torch.equal(next(batches.evaluation())["fields"], next(clean.evaluation())["fields"]), "evaluation is without noise"
+
+
+def test_batches_made_ahead_are_the_same(smoke_data):
+    w = Windows(smoke_data, SHEAR, "train", frames=16, stride=8)
+    options = dict(batch_size=6, accumulate=3, normaliser=Normaliser.load(smoke_data, SHEAR), scaler=LabelScaler.fit(SHEAR, w.labels), augment=True, noise=0.1)
+    plain, early = (Batches(w, **options, ahead=ahead) for ahead in (False, True))
+    for one, two in ((plain(3), early(3)), (plain.evaluation(5, limit=12), early.evaluation(5, limit=12))):
+        one, two = list(one), list(two)
+        assert len(one) == 3 and all(torch.equal(a[k], b[k]) for a, b in zip(one, two, strict=True) for k in ("fields", "labels", "seeds"))
+
+
+def test_one_is_made_ahead_and_an_error_comes_in_its_turn():
+    made, used = [], []
+
+    def maker(i):
+        if i == 3:
+            raise ValueError("the fourth")
+        made.append(i)
+        return i
+
+    with pytest.raises(ValueError, match="the fourth"):
+        for i in in_turn((partial(maker, i) for i in range(9)), ahead=True):
+            used.append(i)
+            assert len(made) <= len(used) + 1
+    assert used == [0, 1, 2] and made in ([0, 1, 2], [0, 1, 2, 4])
 
 
 def test_a_step_that_spans_two_epochs(smoke_data):

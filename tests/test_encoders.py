@@ -1,6 +1,7 @@
 "Encoders: the fast depthwise convolution against Conv3d in many shapes, mixed precision, errors, configurations."
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -183,3 +184,22 @@ def test_vit_sees_kept_tokens_only():
     for wrong in (keep[:1], keep.int(), keep[0]):
         with pytest.raises(ValueError, match="keep must be"):
             encoder(x, keep=wrong)
+
+
+def weigh(sizes: list, tensor: torch.Tensor) -> torch.Tensor:
+    sizes.append(tensor.nbytes)
+    return tensor
+
+
+def test_recomputing_blocks_keeps_less_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr(Block, "forward", Block.plain)  # as on a GPU
+    encoder, x = ConvNeXt(4, widths=(8, 16), depths=(3, 3), strides=2), torch.randn(2, 4, 8, 16, 16)
+    found, kept = [], []
+    for encoder.recompute in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(weigh, sizes), lambda t: t):
+            y = encoder(x)
+        kept.append(sum(sizes))
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(encoder.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and kept[1] < kept[0] / 3
+    assert "recompute" not in encoder.config, "what it computes does not depend on it"

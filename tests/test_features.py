@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.data import Normaliser, Windows
+from physrep.data import LabelScaler, Normaliser, Windows
 from physrep.encoders.registry import LoadedEncoder, build_encoder, load_encoder, save_encoder
+from physrep.evaluate import _drop_others
 from physrep.features import (
     Features,
     cache_path,
@@ -23,6 +24,7 @@ from physrep.features import (
     weights_digest,
     write_tensors,
 )
+from physrep.readout import features_of
 from physrep.systems import get_system
 
 SYSTEM = get_system("shear_flow")
@@ -258,6 +260,19 @@ def test_tokens_larger_than_memory(tmp_path):
     assert "memory" in done.stderr.lower()
 
 
+def test_large_clips_come_in_small_batches(smoke_data, monkeypatch):
+    windows, seen = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20), []
+    monkeypatch.setattr("physrep.readout._AT_ONCE", 3 * 4 * 16 * 32 * 32)
+
+    class Watched(torch.nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x.flatten(1)[:, None, :8]
+
+    features_of(Watched(), windows, LabelScaler.fit(SYSTEM, windows.labels), progress=False)
+    assert sum(seen) == len(windows) > 3 and set(seen[:-1]) == {3}
+
+
 def test_what_is_piled_up_has_one_shape_and_a_place(tmp_path):
     def clips(*counts):
         return [{"fields": torch.zeros(2, n, 4)} for n in counts]
@@ -270,3 +285,16 @@ def test_what_is_piled_up_has_one_shape_and_a_place(tmp_path):
         extract(torch.nn.Identity(), clips(3), memory_limit=0, scratch=tmp_path / "file", progress=False)
     assert extract(torch.nn.Identity(), clips(3, 3), memory_limit=0, scratch=tmp_path / "new" / "folder", progress=False).shape == (4, 3, 4)
     assert not list((tmp_path / "new" / "folder").iterdir())
+
+
+def test_a_run_keeps_the_features_of_today_only(smoke_data, tmp_path):
+    vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(4, 8, 8))
+    save_encoder(tmp_path / "e", vit, "vit", system="shear_flow", normaliser=Normaliser.identity(SYSTEM), shape=(16, 32, 32), dt=0.2)
+    encoder, folder = load_encoder(tmp_path / "e"), tmp_path / "features"
+    windows = {s: Windows(smoke_data, SYSTEM, s, frames=16, stride=20) for s in ("valid", "test")}
+    for w in windows.values():
+        features_of(encoder, w, LabelScaler.fit(SYSTEM, w.labels), cache=folder, progress=False)
+    before = set(folder.iterdir())
+    cached(folder, "valid", {"code": "yesterday"}, Make())
+    _drop_others(folder, encoder, windows)
+    assert set(folder.iterdir()) == before and len(before) == 2

@@ -11,7 +11,9 @@ from sklearn.neighbors import KNeighborsRegressor
 
 from physrep.data import Batches, LabelScaler, Normaliser, Windows
 from physrep.encoders.registry import LoadedEncoder, build_encoder
+from physrep.evaluate import _finetune
 from physrep.features import Features, encoder_digest, extract, write_tensors
+from physrep.presets import get_preset
 from physrep.probing import (
     PROBES,
     AttentiveRecipe,
@@ -392,3 +394,19 @@ def test_finetuning_refuses_batches_with_another_normalisation(finetuning):
     other = batches_of(finetuning, "train", normaliser=Normaliser(torch.zeros(4), 2 * torch.ones(4)))
     with pytest.raises(ValueError, match="normaliser=encoder.normaliser"):
         fit_finetune(finetuning[0], other, batches_of(finetuning, "valid"))
+
+
+def test_the_papers_presets_finetune_in_micro_batches(finetuning, monkeypatch):
+    encoder, windows, scaler = finetuning
+    seen = {}
+
+    def stop(encoder, train, valid, **options):
+        seen.update(train=(train.batch_size, [len(part["labels"]) for part in train(0)]), valid=valid.batch_size)
+        raise InterruptedError
+
+    monkeypatch.setattr("physrep.evaluate.fit_finetune", stop)
+    for name in ("paper", "native"):
+        preset = replace(get_preset(name), size=None)
+        with pytest.raises(InterruptedError):
+            _finetune(encoder, None, windows, scaler, preset, size=None, seed=0, device="cpu", progress=False)
+        assert seen == {"train": (32, [4] * 8), "valid": 4}

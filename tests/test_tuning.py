@@ -110,3 +110,8 @@ def test_a_log_of_another_walk_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"hash": "', '"hash": "x', 1))
     with pytest.raises(ValueError, match=r"trial 0 \(base\) is not that of this walk \(base\): its hash differs; delete the file"):
         run_walk(*arguments, trial=made_up)
+
+
+def test_a_preset_of_another_size_has_no_walk(tmp_path):
+    with pytest.raises(ValueError, match="presets smoke and laptop; preset paper has none"):
+        run_walk("shear_flow", ("mae", "vit"), "paper", "", tmp_path, trial=made_up)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/01a_convnext.ipynb #abc3da76
 def banded_kernel(weight: Tensor, n_frames: int) -> Tensor:
@@ -253,6 +254,7 @@ class ConvNeXt(nn.Module):
         layer_scale: float = 1e-6,  # initial scale of the residual branches
         mlp_ratio: float = 4.0,
         method: str = "banded",  # of the depthwise convolutions, see DepthwiseConv3d
+        recompute: bool = False,  # in training, blocks are computed again for the gradient instead of being kept: a third more work, much less memory
     ):
         super().__init__()
         if len(widths) != len(depths) or not widths:
@@ -260,7 +262,7 @@ class ConvNeXt(nn.Module):
         strides = _stage_strides(strides, len(widths))
         stem_kernel, stem_stride = _triple(stem_kernel, "stem_kernel"), _triple(stem_stride, "stem_stride")
         kernel_size, modes = _triple(kernel_size, "kernel_size"), _spatial_modes(padding_mode)
-        self.in_channels, self.dim = in_channels, widths[-1]
+        self.in_channels, self.dim, self.recompute = in_channels, widths[-1], recompute
         self.config = {
             "in_channels": in_channels, "widths": list(widths), "depths": list(depths), "stem_kernel": list(stem_kernel),
             "stem_stride": list(stem_stride), "strides": [list(s) for s in strides], "kernel_size": list(kernel_size),
@@ -292,7 +294,8 @@ class ConvNeXt(nn.Module):
         self.grid(x.shape[2:])
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            x = stage(x)
+            for block in stage:
+                x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
             if i < len(self.downs):
                 x = self.downs[i](x)
         return rearrange(x, "b c t h w -> b (t h w) c")
