@@ -89,13 +89,24 @@ class InTurn:
         for name, batches in self.batches.items():
             yield from self._shared(name, batches.evaluation(limit=limit))
 
-
+# %% ../nbs/02x_across.ipynb #12e04224
 def joint_folder(config: dict, systems: Sequence[str], fingerprints: Sequence[str], run_dir: str | Path | None = None) -> Path:
     "`<run_dir>/across/<preset>/encoders/<objective>-<encoder>-<hash>/seed<k>`; the hash depends on configuration, systems, code and data."
     plain = {k: v for k, v in config.items() if k not in ("seed", "system", "data")}
     text = json.dumps([plain, list(systems), list(fingerprints), code_digest(*modules_of(config)), module_digests("across")["across"]], sort_keys=True)
     name = f"{config['objective']}-{config['encoder']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return Path(run_dir or project_root() / "runs") / "across" / config["preset"] / "encoders" / name / f"seed{config['seed']}"
+
+
+def _joint_configs(systems: Sequence[str], objective: str, encoder: str, preset: str, seed: int) -> dict[str, dict]:
+    "The configuration of each system; ValueError for what cannot be trained on several together."
+    configs = {s: resolve(s, objective, encoder, preset, seed=seed) for s in systems}
+    shapes = {s: clip_shape(c) for s, c in configs.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"clips of systems that are trained together must have one shape (t, h, w); of preset {preset} they have {shapes}")
+    if objective == "supervised" or not configs[systems[0]]["recipe"]:
+        raise ValueError(f"only a self-supervised objective can be trained on several systems, got {objective!r}")
+    return configs
 
 
 def _joint_objective(config: dict) -> torch.nn.Module:
@@ -107,6 +118,16 @@ def _joint_objective(config: dict) -> torch.nn.Module:
         return build_objective(config["objective"], network, system=SHARED, shape=clip_shape(config), **config["coefficients"])
 
 
+def _joint_batches(configs: Mapping[str, dict], windows: Mapping[str, Mapping[str, Windows]], split: str, **options) -> InTurn:
+    "Batches of a split of each system in turn, each normalised by its own training statistics."
+    parts = {}
+    for s, config in configs.items():
+        train, clip = windows[s]["train"], config["clip"]
+        scaler = LabelScaler.fit(system_of(config), train.labels)
+        parts[s] = Batches(windows[s][split], normaliser=normaliser_of(config, train), scaler=scaler, size=clip["size"], seed=config["seed"], **options)
+    return InTurn(parts)
+
+# %% ../nbs/02x_across.ipynb #949d95fe
 def pretrain_jointly(
     systems: Sequence[str],
     objective: str,
@@ -122,44 +143,33 @@ def pretrain_jointly(
 ) -> Path:
     """Trains one encoder of shared channels on all `systems` with the recipe of the preset; the folder with `encoder.safetensors`, checkpoint, metrics and record.
     Goes on where it was stopped; of two processes the second waits. ValueError for an objective that needs labels (they differ) or is not trained; TimeUp."""
-    configs = {s: resolve(s, objective, encoder, preset, seed=seed) for s in systems}
-    shapes = {s: clip_shape(c) for s, c in configs.items()}
-    if len(set(shapes.values())) != 1:
-        raise ValueError(f"clips of systems that are trained together must have one shape (t, h, w); of preset {preset} they have {shapes}")
+    configs = _joint_configs(systems, objective, encoder, preset, seed)
     config = configs[systems[0]]
-    if not config["recipe"] or objective == "supervised":
-        raise ValueError(f"only a self-supervised objective can be trained on several systems, got {objective!r}")
     model, clip = _joint_objective(config), config["clip"]
     windows = {s: load_splits(c, Path(data_dir), ("train", "valid"), frames=model.frames, stride=c["clip"]["stride"]) for s, c in configs.items()}
     fingerprints = [w.fingerprint() for by in windows.values() for w in by.values()]
     folder = joint_folder(config, systems, fingerprints, run_dir)
-    normalisers = {s: normaliser_of(configs[s], w["train"]) for s, w in windows.items()}
     recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items()}
-    size = recipe.pop("batch_size")
-
-    def batches(split: str, size: int, **options) -> InTurn:
-        plain = dict(batch_size=size, size=clip["size"], device=device, seed=seed, **options)
-        scalers = {s: LabelScaler.fit(system_of(configs[s]), w["train"].labels) for s, w in windows.items()}
-        return InTurn({s: Batches(w[split], normaliser=normalisers[s], scaler=scalers[s], **plain) for s, w in windows.items()})
-
-    valid = batches("valid", size // recipe["accumulate"])
+    size, parts = recipe.pop("batch_size"), recipe["accumulate"]
+    batches = _joint_batches(configs, windows, "train", batch_size=size, accumulate=parts, augment=clip["augment"], noise=clip["noise"], device=device)
+    valid = _joint_batches(configs, windows, "valid", batch_size=size // parts, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
         if (folder / "encoder.safetensors").is_file():  # finished: the name of the folder says by which code, on which data
             return folder
         write_json(folder / "provenance.json", {**provenance(*modules_of(config), "across", device=device, data="-".join(fingerprints)), "systems": list(systems), "config": config})
         train(
-            model, batches("train", size, augment=clip["augment"], noise=clip["noise"], accumulate=recipe["accumulate"]), Recipe(**recipe), folder,
-            device=device, minutes=minutes, progress=progress, evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=min(size, 96))), evaluations=4,
+            model, batches, Recipe(**recipe), folder, device=device, minutes=minutes, progress=progress,
+            evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=min(size, 96))), evaluations=4,
         )
-        own = {s: {"mean": n.mean.tolist(), "std": n.std.tolist(), "dt": windows[s]["train"].files[0].dt} for s, n in normalisers.items()}
+        own = {s: {"mean": b.normaliser.mean.tolist(), "std": b.normaliser.std.tolist(), "dt": b.windows.files[0].dt} for s, b in batches.batches.items()}
         save_encoder(
             folder / "encoder.safetensors", model.encoder, encoder, system=SHARED, normaliser=Normaliser.identity(SHARED), shape=clip_shape(config), dt=None,
             systems=own, objective=objective, preset=preset, seed=seed,
         )
     return folder
 
-
+# %% ../nbs/02x_across.ipynb #efb406bc
 def load_joint(path: str | Path, system: str, device: str | torch.device = "cpu") -> LoadedEncoder:
     "An encoder of `pretrain_jointly` for one of its systems: takes the system's own channels, in physical units by `embed`. FileNotFoundError, ValueError for another system."
     network, info = read_encoder(path)
