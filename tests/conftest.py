@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from physrep.generate import make_dataset
-from physrep.presets import get_preset
+from physrep.data.generate import make_dataset
+from physrep.training.presets import get_preset
 
 torch.set_num_threads(1)  # for what is made once for all tests
 

@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.across import SHARED, InTurn, Translated, load_joint, pretrain_jointly, score_translated, shared_names, translate
-from physrep.comparison import read_predictions
-from physrep.data import Batches, LabelScaler, Normaliser, Windows
-from physrep.encoders.registry import build_encoder, load_encoder
-from physrep.generate import make_dataset
-from physrep.presets import PRESETS, get_preset
-from physrep.readout import probe_splits
-from physrep.runs import resolve
-from physrep.systems import SYSTEMS, get_system
-from physrep.training import TimeUp
+from physrep.experiments.across import SHARED, InTurn, Translated, load_joint, pretrain_jointly, score_translated, shared_names, translate
+from physrep.probing.records import read_predictions
+from physrep.data.batches import Batches
+from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.data.windows import Windows
+from physrep.models.encoders import build_encoder
+from physrep.models.pretrained import load_encoder
+from physrep.data.generate import make_dataset
+from physrep.training.presets import PRESETS, get_preset
+from physrep.probing.evaluate import probe_splits
+from physrep.training.run import resolve
+from physrep.physics.systems import SYSTEMS, get_system
+from physrep.training.loop import TimeUp
 
 PAIR = ["shear_flow", "active_matter"]
 

@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.sim.active_matter import (
-    closure,
-    core_size,
-    growth_rate,
-    initial_condition,
-    matter_grid,
-    simulate,
-    smallest_grid,
-)
-from physrep.sim.shear_flow import SimulationBlewUp, to_field, to_spectrum
+from physrep.physics.active_matter import closure, core_size, growth_rate, initial_condition, matter_grid, simulate, smallest_grid
+from physrep.physics.shear_flow import SimulationBlewUp, to_field, to_spectrum
 
 FIELDS = ("concentration", "velocity", "D", "E")
 SMALL = {"grid": 32, "n_frames": 3}

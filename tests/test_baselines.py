@@ -6,28 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.baselines import (
-    ACTIVITIES,
-    ALIGNMENTS,
-    DIFFUSIVITIES,
-    KNOWS,
-    METHODS,
-    ORACLES,
-    SMALLEST,
-    STATISTICS,
-    _bump_matrices,
-    _derivative_matrix,
-    _integration_matrix,
-    _least_squares,
-    equation_oracle,
-    knows,
-    statistics_names,
-    summary_statistics,
-)
-from physrep.data import apply_symmetry
-from physrep.sim import active_matter, rayleigh_benard
-from physrep.sim.shear_flow import simulate
-from physrep.systems import SYSTEMS, get_system
+from physrep.physics.oracle import ACTIVITIES, ALIGNMENTS, DIFFUSIVITIES, KNOWS, METHODS, ORACLES, _bump_matrices, _derivative_matrix, _integration_matrix, _least_squares, equation_oracle, knows
+from physrep.physics.statistics import SMALLEST, STATISTICS, statistics_names, summary_statistics
+from physrep.data.batches import apply_symmetry
+from physrep.physics import active_matter, rayleigh_benard
+from physrep.physics.shear_flow import simulate
+from physrep.physics.systems import SYSTEMS, get_system
 
 SHEAR, LAYER, MATTER = get_system("shear_flow"), get_system("rayleigh_benard"), get_system("active_matter")
 DT, N = 0.2, 32

@@ -5,11 +5,12 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from physrep.comparison import compare, differences, read_methods, read_predictions, summarise, write_predictions
-from physrep.data import LabelScaler
-from physrep.results import SUMMARY
-from physrep.scores import score, score_difference
-from physrep.systems import get_system
+from physrep.probing.records import read_predictions, write_predictions
+from physrep.results.comparison import compare, differences, read_methods, summarise
+from physrep.data.scaling import LabelScaler
+from physrep.results.table import SUMMARY
+from physrep.probing.scores import score, score_difference
+from physrep.physics.systems import get_system
 
 SCALER = LabelScaler.fit(get_system("shear_flow"), np.array([(re, sc) for re in (400.0, 3200.0) for sc in (0.25, 2.0)]))
 GROUPS = np.repeat(np.arange(20), 3)

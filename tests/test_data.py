@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.data import Batches, LabelScaler, Normaliser, Order, Windows, apply_symmetry, check_disjoint, in_turn, resize, symmetry_draws
-from physrep.generate import make_dataset
-from physrep.presets import get_preset
-from physrep.randomness import sample_seeds
-from physrep.sim import rayleigh_benard
-from physrep.sim.shear_flow import simulate
-from physrep.systems import get_system
-from physrep.well import WellFile
+from physrep.data.batches import Batches, Order, apply_symmetry, in_turn, resize, symmetry_draws
+from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.data.windows import Windows, check_disjoint
+from physrep.data.generate import make_dataset
+from physrep.training.presets import get_preset
+from physrep.core.randomness import sample_seeds
+from physrep.physics import rayleigh_benard
+from physrep.physics.shear_flow import simulate
+from physrep.physics.systems import get_system
+from physrep.data.well import WellFile
 
 SHEAR = get_system("shear_flow")
 SIM = get_preset("smoke").sim("shear_flow")
@@ -31,7 +33,7 @@ def fingerprints(folder):
 
 
 def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
-    code = f"from tests.test_data import SIM; from physrep.generate import make_dataset; make_dataset('shear_flow', SIM, {str(tmp_path)!r}, workers=1, progress=False)"
+    code = f"from tests.test_data import SIM; from physrep.data.generate import make_dataset; make_dataset('shear_flow', SIM, {str(tmp_path)!r}, workers=1, progress=False)"
     root = os.path.dirname(os.path.dirname(__file__))
     process = subprocess.Popen([sys.executable, "-c", code], cwd=root, start_new_session=True)
     deadline = time.monotonic() + 60
@@ -72,7 +74,7 @@ def test_time_steps_of_preset_gpu_hold_for_its_fastest_flows(system, pair, tmp_p
 
 
 def test_new_code_makes_the_data_anew(tmp_path):
-    from physrep.provenance import read_json, write_json
+    from physrep.core.files import read_json, write_json
 
     sim = replace(SIM, counts={"train": 1, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=3)
     folder = make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
@@ -98,7 +100,7 @@ def test_planted_leak_is_found(tmp_path, smoke_data):
 
 def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
     "The Well's files do not say which initial condition they hold, and have the same names in all splits."
-    from physrep.well_write import write_well
+    from physrep.data.write import write_well
 
     for split, seed in (("train", 1), ("valid", 2)):
         fields = simulate(400.0, 0.5, [seed], grid=32, n_frames=3)
@@ -109,7 +111,7 @@ def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
 
 def test_groups_ignore_schmidt_but_not_reynolds(tmp_path):
     "Equal initial condition: one group for all Schmidt numbers, because the velocity is the same; another for another Reynolds number."
-    from physrep.well_write import write_well
+    from physrep.data.write import write_well
 
     for re, sc in ((400.0, 0.5), (400.0, 2.0), (800.0, 2.0)):
         fields = simulate(re, sc, [7], grid=32, n_frames=3)
@@ -159,7 +161,7 @@ def test_symmetry_point_by_point(name):
 def test_a_split_is_identified_once(tmp_path, smoke_data, monkeypatch):
     windows = Windows(smoke_data, SHEAR, "test", frames=2)
     first = windows.fingerprint()
-    monkeypatch.setattr("physrep.data.fingerprint", lambda paths: pytest.fail("the files are read again"))
+    monkeypatch.setattr("physrep.data.batches.fingerprint", lambda paths: pytest.fail("the files are read again"))
     assert windows.fingerprint() == first
 
 

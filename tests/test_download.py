@@ -8,9 +8,9 @@ import h5py
 import numpy as np
 import pytest
 
-import physrep.download
-from physrep.download import check_files, download, main
-from physrep.well_write import write_stats, write_well
+import physrep.data.download
+from physrep.data.download import check_files, download, main
+from physrep.data.write import write_stats, write_well
 
 
 @pytest.fixture
@@ -85,13 +85,13 @@ def test_what_has_come_already_needs_no_room(published, tmp_path, monkeypatch):
     sizes = [p.stat().st_size for p in published.rglob("*") if p.suffix in (".hdf5", ".yaml") and p.parent.name != "gif"]
     need = sum(sizes) - (published / "data" / "train" / "shear_flow_Reynolds_1e4.hdf5").stat().st_size - 1000
     for free, enough in ((need - 1, False), (need, True)):
-        monkeypatch.setattr(physrep.download.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(physrep.data.download.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         with pytest.raises(RuntimeError if enough else ValueError, match="still wrong" if enough else "the disk has"):
             download("shear_flow", tmp_path / "mine", client=Client(published, spoil=lambda name, call: True), tries=1, say=said.append)
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_first_byte(published, tmp_path, monkeypatch):
-    monkeypatch.setattr(physrep.download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(physrep.data.download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     client = Client(published)
     with pytest.raises(ValueError, match="GB are still to come, the disk has 0.0 GB free"):
         download("shear_flow", tmp_path / "mine", client=client)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from physrep.encoders.convnext import Block, ConvNeXt, DepthwiseConv3d, pad_space
-from physrep.encoders.vit import ViT, patchify, sincos_positions, token_grid, unpatchify
+from physrep.models.convnext import Block, ConvNeXt, DepthwiseConv3d, pad_space
+from physrep.models.vit import ViT, patchify, sincos_positions, token_grid, unpatchify
 
 LAPTOP = dict(widths=(16, 32), depths=(1, 1), stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4), strides=[(2, 1, 1)], layer_scale=1.0)
 SMALL_VIT = dict(dim=24, depth=2, heads=2, tubelet=(2, 4, 4))

@@ -8,24 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.data import LabelScaler, Normaliser, Windows
-from physrep.encoders.registry import LoadedEncoder, build_encoder, load_encoder, save_encoder
-from physrep.evaluate import _drop_others
-from physrep.features import (
-    Features,
-    cache_path,
-    cached,
-    encoder_digest,
-    extract,
-    features_key,
-    key_text,
-    read_tensors,
-    tensors_digest,
-    weights_digest,
-    write_tensors,
-)
-from physrep.readout import features_of
-from physrep.systems import get_system
+from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.data.windows import Windows
+from physrep.models.encoders import build_encoder
+from physrep.models.pretrained import LoadedEncoder, load_encoder, save_encoder
+from physrep.probing.evaluate import _drop_others
+from physrep.core.files import read_tensors, tensors_digest, weights_digest, write_tensors
+from physrep.probing.features import Features, cache_path, cached, encoder_digest, extract, features_key, key_text
+from physrep.probing.evaluate import features_of
+from physrep.physics.systems import get_system
 
 SYSTEM = get_system("shear_flow")
 KEY = {"encoder": "abc", "split": "train", "crop": ((0, 8), (0, 8)), "mean": [0.1, 0.2]}
@@ -158,7 +149,7 @@ def test_memory_stays_flat(tmp_path):
     "Writing and reading 100 MB takes no second copy of it in memory (mapped pages of the file do not count: they can be dropped)."
     code = f"""
 import torch
-from physrep.features import cached
+from physrep.probing.features import cached
 torch.set_num_threads(1)
 def anonymous():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -234,7 +225,7 @@ import resource, sys
 from pathlib import Path
 
 import numpy as np, torch
-from physrep.features import Features, cached, extract
+from physrep.probing.features import Features, cached, extract
 
 torch.set_num_threads(1)
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
@@ -262,7 +253,7 @@ def test_tokens_larger_than_memory(tmp_path):
 
 def test_large_clips_come_in_small_batches(smoke_data, monkeypatch):
     windows, seen = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20), []
-    monkeypatch.setattr("physrep.readout._AT_ONCE", 3 * 4 * 16 * 32 * 32)
+    monkeypatch.setattr("physrep.probing.evaluate._AT_ONCE", 3 * 4 * 16 * 32 * 32)
 
     class Watched(torch.nn.Module):
         def forward(self, x):

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from physrep.figures import figure_record, plot_differences, plot_systems, plot_systems_differences, plot_table1, save_figure
-from physrep.presets import project_root
-from physrep.provenance import module_digests, notebook_digest
-from physrep.results import over_seeds
+from physrep.results.figures import figure_record, plot_differences, plot_systems, plot_systems_differences, plot_table1, save_figure
+from physrep.core.paths import project_root
+from physrep.core.provenance import module_digests, notebook_digest
+from physrep.results.table import over_seeds
 
 
 def row(**changes: object) -> dict:

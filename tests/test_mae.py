@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from physrep.encoders.convnext import ConvNeXt
-from physrep.encoders.vit import ViT, patchify
-from physrep.heads import cell_of
+from physrep.models.convnext import ConvNeXt
+from physrep.models.vit import ViT, patchify
+from physrep.models.heads import cell_of
 from physrep.objectives.mae import MAE, patch_statistics, pixel_mask, tube_mask
-from physrep.objectives.registry import build_objective
-from physrep.systems import get_system
+from physrep.objectives.methods import build_objective
+from physrep.physics.systems import get_system
 
 SHEAR, SHAPE = get_system("shear_flow"), (4, 16, 16)
 torch.set_num_threads(1)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import physrep
-from physrep.encoders.registry import SHIPPED
-from physrep.runs import build, resolve
-from physrep.sim import shear_flow
-from physrep.systems import get_system
+from physrep.models.pretrained import SHIPPED
+from physrep.training.run import build, resolve
+from physrep.physics import shear_flow
+from physrep.physics.systems import get_system
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(p.name for p in SHIPPED.iterdir())

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from the_well.data import WellDataset
 
-from physrep.data import Batches, LabelScaler, Normaliser, Windows
-from physrep.encoders.registry import load_encoder
-from physrep.evaluate import systems_of
-from physrep.presets import PRESETS, TrainPreset, get_preset
-from physrep.runs import clip_shape, crop_of, pretrain, resolve
-from physrep.systems import SYSTEMS, get_system
-from physrep.well import WellFile
-from physrep.well_sets import find_files, find_folder
-from physrep.well_write import write_stats, write_well
+from physrep.data.batches import Batches
+from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.data.windows import Windows
+from physrep.models.pretrained import load_encoder
+from physrep.results.rows import systems_of
+from physrep.training.presets import PRESETS, TrainPreset, get_preset
+from physrep.training.pretrain import pretrain
+from physrep.training.run import clip_shape, crop_of, resolve
+from physrep.physics.systems import SYSTEMS, get_system
+from physrep.data.well import WellFile
+from physrep.data.sets import find_files, find_folder
+from physrep.data.write import write_stats, write_well
 
 FRAMES = 4
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +175,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
                 dataset.attrs[name] = value
     assert path.stat().st_size > 13e9
     code = (
-        "import resource, sys; from physrep.data import Windows\n"
+        "import resource, sys; from physrep.data.windows import Windows\n"
         "windows = Windows(sys.argv[1], 'shear_flow', 'train', frames=16, stride=4)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for i in range(0, len(windows), 97): assert windows.read([i]).shape == (1, 4, 16, 256, 512)\n"

@@ -95,9 +95,11 @@ def test_pretrain_refuses_what_it_does_not_know(parameters, message, tmp_path):
 
 def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
     "All rows of Table 1 at preset smoke, one seed of one row missing, through the library; then the notebooks."
-    from physrep.evaluate import BASELINES, ROWS, score_baseline, score_run
-    from physrep.presets import get_preset
-    from physrep.runs import pretrain, resolve
+    from physrep.probing.evaluate import score_baseline, score_run
+    from physrep.probing.evaluate import BASELINES, ROWS
+    from physrep.training.presets import get_preset
+    from physrep.training.pretrain import pretrain
+    from physrep.training.run import resolve
 
     runs, quiet = tmp_path / "runs", dict(progress=False)
     for objective, encoder in ROWS:

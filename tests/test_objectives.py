@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from physrep.encoders.convnext import ConvNeXt
-from physrep.encoders.vit import ViT
-from physrep.heads import AttentiveHead, ConvDecoder, ConvPredictor, LinearHead, MLPHead, TransformerDecoder
+from physrep.models.convnext import ConvNeXt
+from physrep.models.vit import ViT
+from physrep.models.heads import AttentiveHead, ConvDecoder, ConvPredictor, LinearHead, MLPHead, TransformerDecoder
 from physrep.objectives.jepa import JEPA
 from physrep.objectives.mae import MAE
 from physrep.objectives.supervised import RandomEncoder, Supervised
-from physrep.randomness import sample_seeds
-from physrep.systems import get_system
+from physrep.core.randomness import sample_seeds
+from physrep.physics.systems import get_system
 
 SHEAR, SHAPE = get_system("shear_flow"), (8, 16, 16)
 TRAINED = {"jepa": JEPA, "mae": MAE, "supervised": Supervised}

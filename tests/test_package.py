@@ -64,7 +64,7 @@ def test_wheel_and_sdist_import_without_the_repository(tmp_path):
     unpacked = next(p for p in tmp_path.iterdir() if p.name.startswith("physrep-"))
     assert (unpacked / "setup.py").is_file() and (unpacked / "settings.ini").is_file()
     code = (
-        "import physrep, pathlib, physrep.evaluate as e, physrep.presets as p\n"
+        "import physrep, pathlib, physrep.probing.evaluate as e, physrep.training.presets as p\n"
         f"assert pathlib.Path(physrep.__file__).is_relative_to({str(tmp_path)!r}), physrep.__file__\n"
         "try: p.project_root()\n"
         "except FileNotFoundError as error: print(error)\n"

@@ -9,25 +9,18 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
-from physrep.data import Batches, LabelScaler, Normaliser, Windows
-from physrep.encoders.registry import LoadedEncoder, build_encoder
-from physrep.evaluate import _finetune
-from physrep.features import Features, encoder_digest, extract, write_tensors
-from physrep.presets import get_preset
-from physrep.probing import (
-    PROBES,
-    AttentiveRecipe,
-    FinetuneRecipe,
-    conformal_half_width,
-    fit_finetune,
-    fit_probe,
-    load_probe,
-    ridge_path,
-    standardiser,
-    token_standardiser,
-    valid_mse,
-)
-from physrep.systems import get_system
+from physrep.data.batches import Batches
+from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.data.windows import Windows
+from physrep.models.encoders import build_encoder
+from physrep.models.pretrained import LoadedEncoder
+from physrep.probing.evaluate import _finetune
+from physrep.core.files import write_tensors
+from physrep.probing.features import Features, encoder_digest, extract
+from physrep.training.presets import get_preset
+from physrep.probing.finetune import FinetuneRecipe, fit_finetune
+from physrep.probing.frozen import PROBES, AttentiveRecipe, conformal_half_width, fit_probe, load_probe, ridge_path, standardiser, token_standardiser, valid_mse
+from physrep.physics.systems import get_system
 
 SYSTEM = get_system("shear_flow")
 QUICK = {"attentive": {"recipe": AttentiveRecipe(epochs=3)}}
@@ -404,7 +397,7 @@ def test_the_papers_presets_finetune_in_micro_batches(finetuning, monkeypatch):
         seen.update(train=(train.batch_size, [len(part["labels"]) for part in train(0)]), valid=valid.batch_size)
         raise InterruptedError
 
-    monkeypatch.setattr("physrep.evaluate.fit_finetune", stop)
+    monkeypatch.setattr("physrep.probing.evaluate.fit_finetune", stop)
     for name in ("paper", "native"):
         preset = replace(get_preset(name), size=None)
         with pytest.raises(InterruptedError):

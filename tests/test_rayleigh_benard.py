@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.sim.rayleigh_benard import (
-    SimulationBlewUp,
-    interpolation,
-    layer_grid,
-    legendre_nodes,
-    simulate,
-    vertical_points,
-)
-from physrep.systems import SYSTEMS
+from physrep.physics.rayleigh_benard import SimulationBlewUp, interpolation, layer_grid, legendre_nodes, simulate, vertical_points
+from physrep.physics.systems import SYSTEMS
 
 FIELDS = ("buoyancy", "pressure", "velocity")
 SMALL = {"grid": (32, 24), "n_frames": 2}

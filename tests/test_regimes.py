@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
-from physrep.data import LabelScaler, Windows
-from physrep.features import Features
-from physrep.regimes import REGIMES, defect_charges, defect_count, later, probe_regime, regime_difference, regime_labels, regime_rows, regime_targets
-from physrep.regimes import state_now, state_parameters, state_statistics, wall_nusselt, wave_energy
-from physrep.systems import SYSTEMS, get_system
+from physrep.data.scaling import LabelScaler
+from physrep.data.windows import Windows
+from physrep.probing.features import Features
+from physrep.experiments.regimes import REGIMES, later, probe_regime, regime_difference, regime_labels, regime_rows, regime_targets
+from physrep.physics.regimes import defect_charges, defect_count
+from physrep.experiments.regimes import state_now, state_parameters, state_statistics
+from physrep.physics.regimes import wall_nusselt, wave_energy
+from physrep.physics.systems import SYSTEMS, get_system
 
 
 def noise(system, b=2, t=3, grid=(12, 16), seed=0):

@@ -6,12 +6,12 @@ import h5py
 import numpy as np
 import pytest
 
-from physrep.data import Windows, check_disjoint
-from physrep.evaluate import window_flows
-from physrep.report import data_report, deal_flows, find_flows, leakage, main, write_leak_free
-from physrep.systems import get_system
-from physrep.well import DamagedFileError, WellFile
-from physrep.well_write import write_well
+from physrep.data.windows import Windows, check_disjoint
+from physrep.probing.evaluate import window_flows
+from physrep.data.leakage import data_report, deal_flows, find_flows, leakage, main, write_leak_free
+from physrep.physics.systems import get_system
+from physrep.data.well import DamagedFileError, WellFile
+from physrep.data.write import write_well
 
 BOX = {"active_matter": (10.0, 10.0), "shear_flow": (1.0, 2.0), "rayleigh_benard": (4.0, 1.0)}
 

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from physrep.results import PAPER, SCHEMA, over_seeds, read_results, table1, two_digits, write_result
+from physrep.probing.records import SCHEMA, read_results, write_result
+from physrep.results.table import PAPER, over_seeds, table1, two_digits
 
 
 def row(**changes: object) -> dict:

@@ -5,20 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from physrep.data import LabelScaler
-from physrep.runs import resolve, system_of
-from physrep.scores import (
-    METRICS,
-    _spread,
-    _weighted_medians,
-    bootstrap_weights,
-    difference_seeds,
-    plot_predictions,
-    score,
-    score_difference,
-    score_seeds,
-)
-from physrep.systems import get_system
+from physrep.data.scaling import LabelScaler
+from physrep.training.run import resolve, system_of
+from physrep.probing.scores import METRICS, _spread, _weighted_medians, bootstrap_weights, difference_seeds, plot_predictions, score, score_difference, score_seeds
+from physrep.physics.systems import get_system
 
 SYSTEM = get_system("shear_flow")
 

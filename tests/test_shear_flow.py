@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.sim.shear_flow import (
-    SimulationBlewUp,
-    simulate,
-    spectral_grid,
-    suggest_dt,
-    to_field,
-    to_spectrum,
-)
+from physrep.physics.shear_flow import SimulationBlewUp, simulate, spectral_grid, suggest_dt, to_field, to_spectrum
 
 FIELDS = ("tracer", "pressure", "velocity")
 SMALL = {"grid": 32, "n_frames": 3}

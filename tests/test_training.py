@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from physrep.encoders.registry import load_encoder
-from physrep.provenance import read_json
-from physrep.runs import ensure_data, pretrain, resolve, run_folder, window_frames
-from physrep.training import TimeUp, TrainingDiverged
+from physrep.models.pretrained import load_encoder
+from physrep.core.files import read_json
+from physrep.training.pretrain import pretrain
+from physrep.training.run import ensure_data, resolve, run_folder, window_frames
+from physrep.training.loop import TimeUp, TrainingDiverged
 
 ROOT = Path(__file__).resolve().parent.parent
 quiet = dict(progress=False, say=lambda text: None)
@@ -24,7 +25,7 @@ quiet = dict(progress=False, say=lambda text: None)
 CHILD = """
 import os, sys, time, torch
 torch.set_num_threads(1)
-import physrep.training, physrep.runs
+import physrep.training.loop, physrep.training.run
 data, runs, moment, steps = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 if moment == "save":
     original, count = os.replace, [0]
@@ -35,8 +36,8 @@ if moment == "save":
             time.sleep(60)
         original(a, b)
     os.replace = replace
-config = physrep.runs.resolve("shear_flow", sys.argv[5], preset="smoke", steps=steps)
-physrep.runs.pretrain(config, data, runs, checkpoint_seconds=0, progress=False)
+config = physrep.training.run.resolve("shear_flow", sys.argv[5], preset="smoke", steps=steps)
+physrep.training.pretrain.pretrain(config, data, runs, checkpoint_seconds=0, progress=False)
 """
 
 
@@ -89,8 +90,8 @@ def test_a_diverging_run_keeps_its_checkpoint(smoke_data, tmp_path):
 def test_finished_run_is_kept_and_changed_data_are_noticed(smoke_data, tmp_path):
     from dataclasses import replace
 
-    from physrep.generate import make_dataset
-    from physrep.presets import get_preset
+    from physrep.data.generate import make_dataset
+    from physrep.training.presets import get_preset
 
     config = resolve("shear_flow", "random", "vit", preset="smoke")
     folder = pretrain(config, smoke_data, tmp_path, **quiet)
@@ -138,7 +139,7 @@ def test_recipes_are_checked(wrong, message):
 
 def test_seeds_and_objectives_share_what_they_should(smoke_data, tmp_path):
     "Two seeds give two encoders; the random encoder of a seed is where the training of that seed starts."
-    from physrep.runs import build
+    from physrep.training.run import build
 
     a, b = (build(resolve("shear_flow", "mae", preset="smoke", seed=s), (16, 32, 32), 4).encoder.state_dict() for s in (0, 1))
     assert any(not torch.equal(a[k], b[k]) for k in a)

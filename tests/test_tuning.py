@@ -6,9 +6,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from physrep.presets import PRESETS, get_preset, project_root
-from physrep.runs import resolve
-from physrep.tuning import MARGIN, PARTS, WALKS, merge, run_walk
+from physrep.core.paths import project_root
+from physrep.training.presets import PRESETS, get_preset
+from physrep.training.run import resolve
+from physrep.experiments.tuning import MARGIN, PARTS, WALKS, merge, run_walk
 
 LOG = pd.read_csv(project_root() / "figures" / "tuning.csv")
 

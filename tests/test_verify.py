@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-import physrep.verify
-from physrep.figures import figure_record, save_figure
-from physrep.presets import get_preset
-from physrep.provenance import module_digests, read_json, write_json
-from physrep.runs import resolve, run_folder
-from physrep.verify import main, verify
-from physrep.well_sets import find_files, fingerprint
+import physrep.results.verify
+from physrep.results.figures import figure_record, save_figure
+from physrep.training.presets import get_preset
+from physrep.core.files import read_json, write_json
+from physrep.core.provenance import module_digests
+from physrep.training.run import resolve, run_folder
+from physrep.results.verify import main, verify
+from physrep.data.sets import find_files, fingerprint
 
 TABLE = pd.DataFrame({"x": [1.0, 2.0]})
 
@@ -60,7 +61,7 @@ def test_a_byte_of_a_file(tmp_path, kind):
 def test_a_module_that_changed_is_named(tmp_path, monkeypatch):
     draw(tmp_path)
     digests = module_digests("results")
-    monkeypatch.setattr(physrep.verify, "module_digests", lambda *names: digests | {"scores": "0" * 16, "extra": "1" * 16})
+    monkeypatch.setattr(physrep.results.verify, "module_digests", lambda *names: digests | {"scores": "0" * 16, "extra": "1" * 16})
     assert state(tmp_path) == ("stale", "module scores changed; module extra is new")
     monkeypatch.undo()
     edit(tmp_path, modules=["gone"])
@@ -137,7 +138,7 @@ def test_records_that_are_missing_torn_or_of_another_kind(tmp_path):
 def test_the_command_says_why_and_fails(tmp_path):
     draw(tmp_path)
     (tmp_path / "one.csv").write_text("x\n3\n")
-    done = subprocess.run([sys.executable, "-m", "physrep.verify", str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-m", "physrep.results.verify", str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 1 and done.stderr == ""
     assert done.stdout == "broken   one\n         one.csv is not the file that was written with the record\n1 broken\n"
 

@@ -12,10 +12,10 @@ import yaml
 from the_well.data import WellDataset
 from the_well.data.normalization import RMSNormalization, ZScoreNormalization
 
-from physrep.systems import SYSTEMS, get_system
-from physrep.well import WellFile, WellFormatError
-from physrep.well_sets import STATS, channel_stats, find_files, fingerprint, read_stats
-from physrep.well_write import write_stats, write_well
+from physrep.physics.systems import SYSTEMS, get_system
+from physrep.data.well import WellFile, WellFormatError
+from physrep.data.sets import STATS, channel_stats, find_files, fingerprint, read_stats
+from physrep.data.write import write_stats, write_well
 
 NX, NY, FRAMES = 12, 10, 9
 PARAMETERS = {
@@ -499,7 +499,7 @@ def test_find_files(tmp_path, layout):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_statistics(tmp_path, monkeypatch, name):
     "Against one computation over everything, with blocks of two frames and files of unequal size; as The Well keys them."
-    monkeypatch.setattr("physrep.well_write._BLOCK_BYTES", 2 * 4 * get_system(name).n_channels * NX * NY)
+    monkeypatch.setattr("physrep.data.write._BLOCK_BYTES", 2 * 4 * get_system(name).n_channels * NX * NY)
     parts = []
     for i, n in enumerate((3, 1)):
         fields = make_fields(name, n=n, seed=i)
