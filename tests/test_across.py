@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.experiments.across import SHARED, InTurn, Translated, load_joint, pretrain_jointly, score_translated, shared_names, translate
+from physrep.experiments.across import (
+    SHARED,
+    InTurn,
+    Translated,
+    load_joint,
+    pretrain_jointly,
+    score_translated,
+    shared_names,
+    translate,
+)
 from physrep.probing.records import read_predictions
 from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
@@ -33,7 +42,9 @@ def two(tmp_path_factory):
 
 def batches(folder, system, **options):
     w, s = Windows(folder, system, "train", frames=16, stride=8), get_system(system)
-    return Batches(w, batch_size=4, normaliser=Normaliser.load(folder, s), scaler=LabelScaler.fit(s, w.labels), **options)
+    return Batches(
+        w, batch_size=4, normaliser=Normaliser.load(folder, s), scaler=LabelScaler.fit(s, w.labels), **options
+    )
 
 
 @pytest.mark.parametrize("system", list(SYSTEMS))
@@ -84,7 +95,9 @@ def test_a_joint_encoder_is_loaded_for_one_of_its_systems(two, tmp_path):
         encoder, own = load_joint(folder, name), windows(two, name)["test"]
         assert encoder.info["channels"] == get_system(name).channels
         fields = own.read([0, 1])
-        whole = encoder.encoder.encoder(translate(Normaliser.load(two, get_system(name))(fields), shared_names(get_system(name)), SHARED.channels))
+        whole = encoder.encoder.encoder(
+            translate(Normaliser.load(two, get_system(name))(fields), shared_names(get_system(name)), SHARED.channels)
+        )
         assert abs(encoder.embed(fields, own.files[0].dt) - whole.mean(1).numpy()).max() < 1e-5
     with pytest.raises(ValueError, match=f"was trained on {', '.join(sorted(PAIR))}, not on 'rayleigh_benard'"):
         load_joint(folder, "rayleigh_benard")
@@ -95,10 +108,14 @@ def test_a_joint_encoder_is_loaded_for_one_of_its_systems(two, tmp_path):
 
 
 def test_a_finished_joint_encoder_is_left_as_it_is(two, tmp_path):
-    options = dict(systems=PAIR, objective="mae", encoder="vit", preset="smoke", data_dir=two, run_dir=tmp_path, progress=False)
+    options = dict(
+        systems=PAIR, objective="mae", encoder="vit", preset="smoke", data_dir=two, run_dir=tmp_path, progress=False
+    )
     folder = pretrain_jointly(**options)
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}
-    assert pretrain_jointly(**options) == folder and before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}
+    assert pretrain_jointly(**options) == folder and before == {
+        p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"
+    }
 
 
 @pytest.mark.parametrize("systems", [["shear_flow", "rayleigh_benard"], []])
@@ -113,7 +130,9 @@ def windows(data, system):
 
 @pytest.mark.parametrize("objective", ["supervised", "random"])
 def test_labels_of_different_systems_cannot_be_mixed(objective, two, tmp_path):
-    with pytest.raises(ValueError, match=f"only a self-supervised objective can be trained on several systems, got '{objective}'"):
+    with pytest.raises(
+        ValueError, match=f"only a self-supervised objective can be trained on several systems, got '{objective}'"
+    ):
         pretrain_jointly(PAIR, objective, "convnext", "smoke", two, tmp_path)
 
 
@@ -134,8 +153,13 @@ def test_an_encoder_of_one_system_reads_another(two, tmp_path):
         encoder, shared_names(get_system("shear_flow")), windows(two, "active_matter"), tmp_path, preset="smoke", objective="random", encoder_name="convnext", run="from/seed0",
         probes=["linear", "knn"], progress=False,
     )  # fmt: skip
-    assert {r["probe"] for r in scored.rows} == {"linear", "knn"} and {r["system"] for r in scored.rows} == {"active_matter"}
-    reader, x = Translated(encoder, shared_names(get_system("shear_flow")), get_system("active_matter")), torch.randn(2, 11, 16, 32, 32)
+    assert {r["probe"] for r in scored.rows} == {"linear", "knn"} and {r["system"] for r in scored.rows} == {
+        "active_matter"
+    }
+    reader, x = (
+        Translated(encoder, shared_names(get_system("shear_flow")), get_system("active_matter")),
+        torch.randn(2, 11, 16, 32, 32),
+    )
     seen = x.clone()
     seen[:, 3:] = 0
     assert torch.equal(reader(x), reader(seen)), "it does not see the tensors that it was not trained on"

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.physics.active_matter import closure, core_size, growth_rate, initial_condition, matter_grid, simulate, smallest_grid
+from physrep.physics.active_matter import (
+    closure,
+    core_size,
+    growth_rate,
+    initial_condition,
+    matter_grid,
+    simulate,
+    smallest_grid,
+)
 from physrep.physics.shear_flow import SimulationBlewUp, to_field, to_spectrum
 
 FIELDS = ("concentration", "velocity", "D", "E")
@@ -36,10 +44,22 @@ def isotropic(n, grid=32):
         ({"skip": -0.5}, r"skip must be a multiple of dt and not negative, got -0\.5"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64, got torch.float16"),
-        ({"initial": isotropic(1)}, r"initial must be \(concentration, D\) of shapes \(2, 32, 32\) and .*, got \(1, 32, 32\)"),
-        ({"initial": (np.full((2, 32, 32), 1.5), isotropic(2)[1])}, r"symmetric D with trace c, got differences up to 0\.0e\+00 and 5\.0e-01"),
-        ({"initial": (isotropic(2)[0], isotropic(2)[1] + [[0, 0.1], [0, 0]])}, r"symmetric D with trace c, got differences up to 1\.0e-01"),
-        ({"initial": (isotropic(2)[0], isotropic(2)[1] + [[0.6, 0], [0, -0.6]])}, r"c > 0 and \|f\| <= c at every point, got c = 1 and \|f\| / c = 1\.2"),
+        (
+            {"initial": isotropic(1)},
+            r"initial must be \(concentration, D\) of shapes \(2, 32, 32\) and .*, got \(1, 32, 32\)",
+        ),
+        (
+            {"initial": (np.full((2, 32, 32), 1.5), isotropic(2)[1])},
+            r"symmetric D with trace c, got differences up to 0\.0e\+00 and 5\.0e-01",
+        ),
+        (
+            {"initial": (isotropic(2)[0], isotropic(2)[1] + [[0, 0.1], [0, 0]])},
+            r"symmetric D with trace c, got differences up to 1\.0e-01",
+        ),
+        (
+            {"initial": (isotropic(2)[0], isotropic(2)[1] + [[0.6, 0], [0, -0.6]])},
+            r"c > 0 and \|f\| <= c at every point, got c = 1 and \|f\| / c = 1\.2",
+        ),
         ({"initial": (-isotropic(2)[0], -isotropic(2)[1])}, r"c > 0 .* got c = -1"),
     ],
 )
@@ -51,7 +71,16 @@ def test_bad_arguments_name_the_value(change, message):
 
 @pytest.mark.parametrize(
     ("alpha", "zeta", "grid", "length", "accepted"),
-    [(-1, 5, 64, 5, True), (-5, 5, 64, 5, True), (-5, 5, 48, 5, True), (-1, 3, 64, 10, False), (-5, 3, 64, 10, False), (-1, 1, 64, 10, True), (-5, 17, 256, 10, True), (-5, 17, 48, 5, False)],
+    [
+        (-1, 5, 64, 5, True),
+        (-5, 5, 64, 5, True),
+        (-5, 5, 48, 5, True),
+        (-1, 3, 64, 10, False),
+        (-5, 3, 64, 10, False),
+        (-1, 1, 64, 10, True),
+        (-5, 17, 256, 10, True),
+        (-5, 17, 48, 5, False),
+    ],
 )
 def test_what_a_grid_cannot_resolve_is_refused(alpha, zeta, grid, length, accepted):
     run = {"alpha": alpha, "zeta": zeta, "seeds": [0], "grid": grid, "box": (length, length), "n_frames": 1}
@@ -59,7 +88,10 @@ def test_what_a_grid_cannot_resolve_is_refused(alpha, zeta, grid, length, accept
         simulate(**run)
     else:
         needed = smallest_grid(alpha, zeta, length)
-        with pytest.raises(ValueError, match=f"alpha {alpha}, zeta {zeta} is refused on {grid} x {grid} points .* Take a grid of {needed}, or a smaller box"):
+        with pytest.raises(
+            ValueError,
+            match=f"alpha {alpha}, zeta {zeta} is refused on {grid} x {grid} points .* Take a grid of {needed}, or a smaller box",
+        ):
             simulate(**run)
         simulate(**{**run, "grid": needed})
 
@@ -83,7 +115,9 @@ def test_disorder_that_is_stable_needs_no_grid():
 
 def test_blow_up_names_run_time_and_a_step_that_works():
     run = {"alpha": [-1.0, -40.0], "zeta": [1.0, 0.5], "seeds": [3, 71], "frame_dt": 0.5, "n_frames": 8}
-    with pytest.raises(SimulationBlewUp, match=r"t = \d.* with dt = 0\.25 for .*alpha -40, zeta 0\.5, seed 71") as caught:
+    with pytest.raises(
+        SimulationBlewUp, match=r"t = \d.* with dt = 0\.25 for .*alpha -40, zeta 0\.5, seed 71"
+    ) as caught:
         simulate(**run, dt=0.25, grid=64)
     assert f"try dt = {caught.value.dt:g}" in str(caught.value)
     assert 0.25 / caught.value.dt == 2 ** round(np.log2(0.25 / caught.value.dt))
@@ -96,9 +130,13 @@ def test_dtype_shapes_and_first_frame(dtype):
     assert out["concentration"].shape == (2, 2, 48, 32) and out["velocity"].shape == (2, 2, 48, 32, 2)
     assert out["D"].shape == out["E"].shape == (2, 2, 48, 32, 2, 2)
     assert np.allclose(out["time"], [0, 0.25])
-    c, a, b = to_field(initial_condition([0, 1], matter_grid((48, 32), (5.0, 4.0))), (48, 32)).numpy().transpose(1, 0, 2, 3)
+    c, a, b = (
+        to_field(initial_condition([0, 1], matter_grid((48, 32), (5.0, 4.0))), (48, 32)).numpy().transpose(1, 0, 2, 3)
+    )
     assert np.allclose(out["concentration"][:, 0], c, atol=1e-6)
-    assert np.allclose(out["D"][:, 0, ..., 0, 0] - out["D"][:, 0, ..., 1, 1], a, atol=1e-6) and np.allclose(2 * out["D"][:, 0, ..., 0, 1], b, atol=1e-6)
+    assert np.allclose(out["D"][:, 0, ..., 0, 0] - out["D"][:, 0, ..., 1, 1], a, atol=1e-6) and np.allclose(
+        2 * out["D"][:, 0, ..., 0, 1], b, atol=1e-6
+    )
 
 
 def test_closure_is_monotone_and_ends_where_it_must():
@@ -112,7 +150,16 @@ def test_isotropic_rods_stay_isotropic_and_aligned_rods_relax_to_the_uniform_ord
     c, d = isotropic(1)
     finish = []
     for start in (0.2, 0.98):
-        out = simulate(-2.0, 2.0, [0], initial=(c, d + np.diag([start, -start]) / 2), grid=32, n_frames=2, frame_dt=5.0, dtype=torch.float64)
+        out = simulate(
+            -2.0,
+            2.0,
+            [0],
+            initial=(c, d + np.diag([start, -start]) / 2),
+            grid=32,
+            n_frames=2,
+            frame_dt=5.0,
+            dtype=torch.float64,
+        )
         assert np.ptp(out["D"], axis=(2, 3)).max() < 1e-10 and np.abs(out["velocity"]).max() < 1e-10
         finish.append(out["D"][0, 1, 0, 0, 0, 0] - out["D"][0, 1, 0, 0, 1, 1])
     # zeta (1 - q g) = 4 d_R

@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.physics.oracle import ACTIVITIES, ALIGNMENTS, DIFFUSIVITIES, KNOWS, METHODS, ORACLES, _bump_matrices, _derivative_matrix, _integration_matrix, _least_squares, equation_oracle, knows
+from physrep.physics.oracle import (
+    ACTIVITIES,
+    ALIGNMENTS,
+    DIFFUSIVITIES,
+    KNOWS,
+    METHODS,
+    ORACLES,
+    _bump_matrices,
+    _derivative_matrix,
+    _integration_matrix,
+    _least_squares,
+    equation_oracle,
+    knows,
+)
 from physrep.physics.statistics import SMALLEST, STATISTICS, statistics_names, summary_statistics
 from physrep.data.batches import apply_symmetry
 from physrep.physics import active_matter, rayleigh_benard
@@ -40,7 +53,17 @@ def stacked(out: dict[str, np.ndarray], system) -> np.ndarray:
 def layers(request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Convection `(4, 4, 16, 32, 32)`, labels `(4, 2)` (Prandtl, Rayleigh) and heights `(32,)`."
     labels = np.array([(pr, ra) for ra in (1e4, 2e5) for pr in (0.7, 3.0)])
-    out = rayleigh_benard.simulate(labels[:, 1], labels[:, 0], list(range(4)), grid=(64, 40), n_frames=22, frame_dt=0.5, dt=0.0125, store_grid=N, store_nodes=request.param)
+    out = rayleigh_benard.simulate(
+        labels[:, 1],
+        labels[:, 0],
+        list(range(4)),
+        grid=(64, 40),
+        n_frames=22,
+        frame_dt=0.5,
+        dt=0.0125,
+        store_grid=N,
+        store_nodes=request.param,
+    )
     return stacked(out, LAYER)[:, :, 6:], labels, HEIGHTS[request.param]
 
 
@@ -48,7 +71,16 @@ def layers(request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def matter() -> tuple[np.ndarray, np.ndarray]:
     "Active matter in a box that is no square, `(4, 11, 16, 32, 24)`, and labels `(4, 2)`."
     labels = np.array([(alpha, zeta) for alpha in (-1.0, -4.0) for zeta in (1.0, 2.5)])
-    out = active_matter.simulate(*labels.T, list(range(4)), grid=(48, 36), box=(5.0, 3.75), n_frames=24, frame_dt=0.25, dt=0.05, store_grid=(N, 24))
+    out = active_matter.simulate(
+        *labels.T,
+        list(range(4)),
+        grid=(48, 36),
+        box=(5.0, 3.75),
+        n_frames=24,
+        frame_dt=0.25,
+        dt=0.05,
+        store_grid=(N, 24),
+    )
     return stacked(out, MATTER)[:, :, 8:], labels
 
 
@@ -57,7 +89,11 @@ def elevator(rayleigh, prandtl, *, slope, wind=0.0, y=HEIGHTS["uniform"]) -> np.
     kappa, nu, k = (rayleigh * prandtl) ** -0.5, (rayleigh / prandtl) ** -0.5, 2 * np.pi
     t = 0.5 * torch.arange(16, dtype=torch.float64)
     matrix = torch.tensor([[-kappa * k**2, slope], [1.0, -nu * k**2]], dtype=torch.float64)
-    theta, speed = (torch.linalg.matrix_exp(t[:, None, None] * matrix) @ torch.tensor([0.3, 0.1], dtype=torch.float64)).numpy().T[:, :, None, None]
+    theta, speed = (
+        (torch.linalg.matrix_exp(t[:, None, None] * matrix) @ torch.tensor([0.3, 0.1], dtype=torch.float64))
+        .numpy()
+        .T[:, :, None, None]
+    )
     wave = np.cos(k * (2 * np.arange(N)[:, None] / N - wind * t.numpy()[:, None, None])) + 0 * y
     return np.stack([theta * wave - slope * y, 0 * wave, 0 * wave + wind, speed * wave])[None]
 
@@ -70,7 +106,10 @@ def taylor_green(reynolds, schmidt, *, wind=(0.0, 0.0), shape=(N, N), box=(1.0, 
     a, b = kx * (x - wind[0] * t), ky * (y - wind[1] * t)
     k2 = kx**2 + ky**2
     decay, fading = np.exp(-k2 * t / reynolds), np.exp(-k2 * t / (reynolds * schmidt))
-    u, v = -ky * np.cos(a) * np.sin(b) * decay / kx + wind[0], np.sin(a) * np.cos(b) * decay + wind[1]  # psi = cos a cos b / kx
+    u, v = (
+        -ky * np.cos(a) * np.sin(b) * decay / kx + wind[0],
+        np.sin(a) * np.cos(b) * decay + wind[1],
+    )  # psi = cos a cos b / kx
     return np.stack([np.cos(a) * np.cos(b) * fading, 0 * u, u, v])[None]
 
 
@@ -99,9 +138,13 @@ def test_statistics_of_every_system_and_their_names(name):
     values = summary_statistics(fields, system=name, dt=0.5, spacing=(0.1, 0.2), frames=3)
     assert values.shape == (3, len(statistics_names(name, 3))) == (3, len(STATISTICS) * system.n_channels * 3)
     assert values.dtype == np.float64 and np.isfinite(values).all()
-    assert np.array_equal(values, summary_statistics(fields.numpy(), system=system, dt=0.5, spacing=(0.1, 0.2), frames=3, chunk=2))
+    assert np.array_equal(
+        values, summary_statistics(fields.numpy(), system=system, dt=0.5, spacing=(0.1, 0.2), frames=3, chunk=2)
+    )
     first = statistics_names(name, 3).index(f"rate {system.channels[-1]} 1")
-    assert values[0, first] == pytest.approx(np.log((fields[0, -1, 1] - fields[0, -1, 0]).std(correction=0).item() / 0.5), abs=1e-5)
+    assert values[0, first] == pytest.approx(
+        np.log((fields[0, -1, 1] - fields[0, -1, 0]).std(correction=0).item() / 0.5), abs=1e-5
+    )
 
 
 def test_statistics_do_not_change_under_the_exact_symmetries(flows):
@@ -121,7 +164,9 @@ def test_walls_and_crops_have_no_neighbour_across_the_edge():
     gradient = summary_statistics(z, system=system, **UNITS)[0, names.index("gradient buoyancy 1")]
     assert gradient == pytest.approx(0.0, abs=1e-9), "a jump back to the lower plate would be seen as a gradient"
     assert summary_statistics(z, system=SHEAR, **UNITS)[0, names.index("gradient buoyancy 1")] > 1
-    assert summary_statistics(z, system=SHEAR, periodic=False, **UNITS)[0, names.index("gradient buoyancy 1")] == pytest.approx(0.0, abs=1e-9)
+    assert summary_statistics(z, system=SHEAR, periodic=False, **UNITS)[
+        0, names.index("gradient buoyancy 1")
+    ] == pytest.approx(0.0, abs=1e-9)
     with pytest.raises(ValueError, match="rayleigh_benard is not periodic along y"):
         summary_statistics(z, system=system, periodic=True, **UNITS)
 
@@ -142,7 +187,9 @@ def test_statistics_know_the_heights():
 def test_integration_is_exact_for_polynomials_of_degree_five():
     t = 0.3 * np.arange(11)
     for degree in range(6):
-        assert np.allclose(_integration_matrix(11, 0.3) @ t**degree, t ** (degree + 1) / (degree + 1), rtol=1e-11, atol=1e-12)
+        assert np.allclose(
+            _integration_matrix(11, 0.3) @ t**degree, t ** (degree + 1) / (degree + 1), rtol=1e-11, atol=1e-12
+        )
     assert np.allclose(_integration_matrix(3, 0.3) @ t[:3] ** 2, t[:3] ** 3 / 3)
 
 
@@ -155,7 +202,9 @@ def test_derivatives_of_the_bump_integrate_by_parts():
     assert np.allclose(bump[2] @ f, bump[0] @ bend, atol=1e-3)
     assert bump.shape == (4, 8, n)
     assert np.allclose(bump[1:].sum(-1), 0, atol=1e-3), "cut at an edge, a derivative would not sum to zero"
-    assert all(np.allclose(row, np.roll(bump[0, 0], 2 * i)) for i, row in enumerate(bump[0])), "every place has the whole bump"
+    assert all(np.allclose(row, np.roll(bump[0, 0], 2 * i)) for i, row in enumerate(bump[0])), (
+        "every place has the whole bump"
+    )
 
 
 def test_bumps_on_chebyshev_heights_integrate_as_well():
@@ -197,7 +246,9 @@ def test_every_method_is_right_on_a_taylor_green_vortex(method, wind):
 @pytest.mark.parametrize("method", METHODS)
 def test_spacing_and_shape_of_a_rectangular_box(method):
     fields = taylor_green(500, 1.5, wind=(0.1, 0.2), shape=(24, 36), box=(1.0, 2.0))
-    found = equation_oracle(torch.from_numpy(fields), system="shear_flow", dt=DT, spacing=(1 / 24, 2 / 36), method=method)
+    found = equation_oracle(
+        torch.from_numpy(fields), system="shear_flow", dt=DT, spacing=(1 / 24, 2 / 36), method=method
+    )
     assert np.allclose(found, [[500, 1.5]], rtol=1e-3)
 
 
@@ -248,7 +299,9 @@ def test_a_failed_estimate_is_finite_positive_and_at_the_edge(method):
 def test_errors_say_what_is_wrong(flows):
     fields, _ = flows
     for function in (summary_statistics, equation_oracle):
-        with pytest.raises(ValueError, match=r"fields of shear_flow must be \(b, 4, t, h, w\), got \(8, 3, 16, 32, 32\)"):
+        with pytest.raises(
+            ValueError, match=r"fields of shear_flow must be \(b, 4, t, h, w\), got \(8, 3, 16, 32, 32\)"
+        ):
             function(fields[:, :3], system=SHEAR, **UNITS)
         with pytest.raises(ValueError, match="must be .b, 4, t, h, w."):
             function(fields[0], system=SHEAR, **UNITS)
@@ -272,13 +325,17 @@ def test_errors_say_what_is_wrong(flows):
         equation_oracle(fields[..., :6], system=SHEAR, **UNITS)
     with pytest.raises(ValueError, match="unknown method 'strong'; valid: weak, resolved_budget, budget"):
         equation_oracle(fields, system=SHEAR, method="strong", **UNITS)
-    with pytest.raises(ValueError, match="no equation oracle for smoke; there is one for shear_flow, rayleigh_benard, active_matter"):
+    with pytest.raises(
+        ValueError, match="no equation oracle for smoke; there is one for shear_flow, rayleigh_benard, active_matter"
+    ):
         equation_oracle(fields, system=replace(SHEAR, name="smoke"), **UNITS)
     for function in (summary_statistics, equation_oracle):
         with pytest.raises(ValueError, match="shear_flow has no walls: its points are evenly spaced"):
             function(fields, system=SHEAR, heights=HEIGHTS["uniform"], **UNITS)
         for heights in (HEIGHTS["uniform"][::-1], HEIGHTS["uniform"][1:], np.full(N, np.nan)):
-            with pytest.raises(ValueError, match="heights must be 32 increasing numbers, one for each point along y, got shape"):
+            with pytest.raises(
+                ValueError, match="heights must be 32 increasing numbers, one for each point along y, got shape"
+            ):
                 function(fields, system=LAYER, heights=heights, **UNITS)
         with pytest.raises(ValueError, match="dt must be a positive number and spacing a pair .* give `heights`"):
             function(fields, system=LAYER, dt=DT, spacing=(1 / N, np.nan))
@@ -288,7 +345,9 @@ def test_errors_say_what_is_wrong(flows):
 def test_budgets_are_for_shear_flow_only(method):
     for system in (LAYER, MATTER):
         fields = np.zeros((1, system.n_channels, 8, 8, 8))
-        with pytest.raises(ValueError, match=f"method '{method}' is for shear_flow only, not for {system.name}; use 'weak'"):
+        with pytest.raises(
+            ValueError, match=f"method '{method}' is for shear_flow only, not for {system.name}; use 'weak'"
+        ):
             equation_oracle(fields, system=system, method=method, **UNITS)
 
 
@@ -307,7 +366,9 @@ def test_every_method_and_oracle_is_described():
 @pytest.mark.parametrize("wind", [0.0, 0.3])
 @pytest.mark.parametrize("y", HEIGHTS.values(), ids=HEIGHTS)
 def test_convection_on_elevator_modes(wind, y):
-    fields = np.concatenate([elevator(1e4, 0.5, slope=-0.2, wind=wind, y=y), elevator(1e6, 4.0, slope=0.01, wind=wind, y=y)])
+    fields = np.concatenate(
+        [elevator(1e4, 0.5, slope=-0.2, wind=wind, y=y), elevator(1e6, 4.0, slope=0.01, wind=wind, y=y)]
+    )
     found = equation_oracle(torch.from_numpy(fields), heights=y, **LAYER_UNITS)
     assert np.allclose(found, [[0.5, 1e4], [4.0, 1e6]], rtol=0.005)
 
@@ -318,7 +379,9 @@ def test_convection_from_simulations_and_crops_of_them(layers):
     crop = equation_oracle(fields[:, :, 2:, 3:27, 2:30], heights=y[2:30], periodic=False, **LAYER_UNITS)
     assert np.abs(crop / labels - 1).max() < 0.03
     if np.allclose(np.diff(y), 1 / N):
-        assert np.allclose(equation_oracle(fields, **LAYER_UNITS), equation_oracle(fields, heights=y + 7, **LAYER_UNITS), rtol=1e-6)
+        assert np.allclose(
+            equation_oracle(fields, **LAYER_UNITS), equation_oracle(fields, heights=y + 7, **LAYER_UNITS), rtol=1e-6
+        )
 
 
 def test_active_matter_from_simulations_and_crops_of_them(matter):
@@ -337,7 +400,9 @@ def test_uniform_rods_that_align_tell_zeta():
             sizes.append(size)
 
         def rate(f: float) -> float:
-            return zeta * f * active_matter.closure(torch.tensor([f * f]).double())[1].item() - 4 * active_matter.D_R * f
+            return (
+                zeta * f * active_matter.closure(torch.tensor([f * f]).double())[1].item() - 4 * active_matter.D_R * f
+            )
 
         size += small * (rate(size) + rate(size + small * rate(size))) / 2
     fields = np.zeros((1, 11, len(t), N, 24))
@@ -347,11 +412,15 @@ def test_uniform_rods_that_align_tell_zeta():
 
 
 def test_estimates_of_every_system_are_finite_and_each_window_its_own(matter):
-    layer = np.concatenate([elevator(1e5, 2.0, slope=-0.1), elevator(1e5, 2.0, slope=-0.1)[:, :, ::-1], np.zeros((1, 4, 16, N, N))])
+    layer = np.concatenate(
+        [elevator(1e5, 2.0, slope=-0.1), elevator(1e5, 2.0, slope=-0.1)[:, :, ::-1], np.zeros((1, 4, 16, N, N))]
+    )
     found = equation_oracle(layer, chunk=2, **LAYER_UNITS)
     assert np.isfinite(found).all() and np.allclose(found[2], [1.0, DIFFUSIVITIES[0] ** -2])
     assert np.allclose(found[:1], equation_oracle(layer[:1], **LAYER_UNITS), rtol=1e-9)
-    rods = np.concatenate([matter[0][:2], np.zeros_like(matter[0][:1]), np.random.default_rng(0).normal(size=matter[0][:1].shape)])
+    rods = np.concatenate(
+        [matter[0][:2], np.zeros_like(matter[0][:1]), np.random.default_rng(0).normal(size=matter[0][:1].shape)]
+    )
     found = equation_oracle(rods, chunk=3, **MATTER_UNITS)
     assert np.isfinite(found).all() and not found[2].any()
     for values, (low, high) in zip(found.T, (ACTIVITIES, ALIGNMENTS)):

@@ -17,24 +17,47 @@ GROUPS = np.repeat(np.arange(20), 3)
 TRUTH = np.column_stack([np.geomspace(400, 3200, 20), np.tile([0.25, 2.0], 10)])[GROUPS]
 
 
-def run(folder, objective="jepa", encoder="convnext", seed=0, error=0.5, probes=("linear",), truth=TRUTH, groups=GROUPS, scaler=SCALER, system="shear_flow", tag="0123abcd", **extra):
+def run(
+    folder,
+    objective="jepa",
+    encoder="convnext",
+    seed=0,
+    error=0.5,
+    probes=("linear",),
+    truth=TRUTH,
+    groups=GROUPS,
+    scaler=SCALER,
+    system="shear_flow",
+    tag="0123abcd",
+    **extra,
+):
     "A run folder with made-up predictions of its test split."
     rng = np.random.default_rng([len(objective), len(encoder), seed, int(100 * error)])
     z = SCALER.transform(TRUTH)
-    predictions = {(p, "test"): SCALER.inverse(SCALER.clip(z + error * rng.normal(size=z.shape)))[: len(truth)] for p in probes}
+    predictions = {
+        (p, "test"): SCALER.inverse(SCALER.clip(z + error * rng.normal(size=z.shape)))[: len(truth)] for p in probes
+    }
     where = folder / (f"{objective}-{encoder}-{tag}/seed{seed}" if encoder != "none" else objective)
     about = dict(system=system, objective=objective, encoder=encoder, seed=seed, scaler=scaler) | extra
-    return write_predictions(where / "predictions.safetensors", predictions, {"test": truth, "train": truth}, {"test": groups}, **about).parent
+    return write_predictions(
+        where / "predictions.safetensors", predictions, {"test": truth, "train": truth}, {"test": groups}, **about
+    ).parent
 
 
 def test_predictions_are_read_back_as_written(tmp_path):
     folder = run(tmp_path, probes=("linear", "knn"), chosen={"linear": {"lambda": 0.1}})
     assert [p.name for p in folder.iterdir()] == ["predictions.safetensors"]
     p = read_predictions(folder)
-    assert set(p.predictions) == {("linear", "test"), ("knn", "test")} and list(p.truth) == ["test"], "truth without predictions is not kept"
+    assert set(p.predictions) == {("linear", "test"), ("knn", "test")} and list(p.truth) == ["test"], (
+        "truth without predictions is not kept"
+    )
     np.testing.assert_array_equal(p.truth["test"], TRUTH)
     np.testing.assert_array_equal(p.groups["test"], GROUPS)
-    assert p.info["run"] == "jepa-convnext-0123abcd/seed0" and p.info["share"] == 1.0 and p.info["chosen"] == {"linear": {"lambda": 0.1}}
+    assert (
+        p.info["run"] == "jepa-convnext-0123abcd/seed0"
+        and p.info["share"] == 1.0
+        and p.info["chosen"] == {"linear": {"lambda": 0.1}}
+    )
     np.testing.assert_array_equal(p.scaler.transform(TRUTH), SCALER.transform(TRUTH))
     assert read_predictions(run(tmp_path, "constant", "none")).info["run"] == "constant"
     assert read_predictions(run(tmp_path, run="elsewhere/seed3/finetune")).info["run"] == "elsewhere/seed3/finetune"
@@ -61,7 +84,13 @@ def test_torn_and_foreign_prediction_files_are_named(tmp_path):
         with pytest.raises(ValueError, match="torn") as error:
             read_predictions(path)
         assert str(path) in str(error.value)
-    for metadata in (None, {"physrep": "{"}, {"physrep": "[]"}, {"physrep": '{"kind": "physrep predictions"}'}, {"physrep": '{"name": "vit"}'}):
+    for metadata in (
+        None,
+        {"physrep": "{"},
+        {"physrep": "[]"},
+        {"physrep": '{"kind": "physrep predictions"}'},
+        {"physrep": '{"name": "vit"}'},
+    ):
         save_file({"truth/test": TRUTH}, path, metadata=metadata)
         with pytest.raises(ValueError, match="not a predictions file|torn") as error:
             read_predictions(path)
@@ -89,10 +118,17 @@ def test_runs_that_differ_in_the_seed_are_one_method(tmp_path):
                       objective="jepa", encoder="convnext", seed=2, scaler=SCALER, run="jepa-convnext-0123abcd/seed2/finetune")  # fmt: skip
     run(tmp_path, tag="89abcdef")
     a, b = read_methods(tmp_path)
-    assert (a.name, b.name) == ("jepa-convnext-0123abcd", "jepa-convnext-89abcdef") and a.probes("test") == ["linear", "finetune"]
+    assert (a.name, b.name) == ("jepa-convnext-0123abcd", "jepa-convnext-89abcdef") and a.probes("test") == [
+        "linear",
+        "finetune",
+    ]
     assert len(a.seeds("linear", "test")) == 3 and len(a.seeds("finetune", "test")) == 1
-    np.testing.assert_array_equal(a.seeds("linear", "test")[2], read_predictions(folders[0]).predictions["linear", "test"])  # in the order of seeds
-    assert [m.name for m in read_methods([folders[0], folders[0] / "predictions.safetensors"])] == [a.name], "a file is read once"
+    np.testing.assert_array_equal(
+        a.seeds("linear", "test")[2], read_predictions(folders[0]).predictions["linear", "test"]
+    )  # in the order of seeds
+    assert [m.name for m in read_methods([folders[0], folders[0] / "predictions.safetensors"])] == [a.name], (
+        "a file is read once"
+    )
     twice = run(tmp_path / "copy", seed=1)
     with pytest.raises(ValueError, match="both have seed 1") as error:
         read_methods(tmp_path)
@@ -118,17 +154,33 @@ def test_summary_of_one_seed_is_its_score_and_of_several_is_wider_where_they_dif
     run(tmp_path, seed=1, error=1.5)
     both = summarise(tmp_path)
     mse = both[(both.metric == "mse") & (both.label == "mean")].iloc[0]
-    assert mse.value == pytest.approx(np.mean(mse.by_seed)) and mse.spread == pytest.approx(np.std(mse.by_seed, ddof=1)) and mse.run == "jepa-convnext-0123abcd"
+    assert (
+        mse.value == pytest.approx(np.mean(mse.by_seed))
+        and mse.spread == pytest.approx(np.std(mse.by_seed, ddof=1))
+        and mse.run == "jepa-convnext-0123abcd"
+    )
     assert mse.low < min(mse.by_seed) * 1.3 and mse.high > max(mse.by_seed) * 0.7, "either seed may be drawn twice"
     pd.testing.assert_frame_equal(both, summarise(read_methods(tmp_path)))
 
 
 def test_difference_of_single_seeds_is_the_paired_difference(tmp_path):
-    a, b = run(tmp_path, probes=("linear", "attentive")), run(tmp_path, "mae", "vit", error=0.8, probes=("linear", "knn"))
+    a, b = (
+        run(tmp_path, probes=("linear", "attentive")),
+        run(tmp_path, "mae", "vit", error=0.8, probes=("linear", "knn")),
+    )
     found = compare(a, b)
     assert set(found.probe) == {"linear"}, "what both have" and set(found["first"]) == {"jepa-convnext-0123abcd"}
-    expected = score_difference(*(read_predictions(r).predictions["linear", "test"] for r in (a, b)), TRUTH, GROUPS, SCALER.system, SCALER)
-    for column, name in {"difference": "value", "low": "low", "high": "high", "label": "label", "metric": "metric", "n": "n"}.items():
+    expected = score_difference(
+        *(read_predictions(r).predictions["linear", "test"] for r in (a, b)), TRUTH, GROUPS, SCALER.system, SCALER
+    )
+    for column, name in {
+        "difference": "value",
+        "low": "low",
+        "high": "high",
+        "label": "label",
+        "metric": "metric",
+        "n": "n",
+    }.items():
         assert found[column].tolist() == [row[name] for row in expected]
     assert np.allclose(found.a - found.b, found.difference)
     crossed = compare(a, b, probe=("attentive", "knn"), metric="mse")
@@ -163,12 +215,21 @@ def test_what_cannot_be_compared_is_refused_naming_both(tmp_path):
 
 def test_runs_on_other_fields_are_refused_where_both_say_so(tmp_path):
     silent, a = run(tmp_path / "a", data=None), run(tmp_path / "a", seed=1, data={"test": "00aa", "train": "00cc"})
-    assert read_predictions(silent).data == {} and read_predictions(a).data == {"test": "00aa"}, "of the splits that have predictions"
+    assert read_predictions(silent).data == {} and read_predictions(a).data == {"test": "00aa"}, (
+        "of the splits that have predictions"
+    )
     [m] = read_methods(tmp_path / "a")
     assert m.data == {"test": "00aa"}
-    for same in (run(tmp_path / "b", "mae", "vit"), run(tmp_path / "c", "mae", "vit", data={"test": "00aa"}), run(tmp_path / "d", "mae", "vit", data={"unseen": "00dd"})):
+    for same in (
+        run(tmp_path / "b", "mae", "vit"),
+        run(tmp_path / "c", "mae", "vit", data={"test": "00aa"}),
+        run(tmp_path / "d", "mae", "vit", data={"unseen": "00dd"}),
+    ):
         assert len(compare(m, same)) == len(compare(silent, same))
-    with pytest.raises(ValueError, match="jepa-convnext-0123abcd and mae-vit-0123abcd were not scored on the same fields of split 'test'"):
+    with pytest.raises(
+        ValueError,
+        match="jepa-convnext-0123abcd and mae-vit-0123abcd were not scored on the same fields of split 'test'",
+    ):
         compare(m, run(tmp_path / "e", "mae", "vit", data={"test": "00bb"}))
     other = run(tmp_path / "a", seed=2, data={"test": "00bb"})
     with pytest.raises(ValueError, match="same fields of split 'test': fingerprints 00bb and 00aa") as error:
@@ -183,9 +244,13 @@ def test_differences_of_each_seed(tmp_path):
     value = {m: [summarise(tmp_path / m / f"{m}-convnext-0123abcd/seed{k}").query("label == 'mean' and metric == 'mse'").value.item() for k in range(n)]
              for m, n in {"jepa": 3, "mae": 3, "random": 2}.items()}  # fmt: skip
     paired = compare(tmp_path / "jepa", tmp_path / "mae", metric="mse").query("label == 'mean'").iloc[0]
-    assert paired.by_seed == pytest.approx(np.subtract(value["jepa"], value["mae"])) and np.mean(paired.by_seed) == pytest.approx(paired.difference)
+    assert paired.by_seed == pytest.approx(np.subtract(value["jepa"], value["mae"])) and np.mean(
+        paired.by_seed
+    ) == pytest.approx(paired.difference)
     other = differences(tmp_path, references=["random"]).query("objective == 'jepa' and label == 'mean'").iloc[0]
-    assert other.by_seed == pytest.approx(np.subtract(value["jepa"], np.mean(value["random"]))) and np.mean(other.by_seed) == pytest.approx(other.difference)
+    assert other.by_seed == pytest.approx(np.subtract(value["jepa"], np.mean(value["random"]))) and np.mean(
+        other.by_seed
+    ) == pytest.approx(other.difference)
 
 
 def test_differences_find_the_counterparts(tmp_path):
@@ -202,7 +267,10 @@ def test_differences_find_the_counterparts(tmp_path):
         ("jepa", "convnext", "finetune", "statistics", "linear"), ("random", "convnext", "linear", "statistics", "linear"),
         ("random", "vit", "linear", "statistics", "linear"), ("equations", "none", "oracle", "statistics", "linear"),
     }  # fmt: skip
-    assert set(df.label) == {"Reynolds", "Schmidt", "mean"} and df.text.str.fullmatch(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]").all()
+    assert (
+        set(df.label) == {"Reynolds", "Schmidt", "mean"}
+        and df.text.str.fullmatch(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]").all()
+    )
     row = df[(df.objective == "jepa") & (df.reference == "random") & (df.label == "mean")].iloc[0]
     assert row.high < 0 and (row.seeds_a, row.seeds_b) == (2, 2)
     run(tmp_path, "random", "vit", tag="89abcdef")
@@ -220,9 +288,23 @@ def test_summaries_of_a_whole_table_take_seconds(tmp_path):
     groups, truth = np.repeat(np.arange(96), 3), np.tile(TRUTH[::3], (20, 1))[:288]
     z = SCALER.transform(truth)
     for seed in range(3):
-        predictions = {(f"p{k}", split): SCALER.inverse(SCALER.clip(z + np.random.default_rng([seed, k]).normal(size=z.shape))) for k in range(8) for split in ("test", "unseen")}
+        predictions = {
+            (f"p{k}", split): SCALER.inverse(SCALER.clip(z + np.random.default_rng([seed, k]).normal(size=z.shape)))
+            for k in range(8)
+            for split in ("test", "unseen")
+        }
         where = tmp_path / f"jepa-vit-0123abcd/seed{seed}/predictions.safetensors"
-        write_predictions(where, predictions, dict(test=truth, unseen=truth), dict(test=groups, unseen=groups), system="shear_flow", objective="jepa", encoder="vit", seed=seed, scaler=SCALER)
+        write_predictions(
+            where,
+            predictions,
+            dict(test=truth, unseen=truth),
+            dict(test=groups, unseen=groups),
+            system="shear_flow",
+            objective="jepa",
+            encoder="vit",
+            seed=seed,
+            scaler=SCALER,
+        )
     started = time.process_time()
     summarise(tmp_path)
     assert time.process_time() - started < 6

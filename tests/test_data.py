@@ -51,7 +51,10 @@ def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
 
 def test_two_processes_make_the_same_data(tmp_path):
     sim = replace(SIM, counts={"train": 2, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=4)
-    one, two = make_dataset("shear_flow", sim, tmp_path / "1", workers=1, progress=False), make_dataset("shear_flow", sim, tmp_path / "2", workers=2, progress=False)
+    one, two = (
+        make_dataset("shear_flow", sim, tmp_path / "1", workers=1, progress=False),
+        make_dataset("shear_flow", sim, tmp_path / "2", workers=2, progress=False),
+    )
     assert fingerprints(one) == fingerprints(two)
 
 
@@ -64,12 +67,23 @@ def test_out_of_time_is_an_error_that_can_be_resumed(tmp_path):
 
 @pytest.mark.parametrize(
     "system, pair",
-    [("shear_flow", {"Reynolds": 6400.0, "Schmidt": 2.0}), ("rayleigh_benard", {"Prandtl": 0.5, "Rayleigh": 1e6}), ("active_matter", {"alpha": -5.0, "zeta": 5.0})],
+    [
+        ("shear_flow", {"Reynolds": 6400.0, "Schmidt": 2.0}),
+        ("rayleigh_benard", {"Prandtl": 0.5, "Rayleigh": 1e6}),
+        ("active_matter", {"alpha": -5.0, "zeta": 5.0}),
+    ],
 )
 def test_time_steps_of_preset_gpu_hold_for_its_fastest_flows(system, pair, tmp_path):
     sim = get_preset("gpu").sim(system)
     assert all(value in sim.grid_values[name] for name, value in pair.items())
-    sim = replace(sim, grid_values={name: (value,) for name, value in pair.items()}, counts={"train": 2}, unseen_pairs=0, unseen_count=0, n_frames=24)
+    sim = replace(
+        sim,
+        grid_values={name: (value,) for name, value in pair.items()},
+        counts={"train": 2},
+        unseen_pairs=0,
+        unseen_count=0,
+        n_frames=24,
+    )
     make_dataset(system, sim, tmp_path, workers=1, progress=False)  # raises SimulationBlewUp otherwise
 
 
@@ -94,7 +108,9 @@ def test_planted_leak_is_found(tmp_path, smoke_data):
     (folder / "data" / "test" / source.name).unlink()
     shutil.copy(source, folder / "data" / "test" / source.name)
     splits = [Windows(folder, SHEAR, s, frames=16, stride=8) for s in ("train", "test")]
-    with pytest.raises(ValueError, match="4 of 10 trajectories of 'test' have an initial condition that 'train' has too"):
+    with pytest.raises(
+        ValueError, match="4 of 10 trajectories of 'test' have an initial condition that 'train' has too"
+    ):
         check_disjoint(*splits)
 
 
@@ -105,7 +121,14 @@ def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
     for split, seed in (("train", 1), ("valid", 2)):
         fields = simulate(400.0, 0.5, [seed], grid=32, n_frames=3)
         times = fields.pop("time")
-        write_well(tmp_path / "shear_flow" / "data" / split / "shear_flow_Reynolds_4e2_Schmidt_5e-1.hdf5", SHEAR, fields, {"Reynolds": 400.0, "Schmidt": 0.5}, time=times, box=(1.0, 1.0))
+        write_well(
+            tmp_path / "shear_flow" / "data" / split / "shear_flow_Reynolds_4e2_Schmidt_5e-1.hdf5",
+            SHEAR,
+            fields,
+            {"Reynolds": 400.0, "Schmidt": 0.5},
+            time=times,
+            box=(1.0, 1.0),
+        )
     check_disjoint(*(Windows(tmp_path, SHEAR, s, frames=2) for s in ("train", "valid")))
 
 
@@ -117,7 +140,9 @@ def test_groups_ignore_schmidt_but_not_reynolds(tmp_path):
         fields = simulate(re, sc, [7], grid=32, n_frames=3)
         time_ = fields.pop("time")
         path = tmp_path / "shear_flow" / "data" / "train" / f"shear_flow_Reynolds_{re:g}_Schmidt_{sc:g}.hdf5"
-        write_well(path, SHEAR, fields, {"Reynolds": re, "Schmidt": sc}, time=time_, box=(1.0, 1.0), initial_conditions=[7])
+        write_well(
+            path, SHEAR, fields, {"Reynolds": re, "Schmidt": sc}, time=time_, box=(1.0, 1.0), initial_conditions=[7]
+        )
     w = Windows(tmp_path, SHEAR, "train", frames=2)
     assert w.groups[0] == w.groups[1] != w.groups[2]
 
@@ -130,16 +155,32 @@ def test_no_trajectory_long_enough(smoke_data):
 def test_symmetries_commute_with_the_solver():
     "A mirrored and shifted initial state evolves into the mirrored and shifted solution."
     fields = simulate(400.0, 1.0, [3], grid=32, n_frames=9, frame_dt=0.2, dtype=torch.float64)
-    x = torch.as_tensor(np.concatenate([fields["tracer"][:, None], fields["pressure"][:, None], np.moveaxis(fields["velocity"], -1, 1)], axis=1))
+    x = torch.as_tensor(
+        np.concatenate(
+            [fields["tracer"][:, None], fields["pressure"][:, None], np.moveaxis(fields["velocity"], -1, 1)], axis=1
+        )
+    )
     k = 2 * np.pi * np.fft.fftfreq(32, 1 / 32)
 
     def vorticity(u, v):
-        return np.fft.ifft(1j * k[:, None] * np.fft.fft(v, axis=0), axis=0).real - np.fft.ifft(1j * k * np.fft.fft(u, axis=1), axis=1).real
+        return (
+            np.fft.ifft(1j * k[:, None] * np.fft.fft(v, axis=0), axis=0).real
+            - np.fft.ifft(1j * k * np.fft.fft(u, axis=1), axis=1).real
+        )
 
     for mirror in ([True, False], [False, True], [True, True]):
         y = apply_symmetry(x, np.array([[5, 11]]), np.array([mirror]), SHEAR).numpy()
         start = y[0, :, 0]
-        again = simulate(400.0, 1.0, [3], grid=32, n_frames=9, frame_dt=0.2, dtype=torch.float64, initial=(vorticity(start[2], start[3])[None], start[0][None]))
+        again = simulate(
+            400.0,
+            1.0,
+            [3],
+            grid=32,
+            n_frames=9,
+            frame_dt=0.2,
+            dtype=torch.float64,
+            initial=(vorticity(start[2], start[3])[None], start[0][None]),
+        )
         assert np.abs(again["velocity"][0, -1] - np.moveaxis(y[0, 2:, -1], 0, -1)).max() < 1e-9
         assert np.abs(again["tracer"][0, -1] - y[0, 0, -1]).max() < 1e-9
 
@@ -148,7 +189,10 @@ def test_symmetries_commute_with_the_solver():
 def test_symmetry_point_by_point(name):
     system = get_system(name)
     x = np.random.default_rng(0).standard_normal((4, system.n_channels, 2, 6, 8)).astype(np.float32)
-    shifts, mirrors = np.array([[0, 0], [2, 7], [5, 0], [1, 3]]), np.array([[False, False], [True, False], [False, True], [True, True]])
+    shifts, mirrors = (
+        np.array([[0, 0], [2, 7], [5, 0], [1, 3]]),
+        np.array([[False, False], [True, False], [False, True], [True, True]]),
+    )
     found = apply_symmetry(torch.from_numpy(x), shifts, mirrors, system).numpy()
     for i, (shift, mirror) in enumerate(zip(shifts, mirrors)):
         where = [(np.arange(n) + s)[:: -1 if m else 1] % n for n, s, m in zip(x.shape[3:], shift, mirror)]
@@ -168,7 +212,9 @@ def test_a_split_is_identified_once(tmp_path, smoke_data, monkeypatch):
 def test_updates_span_epochs():
     order = Order(10, 4, seed=3)
     indices, seeds = zip(*(order(step) for step in range(5)))
-    assert sorted(np.concatenate(indices)[:10]) == sorted(np.concatenate(indices)[10:]) == list(range(10)), "two epochs in five updates"
+    assert sorted(np.concatenate(indices)[:10]) == sorted(np.concatenate(indices)[10:]) == list(range(10)), (
+        "two epochs in five updates"
+    )
     assert len(set(torch.cat(seeds).tolist())) == 20, "a window has other random numbers in the next epoch"
     again, reseeded = Order(10, 4, seed=3), Order(10, 4, seed=4)
     assert np.array_equal(again(2)[0], indices[2]) and not np.array_equal(reseeded(2)[0], indices[2])
@@ -177,7 +223,10 @@ def test_updates_span_epochs():
 def test_resize_leaves_what_has_the_size():
     x = torch.rand(2, 3, 4, 8, 6)
     assert resize(x, None) is x and resize(x[..., :6, :], 6).data_ptr() == x.data_ptr()
-    assert resize(torch.ones_like(x), 16).shape == (2, 3, 4, 16, 16) and resize(torch.ones_like(x), 16).sub(1).abs().max() < 1e-6
+    assert (
+        resize(torch.ones_like(x), 16).shape == (2, 3, 4, 16, 16)
+        and resize(torch.ones_like(x), 16).sub(1).abs().max() < 1e-6
+    )
 
 
 def test_upside_down_commutes_with_the_solver():
@@ -185,11 +234,15 @@ def test_upside_down_commutes_with_the_solver():
     walls, heights = get_system("rayleigh_benard"), rayleigh_benard.vertical_points(24, "legendre")
     options = dict(grid=(32, 24), n_frames=5, frame_dt=0.5, dt=0.025, store_nodes="legendre", dtype=torch.float64)
     x, y = np.meshgrid(np.arange(32) / 16, heights, indexing="ij")
-    start = (1 - y + 0.2 * np.sin(np.pi * y) * np.cos(np.pi * x) + 0.1 * np.sin(2 * np.pi * y) * np.sin(2 * np.pi * x))[None]
+    start = (1 - y + 0.2 * np.sin(np.pi * y) * np.cos(np.pi * x) + 0.1 * np.sin(2 * np.pi * y) * np.sin(2 * np.pi * x))[
+        None
+    ]
 
     def channels(b):
         f = rayleigh_benard.simulate(3e4, 1.0, [0], initial=(np.zeros_like(b), b), **options)
-        return torch.as_tensor(np.concatenate([f["buoyancy"][:, None], f["pressure"][:, None], np.moveaxis(f["velocity"], -1, 1)], axis=1))
+        return torch.as_tensor(
+            np.concatenate([f["buoyancy"][:, None], f["pressure"][:, None], np.moveaxis(f["velocity"], -1, 1)], axis=1)
+        )
 
     fields = channels(start)
     assert np.abs(fields[0, 3, -1]).max() > 0.1, "it moves"
@@ -207,9 +260,13 @@ def test_symmetry_draws_cover_the_group_and_depend_on_the_sample_only():
     assert np.array_equal(symmetry_draws(seeds[50:60], SHEAR, (32, 32))[0], shifts[50:60])
     walls = get_system("rayleigh_benard")
     shifts, mirrors = symmetry_draws(seeds, walls, (32, 32))
-    assert not shifts[:, 1].any() and 0.3 < mirrors[:, 1].mean() < 0.7, "nothing is shifted through a wall, but half is turned upside down"
+    assert not shifts[:, 1].any() and 0.3 < mirrors[:, 1].mean() < 0.7, (
+        "nothing is shifted through a wall, but half is turned upside down"
+    )
     shifts, mirrors = symmetry_draws(seeds, walls, (32, 32), whole=(False, False))
-    assert not shifts.any() and not mirrors[:, 1].any() and mirrors[:, 0].any(), "a crop is not shifted, nor turned upside down"
+    assert not shifts.any() and not mirrors[:, 1].any() and mirrors[:, 0].any(), (
+        "a crop is not shifted, nor turned upside down"
+    )
 
 
 def test_resize_noise_and_crop(smoke_data):
@@ -223,16 +280,27 @@ def test_resize_noise_and_crop(smoke_data):
     noisy, plain = next(batches(3)), next(clean(3))
     assert batches.shape == (4, 16, 20, 20) and noisy["fields"].shape == (4, 4, 16, 20, 20)
     assert abs(float((noisy["fields"] - plain["fields"]).std()) - 0.5) < 0.01
-    assert torch.equal(next(batches.evaluation())["fields"], next(clean.evaluation())["fields"]), "evaluation is without noise"
+    assert torch.equal(next(batches.evaluation())["fields"], next(clean.evaluation())["fields"]), (
+        "evaluation is without noise"
+    )
 
 
 def test_batches_made_ahead_are_the_same(smoke_data):
     w = Windows(smoke_data, SHEAR, "train", frames=16, stride=8)
-    options = dict(batch_size=6, accumulate=3, normaliser=Normaliser.load(smoke_data, SHEAR), scaler=LabelScaler.fit(SHEAR, w.labels), augment=True, noise=0.1)
+    options = dict(
+        batch_size=6,
+        accumulate=3,
+        normaliser=Normaliser.load(smoke_data, SHEAR),
+        scaler=LabelScaler.fit(SHEAR, w.labels),
+        augment=True,
+        noise=0.1,
+    )
     plain, early = (Batches(w, **options, ahead=ahead) for ahead in (False, True))
     for one, two in ((plain(3), early(3)), (plain.evaluation(5, limit=12), early.evaluation(5, limit=12))):
         one, two = list(one), list(two)
-        assert len(one) == 3 and all(torch.equal(a[k], b[k]) for a, b in zip(one, two, strict=True) for k in ("fields", "labels", "seeds"))
+        assert len(one) == 3 and all(
+            torch.equal(a[k], b[k]) for a, b in zip(one, two, strict=True) for k in ("fields", "labels", "seeds")
+        )
 
 
 def test_one_is_made_ahead_and_an_error_comes_in_its_turn():
@@ -259,7 +327,13 @@ def test_a_step_that_spans_two_epochs(smoke_data):
     for epoch in range(5):
         assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
     with pytest.raises(ValueError, match="positive multiple of accumulate, got 5 and 2"):
-        Batches(w, batch_size=5, accumulate=2, normaliser=Normaliser.identity(SHEAR), scaler=LabelScaler.fit(SHEAR, w.labels))
+        Batches(
+            w,
+            batch_size=5,
+            accumulate=2,
+            normaliser=Normaliser.identity(SHEAR),
+            scaler=LabelScaler.fit(SHEAR, w.labels),
+        )
 
 
 def test_stats_normalise_every_field(smoke_data):

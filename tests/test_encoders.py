@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from physrep.models.convnext import Block, ConvNeXt, DepthwiseConv3d, pad_space
 from physrep.models.vit import ViT, patchify, sincos_positions, token_grid, unpatchify
 
-LAPTOP = dict(widths=(16, 32), depths=(1, 1), stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4), strides=[(2, 1, 1)], layer_scale=1.0)
+LAPTOP = dict(
+    widths=(16, 32), depths=(1, 1), stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4), strides=[(2, 1, 1)], layer_scale=1.0
+)
 SMALL_VIT = dict(dim=24, depth=2, heads=2, tubelet=(2, 4, 4))
 
 
@@ -29,7 +31,9 @@ def gradients(function, parameters, x):
 
 
 def close(a, b, tolerance):
-    return all((p.double() - q.double()).norm() <= tolerance * max(1e-12, p.double().norm()) for p, q in zip(a, b, strict=True))
+    return all(
+        (p.double() - q.double()).norm() <= tolerance * max(1e-12, p.double().norm()) for p, q in zip(a, b, strict=True)
+    )
 
 
 def pair(channels, kernel, dtype):
@@ -49,7 +53,9 @@ def test_depthwise_equals_conv3d(kernel, shape):
     assert close(gradients(slow, slow.parameters(), x), gradients(fast, fast.parameters(), x), 1e-10)
 
 
-@pytest.mark.parametrize("channels, shape", [(16, (16, 24, 24)), (32, (8, 16, 16)), (64, (4, 16, 16)), (128, (2, 8, 8)), (128, (1, 4, 4))])
+@pytest.mark.parametrize(
+    "channels, shape", [(16, (16, 24, 24)), (32, (8, 16, 16)), (64, (4, 16, 16)), (128, (2, 8, 8)), (128, (1, 4, 4))]
+)
 def test_depthwise_float32(channels, shape):
     slow, fast = pair(channels, 7, torch.float32)
     x = torch.randn(2, channels, *shape)
@@ -65,7 +71,9 @@ def test_depthwise_takes_any_memory_layout():
 def test_depthwise_gradcheck():
     conv = DepthwiseConv3d(2, 3, padding_mode=("circular", "zeros")).double()
     x = torch.randn(1, 2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, x), (x, conv.weight, conv.bias))
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, x), (x, conv.weight, conv.bias)
+    )
 
 
 @pytest.mark.parametrize("mode", ["circular", ("circular", "zeros"), ("zeros", "circular")])
@@ -86,11 +94,15 @@ def test_blocked_block_equals_plain(shape, kernel, dtype, tolerance):
     for p in (block.norm.weight, block.norm.bias, block.scale, block.fc1.bias, block.fc2.bias):
         nn.init.normal_(p, std=0.5)
     block, x = block.to(dtype), torch.randn(3, 16, *shape, dtype=dtype)
-    assert close(gradients(block.plain, block.parameters(), x), gradients(block.blocked, block.parameters(), x), tolerance)
+    assert close(
+        gradients(block.plain, block.parameters(), x), gradients(block.blocked, block.parameters(), x), tolerance
+    )
     assert close(gradients(block, block.parameters(), x), gradients(block.blocked, block.parameters(), x), 1e-6)
 
 
-@pytest.mark.parametrize("encoder", [lambda: ConvNeXt(4, **LAPTOP), lambda: ViT(4, **SMALL_VIT)], ids=["convnext", "vit"])
+@pytest.mark.parametrize(
+    "encoder", [lambda: ConvNeXt(4, **LAPTOP), lambda: ViT(4, **SMALL_VIT)], ids=["convnext", "vit"]
+)
 def test_autocast(encoder):
     encoder, x = encoder(), torch.randn(2, 4, 8, 16, 16)
 
@@ -104,7 +116,9 @@ def test_autocast(encoder):
     assert all(g.dtype == torch.float32 for g in low)
 
 
-@pytest.mark.parametrize("encoder", [ConvNeXt(4, **LAPTOP), ConvNeXt(2, widths=(8, 16), depths=(1, 1)), ViT(4, **SMALL_VIT)])
+@pytest.mark.parametrize(
+    "encoder", [ConvNeXt(4, **LAPTOP), ConvNeXt(2, widths=(8, 16), depths=(1, 1)), ViT(4, **SMALL_VIT)]
+)
 def test_config_round_trip(encoder):
     again = type(encoder)(**json.loads(json.dumps(encoder.config)))
     again.load_state_dict(encoder.state_dict())

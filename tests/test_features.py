@@ -81,11 +81,15 @@ def test_a_key_is_equal_whatever_its_order_and_two_keys_do_not_collide(tmp_path)
     make.ask(tmp_path)
     make.ask(tmp_path, dict(reversed(KEY.items())) | {"crop": [[0, 8], [0, 8]]})
     assert make.calls == 1
-    assert torch.equal(other.ask(tmp_path, KEY | {"split": "test"}), TOKENS + 1) and torch.equal(make.ask(tmp_path), TOKENS)
+    assert torch.equal(other.ask(tmp_path, KEY | {"split": "test"}), TOKENS + 1) and torch.equal(
+        make.ask(tmp_path), TOKENS
+    )
     assert other.calls == 1 and make.calls == 1 and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "header cut", "empty", "text", "flipped byte", "foreign key", "foreign tensors", "encoder"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "header cut", "empty", "text", "flipped byte", "foreign key", "foreign tensors", "encoder"]
+)
 def test_a_file_that_cannot_be_used_is_said_and_made_again(tmp_path, damage):
     make = Make()
     make.ask(tmp_path)
@@ -104,7 +108,9 @@ def test_a_file_that_cannot_be_used_is_said_and_made_again(tmp_path, damage):
         write_tensors(path, {"other": TOKENS + 1}, KEY)
     else:
         encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
-        save_encoder(path, encoder, "vit", system="shear_flow", normaliser=Normaliser.identity(SYSTEM), shape=(4, 16, 16), dt=0.2)
+        save_encoder(
+            path, encoder, "vit", system="shear_flow", normaliser=Normaliser.identity(SYSTEM), shape=(4, 16, 16), dt=0.2
+        )
     assert torch.equal(make.ask(tmp_path), TOKENS) and make.calls == 2
     assert len(make.said) == 1 and make.said[0].startswith(path.name) and str(tmp_path) not in make.said[0]
     if damage == "foreign key":
@@ -136,7 +142,12 @@ def test_a_failed_make_or_write_leaves_nothing_and_a_half_written_leftover_does_
     leftover.write_bytes(b"half")
     path.with_name(f".{path.name}.1.tmp").write_bytes(b"half of another process")
     make = Make()
-    assert torch.equal(make.ask(tmp_path), TOKENS) and torch.equal(make.ask(tmp_path), TOKENS) and make.calls == 1 and not make.said
+    assert (
+        torch.equal(make.ask(tmp_path), TOKENS)
+        and torch.equal(make.ask(tmp_path), TOKENS)
+        and make.calls == 1
+        and not make.said
+    )
 
 
 def test_keys_must_be_json(tmp_path):
@@ -188,14 +199,24 @@ def test_digests_tell_names_types_shapes_and_bytes_apart():
     ]  # fmt: skip
     assert tensors_digest(base) == tensors_digest(same)
     assert len({tensors_digest(t) for t in [base, *others]}) == 1 + len(others)
-    assert tensors_digest({"s": torch.tensor(1.0), "e": torch.zeros(0)}) != tensors_digest({"s": torch.tensor(2.0), "e": torch.zeros(0)})
+    assert tensors_digest({"s": torch.tensor(1.0), "e": torch.zeros(0)}) != tensors_digest(
+        {"s": torch.tensor(2.0), "e": torch.zeros(0)}
+    )
 
 
 def test_an_encoder_keeps_its_digest_through_a_file_and_changes_it_with_anything_that_matters(tmp_path):
     def save(name: str, seed: int = 0, std: float = 1.0, **config) -> LoadedEncoder:
         torch.manual_seed(seed)
         encoder = build_encoder("vit", **dict(in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8)) | config)
-        save_encoder(tmp_path / name, encoder, "vit", system="shear_flow", normaliser=Normaliser(torch.zeros(4), torch.full((4,), std)), shape=(4, 16, 16), dt=0.2)
+        save_encoder(
+            tmp_path / name,
+            encoder,
+            "vit",
+            system="shear_flow",
+            normaliser=Normaliser(torch.zeros(4), torch.full((4,), std)),
+            shape=(4, 16, 16),
+            dt=0.2,
+        )
         return load_encoder(tmp_path / name)
 
     first, again = save("a"), save("b")
@@ -208,14 +229,28 @@ def test_an_encoder_keeps_its_digest_through_a_file_and_changes_it_with_anything
 def test_the_key_of_real_windows_changes_with_what_the_tokens_depend_on(smoke_data, tmp_path):
     torch.manual_seed(0)
     encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
-    save_encoder(tmp_path / "e", encoder, "vit", system="shear_flow", normaliser=Normaliser.identity(SYSTEM), shape=(4, 32, 32), dt=0.2)
+    save_encoder(
+        tmp_path / "e",
+        encoder,
+        "vit",
+        system="shear_flow",
+        normaliser=Normaliser.identity(SYSTEM),
+        shape=(4, 32, 32),
+        dt=0.2,
+    )
     encoder, root = load_encoder(tmp_path / "e"), smoke_data / "shear_flow"
 
     def windows(split: str = "valid", **options) -> Windows:
         return Windows(root, "shear_flow", split, **{"frames": 4, "stride": 16} | options)
 
-    keys = [features_key(encoder, w) for w in (windows(), windows("test"), windows(stride=8), windows(frames=8), windows(crop=((0, 16), (0, 16))))]
-    keys += [features_key(encoder, windows(), **o) for o in ({"size": 16}, {"amp": True}, {"dtype": torch.float32}, {"device": "cuda:1"})]
+    keys = [
+        features_key(encoder, w)
+        for w in (windows(), windows("test"), windows(stride=8), windows(frames=8), windows(crop=((0, 16), (0, 16))))
+    ]
+    keys += [
+        features_key(encoder, windows(), **o)
+        for o in ({"size": 16}, {"amp": True}, {"dtype": torch.float32}, {"device": "cuda:1"})
+    ]
     assert len({key_text(k) for k in keys}) == len(keys)
     assert key_text(features_key(encoder, windows(), device="cpu")) == key_text(keys[0])
 
@@ -246,7 +281,9 @@ assert [p.suffix for p in folder.iterdir()] == [".safetensors"], "the file of ex
 def test_tokens_larger_than_memory(tmp_path):
     "With room for 150 MB, 400 MB of tokens are extracted, kept, pooled and taken in any order; not if they are gathered in memory."
     for limit, fits in ((2**24, True), (2**40, False)):
-        done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path / str(limit)), str(limit)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", LARGE, str(tmp_path / str(limit)), str(limit)], capture_output=True, text=True
+        )
         assert (done.returncode == 0) == fits, done.stderr
     assert "memory" in done.stderr.lower()
 
@@ -274,13 +311,23 @@ def test_what_is_piled_up_has_one_shape_and_a_place(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OSError, match="tokens so far, in .*file"):
         extract(torch.nn.Identity(), clips(3), memory_limit=0, scratch=tmp_path / "file", progress=False)
-    assert extract(torch.nn.Identity(), clips(3, 3), memory_limit=0, scratch=tmp_path / "new" / "folder", progress=False).shape == (4, 3, 4)
+    assert extract(
+        torch.nn.Identity(), clips(3, 3), memory_limit=0, scratch=tmp_path / "new" / "folder", progress=False
+    ).shape == (4, 3, 4)
     assert not list((tmp_path / "new" / "folder").iterdir())
 
 
 def test_a_run_keeps_the_features_of_today_only(smoke_data, tmp_path):
     vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(4, 8, 8))
-    save_encoder(tmp_path / "e", vit, "vit", system="shear_flow", normaliser=Normaliser.identity(SYSTEM), shape=(16, 32, 32), dt=0.2)
+    save_encoder(
+        tmp_path / "e",
+        vit,
+        "vit",
+        system="shear_flow",
+        normaliser=Normaliser.identity(SYSTEM),
+        shape=(16, 32, 32),
+        dt=0.2,
+    )
     encoder, folder = load_encoder(tmp_path / "e"), tmp_path / "features"
     windows = {s: Windows(smoke_data, SYSTEM, s, frames=16, stride=20) for s in ("valid", "test")}
     for w in windows.values():

@@ -9,7 +9,14 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from physrep.results.figures import figure_record, plot_differences, plot_systems, plot_systems_differences, plot_table1, save_figure
+from physrep.results.figures import (
+    figure_record,
+    plot_differences,
+    plot_systems,
+    plot_systems_differences,
+    plot_table1,
+    save_figure,
+)
 from physrep.core.paths import project_root
 from physrep.core.provenance import module_digests, notebook_digest
 from physrep.results.table import over_seeds
@@ -37,10 +44,18 @@ def test_the_figure_of_table1_with_missing_rows():
     fig = plot_table1(gappy(), "shear_flow")
     assert [ax.get_title() for ax in fig.axes] == ["mean over labels", "Reynolds"]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["linear", "attentive", "", "kNN"]
-    assert fig.axes[0].get_xlim() == (0, 1.6) and "2.50" in [t.get_text() for t in fig.axes[0].texts], "what lies beyond is a number at the edge"
+    assert fig.axes[0].get_xlim() == (0, 1.6) and "2.50" in [t.get_text() for t in fig.axes[0].texts], (
+        "what lies beyond is a number at the edge"
+    )
     assert fig.legends[0].get_texts()[-1].get_text() == "a constant"
     for metric in ("r2", "relative_error"):
-        other = plot_table1(pd.DataFrame([row(metric=metric), row(metric=metric, seed=1, run="b"), row(metric=metric, label="Reynolds")]), "shear_flow", metric)
+        other = plot_table1(
+            pd.DataFrame(
+                [row(metric=metric), row(metric=metric, seed=1, run="b"), row(metric=metric, label="Reynolds")]
+            ),
+            "shear_flow",
+            metric,
+        )
         assert len(other.axes) == 2
     with pytest.raises(ValueError, match="unknown metric 'rmse'"):
         plot_table1(gappy(), "shear_flow", "rmse")
@@ -51,11 +66,17 @@ def test_the_figure_of_table1_with_missing_rows():
 def test_the_same_figure_is_the_same_bytes(tmp_path):
     contents = []
     for name in "ab":
-        png = save_figure(plot_table1(gappy(), "shear_flow"), tmp_path / name, "table1", gappy().assign(value=1 / 3), {"code": "ab"})
+        png = save_figure(
+            plot_table1(gappy(), "shear_flow"), tmp_path / name, "table1", gappy().assign(value=1 / 3), {"code": "ab"}
+        )
         assert png == tmp_path / name / "table1.png"
         contents.append({p.suffix: p.read_bytes() for p in sorted(png.parent.iterdir())})
     assert contents[0] == contents[1] and list(contents[0]) == [".csv", ".json", ".png", ".svg"]
-    assert b",0.333333," in contents[0][".csv"] and b"dc:date" not in contents[0][".svg"] and b"Software" not in contents[0][".png"]
+    assert (
+        b",0.333333," in contents[0][".csv"]
+        and b"dc:date" not in contents[0][".svg"]
+        and b"Software" not in contents[0][".png"]
+    )
     record = json.loads(contents[0][".json"])
     assert record["code"] == "ab" and [f["name"] for f in record["files"]] == ["table1.png", "table1.svg", "table1.csv"]
 
@@ -88,10 +109,15 @@ def test_seeds_are_dots_and_the_baselines_are_rows():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["linear", "fine-tuned", "linear", "least squares"]
     assert [t.get_text() for t in ax.texts] == ["JEPA\nConvNeXt", "summary statistics", "equation oracle"]
     dots = [line.get_xdata() for line in ax.lines if line.get_marker() == "."]
-    assert sorted(map(tuple, dots)) == sorted(summary.by_seed[summary.seeds == 3]), "three dots for each line with three seeds"
+    assert sorted(map(tuple, dots)) == sorted(summary.by_seed[summary.seeds == 3]), (
+        "three dots for each line with three seeds"
+    )
     vertical = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
     assert vertical == [0.6], "what summary statistics score goes through the panel"
-    assert [t.get_text() for t in fig.legends[0].get_texts()][:2] == ["test, 95 % interval over flows and seeds", "its seeds"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()][:2] == [
+        "test, 95 % interval over flows and seeds",
+        "its seeds",
+    ]
 
 
 def test_seeds_are_numbers_in_the_csv(tmp_path):
@@ -101,7 +127,15 @@ def test_seeds_are_numbers_in_the_csv(tmp_path):
 
 
 def difference(**changes: object) -> dict:
-    base = row() | {"reference": "random", "reference_probe": "linear", "difference": -0.2, "low": -0.3, "high": -0.1, "text": "-0.20 [-0.30, -0.10]", "seeds_a": 3}
+    base = row() | {
+        "reference": "random",
+        "reference_probe": "linear",
+        "difference": -0.2,
+        "low": -0.3,
+        "high": -0.1,
+        "text": "-0.20 [-0.30, -0.10]",
+        "seeds_a": 3,
+    }
     return base | changes
 
 
@@ -111,26 +145,50 @@ def test_differences_that_touch_zero_are_hollow():
         difference(label="Reynolds", difference=-9.0, low=-9.0, high=-9.0),
     ])  # fmt: skip
     fig = plot_differences(df, "shear_flow")
-    assert [ax.get_title().split("\n")[0] for ax in fig.axes] == ["difference from random weights", "difference from summary statistics"]
+    assert [ax.get_title().split("\n")[0] for ax in fig.axes] == [
+        "difference from random weights",
+        "difference from summary statistics",
+    ]
     marks = [line for line in fig.axes[0].lines if line.get_marker() not in ("None", None, "")]
     assert [line.get_markerfacecolor() == "white" for line in marks] == [False, True, False]
-    assert sum(t.get_text() == "-0.20 [-0.30, -0.10]" for t in fig.axes[0].texts) == 3 and min(fig.axes[0].get_xlim()) > -1
+    assert (
+        sum(t.get_text() == "-0.20 [-0.30, -0.10]" for t in fig.axes[0].texts) == 3 and min(fig.axes[0].get_xlim()) > -1
+    )
     assert len(plot_differences(df, "shear_flow", label="Reynolds").axes) == 1
-    for bad, message in [(df.assign(metric=["mse"] + 4 * ["r2"]), "several metrics"), (df.assign(system="active_matter"), "there are: active_matter, Reynolds; active_matter, mean")]:
+    for bad, message in [
+        (df.assign(metric=["mse"] + 4 * ["r2"]), "several metrics"),
+        (df.assign(system="active_matter"), "there are: active_matter, Reynolds; active_matter, mean"),
+    ]:
         with pytest.raises(ValueError, match=message):
             plot_differences(bad, "shear_flow")
 
 
 def test_differences_with_a_seed_of_the_other_sign_are_hollow():
     seeds = [(-0.3, -0.1, -0.2), (-0.3, 0.01, -0.3), (-0.3, 0.0, -0.3), math.nan]
-    df = pd.DataFrame([difference(probe=p, by_seed=s) for p, s in zip(("linear", "knn", "attentive", "finetune"), seeds)])
-    for table, hollow in [(df, [False, True, True, False]), (df.drop(columns="by_seed"), 4 * [False]), (df.assign(low=-0.3, high=0.0), 4 * [True])]:
+    df = pd.DataFrame(
+        [difference(probe=p, by_seed=s) for p, s in zip(("linear", "knn", "attentive", "finetune"), seeds)]
+    )
+    for table, hollow in [
+        (df, [False, True, True, False]),
+        (df.drop(columns="by_seed"), 4 * [False]),
+        (df.assign(low=-0.3, high=0.0), 4 * [True]),
+    ]:
         fig = plot_differences(table, "shear_flow")
-        assert [line.get_markerfacecolor() == "white" for line in fig.axes[0].lines if line.get_marker() not in ("None", "")] == hollow
+        assert [
+            line.get_markerfacecolor() == "white" for line in fig.axes[0].lines if line.get_marker() not in ("None", "")
+        ] == hollow
         assert ("every seed" in fig.legends[0].get_texts()[0].get_text()) == ("by_seed" in table)
 
 
-METHODS = [("jepa", "convnext"), ("mae", "vit"), ("disco", "disco"), ("supervised", "vit"), ("random", "convnext"), ("statistics", "none"), ("constant", "none")]
+METHODS = [
+    ("jepa", "convnext"),
+    ("mae", "vit"),
+    ("disco", "disco"),
+    ("supervised", "vit"),
+    ("random", "convnext"),
+    ("statistics", "none"),
+    ("constant", "none"),
+]
 TITLES = ["Active matter", "Shear flow", "Rayleigh-Benard convection"]
 
 
@@ -156,12 +214,19 @@ def test_all_systems_side_by_side():
     fig = plot_systems(three_systems())
     assert [ax.get_title() for ax in fig.axes] == TITLES and no_number_overlaps(fig)
     plates = [[t.get_text() for t in ax.texts if t.get_bbox_patch() is not None] for ax in fig.axes]
-    assert plates == [["0.20", "MAE ViT, linear"], ["0.20", "JEPA ConvNeXt, linear"], ["0.20", "random weights ConvNeXt, linear"]]
+    assert plates == [
+        ["0.20", "MAE ViT, linear"],
+        ["0.20", "JEPA ConvNeXt, linear"],
+        ["0.20", "random weights ConvNeXt, linear"],
+    ]
     bold = [t.get_text() for t in fig.axes[1].texts if t.get_fontweight() == "bold"]
     assert bold == ["0.05", "0.05", "0.05", "0.10", "0.05", "0.50", "0.50"], "the best of each method"
     assert [t.get_text() for t in fig.axes[2].texts].count("–") == 3, "not measured"
     higher = plot_systems(three_systems().assign(metric="r2"), "r2")
-    assert [t.get_text() for t in higher.axes[1].texts if t.get_bbox_patch() is not None] == ["0.70", "JEPA ConvNeXt, kNN"], "of r2 the highest is best"
+    assert [t.get_text() for t in higher.axes[1].texts if t.get_bbox_patch() is not None] == [
+        "0.70",
+        "JEPA ConvNeXt, kNN",
+    ], "of r2 the highest is best"
     assert len(plot_systems(gappy()).axes) == 2 and len(plot_systems(seeded()).axes) == 1
     for bad, message in [(three_systems().query("split != 'test' or system != 'shear_flow'"), "'shear_flow' and metric 'mse' on split test"),
                          (three_systems()[:0], "without rows"), (three_systems().assign(system="shear"), "shear")]:  # fmt: skip
@@ -171,12 +236,21 @@ def test_all_systems_side_by_side():
 
 def test_differences_of_all_systems_side_by_side():
     rows = three_systems().query("split == 'test' and objective != 'constant'").to_dict("records")
-    df = pd.DataFrame([difference(**r | {"low": -0.3, "high": -0.1}, reference=ref, text="-0.20 [-0.30, -0.10]") for r in rows for ref in ("random", "statistics") if r["objective"] != ref])
+    df = pd.DataFrame(
+        [
+            difference(**r | {"low": -0.3, "high": -0.1}, reference=ref, text="-0.20 [-0.30, -0.10]")
+            for r in rows
+            for ref in ("random", "statistics")
+            if r["objective"] != ref
+        ]
+    )
     fig = plot_systems_differences(df, "random")
     assert [ax.get_title() for ax in fig.axes] == TITLES and no_number_overlaps(fig)
     assert fig.get_suptitle() == "difference from random weights (same backbone and probe): mean over labels, test"
     assert [sum(t.get_text().startswith("-0.20") for t in ax.texts) for ax in fig.axes] == [13, 13, 10]
-    with pytest.raises(ValueError, match="no differences from 'equations', mean over labels; references: random, statistics"):
+    with pytest.raises(
+        ValueError, match="no differences from 'equations', mean over labels; references: random, statistics"
+    ):
         plot_systems_differences(df, "equations")
     with pytest.raises(ValueError, match="several splits"):
         plot_systems_differences(df.assign(split=df.probe), "random")
@@ -185,7 +259,11 @@ def test_differences_of_all_systems_side_by_side():
 def test_pictures_of_sixty_lines_stay_small(tmp_path):
     methods = [("jepa", "convnext"), ("jepa", "vit"), ("mae", "vit"), ("next_frame", "vit"), ("disco", "disco"), ("autoencoder", "convnext"), ("mpp", "avit"),
                ("supervised", "convnext"), ("supervised", "vit"), ("random", "convnext"), ("random", "vit"), ("mine", "own")]  # fmt: skip
-    lines = [dict(objective=o, encoder=e, probe=p) for o, e in methods for p in ("linear", "knn", "attentive", "head", "finetune")]
+    lines = [
+        dict(objective=o, encoder=e, probe=p)
+        for o, e in methods
+        for p in ("linear", "knn", "attentive", "head", "finetune")
+    ]
     errors = np.random.default_rng(0).uniform(0.1, 0.9, (60, 2, 3, 3))  # line, split, label, seed
     rows = [
         row(**line, split=split, label=label, seed=seed, value=v, low=0.85 * v, high=1.2 * v, run=f"{line['objective']}-{line['encoder']}/seed{seed}")
@@ -196,7 +274,10 @@ def test_pictures_of_sixty_lines_stay_small(tmp_path):
         difference(**line, reference=reference, difference=d, low=d - 0.1, high=d + 0.1, text=f"{d:.2f} [{d - 0.1:.2f}, {d + 0.1:.2f}]")
         for line, pair in zip(lines, np.random.default_rng(1).normal(0, 0.3, (60, 2))) for reference, d in zip(("random", "statistics"), pair)
     ]  # fmt: skip
-    for name, fig, table in [("table1", plot_table1(over_seeds(pd.DataFrame(rows)), "shear_flow"), rows), ("differences", plot_differences(pd.DataFrame(apart), "shear_flow"), apart)]:
+    for name, fig, table in [
+        ("table1", plot_table1(over_seeds(pd.DataFrame(rows)), "shear_flow"), rows),
+        ("differences", plot_differences(pd.DataFrame(apart), "shear_flow"), apart),
+    ]:
         png = save_figure(fig, tmp_path, name, pd.DataFrame(table), {})
         assert png.stat().st_size < 200_000, f"{name}: {png.stat().st_size}"
         pixels = imread(png)
@@ -204,10 +285,27 @@ def test_pictures_of_sixty_lines_stay_small(tmp_path):
 
 
 def test_a_record_says_what_made_the_figure():
-    record = figure_record("05_table1", ["results"], preset="smoke", parameters={"preset": "smoke"}, runs=np.array(["b", "a", "b"]), data={"shear_flow": {"test": "00"}}, note="x")
-    assert record["code"] == module_digests("results") and set(record["code"]) >= {"results", "scores", "systems"} and "figures" not in record["code"]
+    record = figure_record(
+        "05_table1",
+        ["results"],
+        preset="smoke",
+        parameters={"preset": "smoke"},
+        runs=np.array(["b", "a", "b"]),
+        data={"shear_flow": {"test": "00"}},
+        note="x",
+    )
+    assert (
+        record["code"] == module_digests("results")
+        and set(record["code"]) >= {"results", "scores", "systems"}
+        and "figures" not in record["code"]
+    )
     assert record["notebook_digest"] == notebook_digest(project_root() / "nbs" / "05_table1.ipynb")
-    assert record["runs"] == ["a", "b"] and record["note"] == "x" and record["device"].startswith("cpu") and json.dumps(record)
+    assert (
+        record["runs"] == ["a", "b"]
+        and record["note"] == "x"
+        and record["device"].startswith("cpu")
+        and json.dumps(record)
+    )
     for arguments, options, error, message in [
         (("05_tabel1", ["results"]), {}, FileNotFoundError, "05_tabel1"), (("05_table1", ["resluts"]), {}, ValueError, "no module 'resluts'"),
         (("05_table1", ["results"]), {"preset": "lap"}, ValueError, "unknown preset 'lap'"), (("05_table1", ["results"]), {"data": {"test": "00"}}, ValueError, "test"),

@@ -94,10 +94,19 @@ def test_against_numpy_covariance_and_gradient_at_collapse():
     [
         ({"prediction": torch.ones(40, 4), "target": torch.ones(40, 5)}, r"\(40, 4\) and \(40, 5\)"),
         ({"prediction": torch.ones(2, 20, 4), "target": torch.ones(2, 20, 4)}, r"expected two \(n, d\)"),
-        ({"prediction": torch.ones(40, 4), "target": torch.ones(40, 4), "order": torch.arange(39)}, "permutation of the 40 rows"),
-        ({"prediction": torch.ones(40, 4), "target": torch.ones(40, 4), "chunks": 6}, "chunks=6 give 6.*at most chunks=5"),
+        (
+            {"prediction": torch.ones(40, 4), "target": torch.ones(40, 4), "order": torch.arange(39)},
+            "permutation of the 40 rows",
+        ),
+        (
+            {"prediction": torch.ones(40, 4), "target": torch.ones(40, 4), "chunks": 6},
+            "chunks=6 give 6.*at most chunks=5",
+        ),
         ({"prediction": torch.ones(40, 4), "target": torch.ones(40, 4), "chunks": 0}, "at least 1, got 0"),
-        ({"prediction": torch.ones(7, 4), "target": torch.ones(7, 4)}, "at least 8 samples.*What helps: a larger batch"),
+        (
+            {"prediction": torch.ones(7, 4), "target": torch.ones(7, 4)},
+            "at least 8 samples.*What helps: a larger batch",
+        ),
     ],
 )
 def test_loss_refuses(arguments, message):
@@ -142,7 +151,9 @@ def test_gradient_of_the_encoder():
     p = model.predictor(model.encoder(context), model.grid).detach()
     (25 * (p - model.encoder(later)).square().mean()).backward()  # through the target alone
     assert torch.equal(grads["stopgrad"], grads["ema"]) and grads["stopgrad"].norm() > 0
-    assert torch.allclose(grads["shared"], grads["stopgrad"] + model.encoder.stem[0].conv.weight.grad, rtol=1e-3, atol=1e-7)
+    assert torch.allclose(
+        grads["shared"], grads["stopgrad"] + model.encoder.stem[0].conv.weight.grad, rtol=1e-3, atol=1e-7
+    )
 
 
 def test_global_generator_is_left_alone():

@@ -20,7 +20,9 @@ def encoder(name: str, channels: int = 4):
         return ViT(channels, dim=24, depth=1, heads=2, tubelet=(2, 4, 4))
     stem = dict(fine=(1, 2, 2), even=(2, 4, 4), coarse=(2, 4, 4))[name]
     strides = dict(fine=(1, 1, 1), even=(1, 1, 1), coarse=(2, 2, 2))[name]  # token cells 1x2x2, 2x4x4, 4x8x8
-    return ConvNeXt(channels, widths=(8, 16), depths=(1, 1), stem_kernel=stem, stem_stride=stem, strides=(strides,), kernel_size=3)
+    return ConvNeXt(
+        channels, widths=(8, 16), depths=(1, 1), stem_kernel=stem, stem_stride=stem, strides=(strides,), kernel_size=3
+    )
 
 
 def batch(b: int = 4, shape=SHAPE, channels: int = 4) -> dict:
@@ -36,7 +38,9 @@ def test_ratio_is_exact_and_tubes_are_tubes(ratio):
     mask = tube_mask(torch.arange(20), (3, 5, 7), ratio).view(20, 3, 35)
     assert (mask.sum(dim=2) == round(ratio * 35)).all() and (mask == mask[:, :1]).all()
     share = mask[:, 0].float().mean(dim=0)
-    assert tube_mask(torch.arange(400), (1, 5, 7), ratio).float().mean(dim=0).sub(ratio).abs().max() < 0.12, share  # no preferred place
+    assert tube_mask(torch.arange(400), (1, 5, 7), ratio).float().mean(dim=0).sub(ratio).abs().max() < 0.12, (
+        share
+    )  # no preferred place
 
 
 def test_mask_of_pixels_and_patches_agree():
@@ -118,7 +122,12 @@ def test_show(name, target_norm):
     fig = model.show(data, channel=3, sample=1, n_frames=3)
     axes = [ax for ax in fig.axes if ax.images]
     rows = [axes[i : i + 3] for i in range(0, 12, 3)]
-    assert fig.get_suptitle() == "velocity_y" and [row[0].get_ylabel() for row in rows] == ["input", "masked", "prediction", "error"]
+    assert fig.get_suptitle() == "velocity_y" and [row[0].get_ylabel() for row in rows] == [
+        "input",
+        "masked",
+        "prediction",
+        "error",
+    ]
     shown, masked, filled, error = (torch.tensor(row[2].images[0].get_array().filled(torch.nan)).T for row in rows)
     truth = data["fields"][1, 3, 3]
     hidden = masked.isnan()
@@ -132,14 +141,22 @@ def test_patch_targets_are_blind_to_offset_and_scale():
     mean2, std2 = patch_statistics(5 - 3 * x, (2, 4, 4))
     assert torch.allclose((5 - 3 * x - mean2) / std2, -(x - mean) / std, atol=1e-3)
     flat = torch.ones(1, 1, 2, 4, 4)
-    assert ((flat - patch_statistics(flat, (2, 4, 4))[0]) / patch_statistics(flat, (2, 4, 4))[1]).abs().max() == 0  # not a division by 0
+    assert (
+        (flat - patch_statistics(flat, (2, 4, 4))[0]) / patch_statistics(flat, (2, 4, 4))[1]
+    ).abs().max() == 0  # not a division by 0
 
 
 def test_cells_and_patch_of_a_convnext():
     for name, cell in (("fine", (1, 2, 2)), ("even", (2, 4, 4)), ("coarse", (4, 8, 8))):
         model = MAE(encoder(name), system=SHEAR, shape=SHAPE)
-        assert model.decoder.cell == cell == cell_of(SHAPE, model.grid) and model.patch == (2, 4, 4) and model.frames == 4
-    assert MAE(encoder("even"), system=SHEAR, shape=SHAPE, patch=[1, 8, 8]).patch_grid == (4, 2, 2)  # a list, as YAML has it
+        assert (
+            model.decoder.cell == cell == cell_of(SHAPE, model.grid) and model.patch == (2, 4, 4) and model.frames == 4
+        )
+    assert MAE(encoder("even"), system=SHEAR, shape=SHAPE, patch=[1, 8, 8]).patch_grid == (
+        4,
+        2,
+        2,
+    )  # a list, as YAML has it
     assert isinstance(build_objective("mae", encoder("vit"), system=SHEAR, shape=SHAPE, ratio=0.5), MAE)
 
 

@@ -22,7 +22,9 @@ def flows() -> tuple[np.ndarray, np.ndarray]:
     "Clips `(b, 4, 16, 32, 32)` of flows that no data set holds, and their labels `(b, 2)`."
     fields, labels = [], []
     for reynolds, schmidt in PAIRS:
-        flow = shear_flow.simulate(reynolds, schmidt, list(range(900, 904)), grid=64, store_grid=32, n_frames=32, frame_dt=0.2, dt=0.025)
+        flow = shear_flow.simulate(
+            reynolds, schmidt, list(range(900, 904)), grid=64, store_grid=32, n_frames=32, frame_dt=0.2, dt=0.025
+        )
         x = np.stack([flow["tracer"], flow["pressure"], flow["velocity"][..., 0], flow["velocity"][..., 1]], axis=1)
         fields += [x[:, :, :16], x[:, :, 16:]]
         labels += [(reynolds, schmidt)] * 8
@@ -40,7 +42,9 @@ def test_they_are_of_the_laptop_preset(name):
     encoder, config = physrep.load_encoder(name), resolve(system, objective, encoder, "laptop")
     assert (encoder.info["objective"], encoder.info["preset"], encoder.info["seed"]) == (objective, "laptop", 0)
     fresh = build(config, tuple(encoder.info["shape"]), get_system(system).n_channels).encoder
-    assert {k: v.shape for k, v in encoder.encoder.state_dict().items()} == {k: v.shape for k, v in fresh.state_dict().items()}
+    assert {k: v.shape for k, v in encoder.encoder.state_dict().items()} == {
+        k: v.shape for k, v in fresh.state_dict().items()
+    }
     assert fresh.config == encoder.encoder.config
 
 
@@ -64,7 +68,9 @@ def test_another_encoder_is_refused(flows):
 def test_lines_of_the_readme(flows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("my_flow.npy", flows[0][:3])
-    code = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "load_encoder" in b)
+    code = next(
+        b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "load_encoder" in b
+    )
     names: dict = {}
     exec(code, names)
     assert names["features"].shape == (3, 96) and names["numbers"].shape == (3, 2)

@@ -44,10 +44,15 @@ def publish(root, name: str, n: int = 2):
     for split in ("train", "valid", "test"):
         for p, parameters in enumerate(pairs):
             rng = np.random.default_rng([p, len(split)])
-            fields = {f.name: rng.standard_normal((n, FRAMES, *grid, *(2,) * f.rank), dtype=np.float32) for f in get_system(name).fields}
+            fields = {
+                f.name: rng.standard_normal((n, FRAMES, *grid, *(2,) * f.rank), dtype=np.float32)
+                for f in get_system(name).fields
+            }
             path = root / "data" / split / f"{name}_{p}.hdf5"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_well(path, name, fields, parameters, time=np.arange(FRAMES, dtype=np.float64) * 0.25, coordinates=coordinates)
+            write_well(
+                path, name, fields, parameters, time=np.arange(FRAMES, dtype=np.float64) * 0.25, coordinates=coordinates
+            )
             kept = fields if kept is None else kept
     write_stats(root, name)
     return kept
@@ -63,16 +68,22 @@ def native(request, tmp_path_factory):
 def test_values_are_those_of_the_wells_own_reader(native):
     base, name, _ = native
     system, folder = get_system(name), base / "datasets" / name
-    theirs = WellDataset(path=str(folder), well_split_name="train", n_steps_input=FRAMES - 1, n_steps_output=1, use_normalization=False)
+    theirs = WellDataset(
+        path=str(folder), well_split_name="train", n_steps_input=FRAMES - 1, n_steps_output=1, use_normalization=False
+    )
     ours = Windows(base, name, "train", frames=FRAMES, in_memory=False)
     assert len(theirs) == len(ours) == 4
     for i in range(len(ours)):
         item = theirs[i]
-        fields = np.concatenate([item["input_fields"], item["output_fields"]])  # (t, x, y, c), The Well's order of channels
+        fields = np.concatenate(
+            [item["input_fields"], item["output_fields"]]
+        )  # (t, x, y, c), The Well's order of channels
         np.testing.assert_array_equal(ours.read([i])[0].numpy(), np.moveaxis(fields, -1, 0))
         names = list(NATIVE[name][1])
         scalars = dict(zip(names, item["constant_scalars"].tolist()))
-        assert dict(zip(system.label_names, ours.targets([i])[0])) == pytest.approx({k: v for k, v in scalars.items() if k in system.label_names})
+        assert dict(zip(system.label_names, ours.targets([i])[0])) == pytest.approx(
+            {k: v for k, v in scalars.items() if k in system.label_names}
+        )
 
 
 def test_both_layouts_are_found(native, tmp_path):
@@ -81,7 +92,9 @@ def test_both_layouts_are_found(native, tmp_path):
     (tmp_path / "hub" / name).symlink_to(base / "datasets" / name)  # `hf download --local-dir hub/<name>`
     for root in (base, base / "datasets", base / "datasets" / name, tmp_path / "hub"):
         assert [p.name for p in find_files(root, name, "valid")] == [f"{name}_0.hdf5", f"{name}_1.hdf5"]
-        assert find_folder(root, name).resolve() == (base / "datasets" / name).resolve() and systems_of(get_preset("paper"), root) == (name,)
+        assert find_folder(root, name).resolve() == (base / "datasets" / name).resolve() and systems_of(
+            get_preset("paper"), root
+        ) == (name,)
     for other in set(SYSTEMS) - {name}:  # the folder of one set is not that of another
         with pytest.raises(FileNotFoundError, match=f"no .h5 or .hdf5 files of {other}"):
             find_files(base / "datasets" / name, other, "valid")
@@ -92,9 +105,13 @@ def test_the_grid_is_understood(native):
     file = WellFile(find_files(base, name, "train")[0], name)
     assert file.contiguous and file.time.dtype == np.float64 and file.dt == pytest.approx(0.25)
     if name == "shear_flow":
-        assert file.spacing == pytest.approx((1 / 256, 2 / 512), rel=1e-4), "the longer axis is labelled 0 to 1 and is 2 long"
+        assert file.spacing == pytest.approx((1 / 256, 2 / 512), rel=1e-4), (
+            "the longer axis is labelled 0 to 1 and is 2 long"
+        )
     elif name == "rayleigh_benard":
-        assert file.spacing[0] == pytest.approx(4 / 512, rel=1e-4) and np.isnan(file.spacing[1]), "Chebyshev nodes have no spacing"
+        assert file.spacing[0] == pytest.approx(4 / 512, rel=1e-4) and np.isnan(file.spacing[1]), (
+            "Chebyshev nodes have no spacing"
+        )
     else:
         assert file.spacing == pytest.approx((10 / 256, 10 / 256), rel=1e-4) and "L" not in file.labels
 
@@ -117,9 +134,14 @@ def test_native_grids_instead_of_the_papers_crop(native, tmp_path, monkeypatch):
     paper = resolve(name, "mae", preset="paper")
     assert clip_shape(paper) == (16, 224, 224) and crop_of(name, "paper") == dict(get_system(name).paper)["crop"]
     vit, train = dict(dim=16, depth=1, heads=2, tubelet=(2, 16, 16)), TrainPreset(steps=1, batch_size=2, lr=1e-3)
-    monkeypatch.setitem(PRESETS, "native", replace(get_preset("native"), frames=2, encoders={"vit": vit}, train={"mae": train}))
+    monkeypatch.setitem(
+        PRESETS, "native", replace(get_preset("native"), frames=2, encoders={"vit": vit}, train={"mae": train})
+    )
     config = resolve(name, "mae", preset="native")
-    assert config["clip"]["stride"] == paper["clip"]["stride"] == (1 if name == "active_matter" else 4) and crop_of(name, "native") is None
+    assert (
+        config["clip"]["stride"] == paper["clip"]["stride"] == (1 if name == "active_matter" else 4)
+        and crop_of(name, "native") is None
+    )
     encoder = load_encoder(pretrain(config, base, tmp_path, progress=False))
     assert tuple(encoder.info["shape"]) == clip_shape(config) == (2, *NATIVE[name][0])
 
@@ -127,28 +149,92 @@ def test_native_grids_instead_of_the_papers_crop(native, tmp_path, monkeypatch):
 def test_the_papers_graph_and_splits_without_leaks(native, tmp_path):
     "`make reproduce PRESET=paper DATA=<folder>` finds what is there, and deals the shear flow out anew."
     base, name, _ = native
-    dry = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", "--quiet", "host", "--config", "preset=paper", f"data={base}"]
+    dry = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--dry-run",
+        "--cores",
+        "1",
+        "--nolock",
+        "--quiet",
+        "host",
+        "--config",
+        "preset=paper",
+        f"data={base}",
+    ]
     done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     there = {f"pretrain_{name}_jepa_convnext", f"probe_{name}_baselines", "table1"}
-    there |= {"leak_free_shear_flow", "probe_leak_free_shear_flow_mae_vit", "leakage"} if name == "shear_flow" else set()
+    there |= (
+        {"leak_free_shear_flow", "probe_leak_free_shear_flow_mae_vit", "leakage"} if name == "shear_flow" else set()
+    )
     for rule in there:
         assert re.search(rf"^{rule}\s+1$", done.stdout + done.stderr, re.M), rule
     assert ("leak_free" in done.stdout + done.stderr) == (name == "shear_flow") and "simulate" not in done.stdout
     if name == "shear_flow":
-        command = ["nbs/00h_leak_free.ipynb", str(tmp_path / "x.ipynb"), "-p", "system", name, "-p", "data_dir", str(base), "-p", "out_dir", str(tmp_path / "new")]
-        done = subprocess.run([sys.executable, "-m", "papermill", *command], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+        command = [
+            "nbs/00h_leak_free.ipynb",
+            str(tmp_path / "x.ipynb"),
+            "-p",
+            "system",
+            name,
+            "-p",
+            "data_dir",
+            str(base),
+            "-p",
+            "out_dir",
+            str(tmp_path / "new"),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "papermill", *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        done = subprocess.run([sys.executable, "-m", "papermill", *command[:-1], str(base / "datasets")], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-        assert done.returncode != 0 and "holds the published files themselves; name another out_dir" in done.stderr and find_files(base, name, "train")
-        before, after = (sum(len(Windows(root, name, s, frames=FRAMES, in_memory=False)) for s in ("train", "valid", "test")) for root in (base, tmp_path / "new"))
+        done = subprocess.run(
+            [sys.executable, "-m", "papermill", *command[:-1], str(base / "datasets")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+        )
+        assert (
+            done.returncode != 0
+            and "holds the published files themselves; name another out_dir" in done.stderr
+            and find_files(base, name, "train")
+        )
+        before, after = (
+            sum(len(Windows(root, name, s, frames=FRAMES, in_memory=False)) for s in ("train", "valid", "test"))
+            for root in (base, tmp_path / "new")
+        )
         assert before == after == 12
 
 
 def test_a_folder_without_data_is_said_before_any_work(tmp_path):
-    dry = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", "--quiet", "--config", "preset=paper", f"data={tmp_path}"]
+    dry = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--dry-run",
+        "--cores",
+        "1",
+        "--nolock",
+        "--quiet",
+        "--config",
+        "preset=paper",
+        f"data={tmp_path}",
+    ]
     done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode != 0 and "preset paper reads The Well, but" in done.stdout + done.stderr and "pass DATA=<folder>" in done.stdout + done.stderr
+    assert (
+        done.returncode != 0
+        and "preset paper reads The Well, but" in done.stdout + done.stderr
+        and "pass DATA=<folder>" in done.stdout + done.stderr
+    )
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
@@ -181,7 +267,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         "for i in range(0, len(windows), 97): assert windows.read([i]).shape == (1, 4, 16, 256, 512)\n"
         "print(len(windows), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     count, grown = done.stdout.split()
     window = 4 * 16 * 256 * 512 * 4 / 2**20

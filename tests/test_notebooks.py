@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
-    "00g_simulate", "00h_leak_free", "03_pretrain", "04_probe", "05_table1", "05b_resolution", "05c_machines", "05d_leakage", "08a_tuning", "08b_ablations", "08c_across_systems", "08d_regimes",
+    "00g_simulate",
+    "00h_leak_free",
+    "03_pretrain",
+    "04_probe",
+    "05_table1",
+    "05b_resolution",
+    "05c_machines",
+    "05d_leakage",
+    "08a_tuning",
+    "08b_ablations",
+    "08c_across_systems",
+    "08d_regimes",
 ]
 ALL = sorted((ROOT / "nbs").glob("*.ipynb"))
 
@@ -19,7 +30,9 @@ ALL = sorted((ROOT / "nbs").glob("*.ipynb"))
 def papermill(*arguments: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "papermill", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, timeout=300, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, timeout=300, **options
+    )
 
 
 def read(name: str):
@@ -59,10 +72,28 @@ def test_help_lists_every_parameter():
 def test_pretrain_with_an_output_path(smoke_data, tmp_path):
     source = (ROOT / "nbs" / "03_pretrain.ipynb").read_bytes()
     out = tmp_path / "mae.ipynb"
-    done = papermill("nbs/03_pretrain.ipynb", str(out), "-p", "objective", "mae", "-p", "preset", "smoke", "-p", "data_dir", str(smoke_data), "-p", "run_dir", str(tmp_path / "runs"), cwd=ROOT)
+    done = papermill(
+        "nbs/03_pretrain.ipynb",
+        str(out),
+        "-p",
+        "objective",
+        "mae",
+        "-p",
+        "preset",
+        "smoke",
+        "-p",
+        "data_dir",
+        str(smoke_data),
+        "-p",
+        "run_dir",
+        str(tmp_path / "runs"),
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "runs").rglob("mae-vit-*/seed0/encoder.safetensors"))) == 1
-    pictures = [o for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    pictures = [
+        o for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
+    ]
     assert len(pictures) >= 2, "loss curves and a picture of what is predicted"
     assert (ROOT / "nbs" / "03_pretrain.ipynb").read_bytes() == source, "the source notebook stays as it is"
 
@@ -70,7 +101,22 @@ def test_pretrain_with_an_output_path(smoke_data, tmp_path):
 def test_pretrain_piped_makes_missing_data(tmp_path):
     "`papermill nbs/03_pretrain.ipynb -p objective ... | cat`: the executed notebook on standard output, data made on the way."
     source = (ROOT / "nbs" / "03_pretrain.ipynb").read_bytes()
-    done = papermill("nbs/03_pretrain.ipynb", "-p", "objective", "mae", "-p", "preset", "smoke", "-p", "data_dir", str(tmp_path / "data"), "-p", "run_dir", str(tmp_path / "runs"), cwd=ROOT)
+    done = papermill(
+        "nbs/03_pretrain.ipynb",
+        "-p",
+        "objective",
+        "mae",
+        "-p",
+        "preset",
+        "smoke",
+        "-p",
+        "data_dir",
+        str(tmp_path / "data"),
+        "-p",
+        "run_dir",
+        str(tmp_path / "runs"),
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert nbformat.reads(done.stdout, 4).cells
     assert (tmp_path / "data" / "shear_flow" / "stats.yaml").is_file()
@@ -88,7 +134,15 @@ def test_pretrain_piped_makes_missing_data(tmp_path):
     ],
 )
 def test_pretrain_refuses_what_it_does_not_know(parameters, message, tmp_path):
-    done = papermill("nbs/03_pretrain.ipynb", str(tmp_path / "x.ipynb"), *parameters, "-p", "run_dir", str(tmp_path / "runs"), cwd=ROOT)
+    done = papermill(
+        "nbs/03_pretrain.ipynb",
+        str(tmp_path / "x.ipynb"),
+        *parameters,
+        "-p",
+        "run_dir",
+        str(tmp_path / "runs"),
+        cwd=ROOT,
+    )
     assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "runs").exists(), "before any work"
 
@@ -113,28 +167,62 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
     common, one = ("-p", "preset", "smoke", "-p", "run_dir", str(runs)), ("-p", "systems", "shear_flow")
     table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, *one, cwd=ROOT)
     assert table.returncode != 0 and "no results yet of supervised-vit" in table.stderr
-    missing = ("-p", "objective", "supervised", "-p", "encoder", "vit", "-p", "seeds", "0 1", "-p", "data_dir", str(smoke_data))
+    missing = (
+        "-p",
+        "objective",
+        "supervised",
+        "-p",
+        "encoder",
+        "vit",
+        "-p",
+        "seeds",
+        "0 1",
+        "-p",
+        "data_dir",
+        str(smoke_data),
+    )
     probe = papermill("nbs/04_probe.ipynb", str(tmp_path / "p.ipynb"), *common, *missing, cwd=ROOT)
     assert probe.returncode == 0, probe.stderr[-3000:]
     table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, *one, cwd=ROOT)
     assert table.returncode == 0, table.stderr[-3000:]
     names = ("table1", "table1_shear_flow", "table1_differences", "table1_differences_statistics")
-    assert {f.name for f in (runs / "smoke" / "figures").iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "svg", "csv", "json")}
+    assert {f.name for f in (runs / "smoke" / "figures").iterdir()} == {
+        f"{n}.{e}" for n in names for e in ("png", "svg", "csv", "json")
+    }
     # the same runs stand for those on splits without leaks
-    leakage = papermill("nbs/05d_leakage.ipynb", str(tmp_path / "l.ipynb"), *common, "-p", "leak_free_dir", str(runs), cwd=ROOT)
+    leakage = papermill(
+        "nbs/05d_leakage.ipynb", str(tmp_path / "l.ipynb"), *common, "-p", "leak_free_dir", str(runs), cwd=ROOT
+    )
     assert leakage.returncode == 0, leakage.stderr[-3000:]
-    both = pd.read_csv(runs / "smoke" / "figures" / "leakage.csv").pivot(index=["objective", "encoder", "probe"], columns="splits", values="value")
+    both = pd.read_csv(runs / "smoke" / "figures" / "leakage.csv").pivot(
+        index=["objective", "encoder", "probe"], columns="splits", values="value"
+    )
     assert len(both) > 15 and (both["published"] == both["leak-free"]).all()
 
 
 def test_tuning_notebook_runs_a_walk_and_goes_on(smoke_data, tmp_path):
     "Two changes of one walk at preset smoke; the second call finds them in the log."
-    common = ("-p", "preset", "smoke", "-p", "run_dir", str(tmp_path / "runs"), "-p", "data_dir", str(smoke_data), "-p", "rows", "mae-vit")
+    common = (
+        "-p",
+        "preset",
+        "smoke",
+        "-p",
+        "run_dir",
+        str(tmp_path / "runs"),
+        "-p",
+        "data_dir",
+        str(smoke_data),
+        "-p",
+        "rows",
+        "mae-vit",
+    )
     for changes, word in (("1", "mae-vit  0 base"), ("2", "mae-vit  2 ")):
         out = tmp_path / f"{changes}.ipynb"
         done = papermill("nbs/08a_tuning.ipynb", str(out), *common, "-p", "changes", changes, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
-        text = "".join(o.text for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if o.output_type == "stream")
+        text = "".join(
+            o.text for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if o.output_type == "stream"
+        )
         assert word in text
     assert "mae-vit  0 base" not in text, "what is in the log is not run again"
     assert (tmp_path / "runs" / "smoke" / "figures" / "tuning.csv").is_file()

@@ -21,7 +21,15 @@ def make_encoder(name: str, in_channels: int = 4) -> torch.nn.Module:
     torch.manual_seed(0)
     if name == "vit":
         return ViT(in_channels, dim=24, depth=1, heads=2, tubelet=(2, 4, 4))
-    return ConvNeXt(in_channels, widths=(8, 16), depths=(1, 1), stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4), strides=((2, 1, 1),), layer_scale=0.1)
+    return ConvNeXt(
+        in_channels,
+        widths=(8, 16),
+        depths=(1, 1),
+        stem_kernel=(2, 4, 4),
+        stem_stride=(2, 4, 4),
+        strides=((2, 1, 1),),
+        layer_scale=0.1,
+    )
 
 
 def make(objective: str, encoder: str, **coefficients) -> torch.nn.Module:
@@ -31,7 +39,11 @@ def make(objective: str, encoder: str, **coefficients) -> torch.nn.Module:
 def make_batch(frames: int, n: int = 4) -> dict:
     seeds = sample_seeds(0, 0, 0, list(range(n)))
     draw = torch.Generator().manual_seed(1)
-    return {"fields": torch.randn(n, 4, frames, *SHAPE[1:], generator=draw), "labels": torch.randn(n, 2, generator=draw), "seeds": seeds}
+    return {
+        "fields": torch.randn(n, 4, frames, *SHAPE[1:], generator=draw),
+        "labels": torch.randn(n, 2, generator=draw),
+        "seeds": seeds,
+    }
 
 
 @pytest.mark.parametrize("name, encoder", PAIRS)
@@ -172,7 +184,15 @@ def test_decoders_put_tokens_where_they_belong():
     b = a.clone()
     b[0, 9] += 1.0  # second token frame, corner
     changed = (decoder(b, grid) - decoder(a, grid)).abs().amax(dim=(0, 1)) > 1e-6
-    assert changed.shape == (4, 12, 12) and not changed[:2].any() and changed[2:, :8, :8].any() and not changed[2:, 8:].any() and not changed[2:, :, 8:].any()
+    assert (
+        changed.shape == (4, 12, 12)
+        and not changed[:2].any()
+        and changed[2:, :8, :8].any()
+        and not changed[2:, 8:].any()
+        and not changed[2:, :, 8:].any()
+    )
     transformer, keep = TransformerDecoder(16, n_out=5), torch.tensor([[3, 0, 7]])
     out = transformer(torch.randn(1, 3, 16), keep, (2, 2, 2))
-    assert out.shape == (1, 8, 5) and len({tuple(row.tolist()) for row in out[0]}) == 8  # positions set even the hidden ones apart
+    assert (
+        out.shape == (1, 8, 5) and len({tuple(row.tolist()) for row in out[0]}) == 8
+    )  # positions set even the hidden ones apart

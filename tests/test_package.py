@@ -13,9 +13,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # each imports only what stands before it
 FLOORS = [
-    {"systems", "presets", "randomness", "provenance", "parameters"}, {"well", "sim"}, {"well_sets"}, {"well_write"}, {"generate", "data", "report", "download"}, {"encoders", "heads"},
-    {"objectives"}, {"training", "runs", "features", "scores", "probing", "baselines"}, {"results", "comparison", "readout"}, {"figures", "evaluate"},
-    {"verify", "tuning", "cost", "regimes", "across"}, {"explore"},
+    {"systems", "presets", "randomness", "provenance", "parameters"},
+    {"well", "sim"},
+    {"well_sets"},
+    {"well_write"},
+    {"generate", "data", "report", "download"},
+    {"encoders", "heads"},
+    {"objectives"},
+    {"training", "runs", "features", "scores", "probing", "baselines"},
+    {"results", "comparison", "readout"},
+    {"figures", "evaluate"},
+    {"verify", "tuning", "cost", "regimes", "across"},
+    {"explore"},
 ]
 
 
@@ -31,7 +40,10 @@ def imports_of(path: Path) -> list[ast.stmt]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "physrep").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_module_imports_only_what_it_may(path):
-    declared = {re.split("[<>=]", r)[0].replace("scikit-learn", "sklearn").replace("pyyaml", "yaml") for r in (settings()["requirements"] + " " + settings()["download_requirements"]).split()}
+    declared = {
+        re.split("[<>=]", r)[0].replace("scikit-learn", "sklearn").replace("pyyaml", "yaml")
+        for r in (settings()["requirements"] + " " + settings()["download_requirements"]).split()
+    }
     module = path.relative_to(ROOT / "physrep").with_suffix("").parts
     if module[-1] in ("__init__", "_modidx"):
         return
@@ -40,7 +52,9 @@ def test_module_imports_only_what_it_may(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = list(module[: len(module) - node.level])
             target = (package + (node.module or "").split("."))[0]
-            assert next(i for i, names in enumerate(FLOORS) if target in names) <= floor, f"imports {target}, which stands above it"
+            assert next(i for i, names in enumerate(FLOORS) if target in names) <= floor, (
+                f"imports {target}, which stands above it"
+            )
         else:
             names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             for name in (n.split(".")[0] for n in names):
@@ -70,9 +84,22 @@ def test_wheel_and_sdist_import_without_the_repository(tmp_path):
         "except FileNotFoundError as error: print(error)\n"
     )
     for place in (tmp_path / "site", unpacked):
-        done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(place)!r})\n" + code], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(place)!r})\n" + code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-    assert "PHYSREP_ROOT" in subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n" + code], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert (
+        "PHYSREP_ROOT"
+        in subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n" + code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
 
 
 def test_settings():
@@ -91,18 +118,40 @@ def test_make_help_lists_the_targets():
 
 def test_clean_shows_first_and_deletes_nothing_unasked():
     before = sorted(p.name for p in ROOT.iterdir())
-    done = subprocess.run([sys.executable, "tests/clean.py"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "tests/clean.py"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert "nothing" in done.stdout and sorted(p.name for p in ROOT.iterdir()) == before
 
 
 def test_the_graph_of_the_laptop_preset():
     "Snakemake reads the Snakefile, and finds every stage of every row in it."
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", "--forceall", "--quiet", "host", "--config", "preset=laptop", "data="]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--dry-run",
+        "--cores",
+        "1",
+        "--nolock",
+        "--forceall",
+        "--quiet",
+        "host",
+        "--config",
+        "preset=laptop",
+        "data=",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-3000:]
     for system in ("shear_flow", "rayleigh_benard", "active_matter"):
-        for rule in (f"simulate_{system}", f"refine_{system}", f"pretrain_{system}_jepa_convnext", f"probe_{system}_mae_vit", f"probe_{system}_baselines"):
+        for rule in (
+            f"simulate_{system}",
+            f"refine_{system}",
+            f"pretrain_{system}_jepa_convnext",
+            f"probe_{system}_mae_vit",
+            f"probe_{system}_baselines",
+        ):
             assert re.search(rf"^{rule}\s+1$", text, re.M), rule
     for rule in ("table1", "resolution", "across", "regimes"):
         assert re.search(rf"^{rule}\s+1$", text, re.M), rule

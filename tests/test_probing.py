@@ -19,14 +19,26 @@ from physrep.core.files import write_tensors
 from physrep.probing.features import Features, encoder_digest, extract
 from physrep.training.presets import get_preset
 from physrep.probing.finetune import FinetuneRecipe, fit_finetune
-from physrep.probing.frozen import PROBES, AttentiveRecipe, conformal_half_width, fit_probe, load_probe, ridge_path, standardiser, token_standardiser, valid_mse
+from physrep.probing.frozen import (
+    PROBES,
+    AttentiveRecipe,
+    conformal_half_width,
+    fit_probe,
+    load_probe,
+    ridge_path,
+    standardiser,
+    token_standardiser,
+    valid_mse,
+)
 from physrep.physics.systems import get_system
 
 SYSTEM = get_system("shear_flow")
 QUICK = {"attentive": {"recipe": AttentiveRecipe(epochs=3)}}
 
 
-def make(seed: int, n_groups: int = 40, windows: int = 3, tokens: int = 6, dim: int = 16, signal: float = 1.0) -> Features:
+def make(
+    seed: int, n_groups: int = 40, windows: int = 3, tokens: int = 6, dim: int = 16, signal: float = 1.0
+) -> Features:
     rng = np.random.default_rng(seed)
     u = rng.uniform(-1, 1, (n_groups, 2)).repeat(windows, 0)
     x = rng.normal(size=(len(u), tokens, dim))
@@ -83,7 +95,9 @@ def test_constant_predicts_the_training_mean_of_the_logarithm_and_scores_one_on_
     train, valid, _, scaler = sets
     prediction = fit_probe("constant", train, valid, scaler).predict(train)
     assert np.allclose(prediction, 10 ** np.log10(train.labels).mean(0))
-    assert np.mean((scaler.transform(prediction) - scaler.transform(train.labels)) ** 2, axis=0) == pytest.approx([1.0, 1.0])
+    assert np.mean((scaler.transform(prediction) - scaler.transform(train.labels)) ** 2, axis=0) == pytest.approx(
+        [1.0, 1.0]
+    )
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -108,7 +122,9 @@ def test_same_seed_same_probe_and_the_global_generator_is_not_touched(sets, name
 
 def test_another_seed_is_another_attentive_probe(sets):
     train, valid, test, scaler = sets
-    first, second = (fit_probe("attentive", train, valid, scaler, seed=s, **QUICK["attentive"]).predict(test) for s in (0, 1))
+    first, second = (
+        fit_probe("attentive", train, valid, scaler, seed=s, **QUICK["attentive"]).predict(test) for s in (0, 1)
+    )
     assert not np.allclose(first, second)
 
 
@@ -128,7 +144,9 @@ def test_dead_features_do_not_matter(sets):
     train, valid, test, scaler = sets
 
     def with_dead(f: Features, value: float) -> Features:
-        return Features(torch.cat([f.tokens.float(), torch.full_like(f.tokens[:, :, :8], value).float()], 2), f.labels, f.groups)
+        return Features(
+            torch.cat([f.tokens.float(), torch.full_like(f.tokens[:, :, :8], value).float()], 2), f.labels, f.groups
+        )
 
     for name in ("linear", "knn"):
         probe = fit_probe(name, with_dead(train, 0.1), with_dead(valid, 0.1), scaler)
@@ -211,11 +229,21 @@ def test_a_probe_from_its_file_is_the_probe_to_the_last_bit(sets, name, tmp_path
     probe, path = fit_probe(name, train, valid, scaler, **options), tmp_path / "some" / "probe.safetensors"
     probe.save(path, info={"run": "a"})
     again = load_probe(path)
-    assert np.array_equal(again.predict(test), probe.predict(test)) and np.array_equal(again.predict_z(valid), probe.predict_z(valid))
+    assert np.array_equal(again.predict(test), probe.predict(test)) and np.array_equal(
+        again.predict_z(valid), probe.predict_z(valid)
+    )
     for a, b in zip(again.interval(test, 0.9), probe.interval(test, 0.9)):
         assert np.array_equal(a, b)
-    assert (again.name, again.chosen, again.trials, again.config) == (probe.name, probe.chosen, probe.trials, probe.config)
-    assert again.info == {"encoder": "0123", "split": "train", "run": "a"} and probe.info == {"encoder": "0123", "split": "train"}
+    assert (again.name, again.chosen, again.trials, again.config) == (
+        probe.name,
+        probe.chosen,
+        probe.trials,
+        probe.config,
+    )
+    assert again.info == {"encoder": "0123", "split": "train", "run": "a"} and probe.info == {
+        "encoder": "0123",
+        "split": "train",
+    }
     again.save(tmp_path / "again.safetensors")
     assert np.array_equal(load_probe(tmp_path / "again.safetensors").predict(test), probe.predict(test))
 
@@ -226,7 +254,9 @@ def test_which_labels_are_logarithmic_comes_from_the_file(sets, tmp_path):
     probe = fit_probe("linear", train, valid, LabelScaler.fit(linear_schmidt, train.labels))
     probe.save(tmp_path / "p.safetensors")
     again = load_probe(tmp_path / "p.safetensors")
-    assert [label.log for label in again.scaler.system.labels] == [True, False] and np.array_equal(again.predict(test), probe.predict(test))
+    assert [label.log for label in again.scaler.system.labels] == [True, False] and np.array_equal(
+        again.predict(test), probe.predict(test)
+    )
 
 
 def test_files_that_are_no_probe_are_named(sets, tmp_path):
@@ -241,7 +271,9 @@ def test_files_that_are_no_probe_are_named(sets, tmp_path):
         with pytest.raises(ValueError, match="p.safetensors"):
             load_probe(path)
     write_tensors(path, {"tokens": torch.zeros(2)}, {"split": "train"})
-    with pytest.raises(ValueError, match="p.safetensors holds no probe; a probe is one of constant, linear, knn, attentive"):
+    with pytest.raises(
+        ValueError, match="p.safetensors holds no probe; a probe is one of constant, linear, knn, attentive"
+    ):
         load_probe(path)
     other = replace(SYSTEM, name="navier_stokes")
     fit_probe("linear", train, valid, LabelScaler.fit(other, train.labels)).save(path)
@@ -252,32 +284,53 @@ def test_files_that_are_no_probe_are_named(sets, tmp_path):
 # --- encoders
 
 
-def small_encoder(seed: int = 0, normaliser: Normaliser | None = None, shape: tuple[int, int, int] = (4, 32, 32)) -> LoadedEncoder:
+def small_encoder(
+    seed: int = 0, normaliser: Normaliser | None = None, shape: tuple[int, int, int] = (4, 32, 32)
+) -> LoadedEncoder:
     normaliser = normaliser or Normaliser.identity(SYSTEM)
     torch.manual_seed(seed)
     encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
-    info = {"name": "vit", "config": dict(encoder.config), "system": "shear_flow", "channels": SYSTEM.channels, "shape": list(shape), "dt": 0.2}
+    info = {
+        "name": "vit",
+        "config": dict(encoder.config),
+        "system": "shear_flow",
+        "channels": SYSTEM.channels,
+        "shape": list(shape),
+        "dt": 0.2,
+    }
     return LoadedEncoder(encoder, info | {"mean": normaliser.mean.tolist(), "std": normaliser.std.tolist()})
 
 
 @pytest.fixture(scope="module")
 def flows(smoke_data) -> dict[str, Windows]:
-    return {split: Windows(smoke_data / "shear_flow", "shear_flow", split, frames=4, stride=8) for split in ("train", "valid", "test")}
+    return {
+        split: Windows(smoke_data / "shear_flow", "shear_flow", split, frames=4, stride=8)
+        for split in ("train", "valid", "test")
+    }
 
 
 def test_a_saved_probe_answers_for_raw_fields_as_for_features(flows, tmp_path):
-    normaliser, scaler = Normaliser(torch.tensor([0.1, 0.2, 0.0, 0.0]), torch.tensor([0.5, 2.0, 0.3, 0.3])), LabelScaler.fit(SYSTEM, flows["train"].labels)
+    normaliser, scaler = (
+        Normaliser(torch.tensor([0.1, 0.2, 0.0, 0.0]), torch.tensor([0.5, 2.0, 0.3, 0.3])),
+        LabelScaler.fit(SYSTEM, flows["train"].labels),
+    )
     encoder = small_encoder(normaliser=normaliser)
     features = {}
     for split, w in flows.items():
         batches = Batches(w, batch_size=16, normaliser=normaliser, scaler=scaler)
         tokens = extract(encoder, batches.evaluation(), progress=False)
-        features[split] = Features(tokens, w.targets(np.arange(len(w))), w.window_groups(), {"encoder": encoder_digest(encoder)})
+        features[split] = Features(
+            tokens, w.targets(np.arange(len(w))), w.window_groups(), {"encoder": encoder_digest(encoder)}
+        )
     for name in PROBES:
-        fit_probe(name, features["train"], features["valid"], scaler, **QUICK.get(name, {})).save(tmp_path / f"{name}.safetensors")
+        fit_probe(name, features["train"], features["valid"], scaler, **QUICK.get(name, {})).save(
+            tmp_path / f"{name}.safetensors"
+        )
         probe = load_probe(tmp_path / f"{name}.safetensors")
         raw = flows["test"].read(np.arange(20))
-        assert np.allclose(probe.predict_fields(encoder, raw, dt=0.2), probe.predict(features["test"].subset(np.arange(20))), rtol=1e-2)
+        assert np.allclose(
+            probe.predict_fields(encoder, raw, dt=0.2), probe.predict(features["test"].subset(np.arange(20))), rtol=1e-2
+        )
         for stranger in (small_encoder(1, normaliser), small_encoder(0)):  # other weights, another normalisation
             with pytest.raises(ValueError, match=f"{encoder_digest(encoder)}, this one has {encoder_digest(stranger)}"):
                 probe.predict_fields(stranger, raw, dt=0.2)
@@ -324,9 +377,22 @@ class TracerOnly(torch.nn.Module):
 def finetuning() -> tuple[LoadedEncoder, dict[str, Amplitudes], LabelScaler]:
     "An encoder that does not look at the velocity, and windows whose labels are there."
     torch.manual_seed(0)
-    info = {"name": "tracer only", "config": {}, "system": "shear_flow", "channels": SYSTEM.channels, "shape": [2, 8, 8], "dt": 0.2}
-    windows = {split: Amplitudes(seed, n) for seed, (split, n) in enumerate({"train": 256, "valid": 64, "test": 128}.items())}
-    return LoadedEncoder(TracerOnly(), info | {"mean": [0.0] * 4, "std": [1.0] * 4}), windows, LabelScaler.fit(SYSTEM, windows["train"].labels)
+    info = {
+        "name": "tracer only",
+        "config": {},
+        "system": "shear_flow",
+        "channels": SYSTEM.channels,
+        "shape": [2, 8, 8],
+        "dt": 0.2,
+    }
+    windows = {
+        split: Amplitudes(seed, n) for seed, (split, n) in enumerate({"train": 256, "valid": 64, "test": 128}.items())
+    }
+    return (
+        LoadedEncoder(TracerOnly(), info | {"mean": [0.0] * 4, "std": [1.0] * 4}),
+        windows,
+        LabelScaler.fit(SYSTEM, windows["train"].labels),
+    )
 
 
 def batches_of(finetuning, split: str, **options) -> Batches:
@@ -337,18 +403,32 @@ def batches_of(finetuning, split: str, **options) -> Batches:
 def test_finetuning_finds_what_the_frozen_encoder_does_not_show_and_leaves_it_as_it_was(finetuning):
     encoder, windows, scaler = finetuning
     before, modes = encoder_digest(encoder), [m.training for m in encoder.modules()]
-    tuned = fit_finetune(encoder, batches_of(finetuning, "train"), batches_of(finetuning, "valid"), recipe=FinetuneRecipe(epochs=12, lr=1e-3, encoder_lr=1e-3))
+    tuned = fit_finetune(
+        encoder,
+        batches_of(finetuning, "train"),
+        batches_of(finetuning, "valid"),
+        recipe=FinetuneRecipe(epochs=12, lr=1e-3, encoder_lr=1e-3),
+    )
     assert encoder_digest(encoder) == before and [m.training for m in encoder.modules()] == modes
     assert not any(p.requires_grad for p in encoder.parameters())
-    features = {s: Features(extract(encoder, batches_of(finetuning, s).evaluation(), progress=False), w.labels, np.arange(len(w))) for s, w in windows.items()}
+    features = {
+        s: Features(
+            extract(encoder, batches_of(finetuning, s).evaluation(), progress=False), w.labels, np.arange(len(w))
+        )
+        for s, w in windows.items()
+    }
     frozen = fit_probe("attentive", features["train"], features["valid"], scaler)
     test = features["test"]
     assert valid_mse(frozen.predict_z(test), test, scaler) > 0.7
     assert valid_mse(tuned.predict_z(batches_of(finetuning, "test")), test, scaler) < 0.3
-    assert tuned.predict(batches_of(finetuning, "test", batch_size=50)) == pytest.approx(tuned.predict(batches_of(finetuning, "test")), rel=1e-4)
+    assert tuned.predict(batches_of(finetuning, "test", batch_size=50)) == pytest.approx(
+        tuned.predict(batches_of(finetuning, "test")), rel=1e-4
+    )
     best = min(tuned.trials, key=lambda t: t["valid_mse"])
     assert tuned.chosen == {"epoch": best["epoch"]} and len(tuned.trials) == 13 and tuned.name == "finetune"
-    assert valid_mse(tuned.predict_z(batches_of(finetuning, "valid")), features["valid"], scaler) == pytest.approx(best["valid_mse"], rel=1e-5)
+    assert valid_mse(tuned.predict_z(batches_of(finetuning, "valid")), features["valid"], scaler) == pytest.approx(
+        best["valid_mse"], rel=1e-5
+    )
     low, high = tuned.interval(batches_of(finetuning, "test"), 0.9)
     assert 0.8 < np.mean((low <= test.labels) & (test.labels <= high)) < 0.98
 
@@ -356,8 +436,16 @@ def test_finetuning_finds_what_the_frozen_encoder_does_not_show_and_leaves_it_as
 def test_finetuning_starts_at_the_attentive_probe(finetuning):
     encoder, windows, scaler = finetuning
     info = {"encoder": encoder_digest(encoder)}
-    features = {s: Features(extract(encoder, batches_of(finetuning, s).evaluation(), progress=False), w.labels, np.arange(len(w)), info) for s, w in windows.items()}
-    probes = {name: fit_probe(name, features["train"], features["valid"], scaler, **QUICK.get(name, {})) for name in ("linear", "attentive")}
+    features = {
+        s: Features(
+            extract(encoder, batches_of(finetuning, s).evaluation(), progress=False), w.labels, np.arange(len(w)), info
+        )
+        for s, w in windows.items()
+    }
+    probes = {
+        name: fit_probe(name, features["train"], features["valid"], scaler, **QUICK.get(name, {}))
+        for name in ("linear", "attentive")
+    }
     train, valid = (batches_of(finetuning, s) for s in ("train", "valid"))
     tuned = fit_finetune(encoder, train, valid, start=probes["attentive"], recipe=FinetuneRecipe(epochs=1))
     frozen = valid_mse(probes["attentive"].predict_z(features["valid"]), features["valid"], scaler)
@@ -373,7 +461,9 @@ def test_finetuning_follows_from_its_seeds_and_touches_no_generator(finetuning):
     recipe, valid = FinetuneRecipe(epochs=2), batches_of(finetuning, "valid")
 
     def run(seed: int = 0, **options) -> np.ndarray:
-        return fit_finetune(finetuning[0], batches_of(finetuning, "train", **options), valid, seed=seed, recipe=recipe).predict(valid)
+        return fit_finetune(
+            finetuning[0], batches_of(finetuning, "train", **options), valid, seed=seed, recipe=recipe
+        ).predict(valid)
 
     first = run()
     torch.manual_seed(99)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.physics.rayleigh_benard import SimulationBlewUp, interpolation, layer_grid, legendre_nodes, simulate, vertical_points
+from physrep.physics.rayleigh_benard import (
+    SimulationBlewUp,
+    interpolation,
+    layer_grid,
+    legendre_nodes,
+    simulate,
+    vertical_points,
+)
 from physrep.physics.systems import SYSTEMS
 
 FIELDS = ("buoyancy", "pressure", "velocity")
@@ -19,7 +26,10 @@ SMALL = {"grid": (32, 24), "n_frames": 2}
         ({"prandtl": [1.0, float("nan")]}, "prandtl must be positive and finite, got nan"),
         ({"rayleigh": [1.0, 2.0, 3.0]}, r"rayleigh must be one number or one per seed, got shape \(3,\) for 2 seeds"),
         ({"seeds": []}, "seeds is empty"),
-        ({"rayleigh": [1e4, 1e7]}, r"grid 32 x 24 is too coarse for Rayleigh 1e\+07, Prandtl 1: .* use \d.* times as many points"),
+        (
+            {"rayleigh": [1e4, 1e7]},
+            r"grid 32 x 24 is too coarse for Rayleigh 1e\+07, Prandtl 1: .* use \d.* times as many points",
+        ),
         ({"rayleigh": 1e5, "prandtl": 0.01}, r"grid 32 x 24 is too coarse for Rayleigh 100000, Prandtl 0\.01"),
         ({"grid": (32, 23)}, "grid must have even sizes of at least 4, got 32 x 23"),
         ({"grid": (32, 2)}, "grid must have even sizes of at least 4, got 32 x 2"),
@@ -34,7 +44,10 @@ SMALL = {"grid": (32, 24), "n_frames": 2}
         ({"n_frames": 0}, "n_frames must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64, got torch.float16"),
-        ({"initial": (np.zeros((2, 32, 24)), np.zeros((1, 32, 24)))}, r"initial must be .* shape \(2, 32, 24\) each, got .*\(1, 32, 24\)"),
+        (
+            {"initial": (np.zeros((2, 32, 24)), np.zeros((1, 32, 24)))},
+            r"initial must be .* shape \(2, 32, 24\) each, got .*\(1, 32, 24\)",
+        ),
     ],
 )
 def test_bad_arguments_name_the_value(change, message):
@@ -44,13 +57,24 @@ def test_bad_arguments_name_the_value(change, message):
 
 
 def test_blow_up_names_run_time_and_a_step_that_works():
-    run = {"rayleigh": [1e4, 1e6], "prandtl": [1.0, 0.7], "seeds": [3, 71], "grid": (64, 40), "n_frames": 7, "store_grid": 32}
-    with pytest.raises(SimulationBlewUp, match=r"t = \d.* with dt = 0\.1 for Rayleigh 1e\+06, Prandtl 0\.7, seed 71\. It cannot") as caught:
+    run = {
+        "rayleigh": [1e4, 1e6],
+        "prandtl": [1.0, 0.7],
+        "seeds": [3, 71],
+        "grid": (64, 40),
+        "n_frames": 7,
+        "store_grid": 32,
+    }
+    with pytest.raises(
+        SimulationBlewUp, match=r"t = \d.* with dt = 0\.1 for Rayleigh 1e\+06, Prandtl 0\.7, seed 71\. It cannot"
+    ) as caught:
         simulate(**run, dt=0.1)
     assert f"try dt = {caught.value.dt:g}" in str(caught.value)
     assert 0.1 / caught.value.dt == 2 ** round(np.log2(0.1 / caught.value.dt))
     dt = caught.value.dt
-    for _ in range(3):  # the suggestion knows the flow until the last healthy frame: a run that speeds up may need another halving
+    for _ in range(
+        3
+    ):  # the suggestion knows the flow until the last healthy frame: a run that speeds up may need another halving
         try:
             out = simulate(**run, dt=dt)
             break
@@ -65,10 +89,18 @@ def test_shapes_dtype_and_contract(dtype):
     out = simulate([1e4, 2e4], 2.0, [0, 1], **SMALL, store_grid=(16, 20), dtype=dtype)
     assert [f.name for f in SYSTEMS["rayleigh_benard"].fields] == list(FIELDS) and list(out) == [*FIELDS, "time"]
     assert all(out[name].dtype == np.dtype(str(dtype).removeprefix("torch.")) for name in FIELDS)
-    assert out["buoyancy"].shape == out["pressure"].shape == (2, 2, 16, 20) and out["velocity"].shape == (2, 2, 16, 20, 2)
+    assert out["buoyancy"].shape == out["pressure"].shape == (2, 2, 16, 20) and out["velocity"].shape == (
+        2,
+        2,
+        16,
+        20,
+        2,
+    )
     assert np.allclose(out["time"], [0, 0.5])
     assert not out["velocity"][:, 0].any() and out["velocity"][:, 1].any()
-    assert out["buoyancy"][:, 0, :, 0].mean() > 0.9 and out["buoyancy"][:, 0, :, -1].mean() < 0.1  # warm below: y is the last axis
+    assert (
+        out["buoyancy"][:, 0, :, 0].mean() > 0.9 and out["buoyancy"][:, 0, :, -1].mean() < 0.1
+    )  # warm below: y is the last axis
 
 
 def test_conduction_stays_at_rest_with_its_pressure():
@@ -85,8 +117,20 @@ def test_a_mean_flow_decays_as_it_must():
     y = legendre_nodes(24)[0]
     nu = (1e3 / 4.0) ** -0.5
     vorticity = np.broadcast_to(-np.pi * np.cos(np.pi * y) - 2 * np.pi * np.cos(2 * np.pi * y), (1, 32, 24)).copy()
-    out = simulate(1e3, 4.0, [0], initial=(vorticity, 0 * vorticity + 1 - y), grid=(32, 24), n_frames=4, dtype=torch.float64, store_nodes="legendre")
-    expected = [np.sin(np.pi * y) * np.exp(-nu * np.pi**2 * t) + np.sin(2 * np.pi * y) * np.exp(-4 * nu * np.pi**2 * t) for t in out["time"]]
+    out = simulate(
+        1e3,
+        4.0,
+        [0],
+        initial=(vorticity, 0 * vorticity + 1 - y),
+        grid=(32, 24),
+        n_frames=4,
+        dtype=torch.float64,
+        store_nodes="legendre",
+    )
+    expected = [
+        np.sin(np.pi * y) * np.exp(-nu * np.pi**2 * t) + np.sin(2 * np.pi * y) * np.exp(-4 * nu * np.pi**2 * t)
+        for t in out["time"]
+    ]
     assert np.abs(out["velocity"][0, ..., 0] - np.array(expected)[:, None]).max() < 1e-4
     assert np.abs(out["velocity"][0, ..., 1]).max() < 1e-12
 
@@ -121,13 +165,22 @@ def test_batches_do_not_change_a_bit(grid, dtype):
     whole = simulate(**run, **settings, batch=5)
     order = [3, 1, 4, 0, 2]
     for batch in (1, 2):
-        shuffled = simulate(**{name: [values[i] for i in order] for name, values in run.items()}, **settings, batch=batch)
+        shuffled = simulate(
+            **{name: [values[i] for i in order] for name, values in run.items()}, **settings, batch=batch
+        )
         for name in FIELDS:
             assert np.array_equal(shuffled[name], whole[name][order])
 
 
 def test_threads_change_only_rounding():
-    run = {"rayleigh": 1e5, "prandtl": 1.0, "seeds": range(16), "frame_dt": 0.0125, "n_frames": 2, "dtype": torch.float64}
+    run = {
+        "rayleigh": 1e5,
+        "prandtl": 1.0,
+        "seeds": range(16),
+        "frame_dt": 0.0125,
+        "n_frames": 2,
+        "dtype": torch.float64,
+    }
     one = simulate(**run)
     torch.set_num_threads(2)
     assert all(np.abs(one[name] - values).max() < 1e-13 for name, values in simulate(**run).items())
@@ -135,7 +188,16 @@ def test_threads_change_only_rounding():
 
 def test_progress_counts_every_frame():
     seen = []
-    simulate(1e4, 1.0, range(3), grid=(32, 24), n_frames=3, dt=0.05, batch=2, progress=lambda done, total: seen.append((done, total)))
+    simulate(
+        1e4,
+        1.0,
+        range(3),
+        grid=(32, 24),
+        n_frames=3,
+        dt=0.05,
+        batch=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)]
 
 
@@ -143,7 +205,13 @@ def test_many_nodes_stay_accurate():
     y, weight, D = legendre_nodes(128)
     assert abs(weight.sum() - 1) < 1e-13 and np.abs(y + y[::-1] - 1).max() < 1e-15
     assert np.abs(D @ np.sin(9 * y) - 9 * np.cos(9 * y)).max() < 1e-9
-    assert np.abs(interpolation(y, vertical_points(100, "uniform")) @ np.sin(9 * y) - np.sin(9 * vertical_points(100, "uniform"))).max() < 1e-12
+    assert (
+        np.abs(
+            interpolation(y, vertical_points(100, "uniform")) @ np.sin(9 * y)
+            - np.sin(9 * vertical_points(100, "uniform"))
+        ).max()
+        < 1e-12
+    )
     g = layer_grid((32, 128))
     assert np.abs(g.eigenvalues[:60] / (np.pi * np.arange(1, 61)) ** 2 - 1).max() < 1e-8
 

@@ -6,7 +6,15 @@ import pytest
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
 from physrep.probing.features import Features
-from physrep.experiments.regimes import REGIMES, later, probe_regime, regime_difference, regime_labels, regime_rows, regime_targets
+from physrep.experiments.regimes import (
+    REGIMES,
+    later,
+    probe_regime,
+    regime_difference,
+    regime_labels,
+    regime_rows,
+    regime_targets,
+)
 from physrep.physics.regimes import defect_charges, defect_count
 from physrep.experiments.regimes import state_now, state_parameters, state_statistics
 from physrep.physics.regimes import wall_nusselt, wave_energy
@@ -36,7 +44,9 @@ def test_only_the_last_frame_counts_and_the_batch_does_not(system):
 @pytest.mark.parametrize("system, axis", [(name, a) for name, s in SYSTEMS.items() for a in s.mirror_axes])
 def test_a_mirror_image_is_in_the_same_regime(system, axis):
     x = noise(system)
-    np.testing.assert_allclose(regime_labels(mirrored(x, system, axis), system)[0], regime_labels(x, system)[0], rtol=1e-12)
+    np.testing.assert_allclose(
+        regime_labels(mirrored(x, system, axis), system)[0], regime_labels(x, system)[0], rtol=1e-12
+    )
 
 
 def test_convection_upside_down_carries_the_same_heat():
@@ -90,27 +100,50 @@ def test_later_pairs_each_window_with_the_one_after_it(smoke_data):
 def test_features_that_know_nothing_score_about_one_and_seeds_are_kept(smoke_data):
     windows = {s: Windows(smoke_data, "shear_flow", s, frames=8, stride=4) for s in ("train", "valid", "test")}
     targets = {s: regime_targets(w) for s, w in windows.items()}
-    assert np.allclose(targets["test"], regime_labels(windows["test"].read(np.arange(len(windows["test"]))).numpy(), "shear_flow")[0])
-    assert np.array_equal(targets["test"], regime_targets(Windows(smoke_data, "shear_flow", "test", frames=8, stride=4, in_memory=False), memory=2**16)), "from files, and in parts"
+    assert np.allclose(
+        targets["test"], regime_labels(windows["test"].read(np.arange(len(windows["test"]))).numpy(), "shear_flow")[0]
+    )
+    assert np.array_equal(
+        targets["test"],
+        regime_targets(Windows(smoke_data, "shear_flow", "test", frames=8, stride=4, in_memory=False), memory=2**16),
+    ), "from files, and in parts"
 
-    known = [{s: state_now(w, targets[s]) for s, w in windows.items()}], [{s: state_statistics(w) for s, w in windows.items()}]
-    now = [r["value"] for f in known for r in regime_rows(probe_regime(f, windows, targets, probes=["linear"])) if r["metric"] == "mse" and r["when"] == "now"]
+    known = (
+        [{s: state_now(w, targets[s]) for s, w in windows.items()}],
+        [{s: state_statistics(w) for s, w in windows.items()}],
+    )
+    now = [
+        r["value"]
+        for f in known
+        for r in regime_rows(probe_regime(f, windows, targets, probes=["linear"]))
+        if r["metric"] == "mse" and r["when"] == "now"
+    ]
     assert now[0] < 1e-6 < now[1] < 0.5, "the number itself is known, statistics know much of it"
     scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
     assert state_parameters(windows["test"], scaler).tokens.shape == (len(windows["test"]), 1, 3 + 6)
 
     def blind(seed):
         rng = np.random.default_rng(seed)
-        return {s: Features(rng.normal(size=(len(w), 1, 2)).astype(np.float32), w.labels[w.index[:, 0]], w.window_groups()) for s, w in windows.items()}
+        return {
+            s: Features(rng.normal(size=(len(w), 1, 2)).astype(np.float32), w.labels[w.index[:, 0]], w.window_groups())
+            for s, w in windows.items()
+        }
 
     answers = probe_regime([blind(0), blind(1)], windows, targets, probes=["linear"])
     rows = regime_rows(answers)
     assert {(r["when"], r["split"]) for r in rows} == {("now", "test"), ("later", "test")}
     for r in (r for r in rows if r["metric"] == "mse"):
-        assert 0.5 < r["value"] < 1.6 and len(r["by_seed"]) == 2 and r["low"] <= r["value"] <= r["high"] and 0 <= r["above"] <= 1
+        assert (
+            0.5 < r["value"] < 1.6
+            and len(r["by_seed"]) == 2
+            and r["low"] <= r["value"] <= r["high"]
+            and 0 <= r["above"] <= 1
+        )
     with pytest.raises(ValueError, match="answers to different questions"):
         regime_difference(answers["now", "linear", "test"], answers["later", "linear", "test"])
     against = probe_regime(known[0], windows, targets, probes=["linear"])
     difference, low, high = regime_difference(answers["now", "linear", "test"], against["now", "linear", "test"])
     value = {r["when"]: r["value"] for r in rows if r["metric"] == "mse"}
-    assert difference == pytest.approx(value["now"], abs=1e-5) and 0 < low <= difference <= high, "the other one makes no errors"
+    assert difference == pytest.approx(value["now"], abs=1e-5) and 0 < low <= difference <= high, (
+        "the other one makes no errors"
+    )

@@ -21,17 +21,37 @@ def write(path, system, labels, seeds, *, shared=("velocity",), n_frames=2, grid
     s, fields = get_system(system), {}
     for f in s.fields:
         key = [len(f.name), *(int(1000 * labels[n]) for n in (s.group if f.name in shared else s.label_names))]
-        fields[f.name] = np.stack([np.random.default_rng([seed, *map(abs, key)]).normal(size=(n_frames, *grid, *(2,) * f.rank)) for seed in seeds]).astype(np.float32)
+        fields[f.name] = np.stack(
+            [
+                np.random.default_rng([seed, *map(abs, key)]).normal(size=(n_frames, *grid, *(2,) * f.rank))
+                for seed in seeds
+            ]
+        ).astype(np.float32)
     coordinates = {"y": np.linspace(0, 1, grid[1])} if system == "rayleigh_benard" else None
     extra = {"initial_conditions": list(seeds)} if record else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_well(path, system, fields | change, labels, time=0.1 * np.arange(n_frames), box=BOX[system], coordinates=coordinates, **extra)
+    return write_well(
+        path,
+        system,
+        fields | change,
+        labels,
+        time=0.1 * np.arange(n_frames),
+        box=BOX[system],
+        coordinates=coordinates,
+        **extra,
+    )
 
 
 def shear(root, record=False):
     for split, seeds in {"train": (range(8), range(4, 12)), "valid": ((8,), (0,)), "test": ((9,), (1,))}.items():
         for schmidt, s in zip((0.5, 2.0), seeds):
-            write(root / "shear_flow" / "data" / split / f"Sc_{schmidt}.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": schmidt}, list(s), record=record)
+            write(
+                root / "shear_flow" / "data" / split / f"Sc_{schmidt}.hdf5",
+                "shear_flow",
+                {"Reynolds": 1e4, "Schmidt": schmidt},
+                list(s),
+                record=record,
+            )
     return root
 
 
@@ -54,19 +74,38 @@ def test_the_bootstrap_draws_twins_of_a_split_together(tmp_path, record):
 def test_equal_velocity_at_another_reynolds_number_is_no_twin(tmp_path):
     velocity = np.random.default_rng(0).normal(size=(1, 2, 8, 16, 2)).astype(np.float32)
     for split, reynolds in (("train", 1e4), ("valid", 5e4), ("test", 1e5)):
-        write(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": reynolds, "Schmidt": 1.0}, [0], velocity=velocity)
+        write(
+            tmp_path / "shear_flow" / "data" / split / "a.hdf5",
+            "shear_flow",
+            {"Reynolds": reynolds, "Schmidt": 1.0},
+            [0],
+            velocity=velocity,
+        )
     assert leakage(find_flows(tmp_path, "shear_flow")).drop(columns="trajectories").to_numpy().sum() == 0
 
 
 @pytest.mark.parametrize("difference, twins", [(1e-7, True), (1e-2, False)])
 def test_twins_may_differ_by_rounding(tmp_path, difference, twins):
     velocity = np.random.default_rng(0).normal(size=(1, 2, 8, 16, 2)).astype(np.float32)
-    for split, schmidt, v in (("train", 1.0, velocity), ("valid", 2.0, velocity + np.float32(difference)), ("test", 5.0, -velocity)):
-        write(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": schmidt}, [0], velocity=v)
+    for split, schmidt, v in (
+        ("train", 1.0, velocity),
+        ("valid", 2.0, velocity + np.float32(difference)),
+        ("test", 5.0, -velocity),
+    ):
+        write(
+            tmp_path / "shear_flow" / "data" / split / "a.hdf5",
+            "shear_flow",
+            {"Reynolds": 1e4, "Schmidt": schmidt},
+            [0],
+            velocity=v,
+        )
     assert bool(leakage(find_flows(tmp_path, "shear_flow")).loc["valid", "train"]) is twins
 
 
-@pytest.mark.parametrize("system, labels", [("active_matter", {"alpha": -1.0, "zeta": 3.0}), ("rayleigh_benard", {"Prandtl": 1.0, "Rayleigh": 1e6})])
+@pytest.mark.parametrize(
+    "system, labels",
+    [("active_matter", {"alpha": -1.0, "zeta": 3.0}), ("rayleigh_benard", {"Prandtl": 1.0, "Rayleigh": 1e6})],
+)
 def test_other_systems_are_twins_in_all_fields(tmp_path, system, labels):
     every = [f.name for f in get_system(system).fields]
     for split, seed in (("train", 0), ("valid", 0), ("test", 1)):
@@ -79,7 +118,14 @@ def test_other_systems_are_twins_in_all_fields(tmp_path, system, labels):
 
 def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
     tracer = np.ones((1, 4, 8, 16), dtype=np.float32)
-    path = write(tmp_path / "shear_flow" / "data" / "train" / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": 1.0}, [0], n_frames=4, tracer=tracer)
+    path = write(
+        tmp_path / "shear_flow" / "data" / "train" / "a.hdf5",
+        "shear_flow",
+        {"Reynolds": 1e4, "Schmidt": 1.0},
+        [0],
+        n_frames=4,
+        tracer=tracer,
+    )
     with h5py.File(path, "r+") as f:
         f["t0_fields/tracer"][0, 0, 0, :3], f["t0_fields/tracer"][0, 1, 0, 0] = np.nan, np.inf
     lines, ranges = data_report(tmp_path, "shear_flow", ["train"])
@@ -115,7 +161,13 @@ def test_views_move_with_their_sources(tmp_path):
     assert np.isfinite(Windows(tmp_path / "there" / "view", "shear_flow", "train", frames=2).read([0]).numpy()).all()
 
 
-@pytest.mark.parametrize("spoil, message", [(lambda p: p.unlink(), "is a view of .*Sc_0.5.hdf5, which is not there"), (lambda p: p.write_bytes(p.read_bytes()[:-4096]), "Sc_0.5.hdf5: truncated")])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda p: p.unlink(), "is a view of .*Sc_0.5.hdf5, which is not there"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-4096]), "Sc_0.5.hdf5: truncated"),
+    ],
+)
 def test_views_of_what_is_gone_are_refused(tmp_path, spoil, message):
     "HDF5 itself would read zeros."
     write_leak_free(shear(tmp_path / "published"), tmp_path / "view", "shear_flow")
@@ -127,7 +179,14 @@ def test_views_of_what_is_gone_are_refused(tmp_path, spoil, message):
 def test_a_flow_that_starts_with_nan_is_like_no_other(tmp_path):
     velocity = np.random.default_rng(0).normal(size=(3, 1, 8, 16, 2)).astype(np.float32)
     for split in ("train", "valid", "test"):
-        write(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": 1.0}, [0, 1, 2], n_frames=1, velocity=velocity)
+        write(
+            tmp_path / "shear_flow" / "data" / split / "a.hdf5",
+            "shear_flow",
+            {"Reynolds": 1e4, "Schmidt": 1.0},
+            [0, 1, 2],
+            n_frames=1,
+            velocity=velocity,
+        )
         with h5py.File(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "r+") as f:
             f["t1_fields/velocity"][1] = np.nan
     flows = find_flows(tmp_path, "shear_flow")
@@ -140,7 +199,9 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["shear_flow", str(shear(tmp_path)), "--frames", "1"]) == 0
     out = capsys.readouterr().out
     assert "not finite" in out and "velocity_x" in out and "trajectories with a twin" in out
-    assert main(["shear_flow", str(tmp_path), "--split", "unseen"]) == 1 and "splits with files" in capsys.readouterr().out
+    assert (
+        main(["shear_flow", str(tmp_path), "--split", "unseen"]) == 1 and "splits with files" in capsys.readouterr().out
+    )
     assert main(["shear", str(tmp_path)]) == 1 and "unknown system 'shear'" in capsys.readouterr().out
 
 
@@ -151,12 +212,18 @@ def test_a_channel_without_a_finite_value_has_no_range(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lines, ranges = data_report(tmp_path, "shear_flow", ["train"], frames=1)
-    assert ranges.loc["tracer"].isna().to_numpy().all() and ranges.drop(index="tracer").notna().to_numpy().all() and lines["not finite"].item() == 2 * 8 * 16
+    assert (
+        ranges.loc["tracer"].isna().to_numpy().all()
+        and ranges.drop(index="tracer").notna().to_numpy().all()
+        and lines["not finite"].item() == 2 * 8 * 16
+    )
 
 
 def test_labels_that_vary_in_a_file_are_refused(tmp_path):
     for split in ("train", "valid", "test"):
-        write(tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": 1.0}, [0, 1])
+        write(
+            tmp_path / "shear_flow" / "data" / split / "a.hdf5", "shear_flow", {"Reynolds": 1e4, "Schmidt": 1.0}, [0, 1]
+        )
     with h5py.File(tmp_path / "shear_flow" / "data" / "test" / "a.hdf5", "r+") as f:
         del f["scalars/Schmidt"]
         f["scalars/Schmidt"] = np.array([1.0, 2.0], dtype=np.float32)

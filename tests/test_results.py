@@ -21,7 +21,11 @@ def row(**changes: object) -> dict:
 
 
 def test_what_is_written_is_read_back_with_its_types(tmp_path):
-    rows = [row(), row(label="Reynolds", low=math.nan, high=None, value=np.float32(1), n=np.int64(7)), row(metric="r2", value=math.nan)]
+    rows = [
+        row(),
+        row(label="Reynolds", low=math.nan, high=None, value=np.float32(1), n=np.int64(7)),
+        row(metric="r2", value=math.nan),
+    ]
     path = write_result(tmp_path / "a" / "seed0" / "result.json", rows, config={"lr": 0.1})
     content = json.loads(path.read_text())
     assert content["config"] == {"lr": 0.1} and content["rows"][1]["low"] is None and "NaN" not in path.read_text()
@@ -63,7 +67,13 @@ def test_rows_outside_the_schema_are_refused_on_writing_and_on_reading(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("[]", "'rows' must be a list"), ('{"loss": 1}', "'rows' must be a list"), ('{"rows": []}', "at least one row")]
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "'rows' must be a list"),
+        ('{"loss": 1}', "'rows' must be a list"),
+        ('{"rows": []}', "at least one row"),
+    ],
 )
 def test_broken_and_foreign_files_are_errors_that_name_the_file(tmp_path, text, message):
     write_result(tmp_path / "good" / "result.json", [row()])
@@ -105,7 +115,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_seeds_are_averaged_and_two_runs_of_one_seed_are_not():
     df = pd.DataFrame([row(), row(seed=1, value=0.7, low=0.6, high=0.8, run="jepa-convnext/seed1")])
     s = over_seeds(df).iloc[0]
-    assert (s.value, s.low, s.high, s.seeds) == pytest.approx((0.6, 0.5, 0.7, 2)) and s.spread == pytest.approx(math.sqrt(0.02))
+    assert (s.value, s.low, s.high, s.seeds) == pytest.approx((0.6, 0.5, 0.7, 2)) and s.spread == pytest.approx(
+        math.sqrt(0.02)
+    )
     with pytest.raises(ValueError, match="jepa-convnext/seed0, other/seed0"):
         over_seeds(pd.concat([df, pd.DataFrame([row(run="other/seed0")])]))
 
@@ -122,14 +134,30 @@ def gappy() -> pd.DataFrame:
 
 def test_table1_with_missing_rows():
     table = table1(gappy(), "shear_flow")
-    order = [("jepa", "convnext", "linear"), ("jepa", "convnext", "attentive"), ("constant", "none", "constant"), ("mine", "own", "knn")]
+    order = [
+        ("jepa", "convnext", "linear"),
+        ("jepa", "convnext", "attentive"),
+        ("constant", "none", "constant"),
+        ("mine", "own", "knn"),
+    ]
     assert list(table.index) == order, "fixed order, unknown names last; share 0.1 is left out"
     jepa, attentive, constant, mine = (table.loc[name] for name in table.index)
     assert [jepa["mean", split] for split in ("valid", "test", "unseen")] == [0.45, 0.5, 9.0]
-    assert jepa["Reynolds", "test"] == 0.3 and np.isnan(jepa["Schmidt", "test"]) and np.isnan(attentive["mean", "valid"])
-    assert attentive["paper", "The Well, valid"] == 0.38 and np.isnan(jepa["paper", "The Well, valid"]) and constant["mean", "test"] == 1 and mine["mean", "test"] == 2.5
+    assert (
+        jepa["Reynolds", "test"] == 0.3 and np.isnan(jepa["Schmidt", "test"]) and np.isnan(attentive["mean", "valid"])
+    )
+    assert (
+        attentive["paper", "The Well, valid"] == 0.38
+        and np.isnan(jepa["paper", "The Well, valid"])
+        and constant["mean", "test"] == 1
+        and mine["mean", "test"] == 2.5
+    )
     text = two_digits(table)
-    assert text.loc[order[0], ("mean", "test")] == "0.50" and text.loc[order[1], ("Schmidt", "test")] == "–" and text["", "seeds"].tolist() == ["1"] * 4
+    assert (
+        text.loc[order[0], ("mean", "test")] == "0.50"
+        and text.loc[order[1], ("Schmidt", "test")] == "–"
+        and text["", "seeds"].tolist() == ["1"] * 4
+    )
     with pytest.raises(ValueError, match="no rows of system 'rayleigh_benard'.*active_matter, shear_flow"):
         table1(gappy(), "rayleigh_benard")
     with pytest.raises(ValueError, match="shear"):
@@ -141,5 +169,15 @@ def test_table1_with_missing_rows():
 
 def test_papers_numbers():
     mse = PAPER.set_index(["objective", "system"]).mse
-    assert len(mse) == 12 and mse["jepa", "active_matter"] == 0.079 and mse["mae", "shear_flow"] == 0.67 and mse["disco", "rayleigh_benard"] == 0.01
-    assert mse["mpp", "active_matter"] == 0.23 and set(PAPER.data) == {"The Well"} and set(PAPER.split) == {"valid"} and PAPER.source.str.contains("2603.13227").all()
+    assert (
+        len(mse) == 12
+        and mse["jepa", "active_matter"] == 0.079
+        and mse["mae", "shear_flow"] == 0.67
+        and mse["disco", "rayleigh_benard"] == 0.01
+    )
+    assert (
+        mse["mpp", "active_matter"] == 0.23
+        and set(PAPER.data) == {"The Well"}
+        and set(PAPER.split) == {"valid"}
+        and PAPER.source.str.contains("2603.13227").all()
+    )

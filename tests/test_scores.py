@@ -7,21 +7,37 @@ import pytest
 
 from physrep.data.scaling import LabelScaler
 from physrep.training.run import resolve, system_of
-from physrep.probing.scores import METRICS, _spread, _weighted_medians, bootstrap_weights, difference_seeds, plot_predictions, score, score_difference, score_seeds
+from physrep.probing.scores import (
+    METRICS,
+    _spread,
+    _weighted_medians,
+    bootstrap_weights,
+    difference_seeds,
+    plot_predictions,
+    score,
+    score_difference,
+    score_seeds,
+)
 from physrep.physics.systems import get_system
 
 SYSTEM = get_system("shear_flow")
 
 
-def make(seed: int, seeds: int = 1, sigma: float = 0.2, seed_offset: float = 0.0) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def make(
+    seed: int, seeds: int = 1, sigma: float = 0.2, seed_offset: float = 0.0
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     "Predictions of so many seeds, truth, groups: 40 groups of 3 windows, errors shared by the group."
     rng = np.random.default_rng(seed)
     u, error = (rng.uniform(-1, 1, (40, 2)).repeat(3, 0), rng.normal(0, sigma, (40, 2)).repeat(3, 0))
-    predictions = [10 ** (u + error + rng.normal(0, 0.05, u.shape) + seed_offset * rng.normal() + [5, 0]) for _ in range(seeds)]
+    predictions = [
+        10 ** (u + error + rng.normal(0, 0.05, u.shape) + seed_offset * rng.normal() + [5, 0]) for _ in range(seeds)
+    ]
     return predictions, 10 ** (u + [5, 0]), np.arange(40).repeat(3)
 
 
-SCALER = LabelScaler.fit(SYSTEM, 10 ** (np.random.default_rng(0).uniform(-2, 2, (1000, 2)) + [5, 0]))  # nothing below is clipped
+SCALER = LabelScaler.fit(
+    SYSTEM, 10 ** (np.random.default_rng(0).uniform(-2, 2, (1000, 2)) + [5, 0])
+)  # nothing below is clipped
 
 
 def test_scores_against_plain_formulas():
@@ -66,8 +82,9 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 def test_paired_difference_is_the_difference_and_is_narrower():
     (a,), truth, groups = make(0)
     b = a * 1.02
-    difference, first, second = score_difference(a, b, truth, groups, SYSTEM, SCALER), *(
-        score(p, truth, groups, SYSTEM, SCALER) for p in (a, b)
+    difference, first, second = (
+        score_difference(a, b, truth, groups, SYSTEM, SCALER),
+        *(score(p, truth, groups, SYSTEM, SCALER) for p in (a, b)),
     )
     for d, x, y in zip(difference, first, second):
         assert d["value"] == pytest.approx(x["value"] - y["value"], abs=1e-12)
@@ -94,15 +111,23 @@ def test_one_seed_is_the_plain_score_and_the_plain_difference():
     predictions, truth, groups = make(0, seeds=2)
     args = (truth, groups, SYSTEM, SCALER)
     kind = dict(n_bootstrap=200, seed=3)
-    assert score_seeds(predictions[:1], *args, **kind) == [r | {"seeds": 1} for r in score(predictions[0], *args, **kind)]
-    assert difference_seeds(predictions[:1], predictions[1:], *args, **kind) == [r | {"seeds": 1} for r in score_difference(*predictions, *args, **kind)]
+    assert score_seeds(predictions[:1], *args, **kind) == [
+        r | {"seeds": 1} for r in score(predictions[0], *args, **kind)
+    ]
+    assert difference_seeds(predictions[:1], predictions[1:], *args, **kind) == [
+        r | {"seeds": 1} for r in score_difference(*predictions, *args, **kind)
+    ]
 
 
 def test_the_value_of_several_seeds_is_the_mean_of_their_scores():
     predictions, truth, groups = make(0, seeds=3, seed_offset=0.1)
     each = [score(p, truth, groups, SYSTEM, SCALER, n_bootstrap=2) for p in predictions]
     for row, *singles in zip(score_seeds(predictions, truth, groups, SYSTEM, SCALER, n_bootstrap=100), *each):
-        assert row["value"] == pytest.approx(np.mean([r["value"] for r in singles])) and row["seeds"] == 3 and row["n"] == len(truth)
+        assert (
+            row["value"] == pytest.approx(np.mean([r["value"] for r in singles]))
+            and row["seeds"] == 3
+            and row["n"] == len(truth)
+        )
         assert {k: row[k] for k in ("label", "metric")} == {k: singles[0][k] for k in ("label", "metric")}
         assert row["low"] < row["high"]
 
@@ -126,7 +151,9 @@ def test_the_interval_of_seeds_on_certain_groups_is_that_of_the_drawn_means():
     values = np.square(errors) / SCALER.std[0] ** 2
     means = np.sort([np.mean([a, b, c]) for a in values for b in values for c in values])  # 27 equally likely
     assert (row["metric"], row["label"]) == ("mse", "Reynolds") and row["value"] == pytest.approx(values.mean())
-    assert row["low"] == pytest.approx(means[0]) and row["high"] == pytest.approx(means[-1])  # 1 / 27 each, more than 2.5 %
+    assert row["low"] == pytest.approx(means[0]) and row["high"] == pytest.approx(
+        means[-1]
+    )  # 1 / 27 each, more than 2.5 %
 
 
 def test_groups_are_paired_between_methods_and_seeds_are_not():
@@ -162,7 +189,11 @@ def test_spread_at_grid_values_and_in_bins():
     x = rng.choice([1.0, 2.0, 4.0], 3000)
     where, (low, median, high) = _spread(x, x + rng.uniform(0, 1, 3000))
     assert np.allclose(where, [1, 2, 4])
-    assert np.allclose(low - where, 0.1, atol=0.03) and np.allclose(median - where, 0.5, atol=0.05) and np.allclose(high - where, 0.9, atol=0.03)
+    assert (
+        np.allclose(low - where, 0.1, atol=0.03)
+        and np.allclose(median - where, 0.5, atol=0.05)
+        and np.allclose(high - where, 0.9, atol=0.03)
+    )
     x = rng.uniform(0, 1, 5000)  # in a bin the spread is that of the errors, not of x
     where, (low, median, high) = _spread(x, x + 0.01 * rng.uniform(-1, 1, 5000))
     assert len(where) == 10 and np.allclose(high - low, 0.016, atol=0.002) and np.allclose(median, where, atol=0.002)

@@ -30,7 +30,10 @@ SMALL = {"grid": 32, "n_frames": 3}
         ({"n_frames": 0}, "n_frames must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64, got torch.float16"),
-        ({"initial": (np.zeros((2, 32, 32)), np.zeros((1, 32, 32)))}, r"initial must be .* shape \(2, 32, 32\) each, got .*\(1, 32, 32\)"),
+        (
+            {"initial": (np.zeros((2, 32, 32)), np.zeros((1, 32, 32)))},
+            r"initial must be .* shape \(2, 32, 32\) each, got .*\(1, 32, 32\)",
+        ),
     ],
 )
 def test_bad_arguments_name_the_value(change, message):
@@ -41,7 +44,9 @@ def test_bad_arguments_name_the_value(change, message):
 
 def test_blow_up_names_run_time_and_a_step_that_works():
     run = {"reynolds": [100.0, 50000.0], "schmidt": [1.0, 0.7], "seeds": [3, 71], "frame_dt": 0.4, "n_frames": 12}
-    with pytest.raises(SimulationBlewUp, match=r"t = \d.* with dt = 0\.2 for .*Reynolds 50000, Schmidt 0\.7, seed 71") as caught:
+    with pytest.raises(
+        SimulationBlewUp, match=r"t = \d.* with dt = 0\.2 for .*Reynolds 50000, Schmidt 0\.7, seed 71"
+    ) as caught:
         simulate(**run, dt=0.2)
     assert f"try dt = {caught.value.dt:g}" in str(caught.value)
     assert 0.2 / caught.value.dt == 2 ** round(np.log2(0.2 / caught.value.dt))
@@ -60,7 +65,9 @@ def test_a_fluid_at_rest_and_a_uniform_tracer_are_no_blow_up():
     out = simulate(1000.0, 1.0, [0], initial=(np.zeros((1, 32, 32)), np.full((1, 32, 32), 3.0)), **SMALL)
     assert np.allclose(out["tracer"], 3.0) and not out["velocity"].any() and not out["pressure"].any()
     shear = np.broadcast_to(np.sin(2 * np.pi * np.arange(32) / 32), (1, 32, 32)).copy()
-    assert np.allclose(simulate(1000.0, 1.0, [0], initial=(shear, np.ones_like(shear)), **SMALL)["tracer"], 1.0, atol=1e-5)
+    assert np.allclose(
+        simulate(1000.0, 1.0, [0], initial=(shear, np.ones_like(shear)), **SMALL)["tracer"], 1.0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -90,12 +97,18 @@ def test_store_grid_is_a_low_pass_filter():
         assert np.allclose(stored[name], expected, atol=1e-13)
     for c in range(2):
         spectrum = to_spectrum(torch.from_numpy(full["velocity"][..., c].copy()))
-        assert np.allclose(stored["velocity"][..., c], to_field(spectrum * low, (64, 64)).numpy()[..., ::4, ::2], atol=1e-13)
+        assert np.allclose(
+            stored["velocity"][..., c], to_field(spectrum * low, (64, 64)).numpy()[..., ::4, ::2], atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("grid", [32, (20, 28), (48, 64)])
 def test_batches_do_not_change_a_bit(grid):
-    run = {"reynolds": [300.0, 900.0, 2000.0, 500.0, 700.0], "schmidt": [1.0, 2.0, 0.3, 4.0, 1.0], "seeds": [5, 6, 7, 8, 9]}
+    run = {
+        "reynolds": [300.0, 900.0, 2000.0, 500.0, 700.0],
+        "schmidt": [1.0, 2.0, 0.3, 4.0, 1.0],
+        "seeds": [5, 6, 7, 8, 9],
+    }
     settings = {"grid": grid, "n_frames": 2, "store_grid": 16}
     whole = simulate(**run, **settings, batch=5)
     order = [3, 1, 4, 0, 2]
@@ -124,7 +137,14 @@ def test_progress_counts_every_frame():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-10)])
 def test_cuda_agrees_with_cpu(dtype, tolerance):
-    run = {"reynolds": [400.0, 1600.0], "schmidt": [1.0, 0.5], "seeds": [0, 1], "grid": 64, "n_frames": 6, "dtype": dtype}
+    run = {
+        "reynolds": [400.0, 1600.0],
+        "schmidt": [1.0, 0.5],
+        "seeds": [0, 1],
+        "grid": 64,
+        "n_frames": 6,
+        "dtype": dtype,
+    }
     cpu, cuda = simulate(**run), simulate(**run, device="cuda")
     for name in FIELDS:
         assert np.abs(cpu[name] - cuda[name]).max() < tolerance

@@ -98,7 +98,13 @@ def test_finished_run_is_kept_and_changed_data_are_noticed(smoke_data, tmp_path)
     stamp, said = (folder / "encoder.safetensors").stat().st_mtime_ns, []
     pretrain(config, smoke_data, tmp_path, progress=False, say=said.append)
     assert (folder / "encoder.safetensors").stat().st_mtime_ns == stamp and "is finished" in said[0]
-    make_dataset("shear_flow", replace(get_preset("smoke").sim("shear_flow"), n_frames=20), tmp_path / "other", workers=1, progress=False)
+    make_dataset(
+        "shear_flow",
+        replace(get_preset("smoke").sim("shear_flow"), n_frames=20),
+        tmp_path / "other",
+        workers=1,
+        progress=False,
+    )
     pretrain(config, tmp_path / "other", tmp_path, progress=False, say=said.append)
     assert "anew: its data changed" in said[1]
 
@@ -110,9 +116,23 @@ def test_run_folder_is_complete(smoke_data, tmp_path):
     record = read_json(folder / "provenance.json")
     assert {"code", "data", "versions", "device", "seconds", "commit"} <= record.keys()
     metrics = pd.read_csv(folder / "metrics.csv")
-    assert {"step", "lr", "loss", "invariance", "variance", "covariance", "valid_loss", "feature_std", "effective_rank"} <= set(metrics)
+    assert {
+        "step",
+        "lr",
+        "loss",
+        "invariance",
+        "variance",
+        "covariance",
+        "valid_loss",
+        "feature_std",
+        "effective_rank",
+    } <= set(metrics)
     info = load_encoder(folder).info
-    assert info["channels"] == ["tracer", "pressure", "velocity_x", "velocity_y"] and info["dt"] == 0.2 and info["shape"] == [16, 32, 32]
+    assert (
+        info["channels"] == ["tracer", "pressure", "velocity_x", "velocity_y"]
+        and info["dt"] == 0.2
+        and info["shape"] == [16, 32, 32]
+    )
     assert window_frames(config) == 16 + config["coefficients"]["horizon"]
 
 
@@ -131,7 +151,14 @@ def test_a_random_run_reports_how_much_its_features_vary(smoke_data, tmp_path):
     assert row["feature_std"] > 0 and row["effective_rank"] > 1
 
 
-@pytest.mark.parametrize("wrong,message", [({"recipe": {"warmup": -3}}, "warmup must be a share"), ({"recipe": {"foo": 1}}, "recipe has no foo"), ({"steps": 0}, "steps must be at least 1")])
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        ({"recipe": {"warmup": -3}}, "warmup must be a share"),
+        ({"recipe": {"foo": 1}}, "recipe has no foo"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
 def test_recipes_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         resolve("shear_flow", "mae", preset="smoke", **wrong)
@@ -141,7 +168,12 @@ def test_seeds_and_objectives_share_what_they_should(smoke_data, tmp_path):
     "Two seeds give two encoders; the random encoder of a seed is where the training of that seed starts."
     from physrep.training.run import build
 
-    a, b = (build(resolve("shear_flow", "mae", preset="smoke", seed=s), (16, 32, 32), 4).encoder.state_dict() for s in (0, 1))
+    a, b = (
+        build(resolve("shear_flow", "mae", preset="smoke", seed=s), (16, 32, 32), 4).encoder.state_dict()
+        for s in (0, 1)
+    )
     assert any(not torch.equal(a[k], b[k]) for k in a)
-    random = load_encoder(pretrain(resolve("shear_flow", "random", "vit", preset="smoke"), smoke_data, tmp_path, **quiet)).encoder.state_dict()
+    random = load_encoder(
+        pretrain(resolve("shear_flow", "random", "vit", preset="smoke"), smoke_data, tmp_path, **quiet)
+    ).encoder.state_dict()
     assert all(torch.equal(a[k], random[k]) for k in a)

@@ -73,14 +73,20 @@ def test_an_interrupted_walk_goes_on_where_it_was(tmp_path):
         run_walk(*arguments, trial=killed, say=lambda text: None)
     whole = run_walk(*arguments, trial=killed, say=lambda text: None)
     assert len(calls) == WALKS["mae", "vit"].n_trials + 1, "only the trial that was killed is run again"
-    assert whole == run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path / "undisturbed", trial=made_up, say=lambda text: None)
+    assert whole == run_walk(
+        "shear_flow", ("mae", "vit"), "laptop", "", tmp_path / "undisturbed", trial=made_up, say=lambda text: None
+    )
 
 
 def test_a_walk_does_not_depend_on_the_recipes_that_it_ends_at(tmp_path, monkeypatch):
     arguments = ("shear_flow", ("jepa", "convnext"), "laptop", "")
     before = run_walk(*arguments, tmp_path / "a", trial=made_up, changes=2, say=lambda text: None)
     laptop = get_preset("laptop")
-    other = replace(laptop, encoders=laptop.encoders | {"convnext": {**laptop.encoders["convnext"], "causal": True}}, objectives={**laptop.objectives, "jepa": {"noise": 9.0}})
+    other = replace(
+        laptop,
+        encoders=laptop.encoders | {"convnext": {**laptop.encoders["convnext"], "causal": True}},
+        objectives={**laptop.objectives, "jepa": {"noise": 9.0}},
+    )
     other = replace(other, train={**other.train, "jepa": replace(other.recipe("jepa", "convnext"), weight_decay=9.0)})
     monkeypatch.setitem(PRESETS, "laptop", other)
     assert before == run_walk(*arguments, tmp_path / "b", trial=made_up, changes=2, say=lambda text: None)
@@ -100,8 +106,14 @@ def test_supervised_rows_wait_for_the_encoder_and_take_it(tmp_path):
         return made_up(config, data_dir, run_dir) | {"score": 0.4 - 1e-5 * config["encoder_config"]["temperature"]}
 
     run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=far, say=lambda text: None)
-    log = run_walk("shear_flow", ("supervised", "vit"), "laptop", "", tmp_path, trial=made_up, changes=1, say=lambda text: None)
-    assert log[0]["config"]["encoder_config"]["temperature"] == 10000.0 != WALKS["mae", "vit"].base["encoder_config"]["temperature"]
+    log = run_walk(
+        "shear_flow", ("supervised", "vit"), "laptop", "", tmp_path, trial=made_up, changes=1, say=lambda text: None
+    )
+    assert (
+        log[0]["config"]["encoder_config"]["temperature"]
+        == 10000.0
+        != WALKS["mae", "vit"].base["encoder_config"]["temperature"]
+    )
 
 
 def test_a_log_of_another_walk_is_refused(tmp_path):
@@ -109,7 +121,9 @@ def test_a_log_of_another_walk_is_refused(tmp_path):
     run_walk(*arguments, trial=made_up, changes=1, say=lambda text: None)
     path = next(tmp_path.rglob("shear_flow-mae-vit.json"))
     path.write_text(path.read_text().replace('"hash": "', '"hash": "x', 1))
-    with pytest.raises(ValueError, match=r"trial 0 \(base\) is not that of this walk \(base\): its hash differs; delete the file"):
+    with pytest.raises(
+        ValueError, match=r"trial 0 \(base\) is not that of this walk \(base\): its hash differs; delete the file"
+    ):
         run_walk(*arguments, trial=made_up)
 
 

@@ -25,7 +25,9 @@ def draw(folder: Path, name: str = "one", **options) -> Path:
     fig = Figure(figsize=(2, 1))
     fig.subplots().plot(TABLE.x)
     run = run_folder(resolve("shear_flow", "mae", "vit", "smoke"), folder)
-    defaults = dict(preset="smoke", runs=[f"{run.parent.name}/{run.name}", "constant", "statistics"], data={"shear_flow": {}})
+    defaults = dict(
+        preset="smoke", runs=[f"{run.parent.name}/{run.name}", "constant", "statistics"], data={"shear_flow": {}}
+    )
     return save_figure(fig, folder, name, TABLE, figure_record("05_table1", ["results"], **defaults | options))
 
 
@@ -42,7 +44,12 @@ def test_what_was_just_drawn_is_current(tmp_path, capsys):
     draw(tmp_path)
     draw(tmp_path, "two")
     df = verify(tmp_path)
-    assert df.figure.tolist() == ["one", "two"] and df.state.tolist() == ["current"] * 2 and df.why.tolist() == [[], []] and df.unchecked.tolist() == [[], []]
+    assert (
+        df.figure.tolist() == ["one", "two"]
+        and df.state.tolist() == ["current"] * 2
+        and df.why.tolist() == [[], []]
+        and df.unchecked.tolist() == [[], []]
+    )
     assert main([str(tmp_path)]) == 0 and capsys.readouterr().out == "current  one\ncurrent  two\n2 current\n"
 
 
@@ -61,7 +68,9 @@ def test_a_byte_of_a_file(tmp_path, kind):
 def test_a_module_that_changed_is_named(tmp_path, monkeypatch):
     draw(tmp_path)
     digests = module_digests("results")
-    monkeypatch.setattr(physrep.results.verify, "module_digests", lambda *names: digests | {"scores": "0" * 16, "extra": "1" * 16})
+    monkeypatch.setattr(
+        physrep.results.verify, "module_digests", lambda *names: digests | {"scores": "0" * 16, "extra": "1" * 16}
+    )
     assert state(tmp_path) == ("stale", "module scores changed; module extra is new")
     monkeypatch.undo()
     edit(tmp_path, modules=["gone"])
@@ -76,7 +85,11 @@ def test_a_module_outside_of_those_used_does_not_matter(tmp_path):
 def test_presets_are_in_the_record_and_not_among_the_modules(tmp_path):
     draw(tmp_path)
     record = read_json(tmp_path / "one.json")
-    assert "presets" not in module_digests("evaluate") and "presets" not in record["code"] and record["probing"] == get_preset("smoke").probing()
+    assert (
+        "presets" not in module_digests("evaluate")
+        and "presets" not in record["code"]
+        and record["probing"] == get_preset("smoke").probing()
+    )
     edit(tmp_path, probing=record["probing"] | {"epochs": 99})
     assert state(tmp_path) == ("stale", f"preset smoke: epochs 99 then, {record['probing']['epochs']} now")
     edit(tmp_path, probing=record["probing"], scope=record["scope"] | {"seeds": [0, 1, 2]})
@@ -97,9 +110,15 @@ def test_configurations_by_the_presets_defaults_and_by_their_arguments(tmp_path)
     draw(tmp_path, configs={long: asked}, runs=[f"{long}/seed0", f"{long}/seed1"])
     assert state(tmp_path) == ("current", "")
     edit(tmp_path, configs={long: asked | {"steps": 10}})
-    assert state(tmp_path)[0] == "stale" and f"run {long} is jepa-convnext-long-" in state(tmp_path)[1] and state(tmp_path)[1].count("configuration changed") == 1
+    assert (
+        state(tmp_path)[0] == "stale"
+        and f"run {long} is jepa-convnext-long-" in state(tmp_path)[1]
+        and state(tmp_path)[1].count("configuration changed") == 1
+    )
     edit(tmp_path, configs={}, runs=["jepa-convnext-0123abcd/seed0", "jepa-convnext-0123abcd/seed1"])
-    assert state(tmp_path)[1].startswith("run jepa-convnext-0123abcd is jepa-convnext-") and ";" not in state(tmp_path)[1]
+    assert (
+        state(tmp_path)[1].startswith("run jepa-convnext-0123abcd is jepa-convnext-") and ";" not in state(tmp_path)[1]
+    )
     edit(tmp_path, runs=["jepb-convnext-0123abcd/seed0"])
     assert "cannot be configured today: unknown objective 'jepb'" in state(tmp_path)[1]
     edit(tmp_path, runs=["jepa-convnext-0123abcd/seed0"], preset="smoky")
@@ -111,9 +130,14 @@ def test_data_are_compared_where_they_are(tmp_path, smoke_data):
     draw(tmp_path, data={"shear_flow": prints})
     assert state(tmp_path, data_dir=smoke_data) == ("current", "")
     [line] = verify(tmp_path, data_dir=tmp_path).itertuples()
-    assert line.state == "current" and line.unchecked == [f"shear_flow {s}: data not here, not checked" for s in ("test", "train")]
+    assert line.state == "current" and line.unchecked == [
+        f"shear_flow {s}: data not here, not checked" for s in ("test", "train")
+    ]
     draw(tmp_path, data={"shear_flow": prints | {"test": "0" * 16}})
-    assert state(tmp_path, data_dir=smoke_data) == ("stale", "data of shear_flow, split test, are not those that were used")
+    assert state(tmp_path, data_dir=smoke_data) == (
+        "stale",
+        "data of shear_flow, split test, are not those that were used",
+    )
 
 
 def test_records_that_are_missing_torn_or_of_another_kind(tmp_path):
@@ -122,7 +146,11 @@ def test_records_that_are_missing_torn_or_of_another_kind(tmp_path):
     whole = record.read_text()
     record.unlink()
     assert state(tmp_path) == ("broken", "no record: nobody knows what made it")
-    for text, message in [(whole[:-9], "is not JSON"), ("[1]", "does not have files"), ('{"code": "ab"}', "does not have files, modules")]:
+    for text, message in [
+        (whole[:-9], "is not JSON"),
+        ("[1]", "does not have files"),
+        ('{"code": "ab"}', "does not have files, modules"),
+    ]:
         record.write_text(text)
         assert state(tmp_path)[0] == "broken" and message in state(tmp_path)[1]
     record.write_text(whole)
@@ -138,7 +166,12 @@ def test_records_that_are_missing_torn_or_of_another_kind(tmp_path):
 def test_the_command_says_why_and_fails(tmp_path):
     draw(tmp_path)
     (tmp_path / "one.csv").write_text("x\n3\n")
-    done = subprocess.run([sys.executable, "-m", "physrep.results.verify", str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "physrep.results.verify", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 1 and done.stderr == ""
     assert done.stdout == "broken   one\n         one.csv is not the file that was written with the record\n1 broken\n"
 

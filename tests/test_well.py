@@ -30,7 +30,9 @@ def make_fields(name, n=3, t=FRAMES, grid=(NX, NY), seed=0):
     fields = {}
     for f in get_system(name).fields:
         scale = 10.0 ** rng.uniform(-2, 1, size=(2,) * f.rank)
-        fields[f.name] = (rng.standard_normal((n, t, *grid, *(2,) * f.rank)) * scale + rng.uniform(-1, 1)).astype(np.float32)
+        fields[f.name] = (rng.standard_normal((n, t, *grid, *(2,) * f.rank)) * scale + rng.uniform(-1, 1)).astype(
+            np.float32
+        )
     return fields
 
 
@@ -80,18 +82,26 @@ def test_written_file_follows_the_format(tmp_path, name):
         assert {p: f.attrs[p] for p in PARAMETERS[name]} == PARAMETERS[name]
         axes = f["dimensions"].attrs["spatial_dims"]
         assert list(axes) == ["x", "y"] and isinstance(axes, np.ndarray) and isinstance(axes[0], str)
-        assert f["dimensions/time"].shape == (FRAMES,) and f["dimensions/x"].shape == (NX,) and f["dimensions/y"].shape == (NY,)
+        assert (
+            f["dimensions/time"].shape == (FRAMES,)
+            and f["dimensions/x"].shape == (NX,)
+            and f["dimensions/y"].shape == (NY,)
+        )
         for rank in range(3):
             group = f[f"t{rank}_fields"]
             assert list(group.attrs["field_names"]) == [x.name for x in system.fields if x.rank == rank]
             for dataset in group.values():
                 assert dataset.dtype == np.float32 and dataset.shape == (3, FRAMES, NX, NY, *(2,) * rank)
-                assert dataset.attrs["dim_varying"].tolist() == [True, True] and dataset.attrs["dim_varying"].dtype == bool
+                assert (
+                    dataset.attrs["dim_varying"].tolist() == [True, True] and dataset.attrs["dim_varying"].dtype == bool
+                )
                 assert dataset.chunks is None and dataset.id.get_offset() % 4 == 0
         flagged = [*f["dimensions"].values(), *f["scalars"].values(), *f["boundary_conditions"].values()]
         flagged += [dataset for rank in range(3) for dataset in f[f"t{rank}_fields"].values()]
         for item in flagged:
-            assert isinstance(item.attrs["sample_varying"], np.bool_) and isinstance(item.attrs["time_varying"], np.bool_)
+            assert isinstance(item.attrs["sample_varying"], np.bool_) and isinstance(
+                item.attrs["time_varying"], np.bool_
+            )
         assert list(f["scalars"].attrs["field_names"]) == list(PARAMETERS[name])
         assert all(f["scalars"][p].shape == () and f["scalars"][p].dtype == np.float32 for p in PARAMETERS[name])
         assert len(f["boundary_conditions"]) == 2
@@ -145,7 +155,9 @@ def test_same_input_gives_the_same_bytes(tmp_path):
 
 def test_tensors_are_accepted(tmp_path):
     fields = {k: torch.from_numpy(v).requires_grad_() for k, v in make_fields("shear_flow").items()}
-    path = make(tmp_path / "a.hdf5", fields=fields, time=torch.arange(FRAMES) * 0.5, initial_conditions=torch.arange(3) + 40)
+    path = make(
+        tmp_path / "a.hdf5", fields=fields, time=torch.arange(FRAMES) * 0.5, initial_conditions=torch.arange(3) + 40
+    )
     assert path.read_bytes() == make(tmp_path / "b.hdf5").read_bytes()
 
 
@@ -179,7 +191,10 @@ def test_a_crash_leaves_no_file(tmp_path, monkeypatch, existing):
         ({"fields": {"tracer": np.zeros((1, 2, 3, 4))}}, "tracer, pressure, velocity"),
         ({"fields": make_fields("shear_flow") | {"pressure": np.zeros((3, FRAMES, NX, NY + 1))}}, "pressure must be"),
         ({"fields": make_fields("shear_flow") | {"velocity": np.zeros((3, FRAMES, NX, NY, 3))}}, "velocity must be"),
-        ({"fields": make_fields("shear_flow") | {"pressure": np.full((3, FRAMES, NX, NY), np.inf)}}, "pressure of trajectory 0"),
+        (
+            {"fields": make_fields("shear_flow") | {"pressure": np.full((3, FRAMES, NX, NY), np.inf)}},
+            "pressure of trajectory 0",
+        ),
         ({"time": np.zeros(FRAMES)}, "increasing"),
         ({"box": None}, r"coordinates\['x'\] or a box"),
         ({"coordinates": {"z": np.arange(3)}}, "coordinates of z"),
@@ -215,7 +230,12 @@ def test_windows_are_the_written_values(tmp_path, name, layout):
     assert (file.n_trajectories, file.n_frames, file.grid, file.dt) == (3, FRAMES, (NX, NY), 0.5)
     assert file.initial_conditions.tolist() == [40, 41, 42]
     slots = np.full((2, file.system.n_channels, 3, 5, 4), np.nan, dtype=np.float32)
-    for b, start, stride, crop in [(0, 0, 1, None), (2, 6, 1, None), (1, 0, 4, ((0, 5), (6, 10))), (2, 1, 2, ((7, 12), (0, 4)))]:
+    for b, start, stride, crop in [
+        (0, 0, 1, None),
+        (2, 6, 1, None),
+        (1, 0, 4, ((0, 5), (6, 10))),
+        (2, 1, 2, ((7, 12), (0, 4))),
+    ]:
         (x0, x1), (y0, y1) = crop or ((0, NX), (0, NY))
         expected = whole[b][:, start : start + 2 * stride + 1 : stride, x0:x1, y0:y1]
         got = file.window(b, start, 3, stride, crop)
@@ -380,7 +400,9 @@ def test_arrays_that_end_past_the_file_or_were_never_written(tmp_path, monkeypat
             return os.stat_result(result)
 
         patch.setattr("pathlib.os.stat", smaller)
-        with pytest.raises(WellFormatError, match=f"truncated, /t._fields/[a-z]+ ends at byte .* the file has {size // 2}"):
+        with pytest.raises(
+            WellFormatError, match=f"truncated, /t._fields/[a-z]+ ends at byte .* the file has {size // 2}"
+        ):
             WellFile(path, "shear_flow")
 
     def declare(f, **storage):
@@ -466,7 +488,10 @@ def replace(key, value):
         (replace("scalars/Schmidt", np.ones(2, "f4")), "/scalars/Schmidt must be one number"),
         (replace("physrep_initial_condition", np.arange(2)), "physrep_initial_condition must be 3 integers"),
         (lambda f: f.attrs.modify("n_trajectories", 4), "n_trajectories is 4, the fields have 3"),
-        (lambda f: f["dimensions"].attrs.modify("spatial_dims", np.array(["y", "x"], dtype=h5py.string_dtype())), "spatial_dims"),
+        (
+            lambda f: f["dimensions"].attrs.modify("spatial_dims", np.array(["y", "x"], dtype=h5py.string_dtype())),
+            "spatial_dims",
+        ),
     ],
 )
 def test_wrong_shapes_are_named(tmp_path, change, says):
@@ -577,7 +602,10 @@ def test_fingerprint(tmp_path):
     def fresh(folder):
         big = make_fields("shear_flow", grid=(40, 48))
         options = {"fields": big, "coordinates": {"x": np.arange(40), "y": np.arange(48)}}
-        return [make(tmp_path / folder / f"data/{split}/a.hdf5", seed=i, **options) for i, split in enumerate(("train", "valid"))]
+        return [
+            make(tmp_path / folder / f"data/{split}/a.hdf5", seed=i, **options)
+            for i, split in enumerate(("train", "valid"))
+        ]
 
     files = fresh("one")
     original = fingerprint(files)

@@ -6,22 +6,29 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("runs", "figures/smoke", ".venv", ".snakemake", "build", "dist", "physrep.egg-info")
+CACHES = (".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis")
 
 
 def size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.is_symlink())
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def described(path: Path) -> str:
+    link = f" -> {path.readlink()} (only the link is deleted)" if path.is_symlink() else ""
+    return f"{size(path) / 1e6:10.1f} MB  {path.relative_to(ROOT)}{link}"
 
 
 if __name__ == "__main__":
-    made = [ROOT / n for n in ("runs", "figures/smoke", ".venv", ".snakemake", ".pytest_cache", ".ruff_cache", "build", "dist", "physrep.egg-info")]
+    made = [ROOT / name for name in (*FOLDERS, *CACHES)]
     made += [p for p in (ROOT / "data").iterdir() if p.name != "README.md"]
     made = [p for p in made if p.exists()]
     if not made:
         print("nothing to delete")
         sys.exit()
-    for p in made:
-        print(f"{size(p) / 1e6:10.1f} MB  {p.relative_to(ROOT)}{' -> ' + str(p.readlink()) + ' (only the link is deleted)' if p.is_symlink() else ''}")
-    print(f"{sum(map(size, made)) / 1e6:10.1f} MB  in all")
+    print(*map(described, made), f"{sum(map(size, made)) / 1e6:10.1f} MB  in all", sep="\n")
     answer = os.environ.get("CONFIRM") or (input("delete these? [yes/no] ") if sys.stdin.isatty() else "")
     if answer != "yes":
         print("nothing deleted (answer yes, or CONFIRM=yes make clean)")

@@ -1,13 +1,17 @@
 """Brings notebooks and what is made of them up to date.
 
-    python tests/notebooks.py [preset]    execute the library's notebooks in place, take the outputs of stages and experiments from
-                                          the runs of that preset, clean, export
-    python tests/notebooks.py --readme    README.md from nbs/index.ipynb
+    python tools/notebooks.py [--preset laptop] [names]    execute the library's notebooks in place, take the outputs of
+                                                           stages and experiments from the runs of that preset, clean,
+                                                           export; with names (core/systems, 03_pretrain) only those
+    python tools/notebooks.py --readme                     README.md from nbs/index.ipynb
 """
 
+import argparse
+import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -17,10 +21,38 @@ NBS = ROOT / "nbs"
 BIN = Path(sys.executable).parent
 # which executed notebook of a preset's runs shows a stage
 SHOWN = {
-    "00g_simulate": "shear_flow-simulate", "03_pretrain": "shear_flow-mae-vit-pretrain", "04_probe": "shear_flow-mae-vit-probe",
-    "05_table1": "table1", "05b_resolution": "resolution", "05c_machines": "machines", "08a_tuning": "tuning", "08b_ablations": "ablations",
-    "08c_across_systems": "across", "08d_regimes": "regimes",
+    "00_simulate": "shear_flow-simulate",
+    "03_pretrain": "shear_flow-mae-vit-pretrain",
+    "04_probe": "shear_flow-mae-vit-probe",
+    "05_table1": "table1",
+    "05b_resolution": "resolution",
+    "05c_machines": "machines",
+    "05d_leakage": "leakage",
+    "08a_tuning": "tuning",
+    "08b_ablations": "ablations",
+    "08c_across_systems": "across",
+    "08d_regimes": "regimes",
 }
+SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
+
+
+def name_of(path: Path) -> str:
+    "A notebook's name below nbs/, without its ending: `core/parameters`, `03_pretrain`."
+    return path.relative_to(NBS).with_suffix("").as_posix()
+
+
+def chosen(names: list[str]) -> list[Path]:
+    "All notebooks, or those of these names: `core/parameters`, `nbs/core/parameters.ipynb`, or `parameters` if one has it."
+    notebooks = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    found = []
+    for name in names:
+        short = name.removeprefix("./").removeprefix("nbs/").removesuffix(".ipynb")
+        fits = [p for p in notebooks if name_of(p) == short] or [p for p in notebooks if p.stem == short]
+        if len(fits) != 1:
+            known = ", ".join(map(name_of, fits or notebooks))
+            raise SystemExit(f"{'several notebooks are' if fits else 'no notebook is'} called {name}: {known}")
+        found += fits
+    return found if names else notebooks
 
 
 def is_stage(path: Path) -> bool:
@@ -28,13 +60,24 @@ def is_stage(path: Path) -> bool:
     return any(c.cell_type == "raw" and "skip_exec: true" in c.source for c in nbformat.read(path, 4).cells)
 
 
-def execute(path: Path) -> None:
+def execute(path: Path) -> str:
+    "Runs a notebook in place, in its own folder; returns what went wrong."
+    print(name_of(path), flush=True)
     command = [BIN / "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level", "ERROR", path]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=NBS)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=path.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
+    return f"{name_of(path)} failed:\n{done.stdout[-3000:]}" if done.returncode else ""
 
 
 def take_outputs(path: Path, executed: Path) -> None:
-    "Gives a stage the outputs of an executed copy: cell by cell, without the injected cell, progress bars and clock readings."
+    "Gives a stage the outputs of an executed copy: cell by cell, without the injected cell, progress bars, clock readings."
     notebook, done = nbformat.read(path, 4), nbformat.read(executed, 4)
     cells = [c for c in done.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     if [c.source for c in cells] != [c.source for c in notebook.cells]:
@@ -49,38 +92,57 @@ def take_outputs(path: Path, executed: Path) -> None:
     nbformat.write(notebook, path)
 
 
+def from_root(text: str) -> str:
+    "Links of a file in nbs/ as links of a file in the root: `core/x.ipynb` -> `nbs/core/x.ipynb`, `../figures` -> `figures`."
+    text = re.sub(r"\]\((?![a-z]+:|[#/]|\.\./)([^()\s]+\.ipynb)", r"](nbs/\1", text)
+    return text.replace("](../", "](")
+
+
 def write_readme() -> None:
     "README.md: the cells of nbs/index.ipynb, text outputs as they are, figures by their path in the repository."
     from nbconvert import MarkdownExporter
 
     notebook = nbformat.read(NBS / "index.ipynb", 4)
-    notebook.cells = [c for c in notebook.cells if not c.source.startswith(("#| hide", "#|hide")) and c.cell_type != "raw"]
+    notebook.cells = [
+        c for c in notebook.cells if not c.source.startswith(("#| hide", "#|hide")) and c.cell_type != "raw"
+    ]
     for c in notebook.cells:
         if c.cell_type == "code" and c.source.startswith("#| echo: false"):  # only what it prints
             c.cell_type, c.source = "markdown", "```text\n" + "".join(o.text for o in c.outputs).rstrip() + "\n```"
             del c["outputs"], c["execution_count"]
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = text.replace("](../", "](")  # paths are relative to nbs/ in the notebook, to the root in README.md
-    text = re.sub(r"<style scoped>.*?</style>\n*", "", text, flags=re.S)
+    text = re.sub(r"<style scoped>.*?</style>\n*", "", from_root(text), flags=re.S)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     (ROOT / "README.md").write_text(text, encoding="utf-8")
 
 
+def update(notebooks: list[Path], preset: str) -> None:
+    "Executes what is of the library, takes the outputs of what is a stage, cleans and exports."
+    stages = {path for path in notebooks if is_stage(path)}
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        errors = [e for e in pool.map(execute, (path for path in notebooks if path not in stages)) if e]
+    for path in sorted(stages):
+        if path.stem not in SHOWN:
+            continue
+        executed = ROOT / "runs" / preset / "notebooks" / f"{SHOWN[path.stem]}.ipynb"
+        if executed.is_file():
+            print(f"{name_of(path)} <- {executed.relative_to(ROOT)}", flush=True)
+            take_outputs(path, executed)
+        else:
+            print(f"{name_of(path)}: outputs left as they are, there is no {executed.relative_to(ROOT)}")
+    for command in ("nbdev_clean", "nbdev_export"):
+        subprocess.run([BIN / command], check=True, cwd=ROOT)
+    if errors:
+        raise SystemExit("\n\n".join(errors))
+
+
 if __name__ == "__main__":
-    if "--readme" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="notebooks, e.g. core/parameters or 03_pretrain; default: all")
+    parser.add_argument("--preset", default="laptop", help="whose runs the outputs of stages come from")
+    parser.add_argument("--readme", action="store_true", help="only write README.md")
+    asked = parser.parse_args()
+    if asked.readme:
         write_readme()
-        raise SystemExit
-    preset = sys.argv[1] if len(sys.argv) > 1 else "laptop"
-    for path in sorted(NBS.glob("*.ipynb")):
-        if not is_stage(path):
-            print(path.name, flush=True)
-            execute(path)
-        elif path.stem in SHOWN:
-            executed = ROOT / "runs" / preset / "notebooks" / f"{SHOWN[path.stem]}.ipynb"
-            if executed.is_file():
-                print(f"{path.name} <- {executed.relative_to(ROOT)}", flush=True)
-                take_outputs(path, executed)
-            else:
-                print(f"{path.name}: no {executed.relative_to(ROOT)}, outputs left as they are (make reproduce PRESET={preset} makes it)")
-    subprocess.run([BIN / "nbdev_clean"], check=True, cwd=ROOT)
-    subprocess.run([BIN / "nbdev_export"], check=True, cwd=ROOT)
+    else:
+        update(chosen(asked.names), asked.preset)

@@ -18,5 +18,7 @@ def pick_device(name: str = "auto") -> str:
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda, cuda:<n>") from error
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {name!r} is not to be had here; valid: auto, cpu" + (", cuda" if torch.cuda.is_available() else ""))
+        raise ValueError(
+            f"device {name!r} is not to be had here; valid: auto, cpu" + (", cuda" if torch.cuda.is_available() else "")
+        )
     return name

@@ -41,7 +41,7 @@ def write_json(path: str | Path, value: object) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-
+# %% ../../nbs/core/files.ipynb #205f49f1
 def read_json(path: str | Path) -> dict:
     "Reads a JSON file; ValueError that names the file if it is not one."
     try:
@@ -72,7 +72,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], info: dict) -
     "Writes tensors, `info` (JSON) and a digest of both, whole or not at all."
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps(info, sort_keys=True)
-    metadata = {"physrep": json.dumps([text, _file_digest(tensors, text)])}  # one entry: safetensors writes several in any order, and files would differ
+    metadata = {
+        "physrep": json.dumps([text, _file_digest(tensors, text)])
+    }  # one entry: safetensors writes several in any order, and files would differ
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -80,7 +82,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], info: dict) -
 def _file_digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return hashlib.blake2b((tensors_digest(tensors) + text).encode(), digest_size=16).hexdigest()
 
-
+# %% ../../nbs/core/files.ipynb #9606a5c1
 def _open_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     "Mapped tensors and metadata of a safetensors file; FileNotFoundError, ValueError."
     if not Path(path).is_file():
@@ -109,7 +111,7 @@ def _open_read_only(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         tensors[name] = whole[start + first : start + last].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors, metadata
 
-
+# %% ../../nbs/core/files.ipynb #9d7d8443
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (mapped, so do not change the file while they are in use) and info of a file of `write_tensors`.
 
@@ -118,7 +120,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         text, digest = json.loads(metadata["physrep"])
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} was not written by physrep, or is damaged: its metadata have no description with a digest") from None
+        raise ValueError(
+            f"{path} was not written by physrep, or is damaged: its metadata have no description with a digest"
+        ) from None
     if _file_digest(tensors, text) != digest:
         raise ValueError(f"{path} is damaged: its content does not match its digest")
     return tensors, json.loads(text)

@@ -13,7 +13,9 @@ def _assignments(source: str) -> dict[str, object]:
     "Names and literal values that a cell assigns."
     found = {}
     for node in ast.parse(source).body:
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
+        targets = (
+            [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
+        )
         for target in targets:
             if isinstance(target, ast.Name) and node.value is not None:
                 try:
@@ -34,5 +36,9 @@ def check_parameters(cells: list[str]) -> None:
             raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook has: {', '.join(known)}")
         for name, value in given.items():
             wanted = type(known[name])
-            if not isinstance(value, (int, float) if wanted is float else wanted) or (isinstance(value, bool) and wanted is not bool):
-                raise TypeError(f"parameter {name} must be {wanted.__name__} (default {known[name]!r}), got {value!r} ({type(value).__name__}; papermill's -r passes text as it is)")
+            if not isinstance(value, (int, float) if wanted is float else wanted) or (
+                isinstance(value, bool) and wanted is not bool
+            ):
+                raise TypeError(
+                    f"parameter {name} must be {wanted.__name__} (default {known[name]!r}), got {value!r} ({type(value).__name__}; papermill's -r passes text as it is)"
+                )

@@ -22,4 +22,6 @@ def project_root() -> Path:
         settings = folder / "settings.ini"
         if settings.is_file() and "lib_name = physrep" in settings.read_text(encoding="utf-8"):
             return folder
-    raise FileNotFoundError(f"no checkout of physrep at or above {here}: set PHYSREP_ROOT to the folder that shall hold data/ and runs/, or pass data_dir and run_dir")
+    raise FileNotFoundError(
+        f"no checkout of physrep at or above {here}: set PHYSREP_ROOT to the folder that shall hold data/ and runs/, or pass data_dir and run_dir"
+    )

@@ -26,8 +26,11 @@ def _module_file(name: str) -> Path | None:
     path = _PACKAGE.joinpath(*name.split("."))
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
-
-RECORDED = ("training.presets", "data.generate")  # what these decide, every record holds itself: configuration, fingerprints of the data
+# %% ../../nbs/core/provenance.ipynb #4f90992f
+RECORDED = (
+    "training.presets",
+    "data.generate",
+)  # what these decide, every record holds itself: configuration, fingerprints of the data
 
 
 def modules_used(*names: str) -> list[str]:
@@ -51,7 +54,11 @@ def modules_used(*names: str) -> list[str]:
 
 def code_digest(*names: str) -> str:
     "A digest of the source of these modules and of what they import (of the whole package if none is named)."
-    names = modules_used(*names) if names else sorted(str(p.relative_to(_PACKAGE).with_suffix("")).replace(os.sep, ".") for p in _PACKAGE.rglob("*.py"))
+    names = (
+        modules_used(*names)
+        if names
+        else sorted(str(p.relative_to(_PACKAGE).with_suffix("")).replace(os.sep, ".") for p in _PACKAGE.rglob("*.py"))
+    )
     digest = hashlib.sha256()
     for name in names:
         if name.split(".")[-1] != "_modidx":  # an index that nbdev writes, no code
@@ -67,7 +74,9 @@ def module_digests(*names: str) -> dict[str, str]:
 def _git(*args: str) -> str | None:
     "Output of a git command in the package's checkout, None where there is no checkout or no git."
     try:
-        done = subprocess.run(["git", "-C", str(_PACKAGE), *args], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            ["git", "-C", str(_PACKAGE), *args], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -27,13 +27,17 @@ def sample_seeds(seed: int, epoch: int, step: int, samples: list[int]) -> torch.
     return torch.tensor([seed_for("sample", seed, epoch, step, int(s)) for s in samples], dtype=torch.int64)
 
 
-def rand_samples(seeds: torch.Tensor, shape: tuple[int, ...], *, name: str = "", device: str | torch.device = "cpu") -> torch.Tensor:
+def rand_samples(
+    seeds: torch.Tensor, shape: tuple[int, ...], *, name: str = "", device: str | torch.device = "cpu"
+) -> torch.Tensor:
     "Uniform numbers `(b, *shape)` in [0, 1): row i depends on `seeds[i]` and on `name`, which sets apart the uses of one seed."
     rows = [torch.rand(shape, generator=generator("rand", name, int(s))) for s in seeds]
     return torch.stack(rows).to(device)
 
-
-def randn_samples(seeds: torch.Tensor, shape: tuple[int, ...], *, name: str = "", device: str | torch.device = "cpu") -> torch.Tensor:
+# %% ../../nbs/core/randomness.ipynb #6e1d4de0
+def randn_samples(
+    seeds: torch.Tensor, shape: tuple[int, ...], *, name: str = "", device: str | torch.device = "cpu"
+) -> torch.Tensor:
     "Standard normal numbers `(b, *shape)`, drawn on `device`: row i depends on `seeds[i]` and on `name`."
     out = torch.empty(len(seeds), *shape, device=device)
     draw = torch.Generator(device=device)

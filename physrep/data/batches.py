@@ -22,7 +22,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 # %% ../../nbs/data/batches.ipynb #ca35c478
-def symmetry_draws(seeds: torch.Tensor, system: System, grid: tuple[int, int], whole: tuple[bool, bool] = (True, True)) -> tuple[np.ndarray, np.ndarray]:
+def symmetry_draws(
+    seeds: torch.Tensor, system: System, grid: tuple[int, int], whole: tuple[bool, bool] = (True, True)
+) -> tuple[np.ndarray, np.ndarray]:
     "Shift `(b, 2)` in grid points and mirror `(b, 2)` bool per sample, from the samples' seeds; an axis that is not `whole` (a crop) has no shift, and no mirror image between walls."
     u, periodic = rand_samples(seeds, (4,), name="symmetry").numpy(), [b == "periodic" for b in system.boundary]
     shifts = np.floor(u[:, :2] * grid).astype(int) * [p and w for p, w in zip(periodic, whole)]
@@ -41,23 +43,32 @@ def apply_symmetry(
     out = torch.empty_like(x)
     offsets = _mirror_offsets(system, x.shape[-2:], positions, x.device)
     for i, (shift, mirror) in enumerate(zip(shifts.tolist(), mirrors)):
-        sample, axes = x[i].roll((-shift[0], -shift[1]), (2, 3)) if any(shift) else x[i], np.flatnonzero(mirror).tolist()
+        sample, axes = (
+            x[i].roll((-shift[0], -shift[1]), (2, 3)) if any(shift) else x[i],
+            np.flatnonzero(mirror).tolist(),
+        )
         if axes:
             signs = np.prod([system.mirror_signs(axis) for axis in axes], axis=0, dtype=np.float32)
-            sample = sample.flip([2 + axis for axis in axes]).mul_(torch.as_tensor(signs, device=x.device).view(-1, 1, 1, 1))
+            sample = sample.flip([2 + axis for axis in axes]).mul_(
+                torch.as_tensor(signs, device=x.device).view(-1, 1, 1, 1)
+            )
         out[i] = sample
         for axis in (a for a in axes if a in offsets):
             out[i] += offsets[axis]
     return out
 
-
-def _mirror_offsets(system: System, grid: tuple[int, int], positions: np.ndarray | None, device: torch.device) -> dict[int, torch.Tensor]:
+# %% ../../nbs/data/batches.ipynb #a00b8a15
+def _mirror_offsets(
+    system: System, grid: tuple[int, int], positions: np.ndarray | None, device: torch.device
+) -> dict[int, torch.Tensor]:
     "Axis -> what its mirror image adds, `(c, 1, h | 1, w | 1)`, of those that add something; ValueError for points that are no mirror image of themselves."
     found = {}
     for axis in {a for a, *_ in system.mirror_offsets}:
         p = (np.arange(grid[axis]) + 0.5) / grid[axis] if positions is None or axis == 0 else np.asarray(positions)
         if p.shape != (grid[axis],) or not np.allclose(p + p[::-1], 1, atol=1e-3):
-            raise ValueError(f"positions along {system.axes[axis]} must be {grid[axis]} points from 0 to 1 that lie symmetrically, got {p}")
+            raise ValueError(
+                f"positions along {system.axes[axis]} must be {grid[axis]} points from 0 to 1 that lie symmetrically, got {p}"
+            )
         shape = (-1, 1, grid[axis], 1) if axis == 0 else (-1, 1, 1, grid[axis])
         found[axis] = torch.as_tensor(system.mirror_shift(axis, p), device=device).view(shape)
     return found
@@ -103,7 +114,7 @@ class Order:
             position += len(part)
         return np.concatenate(indices), torch.cat(seeds)
 
-
+# %% ../../nbs/data/batches.ipynb #251d390c
 def resize(x: torch.Tensor, size: int | None) -> torch.Tensor:
     "Fields `(b, c, t, h, w)` on `size` x `size` points, bilinear; None leaves them as they are."
     if not size or x.shape[-2:] == (size, size):
@@ -133,7 +144,14 @@ class Batches:
         if batch_size < 1 or accumulate < 1 or batch_size % accumulate:
             raise ValueError(f"batch_size must be a positive multiple of accumulate, got {batch_size} and {accumulate}")
         self.windows, self.batch_size, self.accumulate, self.seed = windows, batch_size, accumulate, seed
-        self.normaliser, self.scaler, self.augment, self.noise, self.size, self.device = normaliser, scaler, augment, noise, size, torch.device(device)
+        self.normaliser, self.scaler, self.augment, self.noise, self.size, self.device = (
+            normaliser,
+            scaler,
+            augment,
+            noise,
+            size,
+            torch.device(device),
+        )
         self.ahead = self.device.type != "cpu" if ahead is None else ahead
         self._buffer: torch.Tensor | None = None
         self.samples = Order(len(windows), batch_size, seed)  # step -> window indices and per-sample seeds
@@ -160,7 +178,9 @@ class Batches:
         x = self.normaliser(resize(x, self.size))
         if self.noise and not plain:
             x = x + self.noise * randn_samples(seeds, tuple(x.shape[1:]), name="noise", device=self.device)
-        labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32).to(self.device)
+        labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32).to(
+            self.device
+        )
         return {"fields": x, "labels": labels, "seeds": seeds}
 
     def __call__(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -174,4 +194,7 @@ class Batches:
         n = len(self.windows)
         chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).round().astype(int)
         parts = np.split(chosen, range(batch_size or self.batch_size, len(chosen), batch_size or self.batch_size))
-        yield from in_turn((partial(self.make, part, sample_seeds(self.seed, -1, -1, part.tolist()), plain=True) for part in parts), ahead=self.ahead)
+        yield from in_turn(
+            (partial(self.make, part, sample_seeds(self.seed, -1, -1, part.tolist()), plain=True) for part in parts),
+            ahead=self.ahead,
+        )

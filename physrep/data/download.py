@@ -22,14 +22,17 @@ SPLITS = ("train", "valid", "test")
 def check_files(
     folder: str | Path,  # of one set: <folder>/data/<split>/*.hdf5
     system: System | str,
-    sizes: Mapping[str, int | None] | None = None,  # path below the folder -> bytes; default: what is there, of any size
+    sizes: Mapping[str, int | None]
+    | None = None,  # path below the folder -> bytes; default: what is there, of any size
     *,
     remove: bool = False,  # delete what is not whole: of another size, no HDF5 file, truncated
 ) -> list[str]:
     "What is wrong with the files of a set, a line each, empty if all are well; FileNotFoundError if there is none."
     folder, system = Path(folder), get_system(system) if isinstance(system, str) else system
     if sizes is None:
-        sizes = {str(p.relative_to(folder)): None for p in sorted(folder.glob("data/*/*")) if p.suffix in (".h5", ".hdf5")}
+        sizes = {
+            str(p.relative_to(folder)): None for p in sorted(folder.glob("data/*/*")) if p.suffix in (".h5", ".hdf5")
+        }
         sizes |= {"stats.yaml": None} if sizes and (folder / "stats.yaml").is_file() else {}
     if not sizes:
         raise FileNotFoundError(f"no .h5 or .hdf5 files in {folder}/data/<split>")
@@ -70,7 +73,7 @@ def _client():
         raise ImportError("downloads need the Hugging Face client: pip install 'physrep[download]'") from error
     return huggingface_hub
 
-
+# %% ../../nbs/data/download.ipynb #0146443e
 def download(
     system: System | str,
     root: str | Path,  # files go to <root>/<system>/data/<split>/
@@ -95,39 +98,61 @@ def download(
     data = [n for n in wanted if n != "stats.yaml"]
     if not data:
         raise ValueError(f"{name} has no files of split {' or '.join(splits)} that fit {pattern!r}")
-    missing = sum(size or 0 for n, size in wanted.items() if not (folder / n).is_file() or (folder / n).stat().st_size != size)
-    missing -= sum(p.stat().st_size for p in folder.glob(".cache/huggingface/download/**/*.incomplete"))  # what the client goes on with
+    missing = sum(
+        size or 0 for n, size in wanted.items() if not (folder / n).is_file() or (folder / n).stat().st_size != size
+    )
+    missing -= sum(
+        p.stat().st_size for p in folder.glob(".cache/huggingface/download/**/*.incomplete")
+    )  # what the client goes on with
     missing = max(missing, 0)
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < missing:
         raise ValueError(f"{folder}: {missing / 1e9:.1f} GB are still to come, the disk has {free / 1e9:.1f} GB free")
-    say(f"{name}: {len(data)} files, {sum(size or 0 for size in wanted.values()) / 1e9:.1f} GB, {missing / 1e9:.1f} GB still to come")
+    say(
+        f"{name}: {len(data)} files, {sum(size or 0 for size in wanted.values()) / 1e9:.1f} GB, {missing / 1e9:.1f} GB still to come"
+    )
     attempt = 0
     while True:
         attempt += 1
-        client.snapshot_download(name, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=list(wanted))
+        client.snapshot_download(
+            name, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=list(wanted)
+        )
         if not (problems := check_files(folder, system, wanted, remove=True)):
             return folder
         gone = sum(not (folder / name).is_file() for name in wanted)
         say(f"{len(problems)} of {len(wanted)} files are wrong, {gone} of them not whole and removed: {problems[0]}")
         if not gone or attempt >= tries:
-            raise RuntimeError(f"after {attempt} {'try' if attempt == 1 else 'tries'} still wrong: " + "; ".join(problems))
+            raise RuntimeError(
+                f"after {attempt} {'try' if attempt == 1 else 'tries'} still wrong: " + "; ".join(problems)
+            )
 
-
+# %% ../../nbs/data/download.ipynb #e64df821
 def _wanted(path: PurePosixPath, splits: Sequence[str], pattern: str) -> bool:
     if str(path) == "stats.yaml":
         return True
-    return len(path.parts) == 3 and path.parts[0] == "data" and path.parts[1] in splits and path.suffix in (".h5", ".hdf5") and path.match(pattern)
+    return (
+        len(path.parts) == 3
+        and path.parts[0] == "data"
+        and path.parts[1] in splits
+        and path.suffix in (".h5", ".hdf5")
+        and path.match(pattern)
+    )
 
 # %% ../../nbs/data/download.ipynb #9ffaf36b
 def main(arguments: Sequence[str] | None = None) -> int:
     "Downloads, or with `--check` only checks; returns 1 if files are wrong."
-    parser = argparse.ArgumentParser(prog="python -m physrep.data.download", description="Download and check a set of The Well.")
+    parser = argparse.ArgumentParser(
+        prog="python -m physrep.data.download", description="Download and check a set of The Well."
+    )
     parser.add_argument("system", help="active_matter, shear_flow or rayleigh_benard")
     parser.add_argument("root", help="files go to ROOT/SYSTEM/data/SPLIT/")
     parser.add_argument("--split", action="append", choices=SPLITS, help="only this split (may be repeated)")
     parser.add_argument("--pattern", default="*", help="only files whose name fits, e.g. '*Reynolds_1e4*'")
-    parser.add_argument("--check", action="store_true", help="download nothing, check what is there (also in the folder of another client)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="download nothing, check what is there (also in the folder of another client)",
+    )
     parser.add_argument("--remove", action="store_true", help="with --check: delete files that are not whole")
     asked = parser.parse_args(arguments)
     try:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class SimPreset:
     "What is simulated for one system. Every initial condition is used in one trajectory only."
+
     grid_values: Mapping[str, tuple[float, ...]]  # label -> values; the pairs are their product
     counts: Mapping[str, int]  # trajectories per pair in train, valid and test
     unseen_pairs: int  # parameter pairs off the grid
@@ -60,6 +61,7 @@ class SimPreset:
 @dataclass(frozen=True)
 class PlannedFile:
     "One file to be made: its split, parameters, and the seed of each trajectory's initial condition."
+
     split: str
     parameters: dict[str, float]
     seeds: tuple[int, ...]
@@ -76,39 +78,70 @@ def _unseen_pairs(system: str, sim: SimPreset) -> list[dict[str, float]]:
     columns = {}
     for label in get_system(system).labels:
         low, high = label.transform([min(sim.grid_values[label.name]), max(sim.grid_values[label.name])])
-        strata = (torch.randperm(sim.unseen_pairs, generator=draw) + torch.rand(sim.unseen_pairs, generator=draw)) / sim.unseen_pairs
+        strata = (
+            torch.randperm(sim.unseen_pairs, generator=draw) + torch.rand(sim.unseen_pairs, generator=draw)
+        ) / sim.unseen_pairs
         columns[label.name] = [float(f"{v:.5g}") for v in label.inverse(low + (high - low) * strata.numpy())]
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
-
+# %% ../../nbs/data/generate.ipynb #db9ebbba
 def plan(system: str, sim: SimPreset) -> list[PlannedFile]:
     "All files of a data set; ValueError if the grid of the preset does not name exactly the labels of the system."
     names = get_system(system).label_names
     if set(sim.grid_values) != set(names):
-        raise ValueError(f"the grid of {system} must give values for {', '.join(names)}, it has {', '.join(sim.grid_values)}")
+        raise ValueError(
+            f"the grid of {system} must give values for {', '.join(names)}, it has {', '.join(sim.grid_values)}"
+        )
     on_grid = [dict(zip(names, values)) for values in itertools.product(*(sim.grid_values[n] for n in names))]
     pairs = [(split, p, count) for split, count in sim.counts.items() for p in on_grid]
     pairs += [("unseen", p, sim.unseen_count) for p in _unseen_pairs(system, sim)]
     return [
-        PlannedFile(split, p, tuple(seed_for("initial condition", system, split, *map(str, p.values()), i) for i in range(count)))
+        PlannedFile(
+            split,
+            p,
+            tuple(seed_for("initial condition", system, split, *map(str, p.values()), i) for i in range(count)),
+        )
         for split, p, count in pairs
     ]
 
 # %% ../../nbs/data/generate.ipynb #d217e7d0
-SOLVERS: dict[str, str] = {name: f"physics.{name}" for name in ("active_matter", "shear_flow", "rayleigh_benard")}  # system -> module of its solver
+SOLVERS: dict[str, str] = {
+    name: f"physics.{name}" for name in ("active_matter", "shear_flow", "rayleigh_benard")
+}  # system -> module of its solver
 
 
 def make_file(planned: PlannedFile, system: str, sim: SimPreset, folder: str | Path, device: str = "cpu") -> Path:
     "Simulates one planned file and writes it, whole or not at all. Returns its path."
     solver, about = importlib.import_module(f"physrep.{SOLVERS[system]}"), get_system(system)
     parameters = {name.lower(): value for name, value in planned.parameters.items()}
-    options = dict(grid=sim.grid, box=sim.box, n_frames=sim.n_frames, frame_dt=sim.frame_dt, dt=sim.dt, store_grid=sim.store_grid, device=device)
+    options = dict(
+        grid=sim.grid,
+        box=sim.box,
+        n_frames=sim.n_frames,
+        frame_dt=sim.frame_dt,
+        dt=sim.dt,
+        store_grid=sim.store_grid,
+        device=device,
+    )
     fields = solver.simulate(**parameters, seeds=planned.seeds, **options)
     time = fields.pop("time")
     sizes = next(iter(fields.values())).shape[2:4]
-    centres = {a: (np.arange(n) + 0.5) * (length / n) for a, b, n, length in zip(about.axes, about.boundary, sizes, sim.box) if b != "periodic"}
+    centres = {
+        a: (np.arange(n) + 0.5) * (length / n)
+        for a, b, n, length in zip(about.axes, about.boundary, sizes, sim.box)
+        if b != "periodic"
+    }
     path = planned.path(Path(folder), system)
-    return write_well(path, system, fields, planned.parameters, time=time, box=sim.box, coordinates=centres, initial_conditions=planned.seeds)
+    return write_well(
+        path,
+        system,
+        fields,
+        planned.parameters,
+        time=time,
+        box=sim.box,
+        coordinates=centres,
+        initial_conditions=planned.seeds,
+    )
 
 # %% ../../nbs/data/generate.ipynb #0c7c4ae0
 def _die_with_parent() -> None:
@@ -137,7 +170,7 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[Path]:
             pool.shutdown(cancel_futures=True)
             raise
 
-
+# %% ../../nbs/data/generate.ipynb #fb2b7a88
 def _recipe(system: str, sim: SimPreset) -> dict:
     "What decides the content of a data set: the preset's numbers, and the code that solves, plans and writes."
     return {"system": system, "code": code_digest("data.generate", SOLVERS[system]), **asdict(sim)}
@@ -149,16 +182,22 @@ def _made_by(folder: Path, recipe: dict) -> bool:
     different = {k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k)}
     if numbers := sorted(different - {"code"}):
         text = "; ".join(f"{k}: there {found.get(k)!r}, asked for {wanted.get(k)!r}" for k in numbers)
-        raise ValueError(f"{folder} holds data that were made differently ({text}). Delete the folder, or name another data_dir")
+        raise ValueError(
+            f"{folder} holds data that were made differently ({text}). Delete the folder, or name another data_dir"
+        )
     return not different
 
-
+# %% ../../nbs/data/generate.ipynb #ae5d320c
 def is_complete(system: str, sim: SimPreset, data_dir: str | Path) -> bool:
     "Whether `data_dir` holds all files of the set, made by this recipe; raises ValueError if it holds another set."
     folder = Path(data_dir) / system
     if not (folder / "plan.json").is_file():
         return False
-    return _made_by(folder, _recipe(system, sim)) and (folder / "stats.yaml").is_file() and all(f.path(folder, system).is_file() for f in plan(system, sim))
+    return (
+        _made_by(folder, _recipe(system, sim))
+        and (folder / "stats.yaml").is_file()
+        and all(f.path(folder, system).is_file() for f in plan(system, sim))
+    )
 
 # %% ../../nbs/data/generate.ipynb #3664b573
 def _intact(path: Path, system: str, planned: PlannedFile) -> bool:
@@ -185,7 +224,9 @@ def make_dataset(
     """Makes what is missing of a data set and returns `<data_dir>/<system>`. Restartable: call it again after any interruption.
     Raises ValueError for a system without a solver or a folder that holds other data, and the solver's error if a simulation blows up."""
     if system not in SOLVERS:
-        raise ValueError(f"physrep has no solver for {system!r}; it has: {', '.join(SOLVERS)}. Data of The Well: pass their folder as data_dir")
+        raise ValueError(
+            f"physrep has no solver for {system!r}; it has: {', '.join(SOLVERS)}. Data of The Well: pass their folder as data_dir"
+        )
     folder, deadline = Path(data_dir) / system, time.monotonic() + 60 * minutes
     if is_complete(system, sim, data_dir):
         return folder
@@ -200,11 +241,19 @@ def make_dataset(
         files = plan(system, sim)
         jobs = [(f, system, sim, folder, device) for f in files if not _intact(f.path(folder, system), system, f)]
         workers = workers or (1 if str(device).startswith("cuda") else max(1, min(len(jobs), os.cpu_count() or 1)))
-        bar = tqdm(total=len(files), initial=len(files) - len(jobs), desc=f"simulate {system}", unit="file", disable=not progress)
+        bar = tqdm(
+            total=len(files),
+            initial=len(files) - len(jobs),
+            desc=f"simulate {system}",
+            unit="file",
+            disable=not progress,
+        )
         for _ in _run(jobs, workers):
             bar.update()
             if time.monotonic() > deadline and bar.n < len(files):
-                raise TimeoutError(f"{minutes:g} minutes are over: {bar.n} of {len(files)} files of {folder} are done; call it again to go on")
+                raise TimeoutError(
+                    f"{minutes:g} minutes are over: {bar.n} of {len(files)} files of {folder} are done; call it again to go on"
+                )
         bar.close()
         write_stats(folder, get_system(system), split=next(iter(sim.counts)))  # of `train`, where there is one
     return folder

@@ -41,13 +41,16 @@ def _moments(files: Sequence[WellFile], every: int | None) -> tuple[np.ndarray, 
                 x = file.window(i, t, 1).astype(np.float64).reshape(file.system.n_channels, -1)
                 finite = np.isfinite(x)
                 bad += int((~finite).sum())
-                low, high = np.minimum(low, np.where(finite, x, np.inf).min(1)), np.maximum(high, np.where(finite, x, -np.inf).max(1))
+                low, high = (
+                    np.minimum(low, np.where(finite, x, np.inf).min(1)),
+                    np.maximum(high, np.where(finite, x, -np.inf).max(1)),
+                )
                 x = np.where(finite, x, 0.0)
                 total, square, count = total + x.sum(1), square + (x**2).sum(1), count + finite.sum(1)
     count = np.where(count, count, np.nan)
     return np.stack([low + 0 * count, total / count, np.sqrt(square / count), high + 0 * count]), bad
 
-
+# %% ../../nbs/data/leakage.ipynb #3ac55f98
 def data_report(
     root: str | Path,
     system: System | str,
@@ -65,15 +68,26 @@ def data_report(
         moments, bad = _moments(files, every)
         shapes = sorted({(f.n_frames, *f.grid) for f in files})
         line = {
-            "split": split, "files": len(files), "trajectories": len(labels), "windows": sum(f.n_trajectories * max(0, f.n_frames - frames + 1) for f in files),
-            "frames, grid": "; ".join("{} x {}x{}".format(*s) for s in shapes), "dt": ", ".join(sorted({f"{f.dt:g}" for f in files})),
+            "split": split,
+            "files": len(files),
+            "trajectories": len(labels),
+            "windows": sum(f.n_trajectories * max(0, f.n_frames - frames + 1) for f in files),
+            "frames, grid": "; ".join("{} x {}x{}".format(*s) for s in shapes),
+            "dt": ", ".join(sorted({f"{f.dt:g}" for f in files})),
             "pairs": len(np.unique(labels, axis=0)),
         }
         for name, column in zip(system.label_names, labels.T):
             values = np.unique(column)
-            line[name] = ", ".join(f"{v:g}" for v in values) if len(values) <= 8 else f"{values[0]:g} to {values[-1]:g} ({len(values)} values)"
+            line[name] = (
+                ", ".join(f"{v:g}" for v in values)
+                if len(values) <= 8
+                else f"{values[0]:g} to {values[-1]:g} ({len(values)} values)"
+            )
         lines.append({**line, "not finite": bad})
-        ranges += [{"split": split, "channel": c, **dict(zip(("min", "mean", "rms", "max"), column))} for c, column in zip(system.channels, moments.T)]
+        ranges += [
+            {"split": split, "channel": c, **dict(zip(("min", "mean", "rms", "max"), column))}
+            for c, column in zip(system.channels, moments.T)
+        ]
     return pd.DataFrame(lines).set_index("split"), pd.DataFrame(ranges).set_index(["channel", "split"]).sort_index()
 
 # %% ../../nbs/data/leakage.ipynb #cecbb1ad
@@ -90,11 +104,15 @@ def _clusters(features: np.ndarray, tolerance: float) -> np.ndarray:
     a row that is not finite is like no other."""
     sound = np.flatnonzero(np.isfinite(features).all(axis=1))
     whole = features[sound]
-    pairs = sound[cKDTree(whole).query_pairs(tolerance * max(whole.std(), 1e-12), p=np.inf, output_type="ndarray")] if len(sound) else np.empty((0, 2), int)
+    pairs = (
+        sound[cKDTree(whole).query_pairs(tolerance * max(whole.std(), 1e-12), p=np.inf, output_type="ndarray")]
+        if len(sound)
+        else np.empty((0, 2), int)
+    )
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(features),) * 2)
     return connected_components(links, directed=False)[1]
 
-
+# %% ../../nbs/data/leakage.ipynb #1b7deec7
 def find_flows(
     root: str | Path,
     system: System | str,
@@ -109,14 +127,23 @@ def find_flows(
         for file in files:
             own = file.initial_conditions
             starts += list(_first_frames(file)) if own is None else [np.array([c], dtype=np.int64) for c in own]
-            lines += [{"split": split, "file": file.path, "trajectory": i, **dict(zip(system.label_names, row))} for i, row in enumerate(file.label_table())]
+            lines += [
+                {"split": split, "file": file.path, "trajectory": i, **dict(zip(system.label_names, row))}
+                for i, row in enumerate(file.label_table())
+            ]
     table = pd.DataFrame(lines)
     table["flow"] = 0
-    kinds = pd.Series([len(s) for s in starts])  # grids of different sizes, and files with and without a record, are never twins
+    kinds = pd.Series(
+        [len(s) for s in starts]
+    )  # grids of different sizes, and files with and without a record, are never twins
     for _, part in table.groupby([kinds, *(table[name] for name in system.group)]):
         rows = part.index
         values = np.stack([starts[i] for i in rows])
-        found = np.unique(values, return_inverse=True)[1].ravel() if values.dtype.kind == "i" else _clusters(values, tolerance)
+        found = (
+            np.unique(values, return_inverse=True)[1].ravel()
+            if values.dtype.kind == "i"
+            else _clusters(values, tolerance)
+        )
         table.loc[rows, "flow"] = found + table.flow.max() + 1
     return table
 
@@ -126,7 +153,9 @@ def leakage(flows: pd.DataFrame) -> pd.DataFrame:
     found = {}
     for split, mine in flows.groupby("split", sort=False):
         others = flows[flows.split != split].groupby("split", sort=False).flow
-        found[split] = {other: int(mine.flow.isin(set(theirs)).sum()) for other, theirs in others} | {"trajectories": len(mine)}
+        found[split] = {other: int(mine.flow.isin(set(theirs)).sum()) for other, theirs in others} | {
+            "trajectories": len(mine)
+        }
     return pd.DataFrame(found).T.fillna(0).astype(int)
 
 # %% ../../nbs/data/leakage.ipynb #afd03bf1
@@ -144,7 +173,11 @@ def deal_flows(flows: pd.DataFrame, system: System | str) -> pd.DataFrame:
         members = pd.crosstab(here.flow, here.split).reindex(columns=share.index, fill_value=0)
         left = members.iloc[_shuffled(len(members), str(key))]
         for split in share.index[:-1]:  # the largest split takes the rest
-            chosen = left[split].sort_values(ascending=False, kind="stable").index[: max(1, round(share[split] * len(members)))]
+            chosen = (
+                left[split]
+                .sort_values(ascending=False, kind="stable")
+                .index[: max(1, round(share[split] * len(members)))]
+            )
             new |= dict.fromkeys(chosen, split)
             left = left.drop(chosen)
         new |= dict.fromkeys(left.index, share.index[-1])
@@ -163,7 +196,9 @@ def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
             source.copy(name, out)
         times = [sources[f].time for f in sources]
         if any(t.shape != times[0].shape or not np.allclose(t, times[0]) or t.ndim > 1 for t in times):
-            raise ValueError(f"{path} is not written: the times of {', '.join(f.name for f in sources)} differ, or differ between trajectories")
+            raise ValueError(
+                f"{path} is not written: the times of {', '.join(f.name for f in sources)} differ, or differ between trajectories"
+            )
         if system.name == "shear_flow":  # labels of the longer axis, see `physrep.data.well`
             y = source["dimensions/y"][()]
             out["dimensions/y"][...] = y * (sources[first].spacing[1] / float(np.diff(y).mean()))
@@ -189,10 +224,12 @@ def _put_view(group: h5py.Group, name: str, rows: pd.DataFrame, folder: Path) ->
     (shape, dtype) = shapes[rows.file.iloc[0]]
     layout = h5py.VirtualLayout(shape=(len(rows), *shape[1:]), dtype=dtype)
     for i, (file, trajectory) in enumerate(zip(rows.file, rows.trajectory)):
-        layout[i] = h5py.VirtualSource(os.path.relpath(file, folder), f"{group.name}/{name}", shape=shapes[file][0])[trajectory]
+        layout[i] = h5py.VirtualSource(os.path.relpath(file, folder), f"{group.name}/{name}", shape=shapes[file][0])[
+            trajectory
+        ]
     group.create_virtual_dataset(name, layout)
 
-
+# %% ../../nbs/data/leakage.ipynb #9bcea7df
 def write_leak_free(
     root: str | Path,  # the published set
     out: str | Path,  # folder of the new one: <out>/<system>/data/<split>/*.hdf5
@@ -210,7 +247,9 @@ def write_leak_free(
     dealt = deal_flows(find_flows(Path(root).resolve(), system, splits), system)
     per_file = dealt.groupby("file")[system.label_names].nunique().max(axis=1)
     if (per_file > 1).any():
-        raise ValueError(f"{per_file.idxmax()} holds trajectories with different labels; leak-free views are of files with one parameter pair each")
+        raise ValueError(
+            f"{per_file.idxmax()} holds trajectories with different labels; leak-free views are of files with one parameter pair each"
+        )
     for (split, *_), rows in dealt.groupby(["split", *system.label_names]):
         _write_view(folder.resolve() / "data" / split / Path(rows.file.iloc[0]).name, rows, system)
     write_stats(folder, system, split="train")
@@ -219,17 +258,25 @@ def write_leak_free(
 # %% ../../nbs/data/leakage.ipynb #f5d835cf
 def main(arguments: Sequence[str] | None = None) -> int:
     "Prints what a set holds and which flows are in two splits; returns 1 where it cannot be read."
-    parser = argparse.ArgumentParser(prog="python -m physrep.data.leakage", description="What a data set holds: trajectories, windows, parameters, ranges, and flows that are in two splits.")
+    parser = argparse.ArgumentParser(
+        prog="python -m physrep.data.leakage",
+        description="What a data set holds: trajectories, windows, parameters, ranges, and flows that are in two splits.",
+    )
     parser.add_argument("system", help="active_matter, shear_flow or rayleigh_benard")
     parser.add_argument("root", help="the folder of the set, in any layout of The Well's clients")
-    parser.add_argument("--split", action="append", help="only this split (may be repeated); default: train, valid and test")
+    parser.add_argument(
+        "--split", action="append", help="only this split (may be repeated); default: train, valid and test"
+    )
     parser.add_argument("--frames", type=int, default=16, help="frames of a window")
     parser.add_argument("--every", type=int, help="look at every so many frames; default: the first, middle and last")
     asked = parser.parse_args(arguments)
     splits = asked.split or ("train", "valid", "test")
     try:
         for table in data_report(asked.root, asked.system, splits, frames=asked.frames, every=asked.every):
-            print(table.T.to_string() if len(table) == len(splits) else table.to_string(float_format="{:.4g}".format), end="\n\n")
+            print(
+                table.T.to_string() if len(table) == len(splits) else table.to_string(float_format="{:.4g}".format),
+                end="\n\n",
+            )
         print("trajectories with a twin (the same start) in another split")
         print(leakage(find_flows(asked.root, asked.system, splits)).to_string())
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ STD_FLOOR = 1e-4
 @dataclass(frozen=True)
 class Normaliser:
     "Per-channel mean and std, both `(c,)` float32: physical fields to numbers of order one, and back."
+
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -58,6 +59,7 @@ class Normaliser:
 @dataclass(frozen=True)
 class LabelScaler:
     "Physical labels to z-scored targets and back: `mean`, `std` `(n_labels,)` of the transformed training labels, `low`, `high` their range."
+
     system: System
     mean: np.ndarray
     std: np.ndarray

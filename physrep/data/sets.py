@@ -28,7 +28,7 @@ def _folders(root: Path, system: System) -> list[Path]:
 def _hdf5_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(p for p in folder.glob(pattern) if p.suffix in (".h5", ".hdf5") and not p.name.startswith("."))
 
-
+# %% ../../nbs/data/sets.ipynb #ab8caf66
 def _first_with(root: Path, system: System, pattern: str) -> tuple[Path | None, list[Path]]:
     "The first of these folders that has such files of the system, and the files."
     for folder in _folders(root, system):
@@ -44,9 +44,11 @@ def find_folder(root: str | os.PathLike, system: System | str) -> Path:
     folder, _ = _first_with(root, system, "data/*/*")
     if folder:
         return folder
-    raise FileNotFoundError(f"no .h5 or .hdf5 files of {system.name} in {' or '.join(str(f / 'data' / '<split>') for f in _folders(root, system))}")
+    raise FileNotFoundError(
+        f"no .h5 or .hdf5 files of {system.name} in {' or '.join(str(f / 'data' / '<split>') for f in _folders(root, system))}"
+    )
 
-
+# %% ../../nbs/data/sets.ipynb #172d3dda
 def find_files(root: str | os.PathLike, system: System | str, split: str) -> list[Path]:
     "The files (.h5, .hdf5) of a split, sorted; FileNotFoundError lists where it was looked for and which splits exist."
     root, system = Path(root), get_system(system) if isinstance(system, str) else system
@@ -56,7 +58,9 @@ def find_files(root: str | os.PathLike, system: System | str, split: str) -> lis
     folders = [folder / "data" / split for folder in _folders(root, system)]
     splits = [d for folder in folders for d in sorted(folder.parent.glob("*")) if _hdf5_files(d, "*")]
     exist = "splits with files: " + ", ".join(str(d) for d in splits) if splits else "there are no files of any split"
-    raise FileNotFoundError(f"no .h5 or .hdf5 files of {system.name} in {' or '.join(str(f) for f in folders)}; {exist}")
+    raise FileNotFoundError(
+        f"no .h5 or .hdf5 files of {system.name} in {' or '.join(str(f) for f in folders)}; {exist}"
+    )
 
 # %% ../../nbs/data/sets.ipynb #bfffcad9
 STATS = ("mean", "std", "rms", "mean_delta", "std_delta", "rms_delta")
@@ -72,7 +76,9 @@ def _checked_stat(path: Path, system: System, name: str, key: str, values: dict)
     except (TypeError, ValueError) as error:
         raise WellFormatError(f"{path}: {key} of {name} is {values[name]!r}, not numbers") from error
     if value.shape != shape or not np.isfinite(value).all():
-        raise WellFormatError(f"{path}: {key} of {name} must be finite numbers of shape {shape}, it is {values[name]!r}")
+        raise WellFormatError(
+            f"{path}: {key} of {name} must be finite numbers of shape {shape}, it is {values[name]!r}"
+        )
     return value
 
 
@@ -103,7 +109,7 @@ def read_stats(
         stats[key] = {f.name: _checked_stat(path, system, f.name, key, raw[key]) for f in system.fields}
     return stats
 
-
+# %% ../../nbs/data/sets.ipynb #d1d7fe9f
 def channel_stats(stats: Mapping[str, Mapping[str, np.ndarray]], system: System, key: str) -> np.ndarray:
     "One number per channel `(c,)` float64, in the order of the system, from what `read_stats` returns."
     return np.concatenate([stats[key][f.name].ravel() for f in system.fields])
@@ -131,7 +137,7 @@ def _describe(value: object) -> bytes:
     body = repr(value.tolist()).encode() if value.dtype.kind in "OSU" else np.ascontiguousarray(value).tobytes()
     return f"{value.dtype.str}{value.shape}".encode() + body
 
-
+# %% ../../nbs/data/sets.ipynb #4c71d89f
 def fingerprint(files: Iterable[str | os.PathLike]) -> str:
     "Hash (16 hex digits) of files by names, sizes, attributes, small arrays, sampled blocks; raises WellFormatError."
     paths = [Path(f).resolve() for f in files]

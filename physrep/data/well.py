@@ -31,7 +31,7 @@ class WellFormatError(ValueError):
 class DamagedFileError(WellFormatError):
     "A file is not whole: no HDF5 file, truncated, or with parts that were never written or are elsewhere and gone. Fetch or write it again."
 
-
+# %% ../../nbs/data/well.ipynb #0e1804a6
 def _not_hdf5(path: Path, head: bytes) -> str:
     "What a file is that is no HDF5 file, by its first bytes."
     text = head.decode("utf-8", errors="replace").strip()
@@ -39,7 +39,9 @@ def _not_hdf5(path: Path, head: bytes) -> str:
         return f"{path}: an empty file"
     if text.lower().startswith(("<!doctype", "<html", "<?xml")):
         first = " ".join(text.split())[:80]
-        return f"{path}: a web page, not HDF5, probably the error page of a failed download: {first!r}; download it again"
+        return (
+            f"{path}: a web page, not HDF5, probably the error page of a failed download: {first!r}; download it again"
+        )
     if text.startswith("version https://git-lfs"):
         return f"{path}: a Git LFS pointer, not the data; fetch it with git lfs pull"
     return f"{path}: not an HDF5 file, it starts with {head[:8]!r}"
@@ -85,7 +87,7 @@ def is_of(path: Path, system: System) -> bool:
         return False
     return True
 
-
+# %% ../../nbs/data/well.ipynb #bfd0aa82
 def _member(path: Path, file: h5py.File, key: str, kind: type = h5py.Dataset) -> h5py.Dataset | h5py.Group:
     "The dataset (or group) of that name; WellFormatError that says which part of the name is missing, and what there is."
     item, parts = file, key.split("/")
@@ -113,7 +115,9 @@ def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
         for name, key in sorted({(s.file_name, s.dset_name) for s in dataset.virtual_sources()}):
             source = path.parent / name
             if not source.is_file():
-                raise DamagedFileError(f"{path}: {dataset.name} is a view of {source}, which is not there; move a view together with what it shows, or make it again")
+                raise DamagedFileError(
+                    f"{path}: {dataset.name} is a view of {source}, which is not there; move a view together with what it shows, or make it again"
+                )
             with open_hdf5(source) as file:
                 _check_filled(source, _member(source, file, key.strip("/")))
         return
@@ -127,9 +131,11 @@ def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
         raise DamagedFileError(f"{path}: {dataset.name} was declared but not (completely) written")
     if start is not None and start + dataset.nbytes > path.stat().st_size:
         size = path.stat().st_size
-        raise DamagedFileError(f"{path}: truncated, {dataset.name} ends at byte {start + dataset.nbytes}, the file has {size}")
+        raise DamagedFileError(
+            f"{path}: truncated, {dataset.name} ends at byte {start + dataset.nbytes}, the file has {size}"
+        )
 
-
+# %% ../../nbs/data/well.ipynb #490525ce
 def _read_fields(path: Path, file: h5py.File, system: System) -> list[_Stored]:
     "Where the system's fields are, in its order; WellFormatError for what is missing or has another shape."
     stored, base = [], None
@@ -158,10 +164,14 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
     time = _member(path, file, "dimensions/time")[()].astype(np.float64)
     if time.shape not in (shape[1:2], shape[:2]) or not np.isfinite(time).all() or (np.diff(time) <= 0).any():
         fits = f"({shape[1]},) or {shape[:2]}"
-        raise WellFormatError(f"{path}: dimensions/time must be finite, increase, and have the shape {fits}; it is {time.shape}")
+        raise WellFormatError(
+            f"{path}: dimensions/time must be finite, increase, and have the shape {fits}; it is {time.shape}"
+        )
     axes = [str(a) for a in file["dimensions"].attrs.get("spatial_dims", system.axes)]
     if axes != list(system.axes):
-        raise WellFormatError(f"{path}: dimensions@spatial_dims is {axes}, the axes of {system.name} are {list(system.axes)}")
+        raise WellFormatError(
+            f"{path}: dimensions@spatial_dims is {axes}, the axes of {system.name} are {list(system.axes)}"
+        )
     for axis, n in zip(system.axes, shape[2:]):
         size = _member(path, file, f"dimensions/{axis}").shape[-1:]
         if size != (n,):
@@ -175,10 +185,12 @@ def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray |
         return None
     y = np.atleast_2d(_member(path, file, f"dimensions/{system.axes[1]}")[()].astype(np.float64))[0]
     if not (np.diff(y) > 0).all() or not (-1e-6 <= y[0] and y[-1] <= 1 + 1e-6):
-        raise WellFormatError(f"{path}: dimensions/{system.axes[1]} must be increasing heights between the walls at 0 and 1, it runs from {y[0]:g} to {y[-1]:g}")
+        raise WellFormatError(
+            f"{path}: dimensions/{system.axes[1]} must be increasing heights between the walls at 0 and 1, it runs from {y[0]:g} to {y[-1]:g}"
+        )
     return y
 
-
+# %% ../../nbs/data/well.ipynb #38f073b6
 def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
     "Distance of grid points along both axes, NaN where they are not evenly spaced."
     spacing = []
@@ -186,7 +198,11 @@ def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
         steps = np.diff(np.atleast_2d(file[f"dimensions/{axis}"][()].astype(np.float64))[0])
         even = len(steps) > 0 and np.allclose(steps, steps.mean(), rtol=1e-3)
         spacing.append(float(f"{steps.mean():.6g}") if even else math.nan)
-    if system.name == "shear_flow" and INITIAL_CONDITION not in file and math.isclose(2 * spacing[1], spacing[0], rel_tol=0.01):
+    if (
+        system.name == "shear_flow"
+        and INITIAL_CONDITION not in file
+        and math.isclose(2 * spacing[1], spacing[0], rel_tol=0.01)
+    ):
         spacing[1] *= 2  # The Well's own files: a box of 1 x 2, the longer axis labelled from 0 to 1
     return tuple(spacing)
 
@@ -203,10 +219,14 @@ def _read_labels(path: Path, file: h5py.File, system: System, n_trajectories: in
         found = [name for name in (label.name, *label.aliases) if name in scalars]
         if not found:
             also = f" (or {', '.join(label.aliases)})" if label.aliases else ""
-            raise WellFormatError(f"{path}: no label {label.name!r}{also}; scalars holds {', '.join(scalars) or 'nothing'}")
+            raise WellFormatError(
+                f"{path}: no label {label.name!r}{also}; scalars holds {', '.join(scalars) or 'nothing'}"
+            )
         dataset = scalars[found[0]]
         if dataset.shape not in ((), (n_trajectories,)) or dataset.attrs.get("time_varying", False):
-            raise WellFormatError(f"{path}: {dataset.name} must be one number, or one per trajectory, it is {dataset.shape}")
+            raise WellFormatError(
+                f"{path}: {dataset.name} must be one number, or one per trajectory, it is {dataset.shape}"
+            )
         value = _shortest(np.asarray(dataset[()]))
         if not np.isfinite(value).all():
             raise WellFormatError(f"{path}: {dataset.name} is {value}")
@@ -232,9 +252,13 @@ class WellFile:
             self.grid: tuple[int, int] = tuple(grid)
             self.time = _read_time(self.path, file, self.system, self._stored[0].shape[:4])  # float64 (T,) or (B, T)
             self.spacing = _read_spacing(file, self.system)  # of grid points, along both axes
-            self.positions = _read_positions(self.path, file, self.system)  # (w,) heights of a system between walls, else None
+            self.positions = _read_positions(
+                self.path, file, self.system
+            )  # (w,) heights of a system between walls, else None
             self.labels = _read_labels(self.path, file, self.system, self.n_trajectories)  # name -> float or (B,)
-            self.initial_conditions: np.ndarray | None = file[INITIAL_CONDITION][()] if INITIAL_CONDITION in file else None
+            self.initial_conditions: np.ndarray | None = (
+                file[INITIAL_CONDITION][()] if INITIAL_CONDITION in file else None
+            )
         if self.initial_conditions is not None and self.initial_conditions.shape != (self.n_trajectories,):
             raise WellFormatError(f"{self.path}: {INITIAL_CONDITION} must be {self.n_trajectories} integers")
 
@@ -251,7 +275,11 @@ class WellFile:
     @property
     def dt(self) -> float:
         "Mean time between frames (nan for a single frame)."
-        return float((self.time[..., -1] - self.time[..., 0]).mean() / (self.n_frames - 1)) if self.n_frames > 1 else math.nan
+        return (
+            float((self.time[..., -1] - self.time[..., 0]).mean() / (self.n_frames - 1))
+            if self.n_frames > 1
+            else math.nan
+        )
 
     def label_table(self) -> np.ndarray:
         "Labels `(B, n_labels)` float64 in the order of the system, in physical units."
@@ -283,7 +311,12 @@ class WellFile:
 
 # %% ../../nbs/data/well.ipynb #72f875bc
 def _checked_window(
-    file: WellFile, trajectory: int, start: int, n_frames: int, stride: int, crop: tuple[tuple[int, int], tuple[int, int]] | None
+    file: WellFile,
+    trajectory: int,
+    start: int,
+    n_frames: int,
+    stride: int,
+    crop: tuple[tuple[int, int], tuple[int, int]] | None,
 ) -> tuple[int, slice, slice, slice]:
     "Where a window is: `[trajectory, frames, x, y]`; ValueError if the file does not have it."
     (x0, x1), (y0, y1) = crop if crop is not None else ((0, file.grid[0]), (0, file.grid[1]))
@@ -307,7 +340,7 @@ def _fill(raw: io.FileIO, start: int, array: np.ndarray) -> None:
             raise WellFormatError(f"{raw.name}: truncated, byte {start + array.nbytes} is past its end")
         rest = rest[n:]
 
-
+# %% ../../nbs/data/well.ipynb #701a5ce7
 def _copy_plain(raw: io.FileIO, stored: _Stored, index: tuple[int, slice, slice, slice], out: np.ndarray) -> None:
     "Copy `[trajectory, frames, x, y]` of a plain array to `out (k, t, h, w)`."
     trajectory, frames, x, y = index

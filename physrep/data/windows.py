@@ -18,15 +18,21 @@ from ..physics.systems import System, get_system
 # %% ../../nbs/data/windows.ipynb #4012cf7c
 def _group(file: WellFile, i: int, split: str) -> int:
     "Which trajectories belong together: same initial condition and same `System.group` labels; foreign files do not say, so each is its own."
-    condition = ("file", split, file.path.name, i) if file.initial_conditions is None else (int(file.initial_conditions[i]),)
+    condition = (
+        ("file", split, file.path.name, i) if file.initial_conditions is None else (int(file.initial_conditions[i]),)
+    )
     labels = [f"{np.broadcast_to(file.labels[name], file.n_trajectories)[i]:.6g}" for name in file.system.group]
     return seed_for("group", *condition, *labels)
 
 
-def _load(files: list[WellFile], crop: tuple[tuple[int, int], tuple[int, int]] | None, grid: tuple[int, ...]) -> np.ndarray:
+def _load(
+    files: list[WellFile], crop: tuple[tuple[int, int], tuple[int, int]] | None, grid: tuple[int, ...]
+) -> np.ndarray:
     "All trajectories of files of one shape, `(trajectories, c, t, h, w)` float32; `grid` is (h, w) after the crop."
     first = files[0]
-    out = np.empty((sum(f.n_trajectories for f in files), first.system.n_channels, first.n_frames, *grid), dtype=np.float32)
+    out = np.empty(
+        (sum(f.n_trajectories for f in files), first.system.n_channels, first.n_frames, *grid), dtype=np.float32
+    )
     slots = iter(out)
     for file in files:
         for i in range(file.n_trajectories):
@@ -59,8 +65,15 @@ class Trajectories:
         self.groups = np.array([_group(self.files[f], i, split) for f, i in self.trajectories])
         self.grid = self.files[0].grid if crop is None else tuple(b - a for a, b in crop)  # (h, w)
         self.whole = tuple(n == full for n, full in zip(self.grid, self.files[0].grid))  # which axes are not cropped
-        self.positions = self.files[0].positions if self.whole[1] else None  # (w,) along a second axis between walls, from 0 to 1
-        size = sum(f.n_trajectories * f.n_frames for f in self.files) * self.system.n_channels * int(np.prod(self.grid)) * 4
+        self.positions = (
+            self.files[0].positions if self.whole[1] else None
+        )  # (w,) along a second axis between walls, from 0 to 1
+        size = (
+            sum(f.n_trajectories * f.n_frames for f in self.files)
+            * self.system.n_channels
+            * int(np.prod(self.grid))
+            * 4
+        )
         same = len({(f.n_frames, f.grid) for f in self.files}) == 1
         self.in_memory = same and size <= memory_limit if in_memory is None else in_memory
 
@@ -96,9 +109,15 @@ class Windows(Trajectories):
             raise ValueError(f"frames and stride must be at least 1, got {frames} and {stride}")
         super().__init__(root, system, split, **options)
         self.frames, self.stride, self.shape = frames, stride, (self.system.n_channels, frames, *self.grid)
-        starts = [(k, s) for k, (f, _) in enumerate(self.trajectories) for s in range(0, self.files[f].n_frames - frames + 1, stride)]
+        starts = [
+            (k, s)
+            for k, (f, _) in enumerate(self.trajectories)
+            for s in range(0, self.files[f].n_frames - frames + 1, stride)
+        ]
         if not starts:
-            raise ValueError(f"no trajectory of {self.paths[0].parent} has {frames} frames; the longest has {max(f.n_frames for f in self.files)}")
+            raise ValueError(
+                f"no trajectory of {self.paths[0].parent} has {frames} frames; the longest has {max(f.n_frames for f in self.files)}"
+            )
         self.index = np.array(starts)
 
     def __len__(self) -> int:
@@ -133,4 +152,6 @@ def check_disjoint(*splits: Windows) -> None:
         for b in splits[n + 1 :]:
             if shared := set(a.groups) & set(b.groups):
                 count = int(np.isin(b.groups, list(shared)).sum())
-                raise ValueError(f"{a.system.name}: {count} of {len(b.groups)} trajectories of {b.split!r} have an initial condition that {a.split!r} has too")
+                raise ValueError(
+                    f"{a.system.name}: {count} of {len(b.groups)} trajectories of {b.split!r} have an initial condition that {a.split!r} has too"
+                )

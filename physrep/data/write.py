@@ -47,7 +47,9 @@ def _checked_fields(system: System, fields: Mapping[str, object]) -> dict[str, n
             raise ValueError(f"{f.name} must be {layout} = {expected}, got {arrays[f.name].shape}")
         for b, trajectory in enumerate(arrays[f.name]):
             if not np.isfinite(trajectory).all():
-                raise ValueError(f"{f.name} of trajectory {b} holds NaN or infinity; a simulation that diverged is not written")
+                raise ValueError(
+                    f"{f.name} of trajectory {b} holds NaN or infinity; a simulation that diverged is not written"
+                )
     return arrays
 
 
@@ -59,10 +61,12 @@ def _checked_parameters(system: System, parameters: Mapping[str, object], n_traj
     values = {name: _as_array(value, np.float64) for name, value in parameters.items()}
     for name, value in values.items():
         if value.shape not in ((), (n_trajectories,)) or not np.isfinite(value).all():
-            raise ValueError(f"{name} must be one finite number or {n_trajectories}, one per trajectory, got {parameters[name]}")
+            raise ValueError(
+                f"{name} must be one finite number or {n_trajectories}, one per trajectory, got {parameters[name]}"
+            )
     return values
 
-
+# %% ../../nbs/data/write.ipynb #a5fbe140
 def _checked_coordinates(
     system: System, grid: tuple[int, int], coordinates: Mapping[str, object] | None, box: tuple[float, float] | None
 ) -> dict[str, np.ndarray]:
@@ -80,7 +84,9 @@ def _checked_coordinates(
         if out[axis].shape != (grid[i],) or not np.isfinite(out[axis]).all():
             raise ValueError(f"coordinates[{axis!r}] must be {grid[i]} finite numbers, got an array {out[axis].shape}")
     if coordinates:
-        raise ValueError(f"{system.name} has the axes {', '.join(system.axes)}, got coordinates of {', '.join(coordinates)}")
+        raise ValueError(
+            f"{system.name} has the axes {', '.join(system.axes)}, got coordinates of {', '.join(coordinates)}"
+        )
     return out
 
 
@@ -88,7 +94,9 @@ def _checked_time(time: object, shape: tuple[int, int]) -> np.ndarray:
     "Times as float64 `(T,)` or `(B, T)`, finite and increasing."
     time = _as_array(time, np.float64)
     if time.shape not in (shape[1:], shape) or not np.isfinite(time).all() or (np.diff(time) <= 0).any():
-        raise ValueError(f"time must be {shape[1]} finite, increasing numbers, or an array {shape}; got an array {time.shape}")
+        raise ValueError(
+            f"time must be {shape[1]} finite, increasing numbers, or an array {shape}; got an array {time.shape}"
+        )
     return time
 
 # %% ../../nbs/data/write.ipynb #24de2a64
@@ -120,7 +128,7 @@ def _put_frame(file: h5py.File, system: System, coordinates: dict[str, np.ndarra
         mask[[0, -1]] = True  # the two sides; readers look at these entries only
         boundary["mask"] = mask
 
-
+# %% ../../nbs/data/write.ipynb #d3b26493
 def _put_scalars(file: h5py.File, values: dict[str, np.ndarray]) -> None:
     "The group `scalars`."
     scalars = file.create_group("scalars")
@@ -130,7 +138,11 @@ def _put_scalars(file: h5py.File, values: dict[str, np.ndarray]) -> None:
 
 
 def _put_fields(
-    file: h5py.File, system: System, arrays: dict[str, np.ndarray], chunks: tuple[int, ...] | None, compression: str | None
+    file: h5py.File,
+    system: System,
+    arrays: dict[str, np.ndarray],
+    chunks: tuple[int, ...] | None,
+    compression: str | None,
 ) -> None:
     "The groups `t0_fields`, `t1_fields` and `t2_fields`, all three."
     for rank in range(3):
@@ -138,10 +150,16 @@ def _put_fields(
         members = [f for f in system.fields if f.rank == rank]
         group.attrs["field_names"] = _strings(f.name for f in members)
         for f in members:
-            attributes = {"dim_varying": np.ones(len(system.axes), dtype=bool), "sample_varying": True, "time_varying": True}
+            attributes = {
+                "dim_varying": np.ones(len(system.axes), dtype=bool),
+                "sample_varying": True,
+                "time_varying": True,
+            }
             if rank == 2:
                 attributes |= {"symmetric": False, "antisymmetric": False}  # all components are stored
-            whole = None if chunks is None else (*chunks, *(len(system.axes),) * rank)  # components are never torn apart
+            whole = (
+                None if chunks is None else (*chunks, *(len(system.axes),) * rank)
+            )  # components are never torn apart
             _put(group, f.name, arrays[f.name], attributes, chunks=whole, compression=compression)
 
 # %% ../../nbs/data/write.ipynb #7e8d2d35
@@ -167,7 +185,12 @@ def write_well(
     b, t, *grid = arrays[system.fields[0].name].shape
     values = _checked_parameters(system, parameters, b)
     coordinates, time = _checked_coordinates(system, tuple(grid), coordinates, box), _checked_time(time, (b, t))
-    header = {"dataset_name": system.name, "grid_type": "cartesian", "n_spatial_dims": len(system.axes), "n_trajectories": b}
+    header = {
+        "dataset_name": system.name,
+        "grid_type": "cartesian",
+        "n_spatial_dims": len(system.axes),
+        "n_trajectories": b,
+    }
     header |= {"simulation_parameters": _strings(values)} | {n: v if v.ndim else float(v) for n, v in values.items()}
     taken = sorted(set(header) & set(attributes or {}))
     if taken:

@@ -34,7 +34,11 @@ from ..physics.systems import Field, System, get_system
 from ..training.loop import Recipe, evaluate_objective, train
 
 # %% ../../nbs/experiments/across.ipynb #0f8369f5
-ROLES: dict[str, str] = {"tracer": "scalar", "buoyancy": "scalar", "concentration": "scalar"}  # field -> its shared name; others keep their own
+ROLES: dict[str, str] = {
+    "tracer": "scalar",
+    "buoyancy": "scalar",
+    "concentration": "scalar",
+}  # field -> its shared name; others keep their own
 SHARED = System(
     name="shared", title="All systems", labels=(),
     fields=(Field("scalar", 0, "s"), Field("pressure", 0, "p"), Field("velocity", 1, r"\mathbf{u}"), Field("D", 2, r"\mathbf{D}"), Field("E", 2, r"\mathbf{E}")),
@@ -95,12 +99,30 @@ class InTurn:
             yield from self._shared(name, batches.evaluation(limit=limit))
 
 # %% ../../nbs/experiments/across.ipynb #12e04224
-def joint_folder(config: dict, systems: Sequence[str], fingerprints: Sequence[str], run_dir: str | Path | None = None) -> Path:
+def joint_folder(
+    config: dict, systems: Sequence[str], fingerprints: Sequence[str], run_dir: str | Path | None = None
+) -> Path:
     "`<run_dir>/across/<preset>/encoders/<objective>-<encoder>-<hash>/seed<k>`; the hash depends on configuration, systems, code and data."
     plain = {k: v for k, v in config.items() if k not in ("seed", "system", "data")}
-    text = json.dumps([plain, list(systems), list(fingerprints), code_digest(*modules_of(config)), module_digests("experiments.across")["experiments.across"]], sort_keys=True)
+    text = json.dumps(
+        [
+            plain,
+            list(systems),
+            list(fingerprints),
+            code_digest(*modules_of(config)),
+            module_digests("experiments.across")["experiments.across"],
+        ],
+        sort_keys=True,
+    )
     name = f"{config['objective']}-{config['encoder']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return Path(run_dir or project_root() / "runs") / "across" / config["preset"] / "encoders" / name / f"seed{config['seed']}"
+    return (
+        Path(run_dir or project_root() / "runs")
+        / "across"
+        / config["preset"]
+        / "encoders"
+        / name
+        / f"seed{config['seed']}"
+    )
 
 
 def _joint_configs(systems: Sequence[str], objective: str, encoder: str, preset: str, seed: int) -> dict[str, dict]:
@@ -108,28 +130,41 @@ def _joint_configs(systems: Sequence[str], objective: str, encoder: str, preset:
     configs = {s: resolve(s, objective, encoder, preset, seed=seed) for s in systems}
     shapes = {s: clip_shape(c) for s, c in configs.items()}
     if len(set(shapes.values())) != 1:
-        raise ValueError(f"clips of systems that are trained together must have one shape (t, h, w); of preset {preset} they have {shapes}")
+        raise ValueError(
+            f"clips of systems that are trained together must have one shape (t, h, w); of preset {preset} they have {shapes}"
+        )
     if objective == "supervised" or not configs[systems[0]]["recipe"]:
         raise ValueError(f"only a self-supervised objective can be trained on several systems, got {objective!r}")
     return configs
 
-
+# %% ../../nbs/experiments/across.ipynb #41deae3c
 def _joint_objective(config: dict) -> torch.nn.Module:
     "The objective of a run around a new encoder of shared channels."
     with torch.random.fork_rng():
         torch.manual_seed(seed_for("encoder", config["encoder"], config["seed"]))
         network = build_encoder(config["encoder"], in_channels=SHARED.n_channels, **config["encoder_config"])
         torch.manual_seed(seed_for("objective", config["objective"], config["seed"]))
-        return build_objective(config["objective"], network, system=SHARED, shape=clip_shape(config), **config["coefficients"])
+        return build_objective(
+            config["objective"], network, system=SHARED, shape=clip_shape(config), **config["coefficients"]
+        )
 
 
-def _joint_batches(configs: Mapping[str, dict], windows: Mapping[str, Mapping[str, Windows]], split: str, **options) -> InTurn:
+def _joint_batches(
+    configs: Mapping[str, dict], windows: Mapping[str, Mapping[str, Windows]], split: str, **options
+) -> InTurn:
     "Batches of a split of each system in turn, each normalised by its own training statistics."
     parts = {}
     for s, config in configs.items():
         train, clip = windows[s]["train"], config["clip"]
         scaler = LabelScaler.fit(system_of(config), train.labels)
-        parts[s] = Batches(windows[s][split], normaliser=normaliser_of(config, train), scaler=scaler, size=clip["size"], seed=config["seed"], **options)
+        parts[s] = Batches(
+            windows[s][split],
+            normaliser=normaliser_of(config, train),
+            scaler=scaler,
+            size=clip["size"],
+            seed=config["seed"],
+            **options,
+        )
     return InTurn(parts)
 
 # %% ../../nbs/experiments/across.ipynb #949d95fe
@@ -151,26 +186,66 @@ def pretrain_jointly(
     configs = _joint_configs(systems, objective, encoder, preset, seed)
     config = configs[systems[0]]
     model, clip = _joint_objective(config), config["clip"]
-    windows = {s: load_splits(c, Path(data_dir), ("train", "valid"), frames=model.frames, stride=c["clip"]["stride"]) for s, c in configs.items()}
+    windows = {
+        s: load_splits(c, Path(data_dir), ("train", "valid"), frames=model.frames, stride=c["clip"]["stride"])
+        for s, c in configs.items()
+    }
     fingerprints = [w.fingerprint() for by in windows.values() for w in by.values()]
     folder = joint_folder(config, systems, fingerprints, run_dir)
     recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items()}
     size, parts = recipe.pop("batch_size"), recipe["accumulate"]
-    batches = _joint_batches(configs, windows, "train", batch_size=size, accumulate=parts, augment=clip["augment"], noise=clip["noise"], device=device)
+    batches = _joint_batches(
+        configs,
+        windows,
+        "train",
+        batch_size=size,
+        accumulate=parts,
+        augment=clip["augment"],
+        noise=clip["noise"],
+        device=device,
+    )
     valid = _joint_batches(configs, windows, "valid", batch_size=size // parts, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
-        if (folder / "encoder.safetensors").is_file():  # finished: the name of the folder says by which code, on which data
+        if (
+            folder / "encoder.safetensors"
+        ).is_file():  # finished: the name of the folder says by which code, on which data
             return folder
-        write_json(folder / "provenance.json", {**provenance(*modules_of(config), "experiments.across", device=device, data="-".join(fingerprints)), "systems": list(systems), "config": config})
-        train(
-            model, batches, Recipe(**recipe), folder, device=device, minutes=minutes, progress=progress,
-            evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=min(size, 96))), evaluations=4,
+        write_json(
+            folder / "provenance.json",
+            {
+                **provenance(*modules_of(config), "experiments.across", device=device, data="-".join(fingerprints)),
+                "systems": list(systems),
+                "config": config,
+            },
         )
-        own = {s: {"mean": b.normaliser.mean.tolist(), "std": b.normaliser.std.tolist(), "dt": b.windows.files[0].dt} for s, b in batches.batches.items()}
+        train(
+            model,
+            batches,
+            Recipe(**recipe),
+            folder,
+            device=device,
+            minutes=minutes,
+            progress=progress,
+            evaluate=lambda: evaluate_objective(model, valid.evaluation(limit=min(size, 96))),
+            evaluations=4,
+        )
+        own = {
+            s: {"mean": b.normaliser.mean.tolist(), "std": b.normaliser.std.tolist(), "dt": b.windows.files[0].dt}
+            for s, b in batches.batches.items()
+        }
         save_encoder(
-            folder / "encoder.safetensors", model.encoder, encoder, system=SHARED, normaliser=Normaliser.identity(SHARED), shape=clip_shape(config), dt=None,
-            systems=own, objective=objective, preset=preset, seed=seed,
+            folder / "encoder.safetensors",
+            model.encoder,
+            encoder,
+            system=SHARED,
+            normaliser=Normaliser.identity(SHARED),
+            shape=clip_shape(config),
+            dt=None,
+            systems=own,
+            objective=objective,
+            preset=preset,
+            seed=seed,
         )
     return folder
 
@@ -179,11 +254,18 @@ def load_joint(path: str | Path, system: str, device: str | torch.device = "cpu"
     "An encoder of `pretrain_jointly` for one of its systems: takes the system's own channels, in physical units by `embed`. FileNotFoundError, ValueError for another system."
     network, info = read_encoder(path)
     if "systems" not in info:
-        raise ValueError(f"{path} is an encoder of {info['system']} alone: physrep.models.pretrained.load_encoder loads it")
+        raise ValueError(
+            f"{path} is an encoder of {info['system']} alone: physrep.models.pretrained.load_encoder loads it"
+        )
     if system not in info["systems"]:
         raise ValueError(f"{path} was trained on {', '.join(info['systems'])}, not on {system!r}")
     known, reads = get_system(system), info["channels"]
-    mine = {k: v for k, v in info.items() if k != "systems"} | {"system": system, "channels": known.channels, "reads": reads, **info["systems"][system]}
+    mine = {k: v for k, v in info.items() if k != "systems"} | {
+        "system": system,
+        "channels": known.channels,
+        "reads": reads,
+        **info["systems"][system],
+    }
     return LoadedEncoder(Translated(network, reads, known), mine).to(device)
 
 # %% ../../nbs/experiments/across.ipynb #3adf219c
@@ -205,8 +287,28 @@ def score_translated(
     "Probes an encoder on a system that it may not have been made for, and writes its rows."
     system = windows["train"].system
     scaler, reader = LabelScaler.fit(system, windows["train"].labels), Translated(encoder, channels, system)
-    features = {s: features_of(reader, w, scaler, size=get_preset(preset).size, device=device, scratch=folder, progress=progress) for s, w in windows.items()}
-    fitted = fit_probes(features, scaler, get_preset(preset), probes=probes, seed=seed, device=device, progress=progress)
-    predictions = {(name, s): probe.predict(f) for name, probe in fitted.items() for s, f in features.items() if s != "train"}
+    features = {
+        s: features_of(
+            reader, w, scaler, size=get_preset(preset).size, device=device, scratch=folder, progress=progress
+        )
+        for s, w in windows.items()
+    }
+    fitted = fit_probes(
+        features, scaler, get_preset(preset), probes=probes, seed=seed, device=device, progress=progress
+    )
+    predictions = {
+        (name, s): probe.predict(f) for name, probe in fitted.items() for s, f in features.items() if s != "train"
+    }
     record = provenance("experiments.across", device=device)
-    return write_scores(folder, predictions, windows, scaler, objective=objective, encoder=encoder_name, seed=seed, run=run, probes=fitted, provenance=record)
+    return write_scores(
+        folder,
+        predictions,
+        windows,
+        scaler,
+        objective=objective,
+        encoder=encoder_name,
+        seed=seed,
+        run=run,
+        probes=fitted,
+        provenance=record,
+    )

@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 @dataclass(frozen=True)
 class Regime:
     "A number per clip, what it is, and where it splits the clips in two."
+
     measure: Callable[..., np.ndarray]  # (fields (b, c, t, h, w) physical, system) -> (b,)
     says: str
     threshold: float
@@ -36,7 +37,9 @@ class Regime:
 REGIMES: dict[str, Regime] = {
     "shear_flow": Regime(wave_energy, "share of the kinetic energy in waves", 0.2, ("laminar", "rolled up")),
     "rayleigh_benard": Regime(wall_nusselt, "wall Nusselt number", 1.5, ("conducting", "convecting"), log=True),
-    "active_matter": Regime(defect_count, "number of half-charged defects", 0.5, ("without defects", "with defects"), log=True, offset=1.0),
+    "active_matter": Regime(
+        defect_count, "number of half-charged defects", 0.5, ("without defects", "with defects"), log=True, offset=1.0
+    ),
 }
 
 
@@ -60,21 +63,30 @@ def regime_system(system: System) -> System:
 
 def regime_targets(windows: Windows, memory: int = 2**27) -> np.ndarray:
     "The number `(n,)` of every window, in its last frame, plus the regime's offset; where it is probed as a logarithm, at least 0.01."
-    places, back = np.unique(windows.index + [0, windows.frames - 1], axis=0, return_inverse=True)  # windows that overlap may end in the same frame
+    places, back = np.unique(
+        windows.index + [0, windows.frames - 1], axis=0, return_inverse=True
+    )  # windows that overlap may end in the same frame
     batch = max(1, memory * windows.frames // (4 * math.prod(windows.shape)))  # frames read at a time
     options = {"heights": windows.positions} if windows.system.name == "rayleigh_benard" else {}
-    parts = [regime_labels(windows.read_frames(places[i : i + batch]).numpy(), windows.system, **options)[0] for i in range(0, len(places), batch)]
+    parts = [
+        regime_labels(windows.read_frames(places[i : i + batch]).numpy(), windows.system, **options)[0]
+        for i in range(0, len(places), batch)
+    ]
     values = np.concatenate(parts).astype(np.float64)[back.ravel()]
     values += REGIMES[windows.system.name].offset
     return np.maximum(values, 0.01) if REGIMES[windows.system.name].log else values
 
-
+# %% ../../nbs/experiments/regimes.ipynb #8ff8b0a1
 def later(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
     "Indices of the windows that are followed by another of the same trajectory, and of those that follow them."
     place = {(k, start): n for n, (k, start) in enumerate(map(tuple, windows.index.tolist()))}
-    pairs = [(n, place[k, start + windows.frames]) for (k, start), n in place.items() if (k, start + windows.frames) in place]
+    pairs = [
+        (n, place[k, start + windows.frames]) for (k, start), n in place.items() if (k, start + windows.frames) in place
+    ]
     if not pairs:
-        raise ValueError(f"no window of {windows.split!r} is followed by another {windows.frames} frames later: longer trajectories, or a stride that divides {windows.frames}")
+        raise ValueError(
+            f"no window of {windows.split!r} is followed by another {windows.frames} frames later: longer trajectories, or a stride that divides {windows.frames}"
+        )
     return tuple(np.array(pairs).T)
 
 # %% ../../nbs/experiments/regimes.ipynb #3290d217
@@ -86,18 +98,28 @@ def _as_features(x: np.ndarray, windows: Windows) -> Features:
 def state_statistics(windows: Windows, memory: int = 2**27) -> Features:
     "Summary statistics of four frames, the last one among them."
     file, batch, parts = windows.files[0], max(1, memory // (4 * math.prod(windows.shape))), []
-    options = dict(system=windows.system, dt=file.dt, spacing=file.spacing, heights=windows.positions, periodic=None if windows.crop is None else False)
+    options = dict(
+        system=windows.system,
+        dt=file.dt,
+        spacing=file.spacing,
+        heights=windows.positions,
+        periodic=None if windows.crop is None else False,
+    )
     for i in range(0, len(windows), batch):
         clips = windows.read(np.arange(i, min(i + batch, len(windows)))).numpy()
-        parts.append(summary_statistics(clips[:, :, ::-1], **options))  # backwards: it takes the first frame and leaves out the last
+        parts.append(
+            summary_statistics(clips[:, :, ::-1], **options)
+        )  # backwards: it takes the first frame and leaves out the last
     return _as_features(np.concatenate(parts), windows)
 
-
+# %% ../../nbs/experiments/regimes.ipynb #c091d6c5
 def state_parameters(windows: Windows, scaler: LabelScaler) -> Features:
     "The true parameters (z-scored) and the time of the last frame, with their squares and products."
     time = (windows.index[:, 1] + windows.frames) / windows.files[0].n_frames
     x = np.column_stack([scaler.transform(windows.targets(np.arange(len(windows)))), time])
-    return _as_features(np.column_stack([x, *(x[:, i] * x[:, j] for i in range(x.shape[1]) for j in range(i, x.shape[1]))]), windows)
+    return _as_features(
+        np.column_stack([x, *(x[:, i] * x[:, j] for i in range(x.shape[1]) for j in range(i, x.shape[1]))]), windows
+    )
 
 
 def state_now(windows: Windows, targets: np.ndarray) -> Features:
@@ -116,12 +138,13 @@ def _auc(predictions: Sequence[np.ndarray], truth: np.ndarray, threshold: float)
 @dataclass(frozen=True)
 class Answers:
     "What the probes of one method say about the windows of a split, and what is true; numbers `(n, 1)` with the regime's offset."
+
     predictions: tuple[np.ndarray, ...]  # of each seed
     truth: np.ndarray
     groups: np.ndarray  # (n,), of the same flow
     scaler: LabelScaler
 
-
+# %% ../../nbs/experiments/regimes.ipynb #68270f83
 def probe_regime(
     features: Sequence[Mapping[str, Features]],  # of each seed: split -> features of all windows
     windows: Mapping[str, Windows],
@@ -135,14 +158,19 @@ def probe_regime(
         pairs = {s: (now, then if when == "later" else now) for s, w in windows.items() for now, then in [later(w)]}
         truth = {s: targets[s][then][:, None] for s, (_, then) in pairs.items()}
         scaler = LabelScaler.fit(system, truth["train"])
-        given = [{s: Features(f[s].pooled[now][:, None], truth[s], f[s].groups[now]) for s, (now, _) in pairs.items()} for f in features]
+        given = [
+            {s: Features(f[s].pooled[now][:, None], truth[s], f[s].groups[now]) for s, (now, _) in pairs.items()}
+            for f in features
+        ]
         for probe in probes:
             fitted = [fit_probe(probe, g["train"], g["valid"], scaler) for g in given]
             for s in (s for s in windows if s not in ("train", "valid")):
-                found[when, probe, s] = Answers(tuple(p.predict(g[s]) for p, g in zip(fitted, given)), truth[s], given[0][s].groups, scaler)
+                found[when, probe, s] = Answers(
+                    tuple(p.predict(g[s]) for p, g in zip(fitted, given)), truth[s], given[0][s].groups, scaler
+                )
     return found
 
-
+# %% ../../nbs/experiments/regimes.ipynb #ede20426
 def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
     """Rows `{when, probe, split, metric, value, low, high, by_seed, auc, n, above}` of the answers of `probe_regime`; intervals by bootstrap over flows and seeds.
     `above` is the share of windows in the second class."""
@@ -150,11 +178,23 @@ def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
     for (when, probe, split), a in found.items():
         system = a.scaler.system
         threshold = REGIMES[system.name].threshold + REGIMES[system.name].offset
-        base = {"when": when, "probe": probe, "split": split, "auc": _auc(a.predictions, a.truth, threshold), "above": float((a.truth > threshold).mean())}
+        base = {
+            "when": when,
+            "probe": probe,
+            "split": split,
+            "auc": _auc(a.predictions, a.truth, threshold),
+            "above": float((a.truth > threshold).mean()),
+        }
         alone = [score_seeds([p], a.truth, a.groups, system, a.scaler, n_bootstrap=0) for p in a.predictions]
         for i, row in enumerate(score_seeds(a.predictions, a.truth, a.groups, system, a.scaler)):
             if row["label"] != "mean":
-                rows.append({**base, **{k: row[k] for k in ("metric", "value", "low", "high", "n")}, "by_seed": tuple(one[i]["value"] for one in alone)})
+                rows.append(
+                    {
+                        **base,
+                        **{k: row[k] for k in ("metric", "value", "low", "high", "n")},
+                        "by_seed": tuple(one[i]["value"] for one in alone),
+                    }
+                )
     return rows
 
 

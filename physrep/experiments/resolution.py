@@ -20,7 +20,15 @@ from ..training.presets import get_preset
 from ..training.run import resolve, run_folder
 
 # %% ../../nbs/experiments/resolution.ipynb #a93704d8
-def refined_differences(preset: str, refined: Windows, stored: Windows, run_dir: str | Path | None = None, *, rows: Sequence[tuple[str, str]] = ROWS, device: str = "cpu") -> pd.DataFrame:
+def refined_differences(
+    preset: str,
+    refined: Windows,
+    stored: Windows,
+    run_dir: str | Path | None = None,
+    *,
+    rows: Sequence[tuple[str, str]] = ROWS,
+    device: str = "cpu",
+) -> pd.DataFrame:
     """Error on `refined` minus error on the same flows as they are stored, for every row, frozen probe, label and metric: columns of `comparison.differences`, and the
     two errors. Paired: same encoders, same flows, so intervals (bootstrap over flows, seeds kept together) show the effect of the numerics alone."""
     found, system, match = [], stored.system, same_flows(refined, stored)
@@ -28,16 +36,51 @@ def refined_differences(preset: str, refined: Windows, stored: Windows, run_dir:
         configs = [resolve(system.name, objective, encoder, preset, seed=seed) for seed in get_preset(preset).seeds]
         fine = [predict_windows(c, refined, run_dir, device=device) for c in configs]
         saved = [read_predictions(run_folder(c, run_dir)) for c in configs]
-        if old := [str(p.path) for p in saved if p.data[stored.split] != stored.fingerprint() or len(p.truth[stored.split]) != len(stored)]:
+        if old := [
+            str(p.path)
+            for p in saved
+            if p.data[stored.split] != stored.fingerprint() or len(p.truth[stored.split]) != len(stored)
+        ]:
             raise ValueError(f"{', '.join(old)} is of other data than {stored.paths[0].parent}; probe the run again")
         scaler = saved[0].scaler
-        truth, groups = (np.concatenate([v] * len(configs)) for v in (refined.targets(np.arange(len(refined))), refined.window_groups()))
+        truth, groups = (
+            np.concatenate([v] * len(configs))
+            for v in (refined.targets(np.arange(len(refined))), refined.window_groups())
+        )
         for probe in FROZEN:
-            a, b = (np.concatenate(parts) for parts in ([p[probe] for p in fine], [p.predictions[probe, stored.split][match] for p in saved]))
-            errors = [{(r["label"], r["metric"]): r["value"] for r in score(p, truth, groups, system, scaler, n_bootstrap=1)} for p in (a, b)]
-            base = dict(system=system.name, objective=objective, encoder=encoder, probe=probe, share=1.0, reference="the same flows as stored", split=stored.split)
+            a, b = (
+                np.concatenate(parts)
+                for parts in ([p[probe] for p in fine], [p.predictions[probe, stored.split][match] for p in saved])
+            )
+            errors = [
+                {(r["label"], r["metric"]): r["value"] for r in score(p, truth, groups, system, scaler, n_bootstrap=1)}
+                for p in (a, b)
+            ]
+            base = dict(
+                system=system.name,
+                objective=objective,
+                encoder=encoder,
+                probe=probe,
+                share=1.0,
+                reference="the same flows as stored",
+                split=stored.split,
+            )
             for row in score_difference(a, b, truth, groups, system, scaler):
-                key, numbers = (row["label"], row["metric"]), {"difference": row["value"], "low": row["low"], "high": row["high"]}
+                key, numbers = (
+                    (row["label"], row["metric"]),
+                    {"difference": row["value"], "low": row["low"], "high": row["high"]},
+                )
                 text = interval_text(*numbers.values(), digits=3)
-                found.append({**base, "label": key[0], "metric": key[1], "a": errors[0][key], "b": errors[1][key], **numbers, "n": len(refined), "text": text})
+                found.append(
+                    {
+                        **base,
+                        "label": key[0],
+                        "metric": key[1],
+                        "a": errors[0][key],
+                        "b": errors[1][key],
+                        **numbers,
+                        "n": len(refined),
+                        "text": text,
+                    }
+                )
     return pd.DataFrame(found)

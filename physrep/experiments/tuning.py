@@ -38,6 +38,7 @@ PARTS = ("coefficients", "encoder_config", "recipe")
 @dataclass(frozen=True)
 class Walk:
     "What is tried for one row of the table: a base, then changes one after the other, `{part: {name: value}}` each, with a title."
+
     base: Mapping[str, Mapping]
     changes: Sequence[tuple[str, Mapping[str, Mapping]]]
 
@@ -60,11 +61,11 @@ def _c(**coefficients) -> dict:
 def _e(**config) -> dict:
     return {"encoder_config": config}
 
-
+# %% ../../nbs/experiments/tuning.ipynb #e559aece
 def _r(**recipe) -> dict:
     return {"recipe": recipe}
 
-
+# %% ../../nbs/experiments/tuning.ipynb #876dad8d
 _OPTIMISER = [
     ("lr 1e-3", _r(lr=1e-3)), ("lr 4e-3", _r(lr=4e-3)), ("batch 8", _r(batch_size=8)), ("batch 32", _r(batch_size=32)),
     ("weight decay 0.2", _r(weight_decay=0.2)), ("weight decay 0.005", _r(weight_decay=0.005)), ("warm-up 0.3", _r(warmup=0.3)), ("beta2 0.999", _r(betas=(0.9, 0.999))),
@@ -72,7 +73,15 @@ _OPTIMISER = [
 ]  # fmt: skip
 
 # %% ../../nbs/experiments/tuning.ipynb #1a2a01c5
-_STEM4 = dict(widths=(48, 96), depths=(2, 2), stem_kernel=(4, 4, 4), stem_stride=(4, 4, 4), strides=((2, 1, 1),), kernel_size=7, layer_scale=0.1)
+_STEM4 = dict(
+    widths=(48, 96),
+    depths=(2, 2),
+    stem_kernel=(4, 4, 4),
+    stem_stride=(4, 4, 4),
+    strides=((2, 1, 1),),
+    kernel_size=7,
+    layer_scale=0.1,
+)
 _TUBE4 = dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0)
 
 WALKS: dict[tuple[str, str], Walk] = {
@@ -103,7 +112,10 @@ WALKS: dict[tuple[str, str], Walk] = {
         base=_c(head="linear") | _r(batch_size=16, lr=2e-3), changes=[("MLP head", _c(head="mlp")), ("attentive head", _c(head="attentive")), *_OPTIMISER]
     ),
 }  # fmt: skip
-ENCODER_FROM = {("supervised", "convnext"): ("jepa", "convnext"), ("supervised", "vit"): ("mae", "vit")}  # whose encoder a walk takes
+ENCODER_FROM = {
+    ("supervised", "convnext"): ("jepa", "convnext"),
+    ("supervised", "vit"): ("mae", "vit"),
+}  # whose encoder a walk takes
 
 # %% ../../nbs/experiments/tuning.ipynb #6559f19c
 TUNING_SEED = 100  # no seed of a table
@@ -125,7 +137,9 @@ def _resolve(system: str, row: tuple[str, str], preset: str, change: Mapping[str
     "The configuration of a trial: the change and nothing of the preset's recipes, with as many updates as it takes to see as many windows as they do."
     usual = get_preset(preset).recipe(*row)
     recipe = change["recipe"] | {"steps": max(1, usual.steps * usual.batch_size // change["recipe"]["batch_size"])}
-    config = resolve(system, *row, preset, seed=TUNING_SEED, **{**change, "recipe": recipe})  # refuses what there is not
+    config = resolve(
+        system, *row, preset, seed=TUNING_SEED, **{**change, "recipe": recipe}
+    )  # refuses what there is not
     whole = {k: v for k, v in asdict(TrainPreset(**recipe)).items() if k in config["recipe"]}
     return json.loads(json.dumps({**config, **change, "recipe": whole}))
 
@@ -136,9 +150,13 @@ def _made(config: dict, data_dir: str | Path) -> dict:
     for split in ("train", "valid"):
         with contextlib.suppress(FileNotFoundError):
             data[split] = fingerprint(find_files(data_dir, config["system"], split))
-    return {"code": module_digests(*modules_of(config), "probing.evaluate"), "data": data, "probing": get_preset(config["preset"]).probing()}
+    return {
+        "code": module_digests(*modules_of(config), "probing.evaluate"),
+        "data": data,
+        "probing": get_preset(config["preset"]).probing(),
+    }
 
-
+# %% ../../nbs/experiments/tuning.ipynb #64893943
 def log_path(system: str, row: tuple[str, str], preset: str, run_dir: str | Path | None = None) -> Path:
     "Where the log of a walk is written: `<run_dir>/<preset>/tuning/<system>-<objective>-<encoder>.json`."
     return Path(run_dir or project_root() / "runs") / preset / "tuning" / f"{system}-{'-'.join(row)}.json"
@@ -148,7 +166,7 @@ def best_trial(log: Sequence[dict]) -> dict:
     "The trial that a walk ends at: the last one that was kept."
     return [t for t in log if t["kept"]][-1]
 
-
+# %% ../../nbs/experiments/tuning.ipynb #d82e9589
 def _start(system: str, row: tuple[str, str], preset: str, run_dir: str | Path | None) -> dict:
     "The base of a walk, on the encoder of the walk that chose it; FileNotFoundError if that has not been finished."
     walk = WALKS[row]
@@ -158,7 +176,9 @@ def _start(system: str, row: tuple[str, str], preset: str, run_dir: str | Path |
     path = log_path(system, other, preset, run_dir)
     log = read_json(path)["trials"] if path.is_file() else []
     if len(log) < WALKS[other].n_trials:
-        raise FileNotFoundError(f"{'-'.join(row)} takes the encoder that {'-'.join(other)} chose: run that walk first ({path} has {len(log)} of {WALKS[other].n_trials} trials)")
+        raise FileNotFoundError(
+            f"{'-'.join(row)} takes the encoder that {'-'.join(other)} chose: run that walk first ({path} has {len(log)} of {WALKS[other].n_trials} trials)"
+        )
     return merge(walk.base, {"encoder_config": best_trial(log)["change"]["encoder_config"]})
 
 # %% ../../nbs/experiments/tuning.ipynb #7f580bfd
@@ -177,7 +197,9 @@ def run_walk(
     if row not in WALKS:
         raise ValueError(f"no walk for {row}; there are: {', '.join('-'.join(r) for r in WALKS)}")
     if preset not in WALKED:
-        raise ValueError(f"the walks start from recipes for grids of 32x32, of the presets {' and '.join(WALKED)}; preset {preset} has none")
+        raise ValueError(
+            f"the walks start from recipes for grids of 32x32, of the presets {' and '.join(WALKED)}; preset {preset} has none"
+        )
     path = log_path(system, row, preset, run_dir)
     done = read_json(path)["trials"] if path.is_file() else []
     best, log = _start(system, row, preset, run_dir), []
@@ -189,13 +211,26 @@ def run_walk(
             entry = done[len(log)]
             now = {"hash": config_hash(config), **made}
             if other := [k for k in now if entry.get(k) != now[k]]:
-                raise ValueError(f"{path}: trial {len(log)} ({entry['title']}) is not that of this walk ({title}): its {', '.join(other)} differs; delete the file to tune anew")
+                raise ValueError(
+                    f"{path}: trial {len(log)} ({entry['title']}) is not that of this walk ({title}): its {', '.join(other)} differs; delete the file to tune anew"
+                )
         else:
             found = trial(config, data_dir, path.parent / "runs")
             better = not log or found["score"] < best_trial(log)["score"] - MARGIN
             change_now = json.loads(json.dumps(tried))
-            entry = {"trial": len(log), "title": title, "kept": better, "hash": config_hash(config), "config": config, "change": change_now, **made, **found}
-            say(f"{'-'.join(row)} {len(log):2d} {title:28s} score {found['score']:.3f} {'kept' if better else ''} ({found['seconds']:.0f} s)")
+            entry = {
+                "trial": len(log),
+                "title": title,
+                "kept": better,
+                "hash": config_hash(config),
+                "config": config,
+                "change": change_now,
+                **made,
+                **found,
+            }
+            say(
+                f"{'-'.join(row)} {len(log):2d} {title:28s} score {found['score']:.3f} {'kept' if better else ''} ({found['seconds']:.0f} s)"
+            )
         log.append(entry)
         if entry["kept"]:
             best = tried
@@ -203,7 +238,7 @@ def run_walk(
             write_json(path, {"trials": log, "provenance": provenance(*modules_of(config), "experiments.tuning")})
     return log
 
-
+# %% ../../nbs/experiments/tuning.ipynb #de6709fe
 def code_of(logs: Iterable[Sequence[dict]]) -> dict[str, str]:
     "Digests of the modules with which the trials were run, for the figure's record: a log may be older than the code that draws it."
     found = {}
@@ -219,7 +254,10 @@ def tuning_table(logs: Mapping[tuple[str, str], Sequence[dict]], system: str) ->
     for (objective, encoder), log in logs.items():
         for t in log:
             by_probe = {f"valid_{probe}": float(np.mean(list(labels.values()))) for probe, labels in t["valid"].items()}
-            by_label = {f"valid_{name}": float(np.mean([labels[name] for labels in t["valid"].values()])) for name in next(iter(t["valid"].values()), {})}
+            by_label = {
+                f"valid_{name}": float(np.mean([labels[name] for labels in t["valid"].values()]))
+                for name in next(iter(t["valid"].values()), {})
+            }
             config = {part: t["config"][part] for part in PARTS}
             rows.append({
                 "system": system, "objective": objective, "encoder": encoder, "trial": t["trial"], "change": t["title"], "kept": t["kept"], "score": t["score"],
@@ -232,7 +270,9 @@ def plot_walks(table: pd.DataFrame) -> Figure:
     "A panel per walk: its trials from the top, score to the right; filled what was kept, and the line of the best so far."
     walks = list(table.groupby(["objective", "encoder"], sort=False))
     with using_style():
-        fig = Figure(figsize=(9.5, 0.8 + 0.22 * max(len(w) for _, w in walks) * math.ceil(len(walks) / 2)), layout="constrained")
+        fig = Figure(
+            figsize=(9.5, 0.8 + 0.22 * max(len(w) for _, w in walks) * math.ceil(len(walks) / 2)), layout="constrained"
+        )
         axes = fig.subplots(math.ceil(len(walks) / 2), min(2, len(walks)), squeeze=False).ravel()
         for ax, ((objective, encoder), walk) in zip(axes, walks):
             color, y = color_of(objective), -walk.trial.to_numpy()

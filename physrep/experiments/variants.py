@@ -11,7 +11,10 @@ from ..training.presets import get_preset
 from ..training.run import resolve
 
 # %% ../../nbs/experiments/variants.ipynb #369115fe
-VARIANTS: dict[str, tuple[str, str]] = {"equal_compute": ("mae", "vit"), "circular": ("jepa", "convnext")}  # name -> the row that is varied
+VARIANTS: dict[str, tuple[str, str]] = {
+    "equal_compute": ("mae", "vit"),
+    "circular": ("jepa", "convnext"),
+}  # name -> the row that is varied
 DEAREST = ("jepa", "convnext")  # the row whose compute the others could have had
 
 
@@ -23,4 +26,10 @@ def variant_config(name: str, system: str, preset: str, *, seed: int = 0) -> dic
     if name == "circular":
         return resolve(system, *row, preset, encoder_config={"padding_mode": "circular"}, **options)
     per_update = cost(resolve(system, *row, preset))["train"] * get_preset(preset).recipe(*row).batch_size
-    return resolve(system, *row, preset, steps=max(1, round(cost(resolve(system, *DEAREST, preset))["total"] / per_update)), **options)
+    return resolve(
+        system,
+        *row,
+        preset,
+        steps=max(1, round(cost(resolve(system, *DEAREST, preset))["total"] / per_update)),
+        **options,
+    )

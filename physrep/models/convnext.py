@@ -40,11 +40,15 @@ def _spatial_modes(mode: str | Sequence[str]) -> tuple[str, str]:
     "One padding mode, or one per spatial axis, as a pair; ValueError with the valid names otherwise."
     modes = (mode, mode) if isinstance(mode, str) else tuple(mode)
     if len(modes) != 2 or not all(m in PADDING_MODES for m in modes):
-        raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)} or a pair of them (h, w), got {mode!r}")
+        raise ValueError(
+            f"padding_mode must be one of {', '.join(PADDING_MODES)} or a pair of them (h, w), got {mode!r}"
+        )
     return modes
 
 # %% ../../nbs/models/convnext.ipynb #4d4bf8b7
-def pad_space(x: Tensor, before: tuple[int, int], after: tuple[int, int], padding_mode: str | Sequence[str] = "zeros") -> Tensor:
+def pad_space(
+    x: Tensor, before: tuple[int, int], after: tuple[int, int], padding_mode: str | Sequence[str] = "zeros"
+) -> Tensor:
     "Pad the last two axes of `x (..., h, w)`, each with zeros or periodically (`circular`, also further than one period)."
     for axis, mode, lo, hi in zip((-2, -1), _spatial_modes(padding_mode), before, after):
         if mode == "circular" and (lo or hi):
@@ -63,7 +67,8 @@ class DepthwiseConv3d(nn.Module):
         channels: int,
         kernel_size: int | Sequence[int] = 7,  # odd; one number or (t, h, w)
         *,
-        padding_mode: str | Sequence[str] = "zeros",  # 'zeros' or 'circular', or one of them per spatial axis; time has zeros
+        padding_mode: str
+        | Sequence[str] = "zeros",  # 'zeros' or 'circular', or one of them per spatial axis; time has zeros
         method: str = "banded",  # or 'direct': PyTorch's own Conv3d
     ):
         super().__init__()
@@ -73,11 +78,15 @@ class DepthwiseConv3d(nn.Module):
         if method not in ("banded", "direct"):
             raise ValueError(f"method must be 'banded' or 'direct', got {method!r}")
         self.channels, self.padding_mode, self.method = channels, _spatial_modes(padding_mode), method
-        like = nn.Conv3d(channels, channels, self.kernel_size, groups=channels)  # for its parameters and their initialisation
+        like = nn.Conv3d(
+            channels, channels, self.kernel_size, groups=channels
+        )  # for its parameters and their initialisation
         self.weight, self.bias = like.weight, like.bias
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, kernel_size={self.kernel_size}, padding_mode={self.padding_mode}, method={self.method!r}"
+        return (
+            f"{self.channels}, kernel_size={self.kernel_size}, padding_mode={self.padding_mode}, method={self.method!r}"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, c, t, h, w)` to the same shape."
@@ -85,7 +94,9 @@ class DepthwiseConv3d(nn.Module):
             raise ValueError(f"expected (b, {self.channels}, t, h, w), got {tuple(x.shape)}")
         kt, kh, kw = self.kernel_size
         pad = [kh // 2, kw // 2]
-        outside = tuple(p if m == "circular" else 0 for p, m in zip(pad, self.padding_mode))  # zeros are left to the convolution
+        outside = tuple(
+            p if m == "circular" else 0 for p, m in zip(pad, self.padding_mode)
+        )  # zeros are left to the convolution
         x = pad_space(x, outside, outside, self.padding_mode)
         pad = [p - o for p, o in zip(pad, outside)]
         if self.method == "direct":
@@ -97,7 +108,9 @@ class DepthwiseConv3d(nn.Module):
             kernel, groups = banded_kernel(self.weight, t), c
         x, bias, on_cpu = x.reshape(b, c * t, *x.shape[3:]), self.bias.repeat_interleave(t), x.device.type == "cpu"
         if torch.is_autocast_enabled(x.device.type):  # cast here, before the copy into another layout
-            slow = on_cpu and kernel.shape[1] == 1  # one frame a group: oneDNN takes twice as long in bfloat16 as in float32
+            slow = (
+                on_cpu and kernel.shape[1] == 1
+            )  # one frame a group: oneDNN takes twice as long in bfloat16 as in float32
             dtype = torch.float32 if slow else torch.get_autocast_dtype(x.device.type)
             x, kernel, bias = x.to(dtype), kernel.to(dtype), bias.to(dtype)
         if on_cpu:  # oneDNN is faster in this layout, with bfloat16 several times
@@ -162,7 +175,15 @@ def _rows(x: Tensor) -> Tensor:
 class Block(nn.Module):
     "ConvNeXt block `(b, c, t, h, w)`: depthwise convolution -> LayerNorm -> Linear 4x -> GELU -> Linear -> layer scale -> residual."
 
-    def __init__(self, dim: int, kernel_size: int | Sequence[int] = 7, *, mlp_ratio: float = 4.0, layer_scale: float = 1e-6, **conv):
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int | Sequence[int] = 7,
+        *,
+        mlp_ratio: float = 4.0,
+        layer_scale: float = 1e-6,
+        **conv,
+    ):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.depthwise = DepthwiseConv3d(dim, kernel_size, **conv)
@@ -200,10 +221,19 @@ class ChannelNorm(nn.LayerNorm):
 class PatchConv(nn.Module):
     "Convolution with kernel >= stride from `(b, c, t, h, w)` to `(b, d, t', h', w')`, padded so that t' = t / stride and so on."
 
-    def __init__(self, dim_in: int, dim_out: int, kernel_size: Sequence[int], stride: Sequence[int], padding_mode: str | Sequence[str] = "zeros"):
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding_mode: str | Sequence[str] = "zeros",
+    ):
         super().__init__()
         if not all(k >= s for k, s in zip(kernel_size, stride)):
-            raise ValueError(f"kernel {tuple(kernel_size)} must not be smaller than stride {tuple(stride)}: pixels would be skipped")
+            raise ValueError(
+                f"kernel {tuple(kernel_size)} must not be smaller than stride {tuple(stride)}: pixels would be skipped"
+            )
         self.conv = nn.Conv3d(dim_in, dim_out, tuple(kernel_size), stride=tuple(stride))
         self.padding_mode = _spatial_modes(padding_mode)
 
@@ -247,7 +277,8 @@ class ConvNeXt(nn.Module):
         depths: Sequence[int] = (3, 3, 3, 9, 3),  # blocks of each stage
         stem_kernel: int | Sequence[int] = (1, 4, 4),
         stem_stride: int | Sequence[int] = 1,
-        strides: int | Sequence[int | Sequence[int]] = 2,  # between stages: one for all, or a list with one entry per transition
+        strides: int
+        | Sequence[int | Sequence[int]] = 2,  # between stages: one for all, or a list with one entry per transition
         kernel_size: int | Sequence[int] = 7,  # of the depthwise convolutions
         last_2d: bool = True,  # the last stage looks at each remaining frame by itself
         padding_mode: str | Sequence[str] = "zeros",  # 'zeros' (paper), 'circular', or one per spatial axis
@@ -269,14 +300,18 @@ class ConvNeXt(nn.Module):
             "last_2d": last_2d, "padding_mode": list(modes), "layer_scale": layer_scale, "mlp_ratio": mlp_ratio, "method": method,
         }  # fmt: skip
         self.stride = tuple(torch.tensor([stem_stride, *strides]).prod(0).tolist())  # clip size / token grid
-        self.stem = nn.Sequential(PatchConv(in_channels, widths[0], stem_kernel, stem_stride, modes), ChannelNorm(widths[0], eps=1e-6))
+        self.stem = nn.Sequential(
+            PatchConv(in_channels, widths[0], stem_kernel, stem_stride, modes), ChannelNorm(widths[0], eps=1e-6)
+        )
         self.stages, self.downs = nn.ModuleList(), nn.ModuleList()
         for i, (width, depth) in enumerate(zip(widths, depths)):
             kernel = (1, *kernel_size[1:]) if last_2d and i == len(widths) - 1 else kernel_size
             options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale, "padding_mode": modes, "method": method}
             self.stages.append(nn.Sequential(*(Block(width, kernel, **options) for _ in range(depth))))
             if i + 1 < len(widths):
-                self.downs.append(nn.Sequential(ChannelNorm(width, eps=1e-6), PatchConv(width, widths[i + 1], strides[i], strides[i])))
+                self.downs.append(
+                    nn.Sequential(ChannelNorm(width, eps=1e-6), PatchConv(width, widths[i + 1], strides[i], strides[i]))
+                )
         self.apply(init_convnext)
 
     def grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -284,7 +319,9 @@ class ConvNeXt(nn.Module):
         shape = tuple(shape)
         if len(shape) != 3 or any(n < s or n % s for n, s in zip(shape, self.stride)):
             t, h, w = self.stride
-            raise ValueError(f"a clip of shape (t, h, w) = {shape} does not fit: t must be a multiple of {t}, h of {h} and w of {w}")
+            raise ValueError(
+                f"a clip of shape (t, h, w) = {shape} does not fit: t must be a multiple of {t}, h of {h} and w of {w}"
+            )
         return tuple(n // s for n, s in zip(shape, self.stride))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -295,7 +332,11 @@ class ConvNeXt(nn.Module):
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
             for block in stage:
-                x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
+                x = (
+                    checkpoint(block, x, use_reentrant=False)
+                    if self.recompute and torch.is_grad_enabled()
+                    else block(x)
+                )
             if i < len(self.downs):
                 x = self.downs[i](x)
         return rearrange(x, "b c t h w -> b (t h w) c")

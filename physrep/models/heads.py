@@ -30,14 +30,18 @@ def batch_fields(batch: dict, *, system: System, shape: tuple[int, int, int], fr
     "The fields `(b, c, frames, h, w)` of a batch; ValueError if it has another shape than the objective was built for."
     x, want = batch["fields"], (system.n_channels, frames, *shape[1:])
     if x.ndim != 5 or tuple(x.shape[1:]) != want:
-        raise ValueError(f"fields of shape {tuple(x.shape)}; this objective takes (b, {', '.join(map(str, want))}) = (b, c, t, h, w)")
+        raise ValueError(
+            f"fields of shape {tuple(x.shape)}; this objective takes (b, {', '.join(map(str, want))}) = (b, c, t, h, w)"
+        )
     return x
 
-
+# %% ../../nbs/models/heads.ipynb #6391d9a5
 def check_tokens(tokens: torch.Tensor, grid: tuple[int, int, int]) -> None:
     "ValueError if tokens `(b, n, d)` do not fill the grid `(t', h', w')`."
     if tokens.shape[1] != grid[0] * grid[1] * grid[2]:
-        raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {tuple(grid)} of {grid[0] * grid[1] * grid[2]} tokens")
+        raise ValueError(
+            f"{tokens.shape[1]} tokens do not fill the grid {tuple(grid)} of {grid[0] * grid[1] * grid[2]} tokens"
+        )
 
 # %% ../../nbs/models/heads.ipynb #11c4425e
 class LinearHead(nn.Module):
@@ -76,7 +80,11 @@ class AttentiveHead(nn.Module):
         self.heads = heads
         self.query = nn.Parameter(0.02 * torch.randn(dim))
         self.norm_tokens, self.norm_mlp, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.to_query, self.to_keys_values, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.to_query, self.to_keys_values, self.proj = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
         hidden = int(mlp_ratio * dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.out = nn.Linear(dim, n_out)
@@ -93,9 +101,13 @@ class AttentiveHead(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x, dim = self.norm_tokens(tokens), len(self.query)
-        pooled = self._scores(x).softmax(dim=1).transpose(1, 2) @ x  # (b, heads, d): the value map is linear, so it can wait until here
+        pooled = (
+            self._scores(x).softmax(dim=1).transpose(1, 2) @ x
+        )  # (b, heads, d): the value map is linear, so it can wait until here
         to_values = rearrange(self.to_keys_values.weight[dim:], "(heads d) c -> heads d c", heads=self.heads)
-        read = einsum(pooled, to_values, "b heads c, heads d c -> b heads d").flatten(1) + self.to_keys_values.bias[dim:]
+        read = (
+            einsum(pooled, to_values, "b heads c, heads d c -> b heads d").flatten(1) + self.to_keys_values.bias[dim:]
+        )
         a = self.query + self.proj(read)
         return self.out(self.norm_out(a + self.mlp(self.norm_mlp(a))))
 
@@ -105,7 +117,15 @@ class ConvPredictor(nn.Module):
 
     `time_kernel` > 1 adds a depthwise convolution over that many token frames (odd), so that a frame may be predicted from its neighbours."""
 
-    def __init__(self, dim: int, hidden: int | None = None, *, kernel_size: int = 7, layer_scale: float = 1e-6, time_kernel: int = 1):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        *,
+        kernel_size: int = 7,
+        layer_scale: float = 1e-6,
+        time_kernel: int = 1,
+    ):
         super().__init__()
         if time_kernel < 1 or time_kernel % 2 == 0:
             raise ValueError(f"time_kernel must be odd and positive (1: no mixing of frames), got {time_kernel}")
@@ -131,7 +151,16 @@ class TransformerDecoder(nn.Module):
 
     `width` is half the encoder's by default. He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022)."""
 
-    def __init__(self, dim: int, n_out: int, *, width: int | None = None, depth: int = 2, heads: int = 2, temperature: float = 10000.0):
+    def __init__(
+        self,
+        dim: int,
+        n_out: int,
+        *,
+        width: int | None = None,
+        depth: int = 2,
+        heads: int = 2,
+        temperature: float = 10000.0,
+    ):
         super().__init__()
         self.temperature = temperature  # of the positions, as of the encoder's
         self.width = width or 2 * (dim // 4)  # even, for the positions
@@ -156,12 +185,16 @@ class ConvDecoder(nn.Module):
 
     `cell`: frames and pixels `(t, h, w)` that one token answers for; see `cell_of`."""
 
-    def __init__(self, dim: int, n_channels: int, cell: tuple[int, int, int], *, width: int | None = None, kernel_size: int = 3):
+    def __init__(
+        self, dim: int, n_channels: int, cell: tuple[int, int, int], *, width: int | None = None, kernel_size: int = 3
+    ):
         super().__init__()
         width = width or dim
         self.n_channels, self.cell = n_channels, tuple(cell)
         self.embed = nn.Linear(dim, width)
-        self.block = ConvBlock(width, (1, kernel_size, kernel_size), layer_scale=1.0)  # a single block is not to start as the identity
+        self.block = ConvBlock(
+            width, (1, kernel_size, kernel_size), layer_scale=1.0
+        )  # a single block is not to start as the identity
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_channels * cell[0] * cell[1] * cell[2]))
 
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -175,5 +208,7 @@ class ConvDecoder(nn.Module):
 def cell_of(shape: tuple[int, int, int], grid: tuple[int, int, int]) -> tuple[int, int, int]:
     "Frames and pixels per token; ValueError if the token grid does not divide the clip."
     if any(s % g for s, g in zip(shape, grid)):
-        raise ValueError(f"a token grid {tuple(grid)} does not divide clips of shape {tuple(shape)}: each axis must be a multiple of the grid's")
+        raise ValueError(
+            f"a token grid {tuple(grid)} does not divide clips of shape {tuple(shape)}: each axis must be a multiple of the grid's"
+        )
     return tuple(s // g for s, g in zip(shape, grid))

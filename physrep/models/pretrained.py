@@ -20,18 +20,35 @@ from safetensors.torch import save_file
 from torch import nn
 
 # %% ../../nbs/models/pretrained.ipynb #ba33c4a5
-def save_encoder(path: str | Path, encoder: nn.Module, name: str, *, system: str | System, normaliser: Normaliser, shape: tuple[int, int, int], dt: float | None, **extra) -> None:
+def save_encoder(
+    path: str | Path,
+    encoder: nn.Module,
+    name: str,
+    *,
+    system: str | System,
+    normaliser: Normaliser,
+    shape: tuple[int, int, int],
+    dt: float | None,
+    **extra,
+) -> None:
     "Writes weights, configuration, field order, normalisation, clip shape `(t, h, w)`, time between frames and `extra`, whole or not at all."
     system = get_system(system) if isinstance(system, str) else system
     info = {
-        "name": name, "config": dict(encoder.config), "system": system.name, "channels": system.channels, "shape": list(shape), "dt": dt,
-        "mean": normaliser.mean.tolist(), "std": normaliser.std.tolist(), **extra,
+        "name": name,
+        "config": dict(encoder.config),
+        "system": system.name,
+        "channels": system.channels,
+        "shape": list(shape),
+        "dt": dt,
+        "mean": normaliser.mean.tolist(),
+        "std": normaliser.std.tolist(),
+        **extra,
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"physrep": json.dumps(info, sort_keys=True)})
 
-
+# %% ../../nbs/models/pretrained.ipynb #b9098ce1
 class LoadedEncoder(nn.Module):
     "A frozen encoder with its normalisation: `embed` takes raw fields in physical units. `info` holds everything that came with the weights."
 
@@ -46,16 +63,28 @@ class LoadedEncoder(nn.Module):
         return self.encoder(x)
 
     @torch.no_grad()
-    def embed(self, fields: np.ndarray | torch.Tensor, dt: float, *, pool: bool = True, any_grid: bool = False, batch_size: int = 64) -> np.ndarray:
+    def embed(
+        self,
+        fields: np.ndarray | torch.Tensor,
+        dt: float,
+        *,
+        pool: bool = True,
+        any_grid: bool = False,
+        batch_size: int = 64,
+    ) -> np.ndarray:
         """Physical fields `(b, c, t, h, w)`, channels in the order `info["channels"]`, frames `dt` apart -> features `(b, d)` (mean over tokens), or
         tokens `(b, n, d)` with `pool=False`. Raises ValueError for other channels, another number of frames, another `dt`, values that are not finite, or (but for
         `any_grid=True`) another grid than it was trained on."""
         x = torch.as_tensor(np.asarray(fields), dtype=torch.float32)
         c, (t, *grid) = len(self.info["channels"]), self.info["shape"]
         if x.ndim != 5 or x.shape[1] != c or x.shape[2] != t:
-            raise ValueError(f"fields must be (b, {c}, {t}, h, w) with channels {', '.join(self.info['channels'])}; got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"fields must be (b, {c}, {t}, h, w) with channels {', '.join(self.info['channels'])}; got shape {tuple(x.shape)}"
+            )
         if not any_grid and list(x.shape[3:]) != grid:
-            raise ValueError(f"this encoder was trained on grids of {grid[0]}x{grid[1]}, got {x.shape[3]}x{x.shape[4]}; resample the fields, or pass any_grid=True")
+            raise ValueError(
+                f"this encoder was trained on grids of {grid[0]}x{grid[1]}, got {x.shape[3]}x{x.shape[4]}; resample the fields, or pass any_grid=True"
+            )
         if not abs(dt - self.info["dt"]) <= 0.01 * self.info["dt"]:
             raise ValueError(f"this encoder was trained on frames {self.info['dt']:g} apart, got dt={dt:g}")
         if not torch.isfinite(x).all():
@@ -64,7 +93,7 @@ class LoadedEncoder(nn.Module):
         tokens = [self.encoder(self.normaliser(part.to(device))).float() for part in x.split(batch_size)]
         return torch.cat([(part.mean(1) if pool else part).cpu() for part in tokens]).numpy()
 
-
+# %% ../../nbs/models/pretrained.ipynb #c5a93a74
 SHIPPED = Path(importlib.util.find_spec("physrep").origin).resolve().parent / "weights"  # comes with the package
 
 
@@ -75,7 +104,9 @@ def model_folder(path: str | Path) -> Path:
         if folder.is_dir():
             return folder
     names = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
-    raise FileNotFoundError(f"no encoder at {path}: give a finished run folder, its encoder.safetensors, or a name that comes with physrep ({', '.join(names)})")
+    raise FileNotFoundError(
+        f"no encoder at {path}: give a finished run folder, its encoder.safetensors, or a name that comes with physrep ({', '.join(names)})"
+    )
 
 
 def read_encoder(path: str | Path) -> tuple[nn.Module, dict]:
@@ -98,10 +129,12 @@ def read_encoder(path: str | Path) -> tuple[nn.Module, dict]:
     encoder.load_state_dict(tensors)
     return encoder, info
 
-
+# %% ../../nbs/models/pretrained.ipynb #0c118ccc
 def load_encoder(path: str | Path, device: str | torch.device = "cpu") -> LoadedEncoder:
     "The frozen encoder at `path`, as for `read_encoder`; ValueError too for one of several systems, which `physrep.experiments.across.load_joint` loads."
     encoder, info = read_encoder(path)
     if "systems" in info:
-        raise ValueError(f"{path} reads {', '.join(info['systems'])} in shared channels: physrep.experiments.across.load_joint(path, system) loads it for one of them")
+        raise ValueError(
+            f"{path} reads {', '.join(info['systems'])} in shared channels: physrep.experiments.across.load_joint(path, system) loads it for one of them"
+        )
     return LoadedEncoder(encoder, info).to(device)

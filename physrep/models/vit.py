@@ -19,7 +19,9 @@ def token_grid(shape: Sequence[int], tubelet: Sequence[int]) -> tuple[int, int, 
     shape, tubelet = tuple(shape), tuple(tubelet)
     if len(shape) != 3 or any(n < s or n % s for n, s in zip(shape, tubelet)):
         t, h, w = tubelet
-        raise ValueError(f"a clip of shape (t, h, w) = {shape} does not fit: t must be a multiple of {t}, h of {h} and w of {w}")
+        raise ValueError(
+            f"a clip of shape (t, h, w) = {shape} does not fit: t must be a multiple of {t}, h of {h} and w of {w}"
+        )
     return tuple(n // s for n, s in zip(shape, tubelet))
 
 # %% ../../nbs/models/vit.ipynb #51ab7050
@@ -43,7 +45,9 @@ def unpatchify(patches: Tensor, tubelet: Sequence[int], channels: int, grid: Seq
     return rearrange(patches, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, p=p, q=q, r=r)
 
 # %% ../../nbs/models/vit.ipynb #ff4181be
-def sincos_positions(grid: Sequence[int], dim: int, *, temperature: float = 10000.0, device: torch.device | str = "cpu") -> Tensor:
+def sincos_positions(
+    grid: Sequence[int], dim: int, *, temperature: float = 10000.0, device: torch.device | str = "cpu"
+) -> Tensor:
     "Fixed 3D sin-cos positions `(t'*h'*w', dim)` of a token grid: a third of the width for each axis, the remainder to time."
     if dim % 2 or dim < 6:
         raise ValueError(f"sin-cos positions need an even width of at least 6, got {dim}")
@@ -133,7 +137,9 @@ class ViT(nn.Module):
         patches, positions = patchify(x, self.tubelet), self.pos_embed(self.grid(x.shape[2:]))
         if keep is not None:
             if keep.ndim != 2 or len(keep) != len(x) or keep.dtype != torch.long:
-                raise ValueError(f"keep must be indices ({len(x)}, k) of dtype int64, got {tuple(keep.shape)} of {keep.dtype}")
+                raise ValueError(
+                    f"keep must be indices ({len(x)}, k) of dtype int64, got {tuple(keep.shape)} of {keep.dtype}"
+                )
             patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[2]))
             positions = positions[keep]
         x = self.embed(patches) + positions

@@ -27,10 +27,12 @@ def _variance(z: torch.Tensor, eps: float) -> torch.Tensor:
 def _covariance(z: torch.Tensor) -> torch.Tensor:
     z = z - z.mean(dim=0)
     cov = z.T @ z / (len(z) - 1)
-    off_diagonal = cov - torch.diag(cov.diagonal())  # rather than a difference of two sums of squares, which would cancel
+    off_diagonal = cov - torch.diag(
+        cov.diagonal()
+    )  # rather than a difference of two sums of squares, which would cancel
     return off_diagonal.square().sum() / z.shape[1]
 
-
+# %% ../../nbs/objectives/jepa.ipynb #65ed7115
 def check_chunks(samples: int, dim: int, chunks: int) -> None:
     "ValueError if a chunk would have fewer than twice as many samples as dimensions."
     if chunks < 1:
@@ -106,7 +108,7 @@ def _row_order(n: int, seeds: torch.Tensor, chunks: int) -> torch.Tensor | None:
     "Permutation of `n` rows that depends on the batch's seeds; None for one chunk, whose statistics do not depend on the order."
     return torch.randperm(n, generator=generator("jepa order", *seeds.tolist())) if chunks > 1 else None
 
-
+# %% ../../nbs/objectives/jepa.ipynb #d832422d
 @torch.no_grad()
 def _move_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
     "Moves the parameters of `average` towards those of `module`, in place; buffers are copied."
@@ -149,7 +151,9 @@ class JEPA(nn.Module):
         self.encoder, self.system, self.shape = encoder, system, tuple(shape)
         self.frames = shape[0] + self.horizon
         self.target, self.momentum, self.noise, self.chunks, self.weights = target, momentum, noise, chunks, weights
-        self.predictor = ConvPredictor(encoder.dim, predictor_hidden, layer_scale=predictor_scale, time_kernel=time_kernel)
+        self.predictor = ConvPredictor(
+            encoder.dim, predictor_hidden, layer_scale=predictor_scale, time_kernel=time_kernel
+        )
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False) if target == "ema" else None
 
     def windows(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,10 +173,15 @@ class JEPA(nn.Module):
         "`loss`, and its three terms unweighted and detached."
         (context, target), seeds = self.windows(batch), batch["seeds"]
         if self.noise and self.training:
-            context, target = (_add_noise(x, self.noise, seeds, f"jepa {name}") for x, name in ((context, "context"), (target, "target")))
+            context, target = (
+                _add_noise(x, self.noise, seeds, f"jepa {name}")
+                for x, name in ((context, "context"), (target, "target"))
+            )
         predicted, true = (z.flatten(0, 1) for z in self.features(context, target))
         order = _row_order(len(true), seeds, self.chunks)
-        parts = vicreg_loss(predicted, true, chunks=self.chunks, order=order, both_sides=self.target == "shared", **self.weights)
+        parts = vicreg_loss(
+            predicted, true, chunks=self.chunks, order=order, both_sides=self.target == "shared", **self.weights
+        )
         return {name: value if name == "loss" else value.detach() for name, value in parts.items()}
 
     def after_step(self) -> None:
@@ -200,7 +209,12 @@ def _component_maps(
 
 
 def _feature_figure(
-    true: torch.Tensor, predicted: torch.Tensor, clips: dict[str, torch.Tensor], *, grid: tuple[int, int, int], name: str
+    true: torch.Tensor,
+    predicted: torch.Tensor,
+    clips: dict[str, torch.Tensor],
+    *,
+    grid: tuple[int, int, int],
+    name: str,
 ) -> Figure:
     "A row for target and prediction of each sample; first the last frame of the clip that the row was computed from."
     maps, titles = _component_maps(true, predicted, grid)

@@ -26,8 +26,14 @@ def tube_mask(seeds: torch.Tensor, grid: tuple[int, int, int], ratio: float) -> 
     hidden = round(ratio * h * w)
     if not 0 < hidden < h * w:
         what = "every patch" if hidden > 0 else "no patch"
-        fits = f"a ratio from {1 / (h * w):.3g} to {1 - 1 / (h * w):.3g}, or smaller patches" if h * w > 1 else "smaller patches"
-        raise ValueError(f"a mask ratio of {ratio} hides {what} of a {h} x {w} patch grid ({hidden} of {h * w}): choose {fits}")
+        fits = (
+            f"a ratio from {1 / (h * w):.3g} to {1 - 1 / (h * w):.3g}, or smaller patches"
+            if h * w > 1
+            else "smaller patches"
+        )
+        raise ValueError(
+            f"a mask ratio of {ratio} hides {what} of a {h} x {w} patch grid ({hidden} of {h * w}): choose {fits}"
+        )
     order = rand_samples(seeds, (h * w,), name="mask").argsort(dim=1)
     mask = torch.zeros(len(seeds), h * w, dtype=torch.bool).scatter(1, order[:, :hidden], True)
     return repeat(mask, "b hw -> b (t hw)", t=t)
@@ -76,7 +82,7 @@ def _targets(x: torch.Tensor, patch: tuple[int, int, int], target_norm: str) -> 
     mean, std = patch_statistics(x, patch)
     return (x - mean) / std
 
-
+# %% ../../nbs/objectives/mae.ipynb #834ba1bf
 def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "Mean squared error of fields `(b, c, t, h, w)` over the pixels where `mask (b, 1, t, h, w)` is True, in float32."
     error = torch.where(mask, prediction.float() - target.float(), 0.0)
@@ -128,14 +134,23 @@ class MAE(nn.Module):
         tubelet = getattr(encoder, "tubelet", None)  # an encoder with tubelets can leave hidden ones out
         self.patch = _checked_patch(patch, tubelet)
         self.grid, self.patch_grid = grid, token_grid(shape, self.patch)
-        tube_mask(torch.zeros(1, dtype=torch.int64), self.patch_grid, ratio)  # raises for a mask that hides nothing or everything
+        tube_mask(
+            torch.zeros(1, dtype=torch.int64), self.patch_grid, ratio
+        )  # raises for a mask that hides nothing or everything
         self.encoder, self.system, self.shape, self.frames = encoder, system, tuple(shape), shape[0]
         self.ratio, self.target_norm, self.drops = ratio, target_norm, tubelet is not None
         c = system.n_channels
         if self.drops:
             n_out = c * self.patch[0] * self.patch[1] * self.patch[2]
             sincos_positions((1, 1, 1), decoder_width or encoder.dim // 2)  # raises for a width that has no positions
-            self.decoder = TransformerDecoder(encoder.dim, n_out, width=decoder_width, depth=decoder_depth, heads=decoder_heads, temperature=encoder.temperature)
+            self.decoder = TransformerDecoder(
+                encoder.dim,
+                n_out,
+                width=decoder_width,
+                depth=decoder_depth,
+                heads=decoder_heads,
+                temperature=encoder.temperature,
+            )
         else:
             self.mask_token = nn.Parameter(torch.zeros(1, c, 1, 1, 1))
             self.decoder = ConvDecoder(encoder.dim, c, cell_of(shape, grid), width=decoder_width)

@@ -35,20 +35,26 @@ def objective_module(name: str) -> str:
     objective_class(name)
     return OBJECTIVES[name].split(":")[0].removeprefix("physrep.")
 
-
+# %% ../../nbs/objectives/methods.ipynb #7eca91f8
 def check_pair(objective: str, encoder: str | None) -> str:
     "The encoder to use (the objective's default for None or ''); ValueError if the encoder does not fit, with those that do."
     cls = objective_class(objective)
     encoder = encoder or cls.default_encoder
     if encoder not in cls.encoders:
-        raise ValueError(f"objective {objective!r} does not take encoder {encoder!r}; it takes: {', '.join(cls.encoders)}")
+        raise ValueError(
+            f"objective {objective!r} does not take encoder {encoder!r}; it takes: {', '.join(cls.encoders)}"
+        )
     return encoder
 
 
-def build_objective(name: str, encoder: nn.Module, *, system: System, shape: tuple[int, int, int], **coefficients) -> nn.Module:
+def build_objective(
+    name: str, encoder: nn.Module, *, system: System, shape: tuple[int, int, int], **coefficients
+) -> nn.Module:
     "A new objective around an encoder, for clips of `shape` (t, h, w); ValueError for an unknown name or coefficient."
     cls = objective_class(name)
     known = [p for p in inspect.signature(cls).parameters if p not in ("encoder", "system", "shape")]
     if unknown := set(coefficients) - set(known):
-        raise ValueError(f"objective {name!r} has no coefficient {', '.join(sorted(unknown))}; it has: {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"objective {name!r} has no coefficient {', '.join(sorted(unknown))}; it has: {', '.join(known) or 'none'}"
+        )
     return cls(encoder, system=system, shape=shape, **coefficients)

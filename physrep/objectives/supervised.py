@@ -20,6 +20,7 @@ HEADS = {"linear": LinearHead, "mlp": MLPHead, "attentive": AttentiveHead}
 
 class Supervised(nn.Module):
     "Trains encoder and head on the labels, mean squared error. Raises ValueError for an unknown head or a shape that the encoder does not take."
+
     default_encoder, encoders, trains = "convnext", ("convnext", "vit"), True
 
     def __init__(
@@ -50,7 +51,9 @@ class Supervised(nn.Module):
     def show(self, batch: dict) -> Figure:
         "Predicted against true labels, z-scored."
         predicted, true = self.predict(batch).float().cpu(), batch["labels"].cpu()
-        fig, axes = plt.subplots(1, len(self.system.labels), figsize=(3 * len(self.system.labels), 3), layout="constrained", squeeze=False)
+        fig, axes = plt.subplots(
+            1, len(self.system.labels), figsize=(3 * len(self.system.labels), 3), layout="constrained", squeeze=False
+        )
         for ax, label, x, y in zip(axes[0], self.system.labels, true.T, predicted.T):
             ax.plot(x, y, ".", alpha=0.6)
             ax.axline((0, 0), slope=1, color="0.6", lw=1)
@@ -60,6 +63,7 @@ class Supervised(nn.Module):
 # %% ../../nbs/objectives/supervised.ipynb #d8af035c
 class RandomEncoder(nn.Module):
     "An encoder as it is initialised. It is not trained: `forward` raises RuntimeError."
+
     default_encoder, encoders, trains = "convnext", ("convnext", "vit"), False
 
     def __init__(self, encoder: nn.Module, *, system: System, shape: tuple[int, int, int]):

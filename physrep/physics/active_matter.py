@@ -15,7 +15,17 @@ import numpy as np
 import torch
 
 from ..core.randomness import randn_samples
-from .shear_flow import SimulationBlewUp, _check_grid, _check_times, _damp, resize_spectrum, spectral_grid, suggest_dt, to_field, to_spectrum
+from physrep.physics.shear_flow import (
+    SimulationBlewUp,
+    _check_grid,
+    _check_times,
+    _damp,
+    resize_spectrum,
+    spectral_grid,
+    suggest_dt,
+    to_field,
+    to_spectrum,
+)
 
 # %% ../../nbs/physics/active_matter.ipynb #4fad5e43
 BETA = 0.8  # density parameter of the stress
@@ -24,7 +34,19 @@ D_R = 0.05  # rotational diffusivity
 VISCOSITY = 1 + BETA / 8  # of the fluid and its rods where they are isotropic, see below
 
 # %% ../../nbs/physics/active_matter.ipynb #5059cc49
-CLOSURE = (0.748324, 0.354426, 0.128888, 0.012022, -0.165195, -0.416099, -0.127781, 0.468124, 0.288026, -0.168473, -0.122263)  # of n, in powers of 2 q - 1, lowest first
+CLOSURE = (
+    0.748324,
+    0.354426,
+    0.128888,
+    0.012022,
+    -0.165195,
+    -0.416099,
+    -0.127781,
+    0.468124,
+    0.288026,
+    -0.168473,
+    -0.122263,
+)  # of n, in powers of 2 q - 1, lowest first
 
 
 def closure(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +74,7 @@ def growth_rate(
 @dataclass(frozen=True)
 class MatterGrid:
     "Wavenumbers of a periodic box and factors that the solver multiplies by; spectra are `(..., nx, ny // 2 + 1)`."
+
     shape: tuple[int, int]  # points in x and y
     box: tuple[float, float]  # lengths in x and y
     kx: torch.Tensor  # (nx, 1)
@@ -59,9 +82,13 @@ class MatterGrid:
     keep: torch.Tensor  # bool, the waves with |m| <= `kept` n
     k_max: tuple[float, float]  # the largest kept wavenumber along x and y
     decay_rate: torch.Tensor  # (3, nx, ny // 2 + 1) float64: of c and of both parts of f
-    stress: torch.Tensor  # (2, nx, ny // 2 + 1, 2): stress over beta / 2 to stream function, once each for real and imaginary parts
+    stress: (
+        torch.Tensor
+    )  # (2, nx, ny // 2 + 1, 2): stress over beta / 2 to stream function, once each for real and imaginary parts
     flow: torch.Tensor  # (5, nx, ny // 2 + 1): stream function to u, v, E11, E12, w
-    flux: torch.Tensor  # (8, nx, ny // 2 + 1): minus the divergence of fluxes along x (3) and y (3), and 1 for both sources
+    flux: (
+        torch.Tensor
+    )  # (8, nx, ny // 2 + 1): minus the divergence of fluxes along x (3) and y (3), and 1 for both sources
 
 
 def matter_grid(
@@ -86,7 +113,10 @@ def matter_grid(
     rate = D_T * k2 + torch.tensor([0.0, 4 * D_R, 4 * D_R], dtype=torch.float64)[:, None, None]
     k_max = tuple(2 * np.pi * int(kept * n + 1e-6) / length for n, length in zip(g.shape, g.box))
     real = [f.to(dtype=dtype, device=device) for f in (kx, ky)]
-    factors = stress[..., None].repeat(1, 1, 1, 2).to(dtype=dtype, device=device), *(f.to(dtype=dtype.to_complex(), device=device) for f in (flow, flux))
+    factors = (
+        stress[..., None].repeat(1, 1, 1, 2).to(dtype=dtype, device=device),
+        *(f.to(dtype=dtype.to_complex(), device=device) for f in (flow, flux)),
+    )
     return MatterGrid(g.shape, g.box, *real, keep.to(device), k_max, rate.to(device), *factors)
 
 # %% ../../nbs/physics/active_matter.ipynb #d6248e9e
@@ -131,8 +161,10 @@ def flow_spectrum(state, aligned: tuple, guess: torch.Tensor, active: torch.Tens
     _damp(spectrum, grid.stress)
     return spectrum[:, :1] + spectrum[:, 1:]
 
-
-def tendency(state, guess, active, zeta, grid: MatterGrid, flux_factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+# %% ../../nbs/physics/active_matter.ipynb #fea3f803
+def tendency(
+    state, guess, active, zeta, grid: MatterGrid, flux_factor: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rates of change of the spectra of c and f without diffusion, `(b, 3, nx, ny // 2 + 1)`, and the strain rate E, `(b, 2, x, y)`.
 
     `flux_factor` defaults to `grid.flux`; a multiple of it (a time step) multiplies the rates at no cost.
@@ -157,7 +189,9 @@ def tendency(state, guess, active, zeta, grid: MatterGrid, flux_factor: torch.Te
     return rate, strain
 
 
-def settle(state, guess, active, zeta, grid: MatterGrid, passes: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def settle(
+    state, guess, active, zeta, grid: MatterGrid, passes: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Fields of c and f, stream function and strain rate after that many passes from a guess of E."
     fields = to_field(state, grid.shape)
     aligned = align(fields, zeta)
@@ -167,7 +201,9 @@ def settle(state, guess, active, zeta, grid: MatterGrid, passes: int = 4) -> tup
     return fields, spectrum, guess
 
 # %% ../../nbs/physics/active_matter.ipynb #b7b7eb45
-def rk4_step(state, past: tuple, decay: torch.Tensor, half_flux: torch.Tensor, active, zeta, grid: MatterGrid) -> tuple[torch.Tensor, tuple]:
+def rk4_step(
+    state, past: tuple, decay: torch.Tensor, half_flux: torch.Tensor, active, zeta, grid: MatterGrid
+) -> tuple[torch.Tensor, tuple]:
     """One step: the new state and the strain rates at its middle and end; `past` are those of the step before.
 
     `decay` is the integrating factor of half a step and `half_flux` is `grid.flux * dt / 2`. Sums and products with single rounding only,
@@ -204,7 +240,7 @@ def smallest_grid(alpha: float, zeta: float, length: float) -> int:
         n += 16
     return n
 
-
+# %% ../../nbs/physics/active_matter.ipynb #263e0b81
 def _check_resolved(alpha: np.ndarray, zeta: np.ndarray, grid: MatterGrid) -> None:
     "ValueError for the first pair whose defects the grid cannot resolve."
     k_max = min(grid.k_max)
@@ -225,7 +261,8 @@ def _check_alive(fields: torch.Tensor, *, runs: list[str], moment: float, dt: fl
         shorter = suggest_dt(dt, rate)
         raise SimulationBlewUp(
             f"order above one, a negative concentration, or a number that is not finite at t = {moment:g} with dt = {dt:g} for "
-            + "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            + "; ".join(names[:3])
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             + f". Rods cannot be more than aligned: try dt = {shorter:g}, and a finer grid if that fails",
             shorter,
         )
@@ -246,9 +283,13 @@ def _check_parameters(alpha, zeta, seeds: list[int]) -> list[np.ndarray]:
         values = np.asarray(values, dtype=np.float64)
         values = np.full(len(seeds), float(values)) if values.ndim == 0 else values
         if values.shape != (len(seeds),):
-            raise ValueError(f"{name} must be one number or one per seed, got shape {values.shape} for {len(seeds)} seeds")
+            raise ValueError(
+                f"{name} must be one number or one per seed, got shape {values.shape} for {len(seeds)} seeds"
+            )
         if not (np.isfinite(values) & (values >= least)).all():
-            raise ValueError(f"{name} must be finite{' and not negative' if name == 'zeta' else ''}, got {values[~(np.isfinite(values) & (values >= least))][0]}")
+            raise ValueError(
+                f"{name} must be finite{' and not negative' if name == 'zeta' else ''}, got {values[~(np.isfinite(values) & (values >= least))][0]}"
+            )
         numbers.append(values)
     return numbers
 
@@ -257,18 +298,26 @@ def _custom_state(initial: tuple, n: int, grid: MatterGrid) -> torch.Tensor:
     "Spectra `(n, 3, nx, ny // 2 + 1)` of a given concentration and D; ValueError for what is no distribution of rods."
     c, d = (torch.from_numpy(np.array(f, dtype=np.float64)) for f in initial)
     if c.shape != (n, *grid.shape) or d.shape != (n, *grid.shape, 2, 2):
-        raise ValueError(f"initial must be (concentration, D) of shapes {(n, *grid.shape)} and {(n, *grid.shape, 2, 2)}, got {tuple(c.shape)} and {tuple(d.shape)}")
+        raise ValueError(
+            f"initial must be (concentration, D) of shapes {(n, *grid.shape)} and {(n, *grid.shape, 2, 2)}, got {tuple(c.shape)} and {tuple(d.shape)}"
+        )
     trace, skew = (d[..., 0, 0] + d[..., 1, 1] - c).abs().max(), (d[..., 0, 1] - d[..., 1, 0]).abs().max()
     if not (trace < 1e-5 and skew < 1e-5):
-        raise ValueError(f"initial must have a symmetric D with trace c, got differences up to {float(skew):.1e} and {float(trace):.1e}")
+        raise ValueError(
+            f"initial must have a symmetric D with trace c, got differences up to {float(skew):.1e} and {float(trace):.1e}"
+        )
     state = to_spectrum(torch.stack([c, d[..., 0, 0] - d[..., 1, 1], 2 * d[..., 0, 1]], dim=1)) * grid.keep.cpu()
     c, a, b = to_field(state, grid.shape).unbind(1)
     if not (c > 0).all() or ((a**2 + b**2).sqrt() / c).max() > 1:
-        raise ValueError(f"initial must have c > 0 and |f| <= c at every point, got c = {float(c.min()):.3g} and |f| / c = {float(((a**2 + b**2).sqrt() / c).max()):.4g}")
+        raise ValueError(
+            f"initial must have c > 0 and |f| <= c at every point, got c = {float(c.min()):.3g} and |f| / c = {float(((a**2 + b**2).sqrt() / c).max()):.4g}"
+        )
     return state
 
 # %% ../../nbs/physics/active_matter.ipynb #8b0339b5
-def _integrate(state, alpha, zeta, grid: MatterGrid, *, runs: list[str], steps: int, skip: int, dt: float, n_frames: int, stored):
+def _integrate(
+    state, alpha, zeta, grid: MatterGrid, *, runs: list[str], steps: int, skip: int, dt: float, n_frames: int, stored
+):
     "Yield the frames `(b, 7, x, y)` of one batch on the CPU, checking each: c, u, v, E11, E12, D11 - D22, 2 D12."
     active, zeta = (p.to(grid.stress)[:, None, None, None] for p in (alpha * 2 / BETA, zeta))
     decay = torch.exp(-grid.decay_rate * (dt / 2)).to(grid.stress)[..., None].repeat(1, 1, 1, 2)
@@ -297,11 +346,17 @@ def _as_fields(frames: np.ndarray) -> dict[str, np.ndarray]:
     c, u, v, e11, e12, a, b = np.moveaxis(frames, 2, 0)
     tensor = lambda xx, xy, yy: np.stack([xx, xy, xy, yy], axis=-1).reshape(*xx.shape, 2, 2)  # noqa: E731
     first = (c + a) / 2
-    return {"concentration": c, "velocity": np.stack([u, v], axis=-1), "D": tensor(first, b / 2, c - first), "E": tensor(e11, e12, -e11)}
+    return {
+        "concentration": c,
+        "velocity": np.stack([u, v], axis=-1),
+        "D": tensor(first, b / 2, c - first),
+        "E": tensor(e11, e12, -e11),
+    }
 
 # %% ../../nbs/physics/active_matter.ipynb #bd68447f
 def simulate(
-    alpha: float | Sequence[float],  # activity, negative for rods that push out at their ends; one per trajectory, or one for all
+    alpha: float
+    | Sequence[float],  # activity, negative for rods that push out at their ends; one per trajectory, or one for all
     zeta: float | Sequence[float],  # strength of alignment, not negative
     seeds: Sequence[int],  # one per trajectory: its initial condition
     *,
@@ -314,7 +369,8 @@ def simulate(
     store_grid: int | tuple[int, int] | None = None,  # truncate the output to this grid, with the order kept below one
     dtype: torch.dtype = torch.float32,  # or torch.float64
     device: str | torch.device = "cpu",
-    initial: tuple | None = None,  # (concentration, D), (n, nx, ny) and (n, nx, ny, 2, 2), in place of the seeds' initial conditions
+    initial: tuple
+    | None = None,  # (concentration, D), (n, nx, ny) and (n, nx, ny, 2, 2), in place of the seeds' initial conditions
     batch: int | None = None,  # trajectories stepped together; None: as many as fit a CPU's cache, 256 on a GPU
     progress: Callable[[int, int], None] | None = None,  # called with (frames done, frames in all)
 ) -> dict[str, np.ndarray]:
@@ -349,7 +405,17 @@ def simulate(
         rows = slice(first, min(first + batch, n))
         runs = [f"alpha {alpha[i]:g}, zeta {zeta[i]:g}, seed {seeds[i]}" for i in range(n)[rows]]
         numbers = (torch.from_numpy(p[rows]).to(device) for p in (alpha, zeta))
-        frames = _integrate(state[rows].to(g.flux), *numbers, g, runs=runs, steps=steps, skip=skipped, dt=dt, n_frames=n_frames, stored=stored)
+        frames = _integrate(
+            state[rows].to(g.flux),
+            *numbers,
+            g,
+            runs=runs,
+            steps=steps,
+            skip=skipped,
+            dt=dt,
+            n_frames=n_frames,
+            stored=stored,
+        )
         for t, frame in enumerate(frames):
             out[rows, t] = frame.numpy()
             if progress is not None:

@@ -21,6 +21,7 @@ from .systems import System, get_system
 @dataclass(frozen=True)
 class Knows:
     "What an estimate is told besides the fields; all in words, for the table."
+
     equation: str
     units: str  # of time and space
     boundary: str
@@ -32,15 +33,31 @@ _EQUATION = "advection and diffusion of vorticity and tracer (shear flow)"
 _UNITS = "time between frames, grid spacing"
 KNOWS: dict[str, Knows] = {
     "weak": Knows(_EQUATION, _UNITS, "nothing", "none: their stress on the test functions' scale is neglected", True),
-    "resolved_budget": Knows(_EQUATION, _UNITS, "the field is a whole periodic box", "none: waves below 2/3 of the stored ones, transfer computed from all stored ones", False),
-    "budget": Knows(_EQUATION, _UNITS, "the field is a whole periodic box", "none: their dissipation is neglected", False),
-    "statistics": Knows("nothing", _UNITS, "which axes are periodic", "none; coefficients fitted on train, penalty chosen on valid", True),
+    "resolved_budget": Knows(
+        _EQUATION,
+        _UNITS,
+        "the field is a whole periodic box",
+        "none: waves below 2/3 of the stored ones, transfer computed from all stored ones",
+        False,
+    ),
+    "budget": Knows(
+        _EQUATION, _UNITS, "the field is a whole periodic box", "none: their dissipation is neglected", False
+    ),
+    "statistics": Knows(
+        "nothing",
+        _UNITS,
+        "which axes are periodic",
+        "none; coefficients fitted on train, penalty chosen on valid",
+        True,
+    ),
 }  # of shear flow, and the statistics of any system
 
 # %% ../../nbs/physics/oracle.ipynb #ae548911
 OTHER_EQUATIONS: dict[str, Knows] = {  # the weak form of the other systems
     "rayleigh_benard": replace(
-        KNOWS["weak"], equation="advection and diffusion of vorticity and buoyancy, torque of buoyancy (free-fall units)", units="time between frames, grid spacing, heights of the points"
+        KNOWS["weak"],
+        equation="advection and diffusion of vorticity and buoyancy, torque of buoyancy (free-fall units)",
+        units="time between frames, grid spacing, heights of the points",
     ),
     "active_matter": replace(
         KNOWS["weak"],
@@ -74,7 +91,11 @@ def _bump_matrices(points: np.ndarray, radius: float, stride: float = 2) -> np.n
     xi = (points - centres[:, None]) / (radius * gap)
     bump = np.polynomial.Polynomial([1, 0, -1]) ** POWER
     parts = [bump] + [bump.deriv(k) for k in (1, 2, 3)]
-    return np.stack([np.where(np.abs(xi) < 1, p(xi), 0.0) / (radius * gap) ** k for k, p in enumerate(parts)]) * np.gradient(points) / gap
+    return (
+        np.stack([np.where(np.abs(xi) < 1, p(xi), 0.0) / (radius * gap) ** k for k, p in enumerate(parts)])
+        * np.gradient(points)
+        / gap
+    )
 
 
 def _radius(points: np.ndarray) -> float:
@@ -83,7 +104,14 @@ def _radius(points: np.ndarray) -> float:
     return min(max(len(points) // 3, 8 * gaps.max()), (gaps.sum() + first + last) / 2)
 
 # %% ../../nbs/physics/oracle.ipynb #36ad570e
-def _integrals(shape: tuple[int, int, int], dt: float, spacing: tuple[float, float], *, frame_radius: float = FRAME_RADIUS, heights: np.ndarray | None = None) -> Callable[..., np.ndarray]:
+def _integrals(
+    shape: tuple[int, int, int],
+    dt: float,
+    spacing: tuple[float, float],
+    *,
+    frame_radius: float = FRAME_RADIUS,
+    heights: np.ndarray | None = None,
+) -> Callable[..., np.ndarray]:
     """A function `integral(f, kx, ky, kt=0)`: of f `(b, t, h, w)`, real or complex, times derivatives of the bump, at every place, `(b, places)`.
     With `kt=None` over space only, at every frame. `heights` `(w,)` where the points along y are not `spacing[1]` apart."""
     t, h, w = shape
@@ -122,7 +150,9 @@ def _weak_diffusivities(fields: np.ndarray, dt: float, spacing: tuple[float, flo
         return integral(u, kx, ky + 1, kt) - integral(v, kx + 1, ky, kt)
 
     shear = integral(u * v, 2, 0) - integral(u * v, 0, 2)
-    viscosity = _least_squares(-vorticity(0, 0, 1) + shear + integral(v * v - u * u, 1, 1), vorticity(2, 0) + vorticity(0, 2))
+    viscosity = _least_squares(
+        -vorticity(0, 0, 1) + shear + integral(v * v - u * u, 1, 1), vorticity(2, 0) + vorticity(0, 2)
+    )
     flux = integral(u * s, 1, 0) + integral(v * s, 0, 1)
     diffusivity = _least_squares(-integral(s, 0, 0, 1) - flux, integral(s, 2, 0) + integral(s, 0, 2))
     return np.stack([viscosity, diffusivity], axis=1)
@@ -136,7 +166,9 @@ def _integration_matrix(n: int, dt: float, order: int = 6) -> np.ndarray:
         start = min(max(i + 1 - order // 2, 0), n - order)
         nodes = np.arange(start, start + order) - i
         powers = np.arange(order)
-        total[i + 1 :, start : start + order] += dt * np.linalg.solve(nodes ** powers[:, None].astype(float), 1 / (powers + 1))
+        total[i + 1 :, start : start + order] += dt * np.linalg.solve(
+            nodes ** powers[:, None].astype(float), 1 / (powers + 1)
+        )
     return total
 
 
@@ -147,23 +179,29 @@ def _budget_terms(fields: np.ndarray, spacing: tuple[float, float], resolved: bo
     box = tuple(n * step for n, step in zip(shape, spacing))
     grid = spectral_grid(shape, box)
     fine = spectral_grid([2 * math.ceil(3 * n / 4) for n in shape], box)  # on which products of stored waves are exact
-    spectra = to_spectrum(torch.from_numpy(np.ascontiguousarray(fields[:, [0, 2, 3]].swapaxes(1, 2))).double().reshape(-1, 3, *shape))
+    spectra = to_spectrum(
+        torch.from_numpy(np.ascontiguousarray(fields[:, [0, 2, 3]].swapaxes(1, 2))).double().reshape(-1, 3, *shape)
+    )
     state = torch.stack([1j * grid.kx * spectra[:, 2] - 1j * grid.ky * spectra[:, 1], spectra[:, 0]], dim=1)
     rate = resize_spectrum(tendency(resize_spectrum(state, grid.shape, fine.shape), fine), fine.shape, grid.shape)
     weight = grid.weight * (grid.keep if resolved else 1.0)
-    scale = torch.stack([grid.inverse_k2, (grid.k2 > 0).double()]) * weight  # |u|^2 = |w|^2 / k^2; the mean is no variance
+    scale = (
+        torch.stack([grid.inverse_k2, (grid.k2 > 0).double()]) * weight
+    )  # |u|^2 = |w|^2 / k^2; the mean is no variance
     power = torch.view_as_real(state).square().sum(-1) * scale
     transfer = (torch.view_as_real(state) * torch.view_as_real(rate)).sum(-1) * scale
     terms = [f.sum((-2, -1)).reshape(b, t, 2).transpose(1, 2) for f in (0.5 * power, transfer, grid.k2 * power)]
     return torch.stack(terms).numpy()
 
-
+# %% ../../nbs/physics/oracle.ipynb #127662b5
 def _budget_diffusivities(fields: np.ndarray, dt: float, spacing: tuple[float, float], *, resolved: bool) -> np.ndarray:
     "nu and D, `(b, 2)`, from clips `(b, 4, t, h, w)` of shear flow in a whole periodic box, by integral budgets."
     content, transfer, loss = _budget_terms(fields, spacing, resolved)
     integrate = _integration_matrix(fields.shape[2], dt).T
     gone, lost = content - transfer @ integrate, -(loss @ integrate)
-    gone, lost = (a - a.mean(-1, keepdims=True) for a in (gone, lost))  # the content at the start is not fitted but free
+    gone, lost = (
+        a - a.mean(-1, keepdims=True) for a in (gone, lost)
+    )  # the content at the start is not fitted but free
     return np.stack([_least_squares(gone[:, i], lost[:, i]) for i in range(2)], axis=1)
 
 # %% ../../nbs/physics/oracle.ipynb #97104c90
@@ -171,10 +209,14 @@ METHODS = ("weak", "resolved_budget", "budget")
 DIFFUSIVITIES = (1e-8, 1e2)  # what an estimate can be; failed ones stand exactly at an edge
 
 
-def _shear_flow_oracle(fields: np.ndarray, *, dt: float, spacing: tuple[float, float], method: str, periodic: tuple[bool, bool]) -> np.ndarray:
+def _shear_flow_oracle(
+    fields: np.ndarray, *, dt: float, spacing: tuple[float, float], method: str, periodic: tuple[bool, bool]
+) -> np.ndarray:
     "Reynolds and Schmidt numbers `(b, 2)` of clips of shear flow."
     if method != "weak" and not all(periodic):
-        raise ValueError(f"method {method!r} needs a whole periodic box: what flows through the edges of a crop is not in its budget; use 'weak'")
+        raise ValueError(
+            f"method {method!r} needs a whole periodic box: what flows through the edges of a crop is not in its budget; use 'weak'"
+        )
     if method == "weak":
         found = _weak_diffusivities(fields, dt, spacing)
     else:
@@ -183,7 +225,9 @@ def _shear_flow_oracle(fields: np.ndarray, *, dt: float, spacing: tuple[float, f
     return np.stack([1 / viscosity, viscosity / diffusivity], axis=1)
 
 
-ORACLES: dict[str, Callable[..., np.ndarray]] = {"shear_flow": _shear_flow_oracle}  # system -> its oracle; two more follow below
+ORACLES: dict[str, Callable[..., np.ndarray]] = {
+    "shear_flow": _shear_flow_oracle
+}  # system -> its oracle; two more follow below
 
 # %% ../../nbs/physics/oracle.ipynb #f08d79f6
 def equation_oracle(
@@ -210,7 +254,9 @@ def equation_oracle(
     knows(system, method)  # raises for what the system does not have
     x = _checked(fields, system, dt, spacing, MIN_FRAMES, heights)
     if min(x.shape[3:]) < MIN_POINTS:
-        raise ValueError(f"an oracle needs at least {MIN_POINTS} points along both axes, got {x.shape[3]} x {x.shape[4]}")
+        raise ValueError(
+            f"an oracle needs at least {MIN_POINTS} points along both axes, got {x.shape[3]} x {x.shape[4]}"
+        )
     options = dict(dt=dt, spacing=tuple(spacing), method=method, periodic=_periodic_axes(system, periodic))
     if heights is not None:
         options["heights"] = _positions(heights, system, x.shape[4], spacing[1])
@@ -218,11 +264,15 @@ def equation_oracle(
     return np.concatenate(parts) if parts else np.empty((0, len(system.labels)))
 
 # %% ../../nbs/physics/oracle.ipynb #99ff87b7
-SHORT_RADIUS = 6.0  # half-width of the bump in time for convection and active matter, frames: six places in a clip of 16
+SHORT_RADIUS = (
+    6.0  # half-width of the bump in time for convection and active matter, frames: six places in a clip of 16
+)
 ROUNDS = 10  # of weighting for these
 
 
-def _layer_equations(fields: np.ndarray, dt: float, spacing: tuple[float, float], heights: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
+def _layer_equations(
+    fields: np.ndarray, dt: float, spacing: tuple[float, float], heights: np.ndarray | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
     "Of vorticity and of buoyancy: left and right, `(b, places)` each, of `left = diffusivity * right`, from clips `(b, 4, t, h, w)` of convection."
     x = fields.astype(np.float64)
     integral = _integrals(x.shape[2:], dt, spacing, frame_radius=SHORT_RADIUS, heights=heights)
@@ -239,7 +289,9 @@ def _layer_equations(fields: np.ndarray, dt: float, spacing: tuple[float, float]
     ]
 
 # %% ../../nbs/physics/oracle.ipynb #ce3608ef
-def _rayleigh_benard_oracle(fields: np.ndarray, *, dt: float, spacing: tuple[float, float], heights: np.ndarray | None = None, **_) -> np.ndarray:
+def _rayleigh_benard_oracle(
+    fields: np.ndarray, *, dt: float, spacing: tuple[float, float], heights: np.ndarray | None = None, **_
+) -> np.ndarray:
     "Prandtl and Rayleigh numbers `(b, 2)` of clips of Rayleigh-Benard convection, by the weak form."
     equations = _layer_equations(fields, dt, spacing, heights)
     nu, kappa = np.clip([_least_squares(left, right, ROUNDS) for left, right in equations], *DIFFUSIVITIES)
@@ -249,7 +301,10 @@ def _rayleigh_benard_oracle(fields: np.ndarray, *, dt: float, spacing: tuple[flo
 ORACLES["rayleigh_benard"] = _rayleigh_benard_oracle
 
 # %% ../../nbs/physics/oracle.ipynb #f461a0bf
-ALIGNMENTS, ACTIVITIES = (0.0, 100.0), (-100.0, 100.0)  # what an estimate of zeta and alpha can be; a field that says nothing gives 0
+ALIGNMENTS, ACTIVITIES = (
+    (0.0, 100.0),
+    (-100.0, 100.0),
+)  # what an estimate of zeta and alpha can be; a field that says nothing gives 0
 
 
 def _derivative_matrix(n: int, step: float, order: int = 8) -> np.ndarray:
@@ -259,7 +314,9 @@ def _derivative_matrix(n: int, step: float, order: int = 8) -> np.ndarray:
     for i in range(n):
         start = min(max(i - order // 2, 0), n - order - 1)
         powers = np.arange(order + 1)
-        matrix[i, start : start + order + 1] = np.linalg.solve((start + powers - i) ** powers[:, None].astype(float), powers == 1) / step
+        matrix[i, start : start + order + 1] = (
+            np.linalg.solve((start + powers - i) ** powers[:, None].astype(float), powers == 1) / step
+        )
     return matrix
 
 
@@ -279,13 +336,19 @@ def _active_matter_oracle(fields: np.ndarray, *, dt: float, spacing: tuple[float
     integral = _integrals(fields.shape[2:], dt, spacing, frame_radius=SHORT_RADIUS)
     torque, turned = c * f - f.conj() * f4, strain.conj() * f4  # both come in twice
     flux = integral(u * f, 1, 0) + integral(v * f, 0, 1)
-    passive = integral(1j * w * f + strain * c - turned - 4 * D_R * f, 0, 0) + D_T * (integral(f, 2, 0) + integral(f, 0, 2))
+    passive = integral(1j * w * f + strain * c - turned - 4 * D_R * f, 0, 0) + D_T * (
+        integral(f, 2, 0) + integral(f, 0, 2)
+    )
     zeta = np.clip(_least_squares(-integral(f, 0, 0, 1) - flux - passive, integral(torque, 0, 0), ROUNDS), *ALIGNMENTS)
 
     def curl(stress: np.ndarray) -> np.ndarray:  # <curl div stress, phi> at every frame
-        return (integral(stress.imag, 2, 0, None) - integral(stress.imag, 0, 2, None)) / 2 - integral(stress.real, 1, 1, None)
+        return (integral(stress.imag, 2, 0, None) - integral(stress.imag, 0, 2, None)) / 2 - integral(
+            stress.real, 1, 1, None
+        )
 
-    viscous = sum(integral(v, kx + 1, ky, None) - integral(u, kx, ky + 1, None) for kx, ky in ((2, 0), (0, 2)))  # -<lap w, phi>
+    viscous = sum(
+        integral(v, kx + 1, ky, None) - integral(u, kx, ky + 1, None) for kx, ky in ((2, 0), (0, 2))
+    )  # -<lap w, phi>
     known = curl(BETA / 2 * (strain * c + turned - zeta[:, None, None, None] * torque))
     alpha = np.clip(_least_squares(viscous - known, curl(f), ROUNDS), *ACTIVITIES)
     return np.stack([alpha, zeta], axis=1)

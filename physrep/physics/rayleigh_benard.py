@@ -37,13 +37,15 @@ def legendre_nodes(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def interpolation(nodes: np.ndarray, points: np.ndarray) -> np.ndarray:
     "Matrix `(points, nodes)` that evaluates the polynomial through the nodes; barycentric formula (Berrut and Trefethen 2004)."
-    gaps = 4 * (nodes[:, None] - nodes) + np.eye(len(nodes))  # 4: the capacity of an interval of length 1, keeps the product in range
+    gaps = 4 * (nodes[:, None] - nodes) + np.eye(
+        len(nodes)
+    )  # 4: the capacity of an interval of length 1, keeps the product in range
     distance = points[:, None] - nodes
     hit = np.abs(distance) < 1e-14
     matrix = np.where(hit.any(axis=1, keepdims=True), hit, 1 / gaps.prod(axis=1) / np.where(hit, 1.0, distance))
     return matrix / matrix.sum(axis=1, keepdims=True)
 
-
+# %% ../../nbs/physics/rayleigh_benard.ipynb #ff9b5e1a
 def vertical_points(n: int, kind: str) -> np.ndarray:
     "Heights `(n,)` between 0 and 1: `uniform` (centres of n cells), `chebyshev` (Gauss, as The Well) or `legendre` (the solver's, with walls)."
     if kind == "uniform":
@@ -62,6 +64,7 @@ class LayerGrid:
     n = ny - 2. m is the number of waves that the 2/3 rule keeps, rounded up to a multiple of 8 (the rest are 0), so that each trajectory fills
     whole vector registers. Wave 0 of the vorticity's slot holds the x-mean of u instead, which no periodic streamfunction knows.
     """
+
     shape: tuple[int, int]  # points in x, nodes in y
     box: tuple[float, float]  # lengths (Lx, 1)
     kept: int  # waves 0 .. kept - 1 are solved for
@@ -80,7 +83,7 @@ class LayerGrid:
     wall_slope: torch.Tensor  # (2, n), slopes of the modes at the upper wall: row 0 the even ones, row 1 the odd ones
     conduction: torch.Tensor  # (n, 1), 1 - y
 
-
+# %% ../../nbs/physics/rayleigh_benard.ipynb #a7307404
 def layer_grid(
     grid: int | tuple[int, int],  # points in x and nodes in y, even
     box: tuple[float, float] = (2.0, 1.0),  # lengths (Lx, 1)
@@ -110,13 +113,28 @@ def layer_grid(
     x_factor[0, 0, 0] = 1.0
 
     def put(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype=dtype.to_complex() if np.iscomplexobj(array) else dtype, device=device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(
+            dtype=dtype.to_complex() if np.iscomplexobj(array) else dtype, device=device
+        )
 
     return LayerGrid(
-        (nx, ny), (lx, ly), kept, y, weight, derivative, values, eigenvalues, k,
-        inverse_laplacian=put(np.repeat(inverse, 2, axis=1)), to_nodes=put(values), to_flow=put(np.concatenate([values, slopes[1:-1]])),
-        from_nodes=put(values.T * inner), from_slopes=put(slopes[1:-1].T * inner), x_factor=put(x_factor),
-        wall_slope=put(slopes[-1] * np.stack([parity > 0, parity < 0])), conduction=put(1 - y[1:-1, None]),
+        (nx, ny),
+        (lx, ly),
+        kept,
+        y,
+        weight,
+        derivative,
+        values,
+        eigenvalues,
+        k,
+        inverse_laplacian=put(np.repeat(inverse, 2, axis=1)),
+        to_nodes=put(values),
+        to_flow=put(np.concatenate([values, slopes[1:-1]])),
+        from_nodes=put(values.T * inner),
+        from_slopes=put(slopes[1:-1].T * inner),
+        x_factor=put(x_factor),
+        wall_slope=put(slopes[-1] * np.stack([parity > 0, parity < 0])),
+        conduction=put(1 - y[1:-1, None]),
     )
 
 # %% ../../nbs/physics/rayleigh_benard.ipynb #c5795a78
@@ -156,7 +174,7 @@ def _complex(parts: torch.Tensor) -> torch.Tensor:
     "View `(..., 2 m)` (re, im alternate) as `(..., m)` complex."
     return torch.view_as_complex(parts.unflatten(-1, (-1, 2)))
 
-
+# %% ../../nbs/physics/rayleigh_benard.ipynb #37029e1c
 def node_fields(state: torch.Tensor, grid: LayerGrid) -> tuple[torch.Tensor, torch.Tensor]:
     "(v, u) and (vorticity, buoyancy) at the inner nodes, `(b, 2, n, nx)` each."
     b, _, n, parts = state.shape
@@ -191,8 +209,11 @@ def tendency(state: torch.Tensor, grid: LayerGrid) -> torch.Tensor:
 @dataclass(frozen=True)
 class ImplicitFactors:
     "What an implicit step multiplies by, for each trajectory."
+
     inverse: torch.Tensor  # (b, 2, n, 2 m), 1 / (lead + dt D (k^2 + eigenvalue)), 0 for waves that are not kept
-    wall: torch.Tensor  # (b, n / 2, 2, 2 m), vorticity that takes away a unit of slip, of the even and the odd modes in turn
+    wall: (
+        torch.Tensor
+    )  # (b, n / 2, 2, 2 m), vorticity that takes away a unit of slip, of the even and the odd modes in turn
 
 
 def implicit_factors(diffusivity: np.ndarray, grid: LayerGrid, dt: float, lead: float) -> ImplicitFactors:
@@ -203,15 +224,19 @@ def implicit_factors(diffusivity: np.ndarray, grid: LayerGrid, dt: float, lead: 
     inverse = keep / (lead + dt * diffusivity[:, :, None, None] * laplacian)
     # How values at both walls, equal for even modes and opposite for odd ones, act on the second derivative of each mode
     inner = (grid.derivative @ grid.derivative)[1:-1]
-    push = grid.values.T @ (grid.weight[1:-1] * inner[:, -1]) + (-1.0) ** np.arange(n) * (grid.values.T @ (grid.weight[1:-1] * inner[:, 0]))
+    push = grid.values.T @ (grid.weight[1:-1] * inner[:, -1]) + (-1.0) ** np.arange(n) * (
+        grid.values.T @ (grid.weight[1:-1] * inner[:, 0])
+    )
     response = dt * diffusivity[:, 0, None, None] * push[:, None] * inverse[:, 0]
     slope = (grid.derivative[-1, 1:-1] @ grid.values)[:, None]
     slip = (slope * response / laplacian).reshape(-1, n // 2, 2, m).sum(axis=1, keepdims=True)
     solved = keep & (np.arange(m) > 0)  # wave 0 is the mean flow, which has no slip anyway
     wall = np.where(solved, -response.reshape(-1, n // 2, 2, m) / np.where(solved, slip, 1.0), 0.0)
-    return ImplicitFactors(*(torch.from_numpy(np.repeat(f, 2, axis=-1)).to(grid.inverse_laplacian) for f in (inverse, wall)))
+    return ImplicitFactors(
+        *(torch.from_numpy(np.repeat(f, 2, axis=-1)).to(grid.inverse_laplacian) for f in (inverse, wall))
+    )
 
-
+# %% ../../nbs/physics/rayleigh_benard.ipynb #b3fff22c
 def implicit_solve(rhs: torch.Tensor, factors: ImplicitFactors, grid: LayerGrid) -> torch.Tensor:
     "The state that satisfies diffusion and the walls."
     state = rhs * factors.inverse
@@ -227,7 +252,9 @@ def march(state: torch.Tensor, diffusivity: np.ndarray, grid: LayerGrid, dt: flo
     vector registers.
     """
     factors = implicit_factors(diffusivity, grid, dt, 11 / 6)
-    euler = [(n, share, implicit_factors(diffusivity, grid, dt / n, 1.0)) for n, share in ((1, 0.5), (2, -4.0), (3, 4.5))]
+    euler = [
+        (n, share, implicit_factors(diffusivity, grid, dt / n, 1.0)) for n, share in ((1, 0.5), (2, -4.0), (3, 4.5))
+    ]
     past = []  # of the last two states: q/2 + dt N and q/3 + dt N
     while True:
         yield state
@@ -248,6 +275,7 @@ def march(state: torch.Tensor, diffusivity: np.ndarray, grid: LayerGrid, dt: flo
 @dataclass(frozen=True)
 class Output:
     "Matrices from vertical modes (or inner nodes) to stored heights, and those of the pressure; complex dtype."
+
     nx: int  # stored points in x
     waves: int  # that fit these points
     values: torch.Tensor  # (sy, n), modes to stored heights
@@ -262,7 +290,7 @@ class Output:
     ik: torch.Tensor  # (kept,)
     conduction: torch.Tensor  # (2, sy), 1 - y and its pressure y - y^2 / 2 - 1/3
 
-
+# %% ../../nbs/physics/rayleigh_benard.ipynb #f0f95448
 def output(grid: LayerGrid, shape: tuple[int, int], nodes: str = "uniform") -> Output:
     "Matrices that evaluate a state on `shape` points, at `vertical_points(shape[1], nodes)`."
     points = vertical_points(shape[1], nodes)
@@ -274,7 +302,9 @@ def output(grid: LayerGrid, shape: tuple[int, int], nodes: str = "uniform") -> O
     with np.errstate(divide="ignore"):
         inverse = 1 / (grid.k[: grid.kept] ** 2 + np.maximum(eigenvalues, 0.0)[:, None])
     inverse[0, 0] = 0.0
-    wall_vorticity = -(derivative @ derivative)[[0, -1], 1:-1] @ grid.values  # minus the second derivative of the streamfunction
+    wall_vorticity = (
+        -(derivative @ derivative)[[0, -1], 1:-1] @ grid.values
+    )  # minus the second derivative of the streamfunction
     matrices = {
         "values": evaluate[:, 1:-1] @ grid.values,
         "slopes": evaluate @ derivative[:, 1:-1] @ grid.values,
@@ -288,9 +318,13 @@ def output(grid: LayerGrid, shape: tuple[int, int], nodes: str = "uniform") -> O
         "ik": 1j * grid.k[: grid.kept],
         "conduction": np.stack([1 - points, points - points**2 / 2 - 1 / 3]),
     }
-    return Output(shape[0], min(grid.kept, (shape[0] - 1) // 2 + 1), **{name: torch.from_numpy(m + 0j).to(grid.x_factor) for name, m in matrices.items()})
+    return Output(
+        shape[0],
+        min(grid.kept, (shape[0] - 1) // 2 + 1),
+        **{name: torch.from_numpy(m + 0j).to(grid.x_factor) for name, m in matrices.items()},
+    )
 
-
+# %% ../../nbs/physics/rayleigh_benard.ipynb #0daf304e
 def saved_fields(state: torch.Tensor, viscosity: torch.Tensor, grid: LayerGrid, out: Output) -> torch.Tensor:
     "Buoyancy, pressure, u, v `(b, 4, sx, sy)` from a state and viscosities `(b,)`."
     (v, u), (vorticity, buoyancy) = (f.unbind(1) for f in node_fields(state, grid))
@@ -308,7 +342,9 @@ def saved_fields(state: torch.Tensor, viscosity: torch.Tensor, grid: LayerGrid, 
     return torch.fft.irfft(spectra, n=out.nx, norm="forward").transpose(2, 3)
 
 # %% ../../nbs/physics/rayleigh_benard.ipynb #cfe69d5d
-def resolution(rayleigh: np.ndarray, prandtl: np.ndarray, grid: tuple[int, int], box: tuple[float, float] = (2.0, 1.0)) -> np.ndarray:
+def resolution(
+    rayleigh: np.ndarray, prandtl: np.ndarray, grid: tuple[int, int], box: tuple[float, float] = (2.0, 1.0)
+) -> np.ndarray:
     "k_max * eta_min of a grid, eta_min the smallest scale that is expected; `simulate` refuses values below 0.85."
     nusselt = np.maximum(0.138 * np.asarray(rayleigh, dtype=np.float64) ** 0.285, 1.01)
     eta = (np.asarray(prandtl, dtype=np.float64) ** 2 / (rayleigh * (nusselt - 1))) ** 0.25
@@ -324,9 +360,13 @@ def _check_parameters(seeds: list[int], grid: LayerGrid, **numbers) -> list[np.n
         values = np.asarray(values, dtype=np.float64)
         values = np.full(len(seeds), float(values)) if values.ndim == 0 else values
         if values.shape != (len(seeds),):
-            raise ValueError(f"{name} must be one number or one per seed, got shape {values.shape} for {len(seeds)} seeds")
+            raise ValueError(
+                f"{name} must be one number or one per seed, got shape {values.shape} for {len(seeds)} seeds"
+            )
         if not (np.isfinite(values) & (values > 0)).all():
-            raise ValueError(f"{name} must be positive and finite, got {values[~(np.isfinite(values) & (values > 0))][0]}")
+            raise ValueError(
+                f"{name} must be positive and finite, got {values[~(np.isfinite(values) & (values > 0))][0]}"
+            )
         numbers[name] = values
     rayleigh, prandtl = numbers.values()
     scale = resolution(rayleigh, prandtl, grid.shape, grid.box)
@@ -345,21 +385,28 @@ def _rate(frame: torch.Tensor, grid: LayerGrid, height: torch.Tensor) -> float:
     return float((frame[:, 2].abs() * grid.k.max() + frame[:, 3].abs() * k_y).amax())
 
 
-def _check_alive(frame: torch.Tensor, limits: torch.Tensor, *, runs: list[str], moment: float, dt: float, rate: float) -> None:
+def _check_alive(
+    frame: torch.Tensor, limits: torch.Tensor, *, runs: list[str], moment: float, dt: float, rate: float
+) -> None:
     "SimulationBlewUp unless the buoyancy of each trajectory is within its limits `(b, 2)` and all is finite."
     buoyancy = frame[:, 0].flatten(1)
-    alive = (buoyancy.amin(1) >= limits[:, 0]) & (buoyancy.amax(1) <= limits[:, 1]) & torch.isfinite(frame).flatten(1).all(1)  # NaN compares false
+    alive = (
+        (buoyancy.amin(1) >= limits[:, 0])
+        & (buoyancy.amax(1) <= limits[:, 1])
+        & torch.isfinite(frame).flatten(1).all(1)
+    )  # NaN compares false
     if not alive.all():
         names = [runs[i] for i in (~alive).nonzero()[:, 0].tolist()]
         shorter = suggest_dt(dt, 2 * rate)
         raise SimulationBlewUp(
             f"the buoyancy left its range, or is not finite, at t = {moment:g} with dt = {dt:g} for "
-            + "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            + "; ".join(names[:3])
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             + f". It cannot: try dt = {shorter:g}, and a finer grid if the Rayleigh number is high",
             shorter,
         )
 
-
+# %% ../../nbs/physics/rayleigh_benard.ipynb #8bfa075d
 def _custom_state(initial: tuple, n: int, grid: LayerGrid) -> torch.Tensor:
     "States `(n, 2, n_modes, 2 m)` float64 of given fields at the nodes; ValueError for other shapes."
     fields = [torch.as_tensor(f, dtype=torch.float64, device="cpu") for f in initial]
@@ -377,7 +424,18 @@ def _custom_state(initial: tuple, n: int, grid: LayerGrid) -> torch.Tensor:
     return torch.view_as_real(state).flatten(-2)
 
 # %% ../../nbs/physics/rayleigh_benard.ipynb #b001cc90
-def _integrate(state, diffusivity: np.ndarray, grid: LayerGrid, out: Output, *, height, runs: list[str], steps: int, dt: float, n_frames: int):
+def _integrate(
+    state,
+    diffusivity: np.ndarray,
+    grid: LayerGrid,
+    out: Output,
+    *,
+    height,
+    runs: list[str],
+    steps: int,
+    dt: float,
+    n_frames: int,
+):
     "Yield the frames `(b, 4, sx, sy)` of one batch on the CPU, checking each."
     viscosity = torch.from_numpy(diffusivity[:, 0]).to(state)
     limits, rate = None, 0.0
@@ -405,7 +463,8 @@ def simulate(
     store_nodes: str = "uniform",  # heights of the output: uniform (cell centres), chebyshev (Gauss, as The Well), legendre (with the walls)
     dtype: torch.dtype = torch.float32,  # or torch.float64
     device: str | torch.device = "cpu",
-    initial: tuple | None = None,  # (vorticity, buoyancy), (n, nx, ny) each at the Legendre nodes, in place of the seeds' initial conditions
+    initial: tuple
+    | None = None,  # (vorticity, buoyancy), (n, nx, ny) each at the Legendre nodes, in place of the seeds' initial conditions
     batch: int | None = None,  # trajectories stepped together; None: as many as fit a CPU's cache, 256 on a GPU
     progress: Callable[[int, int], None] | None = None,  # called with (frames done, frames in all)
 ) -> dict[str, np.ndarray]:
@@ -438,7 +497,9 @@ def simulate(
         rows = slice(first, min(first + batch, n))
         runs = [f"Rayleigh {rayleigh[i]:g}, Prandtl {prandtl[i]:g}, seed {seeds[i]}" for i in range(n)[rows]]
         part = state[rows].to(g.inverse_laplacian), diffusivity[rows]
-        for t, frame in enumerate(_integrate(*part, g, out, height=height, runs=runs, steps=steps, dt=dt, n_frames=n_frames)):
+        for t, frame in enumerate(
+            _integrate(*part, g, out, height=height, runs=runs, steps=steps, dt=dt, n_frames=n_frames)
+        ):
             fields[rows, t] = frame.numpy()
             if progress is not None:
                 progress(first * n_frames + (t + 1) * (rows.stop - first), n * n_frames)

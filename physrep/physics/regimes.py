@@ -30,7 +30,9 @@ def wall_nusselt(fields: np.ndarray, system: System, heights: np.ndarray | None 
     b = _last(fields, system, "buoyancy")[:, 0].mean(axis=1)  # mean over x: (b, w)
     y = (np.arange(b.shape[1]) + 0.5) / b.shape[1] if heights is None else np.asarray(heights, dtype=np.float64)
     if y.shape != b.shape[1:] or not (np.diff(y) > 0).all() or not (0 <= y[0] and y[-1] <= 1):
-        raise ValueError(f"heights must be {b.shape[1]} increasing numbers between 0 and 1, got {y.shape} from {y.min():g} to {y.max():g}")
+        raise ValueError(
+            f"heights must be {b.shape[1]} increasing numbers between 0 and 1, got {y.shape} from {y.min():g} to {y.max():g}"
+        )
     sides = ((1 - b, y), (b[:, ::-1], 1 - y[::-1]))  # what the buoyancy falls by, away from each wall
     flux = []
     for drop, d in sides:

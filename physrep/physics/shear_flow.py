@@ -19,6 +19,7 @@ from ..core.randomness import rand_samples
 @dataclass(frozen=True)
 class SpectralGrid:
     "Wavenumbers of a periodic box and factors that the solver multiplies by; spectra are `(..., nx, ny // 2 + 1)`."
+
     shape: tuple[int, int]  # points in x and y
     box: tuple[float, float]  # lengths in x and y
     kx: torch.Tensor  # (nx, 1), 2 pi m / Lx, 0 at the Nyquist wave
@@ -43,7 +44,7 @@ def _pair(name: str, value: float | Sequence, kind: type) -> tuple:
         raise ValueError(f"{name} must be one {kind.__name__} or a pair of them (x, y), got {value!r}")
     return tuple(kind(p) for p in pair)
 
-
+# %% ../../nbs/physics/shear_flow.ipynb #9395cf69
 def _check_grid(name: str, grid: int | tuple[int, int]) -> tuple[int, int]:
     "A grid `(nx, ny)` of even sizes from 4 on; ValueError otherwise."
     shape = _pair(name, grid, int)
@@ -67,7 +68,9 @@ def spectral_grid(
     mx = torch.fft.fftfreq(nx, 1 / nx, dtype=torch.float64)[:, None]
     my = torch.fft.rfftfreq(ny, 1 / ny, dtype=torch.float64)[None, :]
     keep = (3 * mx.abs() < nx) & (3 * my < ny)
-    kx, ky = (2 * torch.pi / length * torch.where(2 * m.abs() == n, 0.0, m) for m, n, length in ((mx, nx, lx), (my, ny, ly)))
+    kx, ky = (
+        2 * torch.pi / length * torch.where(2 * m.abs() == n, 0.0, m) for m, n, length in ((mx, nx, lx), (my, ny, ly))
+    )
     k2 = kx**2 + ky**2
     inverse_k2 = torch.where(k2 > 0, 1 / k2.clamp(min=1e-300), 0.0)
     weight = torch.where((my == 0) | (2 * my == ny), 1.0, 2.0).expand(nx, -1)
@@ -84,7 +87,7 @@ def to_spectrum(field: torch.Tensor) -> torch.Tensor:
     "Field `(..., nx, ny)` to wave amplitudes `(..., nx, ny // 2 + 1)`; amplitudes do not depend on the grid."
     return torch.fft.rfft2(field, norm="forward")
 
-
+# %% ../../nbs/physics/shear_flow.ipynb #84253a18
 def to_field(spectrum: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     "Wave amplitudes to the field on a grid of that shape, the inverse of `to_spectrum`."
     return torch.fft.irfft2(spectrum, s=shape, norm="forward")
@@ -179,7 +182,7 @@ def _damp(spectrum: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
     torch.view_as_real(spectrum).mul_(factor)
     return spectrum
 
-
+# %% ../../nbs/physics/shear_flow.ipynb #e9577949
 def rk4_step(state: torch.Tensor, grid: SpectralGrid, decay: torch.Tensor, half_flux: torch.Tensor) -> torch.Tensor:
     """One step, in place: integrating factor and Runge-Kutta of order 4.
 
@@ -213,7 +216,7 @@ def suggest_dt(dt: float, rate: float) -> float:
     halvings = 1 if not rate > 0 else max(1, int(np.ceil(np.log2(dt * rate / 2))))
     return dt / 2**halvings
 
-
+# %% ../../nbs/physics/shear_flow.ipynb #2929f1f8
 def _quadratic(state: torch.Tensor, grid: SpectralGrid) -> tuple[torch.Tensor, torch.Tensor]:
     "Energy and tracer variance `(b, 2)`, and the same with the tracer's mean included."
     power = torch.view_as_real(state).square().sum(-1) * grid.weight
@@ -222,7 +225,9 @@ def _quadratic(state: torch.Tensor, grid: SpectralGrid) -> tuple[torch.Tensor, t
     return torch.stack([energy, square - power[:, 1, 0, 0]], dim=1), torch.stack([energy, square], dim=1)
 
 
-def _check_alive(now: torch.Tensor, limit: torch.Tensor, *, runs: list[str], moment: float, dt: float, rate: float) -> None:
+def _check_alive(
+    now: torch.Tensor, limit: torch.Tensor, *, runs: list[str], moment: float, dt: float, rate: float
+) -> None:
     "SimulationBlewUp unless energy and tracer variance `(b, 2)` are finite and below their limits."
     dead = (~(now <= limit)).any(dim=1)  # NaN compares false
     if dead.any():
@@ -230,7 +235,8 @@ def _check_alive(now: torch.Tensor, limit: torch.Tensor, *, runs: list[str], mom
         shorter = suggest_dt(dt, rate)
         raise SimulationBlewUp(
             f"energy or tracer variance grew, or is not finite, at t = {moment:g} with dt = {dt:g} for "
-            + "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            + "; ".join(names[:3])
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             + f". Neither can grow: try dt = {shorter:g}, and a finer grid if the Reynolds number is high",
             shorter,
         )
@@ -245,9 +251,13 @@ def _check_parameters(reynolds, schmidt, seeds: list[int]) -> list[np.ndarray]:
         values = np.asarray(values, dtype=np.float64)
         values = np.full(len(seeds), float(values)) if values.ndim == 0 else values
         if values.shape != (len(seeds),):
-            raise ValueError(f"{name} must be one number or one per seed, got shape {values.shape} for {len(seeds)} seeds")
+            raise ValueError(
+                f"{name} must be one number or one per seed, got shape {values.shape} for {len(seeds)} seeds"
+            )
         if not (np.isfinite(values) & (values > 0)).all():
-            raise ValueError(f"{name} must be positive and finite, got {values[~(np.isfinite(values) & (values > 0))][0]}")
+            raise ValueError(
+                f"{name} must be positive and finite, got {values[~(np.isfinite(values) & (values > 0))][0]}"
+            )
         numbers.append(values)
     return numbers
 
@@ -259,12 +269,14 @@ def _check_times(frame_dt: float, dt: float, n_frames: int) -> int:
     steps = round(frame_dt / dt)
     if steps < 1 or abs(steps * dt - frame_dt) > 1e-6 * frame_dt:
         fits = frame_dt / max(1, np.ceil(frame_dt / dt))
-        raise ValueError(f"frame_dt must be a multiple of dt, got {frame_dt} and {dt}; the next dt that fits is {fits:g}")
+        raise ValueError(
+            f"frame_dt must be a multiple of dt, got {frame_dt} and {dt}; the next dt that fits is {fits:g}"
+        )
     if n_frames < 1:
         raise ValueError(f"n_frames must be at least 1, got {n_frames}")
     return steps
 
-
+# %% ../../nbs/physics/shear_flow.ipynb #a1d1c9a0
 def _custom_state(initial: tuple, n: int, grid: SpectralGrid) -> torch.Tensor:
     "Dealiased spectra `(n, 2, nx, ny // 2 + 1)` of given fields; ValueError for other shapes."
     fields = [torch.as_tensor(f, dtype=torch.float64, device="cpu") for f in initial]
@@ -276,7 +288,9 @@ def _custom_state(initial: tuple, n: int, grid: SpectralGrid) -> torch.Tensor:
     return state
 
 # %% ../../nbs/physics/shear_flow.ipynb #40c93355
-def _integrate(state, diffusivity, grid: SpectralGrid, *, runs: list[str], steps: int, dt: float, n_frames: int, stored):
+def _integrate(
+    state, diffusivity, grid: SpectralGrid, *, runs: list[str], steps: int, dt: float, n_frames: int, stored
+):
     "Yield the frames `(b, 4, x, y)` of one batch on the CPU, checking each."
     decay = decay_factor(diffusivity, grid, dt / 2)
     half_flux = grid.flux_factor * (dt / 2)

@@ -15,7 +15,14 @@ STATISTICS = ("std", "gradient", "rate")  # of a channel over space, per frame
 SMALLEST = 1e-12  # stands for the logarithm of zero, e.g. of the gradient of a uniform field
 
 
-def _checked(fields: np.ndarray | torch.Tensor, system: System, dt: float, spacing: tuple[float, float], frames: int, heights: np.ndarray | None = None) -> np.ndarray:
+def _checked(
+    fields: np.ndarray | torch.Tensor,
+    system: System,
+    dt: float,
+    spacing: tuple[float, float],
+    frames: int,
+    heights: np.ndarray | None = None,
+) -> np.ndarray:
     "Fields `(b, c, t, h, w)` as an array; ValueError for another shape, too few frames, values that are not finite, or units without meaning."
     x = fields.detach().cpu().numpy() if isinstance(fields, torch.Tensor) else np.asarray(fields)
     if x.ndim != 5 or x.shape[1] != system.n_channels:
@@ -23,10 +30,16 @@ def _checked(fields: np.ndarray | torch.Tensor, system: System, dt: float, spaci
     if x.shape[2] < frames:
         raise ValueError(f"fields must have at least {frames} frames, got {x.shape[2]}")
     steps = spacing if heights is None or np.shape(spacing) != (2,) else spacing[:1]
-    if not (np.ndim(dt) == 0 and 0 < dt < np.inf and np.shape(spacing) == (2,) and all(0 < step < np.inf for step in steps)):
-        raise ValueError(f"dt must be a positive number and spacing a pair of them, got {dt!r} and {spacing!r}; give `heights` of points that are not evenly spaced")
+    if not (
+        np.ndim(dt) == 0 and 0 < dt < np.inf and np.shape(spacing) == (2,) and all(0 < step < np.inf for step in steps)
+    ):
+        raise ValueError(
+            f"dt must be a positive number and spacing a pair of them, got {dt!r} and {spacing!r}; give `heights` of points that are not evenly spaced"
+        )
     if not (finite := np.isfinite(x).all((1, 2, 3, 4))).all():
-        raise ValueError(f"fields of {(~finite).sum()} of {len(x)} windows are not finite, first of window {finite.argmin()}")
+        raise ValueError(
+            f"fields of {(~finite).sum()} of {len(x)} windows are not finite, first of window {finite.argmin()}"
+        )
     return x
 
 # %% ../../nbs/physics/statistics.ipynb #770ff3e5
@@ -38,7 +51,9 @@ def _positions(heights: np.ndarray | None, system: System, n: int, step: float) 
         raise ValueError(f"{system.name} has no walls: its points are evenly spaced, leave `heights` out")
     y = np.asarray(heights, dtype=np.float64)
     if y.shape != (n,) or not (np.isfinite(y).all() and (np.diff(y) > 0).all()):
-        raise ValueError(f"heights must be {n} increasing numbers, one for each point along {system.axes[1]}, got shape {y.shape}")
+        raise ValueError(
+            f"heights must be {n} increasing numbers, one for each point along {system.axes[1]}, got shape {y.shape}"
+        )
     return y
 
 
@@ -46,11 +61,15 @@ def _periodic_axes(system: System, periodic: bool | None) -> tuple[bool, bool]:
     "Which axes close on themselves: as the system says, or none where the field is a crop (`periodic=False`)."
     axes = tuple(b == "periodic" for b in system.boundary)
     if periodic and not all(axes):
-        raise ValueError(f"{system.name} is not periodic along {', '.join(a for a, p in zip(system.axes, axes) if not p)}; leave `periodic` out")
+        raise ValueError(
+            f"{system.name} is not periodic along {', '.join(a for a, p in zip(system.axes, axes) if not p)}; leave `periodic` out"
+        )
     return (False, False) if periodic is False else axes
 
 # %% ../../nbs/physics/statistics.ipynb #a1c72c08
-def _rms_gradient(x: np.ndarray, steps: tuple[float | np.ndarray, float | np.ndarray], periodic: tuple[bool, bool]) -> np.ndarray:
+def _rms_gradient(
+    x: np.ndarray, steps: tuple[float | np.ndarray, float | np.ndarray], periodic: tuple[bool, bool]
+) -> np.ndarray:
     "Root mean square over space of |grad x|, `(...)` from `(..., h, w)`, by differences of neighbours, which are `steps` apart."
     total = 0.0
     for axis, (step, wraps) in enumerate(zip(steps, periodic), start=-2):
@@ -90,7 +109,7 @@ def summary_statistics(
         out[part, 2] = (later - now).std((-2, -1)) / dt
     return np.log(np.maximum(out, SMALLEST)).reshape(len(x), -1)
 
-
+# %% ../../nbs/physics/statistics.ipynb #7e268dd3
 def statistics_names(system: System | str, frames: int = 4) -> list[str]:
     "What each column of `summary_statistics` is, e.g. `gradient velocity_x 3`: statistic, channel, which of the frames (from 1)."
     system = get_system(system) if isinstance(system, str) else system

@@ -14,6 +14,7 @@ import numpy as np
 @dataclass(frozen=True)
 class Field:
     "One physical field: a scalar (`rank=0`), a vector (1) or a 2x2 tensor (2), named as in The Well."
+
     name: str
     rank: int = 0
     latex: str = ""
@@ -30,6 +31,7 @@ class Field:
 @dataclass(frozen=True)
 class Label:
     "A parameter of the equations that a probe is asked for."
+
     name: str
     log: bool  # probe log10 of it (its grid is geometric)
     paper_log: bool  # what the paper does
@@ -40,7 +42,9 @@ class Label:
         "Physical value to probe target; raises ValueError for a value that has no logarithm."
         value = np.asarray(value, dtype=np.float64)
         if self.log and not (value > 0).all():
-            raise ValueError(f"{self.name} must be positive (its log10 is the target), got {value[~(value > 0)].flat[0]}")
+            raise ValueError(
+                f"{self.name} must be positive (its log10 is the target), got {value[~(value > 0)].flat[0]}"
+            )
         return np.log10(value) if self.log else value
 
     def inverse(self, target: np.ndarray | float) -> np.ndarray:
@@ -52,6 +56,7 @@ class Label:
 @dataclass(frozen=True)
 class System:
     "A physical system as data: fields, labels, boundaries, symmetries, and The Well's and the paper's conventions."
+
     name: str
     title: str
     fields: tuple[Field, ...]
@@ -60,7 +65,9 @@ class System:
     boundary: tuple[str, str] = ("periodic", "periodic")  # per axis: 'periodic' or 'wall'
     mirror_axes: tuple[int, ...] = ()  # axes along which a mirror image is again a solution
     odd_scalars: tuple[tuple[int, str], ...] = ()  # (axis, scalar) that a mirror image turns the sign of
-    mirror_offsets: tuple[tuple[int, str, float, float], ...] = ()  # (axis, scalar, a, b): the image has a + b * position added, position from 0 to 1 along the axis
+    mirror_offsets: tuple[
+        tuple[int, str, float, float], ...
+    ] = ()  # (axis, scalar, a, b): the image has a + b * position added, position from 0 to 1 along the axis
     group: tuple[str, ...] = ()  # labels that, with the initial condition, fix what must not be split
     ignored: tuple[str, ...] = ()  # scalars of The Well's files that are constants, not labels
     native: tuple[int, int] = ()  # grid points of The Well's files
@@ -105,7 +112,9 @@ class System:
         signs = []
         for f in self.fields:
             for component in np.ndindex(*(len(self.axes),) * f.rank):
-                signs.append((-1.0) ** (sum(index == axis for index in component) + ((axis, f.name) in self.odd_scalars)))
+                signs.append(
+                    (-1.0) ** (sum(index == axis for index in component) + ((axis, f.name) in self.odd_scalars))
+                )
         return np.array(signs, dtype=np.float32)
 
     def mirror_shift(self, axis: int, positions: np.ndarray) -> np.ndarray:
@@ -118,6 +127,8 @@ class System:
 
 # %% ../../nbs/physics/systems.ipynb #3a00d12a
 _SCHMIDT = Label("Schmidt", log=True, paper_log=False, latex="Sc")
+
+# %% ../../nbs/physics/systems.ipynb #949f5e74
 SYSTEMS = {
     "active_matter": System(
         name="active_matter",
@@ -135,7 +146,13 @@ SYSTEMS = {
         mirror_axes=(0, 1),
         ignored=("L",),
         native=(256, 256),
-        paper=(("crop", ((0, 256), (0, 256))), ("size", 224), ("stride", 1), ("label_mean", (-3.0, 9.0)), ("label_std", (1.41, 5.16))),
+        paper=(
+            ("crop", ((0, 256), (0, 256))),
+            ("size", 224),
+            ("stride", 1),
+            ("label_mean", (-3.0, 9.0)),
+            ("label_std", (1.41, 5.16)),
+        ),
     ),
     "shear_flow": System(
         name="shear_flow",
@@ -145,7 +162,13 @@ SYSTEMS = {
         mirror_axes=(0, 1),
         group=("Reynolds",),
         native=(256, 512),
-        paper=(("crop", ((0, 256), (0, 256))), ("size", 224), ("stride", 4), ("label_mean", (4.85, 2.69)), ("label_std", (0.61, 3.38))),
+        paper=(
+            ("crop", ((0, 256), (0, 256))),
+            ("size", 224),
+            ("stride", 4),
+            ("label_mean", (4.85, 2.69)),
+            ("label_std", (0.61, 3.38)),
+        ),
     ),
     "rayleigh_benard": System(
         name="rayleigh_benard",
@@ -160,11 +183,17 @@ SYSTEMS = {
         odd_scalars=((1, "buoyancy"),),
         mirror_offsets=((1, "buoyancy", 1.0, 0.0), (1, "pressure", -0.5, 1.0)),  # b -> 1 - b, p -> p + y - 1/2
         native=(512, 128),
-        paper=(("crop", ((192, 320), (0, 128))), ("size", 224), ("stride", 4), ("label_mean", (2.69, 8.0)), ("label_std", (3.38, 1.41))),
+        paper=(
+            ("crop", ((192, 320), (0, 128))),
+            ("size", 224),
+            ("stride", 4),
+            ("label_mean", (2.69, 8.0)),
+            ("label_std", (3.38, 1.41)),
+        ),
     ),
 }
 
-
+# %% ../../nbs/physics/systems.ipynb #cee8910b
 def get_system(name: str) -> System:
     "The system of that name; ValueError with the valid names otherwise."
     if name not in SYSTEMS:

@@ -35,62 +35,123 @@ from ..training.run import baseline_folder, load_splits, modules_of, run_folder,
 # %% ../../nbs/probing/evaluate.ipynb #c4d81dd8
 SPLITS = ("train", "valid", "test", "unseen")
 FROZEN = ("linear", "knn", "attentive")  # probes of frozen features
-_AT_ONCE = 2**28  # numbers in a batch of clips: the paper's encoder then takes about 50 GB, and no tensor has 2**31 elements
+_AT_ONCE = (
+    2**28
+)  # numbers in a batch of clips: the paper's encoder then takes about 50 GB, and no tensor has 2**31 elements
 PROBES = (*FROZEN, "finetune")
 BASELINES = ("constant", "statistics", "equations")
-FINETUNED = ("jepa", "mae", "random")  # objectives whose encoders are fine-tuned, too: random shows what the same labels teach without pretraining
+FINETUNED = (
+    "jepa",
+    "mae",
+    "random",
+)  # objectives whose encoders are fine-tuned, too: random shows what the same labels teach without pretraining
 
 # %% ../../nbs/probing/evaluate.ipynb #5c40a39c
 def probe_splits(config: dict, data_dir: str | Path) -> dict[str, Windows]:
     "The windows that are probed, of every split that the data have (The Well has no `unseen`)."
     splits = SPLITS if isinstance(config["data"], dict) else SPLITS[:3]
-    return load_splits(config, Path(data_dir), splits, frames=config["clip"]["frames"], stride=get_preset(config["preset"]).probe_stride)
+    return load_splits(
+        config,
+        Path(data_dir),
+        splits,
+        frames=config["clip"]["frames"],
+        stride=get_preset(config["preset"]).probe_stride,
+    )
 
-
+# %% ../../nbs/probing/evaluate.ipynb #e57a51d3
 def features_of(
     encoder: torch.nn.Module,  # a LoadedEncoder, or any module `(b, c, t, h, w) -> (b, n, d)`
     windows: Windows,
     scaler: LabelScaler,
     *,
-    normaliser: Normaliser | None = None,  # default: the encoder's own; for a module without one, the training statistics of the data
+    normaliser: Normaliser
+    | None = None,  # default: the encoder's own; for a module without one, the training statistics of the data
     size: int | None = None,
     device: str = "cpu",
     cache: str | Path | None = None,  # folder that keeps the tokens of a LoadedEncoder
-    scratch: str | Path | None = None,  # folder for tokens that are too large for memory, while they are in use; default: `cache`
+    scratch: str
+    | Path
+    | None = None,  # folder for tokens that are too large for memory, while they are in use; default: `cache`
     progress: bool = True,
 ) -> Features:
     "Frozen tokens of all windows with their physical labels and groups. ValueError for a normaliser that is not the one of a LoadedEncoder."
     own, known = getattr(encoder, "normaliser", None), isinstance(encoder, LoadedEncoder)
-    if known and normaliser is not None and not all(torch.allclose(a.cpu(), b.cpu()) for a, b in ((normaliser.mean, own.mean), (normaliser.std, own.std))):
-        raise ValueError("a trained encoder goes with its own normalisation (encoder.normaliser); leave `normaliser` out")
+    if (
+        known
+        and normaliser is not None
+        and not all(
+            torch.allclose(a.cpu(), b.cpu()) for a, b in ((normaliser.mean, own.mean), (normaliser.std, own.std))
+        )
+    ):
+        raise ValueError(
+            "a trained encoder goes with its own normalisation (encoder.normaliser); leave `normaliser` out"
+        )
     normaliser = normaliser or own or Normaliser.load(windows.root, windows.system)
-    inputs = len(windows.system.channels) * windows.frames * (size**2 if size else math.prod(windows.grid))  # numbers of one clip
-    batches = Batches(windows, batch_size=max(1, min(64, _AT_ONCE // inputs)), normaliser=normaliser, scaler=scaler, size=size, device=device)
+    inputs = (
+        len(windows.system.channels) * windows.frames * (size**2 if size else math.prod(windows.grid))
+    )  # numbers of one clip
+    batches = Batches(
+        windows,
+        batch_size=max(1, min(64, _AT_ONCE // inputs)),
+        normaliser=normaliser,
+        scaler=scaler,
+        size=size,
+        device=device,
+    )
 
     def make() -> torch.Tensor:
         return extract(encoder, batches.evaluation(), device=device, scratch=scratch or cache, progress=progress)
 
-    tokens = cached(cache, windows.split, features_key(encoder, windows, size=size, device=device), make) if cache and known else make()
+    tokens = (
+        cached(cache, windows.split, features_key(encoder, windows, size=size, device=device), make)
+        if cache and known
+        else make()
+    )
     info = {"split": windows.split} | ({"encoder": encoder_digest(encoder)} if known else {})
-    return Features(tokens=tokens, labels=windows.targets(np.arange(len(windows))), groups=windows.window_groups(), info=info)
+    return Features(
+        tokens=tokens, labels=windows.targets(np.arange(len(windows))), groups=windows.window_groups(), info=info
+    )
 
 # %% ../../nbs/probing/evaluate.ipynb #c700f33e
-def fit_probes(features: Mapping[str, Features], scaler: LabelScaler, preset: Preset, *, probes: Sequence[str] = FROZEN, seed: int = 0, device: str = "cpu", progress: bool = True) -> dict[str, Probe]:
+def fit_probes(
+    features: Mapping[str, Features],
+    scaler: LabelScaler,
+    preset: Preset,
+    *,
+    probes: Sequence[str] = FROZEN,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[str, Probe]:
     "Probes fitted on `train` and selected on `valid`, by name, all with the recipe of the preset."
     recipe = AttentiveRecipe(epochs=preset.probe_epochs, lr=preset.probe_lr, batch_size=preset.probe_batch)
     options = {"attentive": dict(recipe=recipe, device=device, progress=progress)}
-    return {name: fit_probe(name, features["train"], features["valid"], scaler, seed=seed, **options.get(name, {})) for name in probes}
+    return {
+        name: fit_probe(name, features["train"], features["valid"], scaler, seed=seed, **options.get(name, {}))
+        for name in probes
+    }
 
 # %% ../../nbs/probing/evaluate.ipynb #73202452
-def valid_scores(config: dict, data_dir: str | Path, run_dir: str | Path | None = None, *, device: str = "cpu", progress: bool = True) -> dict:
+def valid_scores(
+    config: dict, data_dir: str | Path, run_dir: str | Path | None = None, *, device: str = "cpu", progress: bool = True
+) -> dict:
     "`{valid: {probe: {label: mse}}, chosen, parameters}` of a finished run: z-scored errors on `valid`; other splits are not read."
     folder, preset = run_folder(config, run_dir), get_preset(config["preset"])
     encoder = load_encoder(folder, device)
-    windows = load_splits(config, Path(data_dir), ("train", "valid"), frames=config["clip"]["frames"], stride=preset.probe_stride)
+    windows = load_splits(
+        config, Path(data_dir), ("train", "valid"), frames=config["clip"]["frames"], stride=preset.probe_stride
+    )
     scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
-    features = {s: features_of(encoder, w, scaler, size=config["clip"]["size"], device=device, scratch=folder, progress=progress) for s, w in windows.items()}
+    features = {
+        s: features_of(
+            encoder, w, scaler, size=config["clip"]["size"], device=device, scratch=folder, progress=progress
+        )
+        for s, w in windows.items()
+    }
     errors, chosen = {}, {}
-    for name, probe in fit_probes(features, scaler, preset, seed=config["seed"], device=device, progress=progress).items():
+    for name, probe in fit_probes(
+        features, scaler, preset, seed=config["seed"], device=device, progress=progress
+    ).items():
         z = scaler.clip(scaler.transform(probe.predict(features["valid"])))
         mse = ((z - scaler.transform(features["valid"].labels)) ** 2).mean(0)
         errors[name], chosen[name] = dict(zip(scaler.system.label_names, mse.tolist())), probe.chosen
@@ -100,6 +161,7 @@ def valid_scores(config: dict, data_dir: str | Path, run_dir: str | Path | None 
 @dataclass(frozen=True)
 class Scored:
     "Rows of the results table; predictions (physical) by probe and split, truth by split; what selection chose; the file of the rows; the probes."
+
     rows: list[dict]
     predictions: dict[tuple[str, str], np.ndarray]
     truth: dict[str, np.ndarray]
@@ -134,13 +196,26 @@ def write_scores(
     run = run or (f"{folder.parent.name}/{folder.name}" if folder.name.startswith("seed") else folder.name)
     truth = {s: w.targets(np.arange(len(w))) for s, w in windows.items()}
     scored = {s for _, s in predictions}
-    groups, data = {s: window_flows(w) for s, w in windows.items() if s in scored}, {s: w.fingerprint() for s, w in windows.items()}
+    groups, data = (
+        {s: window_flows(w) for s, w in windows.items() if s in scored},
+        {s: w.fingerprint() for s, w in windows.items()},
+    )
     base = {"system": system.name, "objective": objective, "encoder": encoder, "seed": seed, "share": 1.0, "run": run}
     rows = [
-        {**base, "probe": probe, "split": split, **row} for (probe, split), p in predictions.items() for row in score(p, truth[split], groups[split], system, scaler)
+        {**base, "probe": probe, "split": split, **row}
+        for (probe, split), p in predictions.items()
+        for row in score(p, truth[split], groups[split], system, scaler)
     ]
     about = {k: base[k] for k in ("system", "objective", "encoder", "seed", "run")}
-    write_predictions(folder / result.replace("result", "predictions").replace(".json", ".safetensors"), predictions, truth, groups, scaler=scaler, data=data, **about)
+    write_predictions(
+        folder / result.replace("result", "predictions").replace(".json", ".safetensors"),
+        predictions,
+        truth,
+        groups,
+        scaler=scaler,
+        data=data,
+        **about,
+    )
     chosen = {name: probe.chosen for name, probe in (probes or {}).items()}
     path = write_result(folder / result, rows, chosen=chosen, data=data, **extra)
     return Scored(rows, dict(predictions), truth, chosen, path, dict(probes or {}))
@@ -161,31 +236,74 @@ def score_encoder(
 ) -> Scored:
     "Probes a frozen encoder as every row of the table is probed, and writes its rows."
     scaler = LabelScaler.fit(windows["train"].system, windows["train"].labels)
-    features = {s: features_of(encoder, w, scaler, normaliser=normaliser, device=device, scratch=folder, progress=progress) for s, w in windows.items()}
+    features = {
+        s: features_of(encoder, w, scaler, normaliser=normaliser, device=device, scratch=folder, progress=progress)
+        for s, w in windows.items()
+    }
     probes = fit_probes(features, scaler, get_preset(preset), seed=seed, device=device, progress=progress)
     for name, probe in probes.items():
         probe.save(Path(folder) / f"probe-{name}.safetensors")
-    predictions = {(name, s): probe.predict(f) for name, probe in probes.items() for s, f in features.items() if s != "train"}
+    predictions = {
+        (name, s): probe.predict(f) for name, probe in probes.items() for s, f in features.items() if s != "train"
+    }
     record = provenance("probing.evaluate", device=device)
-    return write_scores(folder, predictions, windows, scaler, objective=objective, encoder=encoder_name, seed=seed, probes=probes, provenance=record)
+    return write_scores(
+        folder,
+        predictions,
+        windows,
+        scaler,
+        objective=objective,
+        encoder=encoder_name,
+        seed=seed,
+        probes=probes,
+        provenance=record,
+    )
 
 # %% ../../nbs/probing/evaluate.ipynb #24800124
-def _own_head(config: dict, run_dir: str | Path | None, features: dict[str, Features], scaler: LabelScaler) -> dict[tuple[str, str], np.ndarray]:
+def _own_head(
+    config: dict, run_dir: str | Path | None, features: dict[str, Features], scaler: LabelScaler
+) -> dict[tuple[str, str], np.ndarray]:
     "Physical predictions of a supervised run's own head."
     head = restore(config, run_dir).head.eval()
     with torch.no_grad():
-        z = {s: torch.cat([head(part.float()) for part in f.tokens.split(256)]).double().numpy() for s, f in features.items() if s != "train"}
+        z = {
+            s: torch.cat([head(part.float()) for part in f.tokens.split(256)]).double().numpy()
+            for s, f in features.items()
+            if s != "train"
+        }
     return {("head", s): scaler.inverse(scaler.clip(v)) for s, v in z.items()}
 
 
-def _finetune(encoder: LoadedEncoder, start: Probe | None, windows: dict[str, Windows], scaler: LabelScaler, preset: Preset, **options) -> tuple:
+def _finetune(
+    encoder: LoadedEncoder,
+    start: Probe | None,
+    windows: dict[str, Windows],
+    scaler: LabelScaler,
+    preset: Preset,
+    **options,
+) -> tuple:
     "The fine-tuned network and its predictions `{(finetune, split): physical}`."
     size, seed, device, progress = (options[k] for k in ("size", "seed", "device", "progress"))
     parts = preset.finetune_accumulate
     plain = dict(normaliser=encoder.normaliser, scaler=scaler, size=size, device=device, seed=seed)
-    sizes = {s: dict(batch_size=preset.probe_batch, accumulate=parts) if s == "train" else dict(batch_size=preset.probe_batch // parts) for s in windows}
-    batches = {s: Batches(w, **sizes[s], **plain) for s, w in windows.items()}  # not augmented, like the windows of the other probes
-    tuned = fit_finetune(encoder, batches["train"], batches["valid"], start=start, seed=seed, recipe=FinetuneRecipe(epochs=preset.finetune_epochs), progress=progress)
+    sizes = {
+        s: dict(batch_size=preset.probe_batch, accumulate=parts)
+        if s == "train"
+        else dict(batch_size=preset.probe_batch // parts)
+        for s in windows
+    }
+    batches = {
+        s: Batches(w, **sizes[s], **plain) for s, w in windows.items()
+    }  # not augmented, like the windows of the other probes
+    tuned = fit_finetune(
+        encoder,
+        batches["train"],
+        batches["valid"],
+        start=start,
+        seed=seed,
+        recipe=FinetuneRecipe(epochs=preset.finetune_epochs),
+        progress=progress,
+    )
     return tuned, {("finetune", s): tuned.predict(b) for s, b in batches.items() if s != "train"}
 
 # %% ../../nbs/probing/evaluate.ipynb #113d18ac
@@ -195,14 +313,15 @@ def _drop_others(folder: Path, encoder: LoadedEncoder, windows: Mapping[str, Win
     for path in set(folder.glob("*.safetensors")) - keep:
         path.unlink()
 
-
+# %% ../../nbs/probing/evaluate.ipynb #46f9790c
 def score_run(
     config: dict,  # from `resolve`
     data_dir: str | Path,
     run_dir: str | Path | None = None,
     *,
     probes: Sequence[str] = PROBES,
-    windows: Mapping[str, Windows] | None = None,  # from `probe_splits`, for several runs on the same data; default: opened here
+    windows: Mapping[str, Windows]
+    | None = None,  # from `probe_splits`, for several runs on the same data; default: opened here
     device: str = "cpu",
     cache: bool = True,  # keep features in the run folder
     progress: bool = True,
@@ -211,21 +330,45 @@ def score_run(
     of the probes only). Raises FileNotFoundError if it is not finished, ValueError for an unknown probe."""
     if unknown := sorted(set(probes) - set(PROBES)):
         raise ValueError(f"unknown probe {', '.join(map(repr, unknown))}; valid: {', '.join(PROBES)}")
-    folder, preset, size, started = run_folder(config, run_dir), get_preset(config["preset"]), config["clip"]["size"], time.monotonic()
+    folder, preset, size, started = (
+        run_folder(config, run_dir),
+        get_preset(config["preset"]),
+        config["clip"]["size"],
+        time.monotonic(),
+    )
     encoder, windows = load_encoder(folder, device), windows or probe_splits(config, data_dir)
     scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
-    features = {s: features_of(encoder, w, scaler, size=size, device=device, cache=folder / "features" if cache else None, scratch=folder, progress=progress) for s, w in windows.items()}
+    features = {
+        s: features_of(
+            encoder,
+            w,
+            scaler,
+            size=size,
+            device=device,
+            cache=folder / "features" if cache else None,
+            scratch=folder,
+            progress=progress,
+        )
+        for s, w in windows.items()
+    }
     if cache:
         _drop_others(folder / "features", encoder, windows, size=size, device=device)
     options = dict(seed=config["seed"], device=device, progress=progress)
     fitted = fit_probes(features, scaler, preset, probes=[p for p in FROZEN if p in probes], **options)
     for name, probe in fitted.items():
-        probe.save(folder / f"probe-{name}.safetensors", info={"objective": config["objective"], "preset": config["preset"], "seed": config["seed"]})
-    predictions = {(name, s): probe.predict(f) for name, probe in fitted.items() for s, f in features.items() if s != "train"}
+        probe.save(
+            folder / f"probe-{name}.safetensors",
+            info={"objective": config["objective"], "preset": config["preset"], "seed": config["seed"]},
+        )
+    predictions = {
+        (name, s): probe.predict(f) for name, probe in fitted.items() for s, f in features.items() if s != "train"
+    }
     if config["objective"] == "supervised":
         predictions |= _own_head(config, run_dir, features, scaler)
     if "finetune" in probes and preset.finetune_epochs and config["objective"] in FINETUNED:
-        fitted["finetune"], tuned = _finetune(encoder, fitted.get("attentive"), windows, scaler, preset, size=size, **options)
+        fitted["finetune"], tuned = _finetune(
+            encoder, fitted.get("attentive"), windows, scaler, preset, size=size, **options
+        )
         predictions |= tuned
     return write_scores(
         folder, predictions, windows, scaler, objective=config["objective"], encoder=config["encoder"], seed=config["seed"], probes=fitted,
@@ -247,11 +390,25 @@ def statistics_features(windows: Mapping[str, Windows]) -> dict[str, Features]:
     features = {}
     for s, w in windows.items():
         file = w.files[0]
-        x = np.concatenate([summary_statistics(part, system=w.system, dt=file.dt, spacing=file.spacing, heights=w.positions, periodic=None if w.crop is None else False) for part in _clips(w)])
-        features[s] = Features(torch.from_numpy(x[:, None].astype(np.float32)), w.targets(np.arange(len(w))), w.window_groups())
+        x = np.concatenate(
+            [
+                summary_statistics(
+                    part,
+                    system=w.system,
+                    dt=file.dt,
+                    spacing=file.spacing,
+                    heights=w.positions,
+                    periodic=None if w.crop is None else False,
+                )
+                for part in _clips(w)
+            ]
+        )
+        features[s] = Features(
+            torch.from_numpy(x[:, None].astype(np.float32)), w.targets(np.arange(len(w))), w.window_groups()
+        )
     return features
 
-
+# %% ../../nbs/probing/evaluate.ipynb #4f6bbb2a
 def _statistics(windows: dict[str, Windows], scaler: LabelScaler) -> tuple[dict, dict]:
     features = statistics_features(windows)
     probe = fit_probe("linear", features["train"], features["valid"], scaler)
@@ -264,20 +421,37 @@ def _equations(windows: dict[str, Windows], scaler: LabelScaler) -> tuple[dict, 
         if s == "train":  # nothing is fitted
             continue
         file = w.files[0]
-        parts = [equation_oracle(part, system=w.system, dt=file.dt, spacing=file.spacing, heights=w.positions, periodic=None if w.crop is None else False) for part in _clips(w)]
+        parts = [
+            equation_oracle(
+                part,
+                system=w.system,
+                dt=file.dt,
+                spacing=file.spacing,
+                heights=w.positions,
+                periodic=None if w.crop is None else False,
+            )
+            for part in _clips(w)
+        ]
         found["oracle", s] = scaler.inverse(scaler.clip(scaler.transform(np.concatenate(parts))))
     return found, {}
 
-
+# %% ../../nbs/probing/evaluate.ipynb #8c5da26e
 def _constant(windows: dict[str, Windows], scaler: LabelScaler) -> tuple[dict, dict]:
     mean = scaler.inverse(np.zeros((1, len(scaler.mean))))
     return {("constant", s): np.repeat(mean, len(w), axis=0) for s, w in windows.items() if s != "train"}, {}
 
-
+# %% ../../nbs/probing/evaluate.ipynb #7f4eb2d1
 _BASELINES = {"constant": _constant, "statistics": _statistics, "equations": _equations}
 
 
-def score_baseline(name: str, config: dict, data_dir: str | Path, run_dir: str | Path | None = None, *, windows: Mapping[str, Windows] | None = None) -> Scored:
+def score_baseline(
+    name: str,
+    config: dict,
+    data_dir: str | Path,
+    run_dir: str | Path | None = None,
+    *,
+    windows: Mapping[str, Windows] | None = None,
+) -> Scored:
     "The row of a baseline (constant, statistics, equations) for the data of a configuration; ValueError for an unknown one."
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; valid: {', '.join(BASELINES)}")
@@ -285,15 +459,35 @@ def score_baseline(name: str, config: dict, data_dir: str | Path, run_dir: str |
     scaler = LabelScaler.fit(system_of(config), windows["train"].labels)
     predictions, probes = _BASELINES[name](windows, scaler)
     folder = baseline_folder(name, config["system"], config["preset"], run_dir)
-    made = dict(config=config, probing=get_preset(config["preset"]).probing(), provenance=provenance("probing.evaluate"))
+    made = dict(
+        config=config, probing=get_preset(config["preset"]).probing(), provenance=provenance("probing.evaluate")
+    )
     return write_scores(folder, predictions, windows, scaler, objective=name, encoder="none", probes=probes, **made)
 
 # %% ../../nbs/probing/evaluate.ipynb #e7085ad4
-def predict_windows(config: dict, windows: Windows, run_dir: str | Path | None = None, *, probes: Sequence[str] = FROZEN, device: str = "cpu") -> dict[str, np.ndarray]:
+def predict_windows(
+    config: dict,
+    windows: Windows,
+    run_dir: str | Path | None = None,
+    *,
+    probes: Sequence[str] = FROZEN,
+    device: str = "cpu",
+) -> dict[str, np.ndarray]:
     "What the saved probes of a finished run predict `(n, n_labels)`, physical, by probe."
     folder = run_folder(config, run_dir)
-    encoder, fitted = load_encoder(folder, device), {name: load_probe(folder / f"probe-{name}.safetensors") for name in probes}
-    features = features_of(encoder, windows, fitted[probes[0]].scaler, size=config["clip"]["size"], device=device, scratch=folder, progress=False)
+    encoder, fitted = (
+        load_encoder(folder, device),
+        {name: load_probe(folder / f"probe-{name}.safetensors") for name in probes},
+    )
+    features = features_of(
+        encoder,
+        windows,
+        fitted[probes[0]].scaler,
+        size=config["clip"]["size"],
+        device=device,
+        scratch=folder,
+        progress=False,
+    )
     return {name: probe.predict(features) for name, probe in fitted.items()}
 
 
@@ -302,5 +496,7 @@ def same_flows(windows: Windows, reference: Windows) -> np.ndarray:
     keys = [[(int(w.groups[k]), *w.labels[k], int(start)) for k, start in w.index] for w in (windows, reference)]
     where = {key: n for n, key in enumerate(keys[1])}
     if missing := sum(key not in where for key in keys[0]):
-        raise ValueError(f"{missing} of {len(windows)} windows have no counterpart in {reference.paths[0].parent}: not the same initial conditions, parameters or times")
+        raise ValueError(
+            f"{missing} of {len(windows)} windows have no counterpart in {reference.paths[0].parent}: not the same initial conditions, parameters or times"
+        )
     return np.array([where[key] for key in keys[0]])

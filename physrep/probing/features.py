@@ -27,10 +27,13 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Features:
     "Frozen features of n windows with their labels; ValueError if the parts do not fit each other or are not finite."
+
     tokens: Tensor  # (n, tokens, d), float16 or float32, on the CPU; an array is taken too
     labels: np.ndarray  # (n, n_labels), physical values in the order of the system's labels
     groups: np.ndarray  # (n,), windows of the same group are not independent
-    info: dict = field(default_factory=dict)  # what made them (JSON); a probe that is fitted on them keeps it: {"encoder": encoder_digest(...), ...}
+    info: dict = field(
+        default_factory=dict
+    )  # what made them (JSON); a probe that is fitted on them keeps it: {"encoder": encoder_digest(...), ...}
 
     def __post_init__(self) -> None:
         plain = {
@@ -46,9 +49,14 @@ class Features:
         if not len(self.tokens) == len(self.labels) == len(self.groups) or not len(self.tokens):
             counts = f"{len(self.tokens)} windows of tokens, {len(self.labels)} of labels, {len(self.groups)} of groups"
             raise ValueError(f"features want the same number of windows (at least one) in every part; got {counts}")
-        for name, bad in (("tokens", ~torch.isfinite(self.pooled).all(1).numpy()), ("labels", ~np.isfinite(self.labels).all(1))):
+        for name, bad in (
+            ("tokens", ~torch.isfinite(self.pooled).all(1).numpy()),
+            ("labels", ~np.isfinite(self.labels).all(1)),
+        ):
             if bad.any():
-                raise ValueError(f"{name} of {bad.sum()} of {len(self)} windows are not finite, first at window {bad.argmax()}")
+                raise ValueError(
+                    f"{name} of {bad.sum()} of {len(self)} windows are not finite, first at window {bad.argmax()}"
+                )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,7 +82,7 @@ def _enough(tokens: Tensor, dtype: torch.dtype = torch.float16) -> bool:
     alive = std > 10 * torch.finfo(torch.float32).eps * x.mean(0).abs()
     return bool(torch.isfinite(error).all() and (error[alive] <= 0.03 * std[alive]).all())
 
-
+# %% ../../nbs/probing/features.ipynb #d24a567c
 class _Pile:
     "Tensors `(b, ...)` put one on another, in memory until they are larger than `limit` bytes, then in an unnamed file in `folder`."
 
@@ -84,14 +92,19 @@ class _Pile:
 
     def add(self, part: Tensor) -> None:
         if self.like is not None and self.like.shape[1:] != part.shape[1:]:
-            raise ValueError(f"tokens must have the same shape in every batch, got {tuple(self.like.shape[1:])} and then {tuple(part.shape[1:])}")
+            raise ValueError(
+                f"tokens must have the same shape in every batch, got {tuple(self.like.shape[1:])} and then {tuple(part.shape[1:])}"
+            )
         self.parts.append(part.contiguous())
         self.size, self.count, self.like = self.size + part.nbytes, self.count + len(part), part[:0]
         if self.size > self.limit:
             try:
                 self._write()
             except OSError as error:
-                raise OSError(error.errno, f"{error.strerror}, with {self.size / 1e9:.1f} GB of tokens so far, in {self.folder or tempfile.gettempdir()}") from error
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}, with {self.size / 1e9:.1f} GB of tokens so far, in {self.folder or tempfile.gettempdir()}",
+                ) from error
 
     def _write(self) -> None:
         if self.file is None:
@@ -111,16 +124,19 @@ class _Pile:
             plain = torch.from_numpy(np.memmap(self.file, dtype=np.uint8, mode="r+", shape=(self.size,)))
         return plain.view(self.like.dtype).view(self.count, *self.like.shape[1:])
 
-
+# %% ../../nbs/probing/features.ipynb #f3c21c40
 def extract(
     encoder: nn.Module,  # `(b, c, t, h, w) -> (b, tokens, d)`
     batches: Iterable[dict],  # with "fields" (b, c, t, h, w)
     *,
     device: str | torch.device = "cpu",
     amp: bool = False,  # bfloat16 autocast
-    dtype: torch.dtype | None = None,  # of the result; None: float16, or float32 where rounding would harm the first batch
+    dtype: torch.dtype
+    | None = None,  # of the result; None: float16, or float32 where rounding would harm the first batch
     memory_limit: int = 2**31,  # bytes; larger results are mapped from a file
-    scratch: str | Path | None = None,  # folder for that file; default: the system's for temporary files, which may be memory itself
+    scratch: str
+    | Path
+    | None = None,  # folder for that file; default: the system's for temporary files, which may be memory itself
     progress: bool = True,
 ) -> Tensor:
     "Tokens `(n, tokens, d)` on the CPU of all windows in `batches`, in their order; ValueError for no batch or an overflow."
@@ -146,7 +162,9 @@ def extract(
 def encoder_digest(encoder: LoadedEncoder) -> str:
     "Names what turns physical fields into tokens: architecture, configuration, channels, time step, normalisation and weights. The device does not matter."
     names = ("name", "config", "system", "channels", "dt", "mean", "std", "reads")
-    text = json.dumps({k: encoder.info[k] for k in names if k in encoder.info}, sort_keys=True) + weights_digest(encoder.encoder)
+    text = json.dumps({k: encoder.info[k] for k in names if k in encoder.info}, sort_keys=True) + weights_digest(
+        encoder.encoder
+    )
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 # %% ../../nbs/probing/features.ipynb #dee78e9e
@@ -162,7 +180,7 @@ def cache_path(folder: str | Path, name: str, key: dict) -> Path:
     "Where `cached` keeps the features of this name and key."
     return Path(folder) / f"{name}-{hashlib.blake2b(key_text(key).encode(), digest_size=8).hexdigest()}.safetensors"
 
-
+# %% ../../nbs/probing/features.ipynb #0466338c
 def cached(
     folder: str | Path,
     name: str,  # for people, e.g. the split

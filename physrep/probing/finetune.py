@@ -25,6 +25,7 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class FinetuneRecipe:
     "How encoder and head are trained together; the batch size is that of the batches."
+
     epochs: int = 10
     lr: float = 2e-4  # of the head
     encoder_lr: float = 2e-4
@@ -38,7 +39,10 @@ class FinetuneRecipe:
 @dataclass(frozen=True)
 class Finetuned(_Predicts):
     "A fine-tuned encoder with its head: `predict(batches)` gives physical values for all windows of `physrep.data.batches.Batches`, in order."
-    network: nn.Module  # normalised fields (b, c, t, h, w) -> z-scored labels: nn.Sequential(encoder, standardiser, head)
+
+    network: (
+        nn.Module
+    )  # normalised fields (b, c, t, h, w) -> z-scored labels: nn.Sequential(encoder, standardiser, head)
     scaler: LabelScaler
     normaliser: Normaliser
     chosen: dict
@@ -51,10 +55,12 @@ class Finetuned(_Predicts):
         _check_normaliser(batches, self.normaliser)
         return _network_outputs(self.network, batches)
 
-
+# %% ../../nbs/probing/finetune.ipynb #6abc78d8
 def _check_normaliser(batches: Batches, wanted: Normaliser) -> None:
     if not all(torch.equal(getattr(batches.normaliser, k).cpu(), getattr(wanted, k).cpu()) for k in ("mean", "std")):
-        raise ValueError("the batches normalise fields otherwise than the encoder was trained with; pass normaliser=encoder.normaliser to Batches")
+        raise ValueError(
+            "the batches normalise fields otherwise than the encoder was trained with; pass normaliser=encoder.normaliser to Batches"
+        )
 
 
 @torch.no_grad()
@@ -75,12 +81,18 @@ class _Standardise(nn.Module):
         return (tokens - self.mean) * self.scale
 
 
-def _starting_head(encoder: LoadedEncoder, n_labels: int, recipe: FinetuneRecipe, start: Probe | None, seed: int) -> tuple[nn.Module, nn.Module]:
+def _starting_head(
+    encoder: LoadedEncoder, n_labels: int, recipe: FinetuneRecipe, start: Probe | None, seed: int
+) -> tuple[nn.Module, nn.Module]:
     "Standardiser and head: those of the attentive probe, or new ones; ValueError for another probe, or one of another encoder."
     if start is None:
-        return _Standardise(torch.zeros(encoder.dim), torch.ones(encoder.dim)), _new_head(encoder.dim, n_labels, recipe.head, "finetune", seed)
+        return _Standardise(torch.zeros(encoder.dim), torch.ones(encoder.dim)), _new_head(
+            encoder.dim, n_labels, recipe.head, "finetune", seed
+        )
     if start.name != "attentive" or start.info.get("encoder") not in (None, encoder_digest(encoder)):
-        raise ValueError(f"fine-tuning starts from an attentive probe of the same encoder, got a {start.name} probe of {start.info.get('encoder')}")
+        raise ValueError(
+            f"fine-tuning starts from an attentive probe of the same encoder, got a {start.name} probe of {start.info.get('encoder')}"
+        )
     arrays = {k: torch.from_numpy(v.copy()) for k, v in start.arrays.items()}
     head = _new_head(encoder.dim, n_labels, start.config["head"], "finetune", seed)
     head.load_state_dict({k.removeprefix("head."): v for k, v in arrays.items() if k.startswith("head.")})
@@ -101,13 +113,22 @@ def fit_finetune(
     for batches in (train, valid):
         _check_normaliser(batches, encoder.normaliser)
     scaler, labels = train.scaler, valid.windows.targets(np.arange(len(valid.windows)))
-    parts = copy.deepcopy(encoder.encoder).requires_grad_(True), *_starting_head(encoder, labels.shape[1], recipe, start, seed)
+    parts = (
+        copy.deepcopy(encoder.encoder).requires_grad_(True),
+        *_starting_head(encoder, labels.shape[1], recipe, start, seed),
+    )
     network = nn.Sequential(*parts).to(train.device)
     rates = (recipe.encoder_lr, recipe.lr)
-    optimiser = torch.optim.AdamW([{"params": part.parameters(), "lr": lr} for part, lr in zip((network[0], network[2]), rates)], weight_decay=recipe.weight_decay)
+    optimiser = torch.optim.AdamW(
+        [{"params": part.parameters(), "lr": lr} for part, lr in zip((network[0], network[2]), rates)],
+        weight_decay=recipe.weight_decay,
+    )
     per_epoch = math.ceil(len(train.windows) / train.batch_size)
     trials = [{"epoch": 0, "valid_mse": _error(_network_outputs(network, valid), labels, scaler)}]
-    best, weights = trials[0]["valid_mse"] if math.isfinite(trials[0]["valid_mse"]) else math.inf, copy.deepcopy(network.state_dict())
+    best, weights = (
+        trials[0]["valid_mse"] if math.isfinite(trials[0]["valid_mse"]) else math.inf,
+        copy.deepcopy(network.state_dict()),
+    )
     for epoch in tqdm(range(recipe.epochs), desc="fine-tune", disable=not progress, leave=False):
         network.train()
         with torch.random.fork_rng(devices=[]):  # for an encoder that draws, e.g. dropout
@@ -123,10 +144,23 @@ def fit_finetune(
     chosen = {"epoch": _select(trials)["epoch"]}
     network.load_state_dict(weights)
     residuals = np.abs(scaler.clip(_network_outputs(network, valid)) - scaler.transform(labels))
-    return Finetuned(network.requires_grad_(False), scaler, encoder.normaliser, chosen, trials, {"residuals": np.sort(residuals, axis=0)})
+    return Finetuned(
+        network.requires_grad_(False),
+        scaler,
+        encoder.normaliser,
+        chosen,
+        trials,
+        {"residuals": np.sort(residuals, axis=0)},
+    )
 
-
-def _finetune_step(network: nn.Module, optimiser: torch.optim.Optimizer, micro_batches: Iterable[dict], accumulate: int, recipe: FinetuneRecipe) -> None:
+# %% ../../nbs/probing/finetune.ipynb #dd5ea720
+def _finetune_step(
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    micro_batches: Iterable[dict],
+    accumulate: int,
+    recipe: FinetuneRecipe,
+) -> None:
     "One update on the mean squared error of the micro-batches."
     optimiser.zero_grad(set_to_none=True)
     for batch in micro_batches:

@@ -37,7 +37,7 @@ def valid_mse(z: np.ndarray, features: Features, scaler: LabelScaler) -> float:
     "The selection criterion: clipped squared error of z-scored predictions, mean over labels and windows."
     return _error(z, features.labels, scaler)
 
-
+# %% ../../nbs/probing/frozen.ipynb #8889da18
 def _select(trials: list[dict]) -> dict:
     "The trial with the smallest valid error, the first of equals; ValueError if none is finite."
     finite = [t for t in trials if math.isfinite(t["valid_mse"])]
@@ -80,13 +80,16 @@ PREDICTORS: dict[str, Callable[["Probe", Features], np.ndarray]] = {}  # name ->
 @dataclass(frozen=True)
 class Probe(_Predicts):
     "A fitted probe: `predict(features)` gives physical values, `interval(features)` where the truth may lie."
+
     name: str
     scaler: LabelScaler
     chosen: dict  # what selection on valid chose
     trials: list[dict]  # every candidate with its error on valid: {..., "valid_mse": float}
     arrays: dict[str, np.ndarray]  # its parameters, and "residuals" (n_valid, n_labels), absolute and sorted
     config: dict  # "dim" and "dtype" of the tokens, "head": keyword arguments of AttentiveHead
-    info: dict = field(default_factory=dict)  # "encoder": digest of the encoder it was fitted on, and whatever else should travel with it
+    info: dict = field(
+        default_factory=dict
+    )  # "encoder": digest of the encoder it was fitted on, and whatever else should travel with it
     device: str | torch.device = "cpu"  # where heads run
 
     def __post_init__(self) -> None:  # the layout of a matrix decides the last bits of a product
@@ -95,7 +98,9 @@ class Probe(_Predicts):
     def predict_z(self, features: Features) -> np.ndarray:
         "z-scored predictions `(n, n_labels)`, not clipped; ValueError for features of another width."
         if features.dim != self.config["dim"]:
-            raise ValueError(f"this probe was fitted on {self.config['dim']} channels, the features have {features.dim}")
+            raise ValueError(
+                f"this probe was fitted on {self.config['dim']} channels, the features have {features.dim}"
+            )
         return PREDICTORS[self.name](self, features)
 
     def predict_fields(self, encoder: LoadedEncoder, fields: np.ndarray | Tensor, dt: float) -> np.ndarray:
@@ -109,9 +114,15 @@ class Probe(_Predicts):
     def save(self, path: str | Path, *, info: dict | None = None) -> None:
         "Writes the probe to one file; `info` (JSON) joins its own, with `encoder` the digest (`encoder_digest`) that `predict_fields` asks for."
         s = self.scaler
-        scaler = {"system": s.system.name, "labels": s.system.label_names, "log": [label.log for label in s.system.labels]}
+        scaler = {
+            "system": s.system.name,
+            "labels": s.system.label_names,
+            "log": [label.log for label in s.system.labels],
+        }
         scaler |= {k: getattr(s, k).tolist() for k in ("mean", "std", "low", "high")}
-        record = {"kind": "probe", "scaler": scaler, "info": self.info | (info or {})} | {k: getattr(self, k) for k in ("name", "chosen", "trials", "config")}
+        record = {"kind": "probe", "scaler": scaler, "info": self.info | (info or {})} | {
+            k: getattr(self, k) for k in ("name", "chosen", "trials", "config")
+        }
         write_tensors(path, {k: torch.from_numpy(v) for k, v in self.arrays.items()}, record)
 
 # %% ../../nbs/probing/frozen.ipynb #df43b23d
@@ -154,7 +165,7 @@ def ridge_path(x: np.ndarray, y: np.ndarray, lambdas: Sequence[float]) -> list[n
     null = s <= s.max(initial=0) * max(x.shape) * np.finfo(np.float64).eps
     return [vt.T @ (np.where(null, 0, s / (s**2 + len(x) * lam + null))[:, None] * uty) for lam in lambdas]
 
-
+# %% ../../nbs/probing/frozen.ipynb #d847c913
 def _standardised_pooled(f: Features, arrays: dict[str, np.ndarray]) -> np.ndarray:
     return (f.pooled.numpy() - arrays["mean"]) * arrays["scale"]
 
@@ -162,7 +173,7 @@ def _standardised_pooled(f: Features, arrays: dict[str, np.ndarray]) -> np.ndarr
 def _linear(probe: Probe, f: Features) -> np.ndarray:
     return _standardised_pooled(f, probe.arrays) @ probe.arrays["weight"] + probe.arrays["bias"]
 
-
+# %% ../../nbs/probing/frozen.ipynb #2670ffe8
 PREDICTORS["linear"] = _linear
 
 
@@ -195,7 +206,9 @@ def _neighbours(arrays: dict[str, np.ndarray], f: Features, metric: str, k: int)
 PREDICTORS["knn"] = lambda probe, f: _neighbours(probe.arrays, f, probe.chosen["metric"], probe.chosen["k"]).mean(1)
 
 
-def fit_knn(train: Features, valid: Features, scaler: LabelScaler, *, seed: int = 0, ks: Sequence[int] = NEIGHBOURS) -> Probe:
+def fit_knn(
+    train: Features, valid: Features, scaler: LabelScaler, *, seed: int = 0, ks: Sequence[int] = NEIGHBOURS
+) -> Probe:
     "Mean label of the k nearest training windows; k and metric chosen on valid. Deterministic: `seed` is not used."
     if not (ks := [k for k in ks if k <= len(train)]):
         raise ValueError(f"no number of neighbours fits {len(train)} training windows")
@@ -220,6 +233,7 @@ def warm_cosine(step: int, steps: int, warmup: float) -> float:
 @dataclass(frozen=True)
 class AttentiveRecipe:
     "The one recipe of the attentive probe, whatever the encoder."
+
     epochs: int = 20
     batch_size: int = 32
     lr: float = 1e-3
@@ -231,7 +245,7 @@ class AttentiveRecipe:
         "Learning rate: linear warm-up, then a cosine that ends at zero after `steps`."
         return self.lr * warm_cosine(step, steps, self.warmup)
 
-
+# %% ../../nbs/probing/frozen.ipynb #ac2d11c7
 def token_standardiser(tokens: Tensor, chunk: int = 64) -> tuple[Tensor, Tensor]:
     "Mean and scale `(d,)`, float32, over all windows and tokens of `tokens (n, tokens, d)`; dead channels get scale 0."
     total, square = (torch.zeros(tokens.shape[2], dtype=torch.float64) for _ in range(2))
@@ -252,13 +266,15 @@ def _standardised(tokens: Tensor, mean: Tensor, scale: Tensor, device: str | tor
 
 
 @torch.no_grad()
-def _head_outputs(head: nn.Module, tokens: Tensor, mean: Tensor, scale: Tensor, device: str | torch.device) -> np.ndarray:
+def _head_outputs(
+    head: nn.Module, tokens: Tensor, mean: Tensor, scale: Tensor, device: str | torch.device
+) -> np.ndarray:
     "Z-scored predictions `(n, n_labels)` of a head on tokens `(n, tokens, d)`."
     head.eval()
     parts = [head(_standardised(part, mean, scale, device)) for part in tokens.split(128)]
     return torch.cat(parts).double().cpu().numpy()
 
-
+# %% ../../nbs/probing/frozen.ipynb #c1da2bf3
 def _new_head(dim: int, n_labels: int, options: dict, *seed: int | str) -> AttentiveHead:
     "A head whose initial weights follow from the seed; the global generator is left as it was."
     with torch.random.fork_rng(devices=[]):
@@ -272,7 +288,7 @@ def _attentive(probe: Probe, f: Features) -> np.ndarray:
     head.load_state_dict({k.removeprefix("head."): v for k, v in arrays.items() if k.startswith("head.")})
     return _head_outputs(head, f.tokens, arrays["mean"], arrays["scale"], probe.device)
 
-
+# %% ../../nbs/probing/frozen.ipynb #763fa432
 PREDICTORS["attentive"] = _attentive
 
 # %% ../../nbs/probing/frozen.ipynb #e06ca6ba
@@ -329,7 +345,9 @@ PROBES: dict[str, Callable[..., Probe]] = {
 }
 
 
-def fit_probe(name: str, train: Features, valid: Features, scaler: LabelScaler, *, seed: int = 0, **options: object) -> Probe:
+def fit_probe(
+    name: str, train: Features, valid: Features, scaler: LabelScaler, *, seed: int = 0, **options: object
+) -> Probe:
     "Fits the probe of that name on train, selected on valid; ValueError for an unknown name, or features that do not match."
     if name not in PROBES:
         raise ValueError(f"unknown probe {name!r}; valid: {', '.join(PROBES)}")
@@ -352,8 +370,12 @@ def load_probe(path: str | Path, name: str = "", *, device: str | torch.device =
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if system.label_names != s["labels"]:
-        raise ValueError(f"{path} predicts {', '.join(s['labels'])}; {system.name} has the labels {', '.join(system.label_names)}")
+        raise ValueError(
+            f"{path} predicts {', '.join(s['labels'])}; {system.name} has the labels {', '.join(system.label_names)}"
+        )
     system = replace(system, labels=tuple(replace(label, log=log) for label, log in zip(system.labels, s["log"])))
     scaler = LabelScaler(system, *(np.array(s[k], dtype=np.float64) for k in ("mean", "std", "low", "high")))
     arrays = {k: v.numpy().copy() for k, v in tensors.items()}  # a copy: the file may go
-    return Probe(record["name"], scaler, record["chosen"], record["trials"], arrays, record["config"], record["info"], device)
+    return Probe(
+        record["name"], scaler, record["chosen"], record["trials"], arrays, record["config"], record["info"], device
+    )

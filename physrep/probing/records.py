@@ -26,9 +26,15 @@ from safetensors.torch import save_file
 # %% ../../nbs/probing/records.ipynb #cecbcebb
 SCHEMA: dict[str, tuple[type, str]] = {
     "system": (str, "physical system, a name of `physrep.physics.systems`"),
-    "objective": (str, "what the encoder was trained with: jepa, mae, ..., random; or a baseline: statistics, equations, constant"),
+    "objective": (
+        str,
+        "what the encoder was trained with: jepa, mae, ..., random; or a baseline: statistics, equations, constant",
+    ),
     "encoder": (str, "backbone: convnext, vit, ...; none for a baseline without one"),
-    "probe": (str, "what reads the features: linear, knn, attentive; head (a supervised run's own), finetune; oracle, constant"),
+    "probe": (
+        str,
+        "what reads the features: linear, knn, attentive; head (a supervised run's own), finetune; oracle, constant",
+    ),
     "split": (str, "split that is scored: valid (used to select, optimistic), test, unseen (parameters off the grid)"),
     "label": (str, "name of the label, or mean: the average over the labels of the system"),
     "seed": (int, "initialisation, order of the windows and probe, at fixed data"),
@@ -83,7 +89,7 @@ def _check_row(row: dict) -> dict:
         raise ValueError(f"'low' and 'high' must be an interval (or both missing), got {row['low']} and {row['high']}")
     return row
 
-
+# %% ../../nbs/probing/records.ipynb #293c86b7
 def check_rows(rows: Sequence[dict]) -> list[dict]:
     "The rows in plain types and the schema's order; ValueError that names row and key, also for a row given twice."
     if not isinstance(rows, (list, tuple)) or not rows:
@@ -137,7 +143,9 @@ def read_results(where: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     if (twice := df.duplicated(keys)).any():
         i = int(np.argmax(twice))
         first = int(np.argmax((df[keys] == df.loc[i, keys]).all(axis=1)))
-        raise ValueError(f"{origin[i]} and {origin[first]} both have the row {dict(df.loc[i, keys])}; remove one of them")
+        raise ValueError(
+            f"{origin[i]} and {origin[first]} both have the row {dict(df.loc[i, keys])}; remove one of them"
+        )
     return df
 
 # %% ../../nbs/probing/records.ipynb #8cedd2eb
@@ -148,6 +156,7 @@ _FILE = "predictions.safetensors"
 @dataclass(frozen=True)
 class Predictions:
     "What one run predicts. `info` has objective, encoder, seed, share, run, and what else was written."
+
     path: Path
     info: dict
     scaler: LabelScaler  # with the system, whose labels have the transforms that were used
@@ -199,18 +208,31 @@ def write_predictions(
     "Writes what the probes of a run predict, whole or not at all; ValueError for arrays that do not fit each other, or another system's scaler."
     path, labels = Path(path), scaler.system.labels
     if scaler.system.name != system:
-        raise ValueError(f"{path} is not written: the scaler is of {scaler.system.name}, the predictions are of {system}")
+        raise ValueError(
+            f"{path} is not written: the scaler is of {scaler.system.name}, the predictions are of {system}"
+        )
     if bad := [name for key in predictions for name in key if not name or "/" in name]:
         raise ValueError(f"{path} is not written: a probe or split may not be empty or have a '/', got {bad[0]!r}")
     folder = path.absolute().parent
     run = run or (f"{folder.parent.name}/{folder.name}" if re.fullmatch(r"seed\d+", folder.name) else folder.name)
-    scaling = {name: getattr(scaler, name).tolist() for name in ("mean", "std", "low", "high")} | {"log": [label.log for label in labels]}
-    info = {"system": system, "objective": objective, "encoder": encoder, "seed": int(seed), "share": float(share), "run": run}
+    scaling = {name: getattr(scaler, name).tolist() for name in ("mean", "std", "low", "high")} | {
+        "log": [label.log for label in labels]
+    }
+    info = {
+        "system": system,
+        "objective": objective,
+        "encoder": encoder,
+        "seed": int(seed),
+        "share": float(share),
+        "run": run,
+    }
     splits = {split for _, split in predictions}
     if data is not None:
         info["data"] = {split: str(fingerprint) for split, fingerprint in data.items() if split in splits}
     arrays = {f"prediction/{probe}/{split}": p for (probe, split), p in predictions.items()}
-    arrays |= {f"{kind}/{s}": v for kind, by in (("truth", truth), ("groups", groups)) for s, v in by.items() if s in splits}
+    arrays |= {
+        f"{kind}/{s}": v for kind, by in (("truth", truth), ("groups", groups)) for s, v in by.items() if s in splits
+    }
     try:
         arrays = _checked(arrays, len(labels))
     except ValueError as error:
@@ -225,7 +247,10 @@ def _scaler_of(info: dict) -> LabelScaler:
     "The scaler that was written, on a system with the label transforms that were used."
     system, scaling = get_system(info["system"]), info["scaler"]
     labels = tuple(replace(label, log=log) for label, log in zip(system.labels, scaling["log"], strict=True))
-    return LabelScaler(replace(system, labels=labels), *(np.array(scaling[name], dtype=np.float64) for name in ("mean", "std", "low", "high")))
+    return LabelScaler(
+        replace(system, labels=labels),
+        *(np.array(scaling[name], dtype=np.float64) for name in ("mean", "std", "low", "high")),
+    )
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -238,7 +263,9 @@ def read_predictions(path: str | Path) -> Predictions:
             info = json.loads((f.metadata() or {}).get("physrep", "{}"))
             arrays = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is torn or no safetensors file ({error}); delete it and probe the run again") from error
+        raise ValueError(
+            f"{path} is torn or no safetensors file ({error}); delete it and probe the run again"
+        ) from error
     if not isinstance(info, dict) or info.pop("kind", None) != _KIND:
         raise ValueError(f"{path} is not a predictions file of physrep")
     try:
@@ -249,6 +276,9 @@ def read_predictions(path: str | Path) -> Predictions:
         named |= {"data": {split: str(value) for split, value in dict(info["data"]).items()}} if "data" in info else {}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a predictions file of physrep: {error!r}") from error
-    parts = {kind: {tuple(n.split("/")[1:]): v for n, v in arrays.items() if n.startswith(kind)} for kind in ("prediction", "truth", "groups")}
+    parts = {
+        kind: {tuple(n.split("/")[1:]): v for n, v in arrays.items() if n.startswith(kind)}
+        for kind in ("prediction", "truth", "groups")
+    }
     truth, groups = ({split: v for (split,), v in parts[kind].items()} for kind in ("truth", "groups"))
     return Predictions(path, info | named, scaler, parts["prediction"], truth, groups)

@@ -40,7 +40,7 @@ def _group_sums(values: np.ndarray, index: np.ndarray, n_groups: int) -> np.ndar
     np.add.at(out, index, values)
     return out
 
-
+# %% ../../nbs/probing/scores.ipynb #1bae95a7
 def _weighted_medians(values: np.ndarray, weights: np.ndarray, index: np.ndarray, chunk: int = 64) -> np.ndarray:
     "Median `(draws,)` of `values (n,)`, window i counting `weights[draw, index[i]]` times, as `np.median` of the repeated values."
     order = np.argsort(values, kind="stable")
@@ -59,7 +59,9 @@ def _check_scored(prediction: np.ndarray, truth: np.ndarray, groups: np.ndarray,
     shape = (len(groups), len(system.labels))
     for name, values in (("prediction", prediction), ("truth", truth)):
         if np.shape(values) != shape:
-            raise ValueError(f"{name} has shape {np.shape(values)}; {len(groups)} windows of {system.name} want {shape}")
+            raise ValueError(
+                f"{name} has shape {np.shape(values)}; {len(groups)} windows of {system.name} want {shape}"
+            )
         if not np.isfinite(values).all():
             raise ValueError(f"{name} has {(~np.isfinite(values)).sum()} values that are not finite")
     if (np.asarray(truth) == 0).any():
@@ -71,7 +73,9 @@ def _draws(
 ) -> dict[str, np.ndarray]:
     "Each metric `(1 + n_bootstrap, n_labels)` of the data (row 0) and of every draw of groups."
     z, target = scaler.clip(scaler.transform(prediction)), scaler.transform(truth)
-    sums = _group_sums(np.stack([np.ones_like(z), (z - target) ** 2, target, target**2], axis=1), index, weights.shape[1])
+    sums = _group_sums(
+        np.stack([np.ones_like(z), (z - target) ** 2, target, target**2], axis=1), index, weights.shape[1]
+    )
     count, error, first, second = np.einsum("bg,gsl->sbl", weights, sums)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = second / count - (first / count) ** 2
@@ -80,7 +84,7 @@ def _draws(
     medians = np.stack([_weighted_medians(column, weights, index) for column in relative.T], axis=1)
     return {"mse": error / count, "r2": r2, "relative_error": medians}
 
-
+# %% ../../nbs/probing/scores.ipynb #c0ecfe0d
 def _rows(draws: dict[str, np.ndarray], system: System, n: int, n_groups: int) -> list[dict]:
     "Rows with value and 95 % percentile interval per label and for the mean over labels; no interval from a single group."
     rows = []
@@ -94,7 +98,9 @@ def _rows(draws: dict[str, np.ndarray], system: System, n: int, n_groups: int) -
     return rows
 
 # %% ../../nbs/probing/scores.ipynb #32683ec8
-def _prepare(predictions: Sequence[np.ndarray], truth: np.ndarray, groups: np.ndarray, system: System) -> tuple[list[np.ndarray], np.ndarray]:
+def _prepare(
+    predictions: Sequence[np.ndarray], truth: np.ndarray, groups: np.ndarray, system: System
+) -> tuple[list[np.ndarray], np.ndarray]:
     "Predictions and truth as float64; ValueError if there is none, or if one does not fit."
     if not len(predictions):
         raise ValueError("no predictions to score")
@@ -119,7 +125,7 @@ def score(
     weights, index = bootstrap_weights(groups, n_bootstrap, seed)
     return _rows(_draws(prediction, truth, scaler, weights, index), system, len(truth), weights.shape[1])
 
-
+# %% ../../nbs/probing/scores.ipynb #575c8ae7
 def score_difference(
     prediction: np.ndarray, other: np.ndarray, truth: np.ndarray, groups: np.ndarray, system: System, scaler: LabelScaler,
     *, n_bootstrap: int = 1000, seed: int = 0,
@@ -132,7 +138,12 @@ def score_difference(
 
 # %% ../../nbs/probing/scores.ipynb #f59d5ebc
 def _seed_draws(
-    predictions: Sequence[np.ndarray], truth: np.ndarray, scaler: LabelScaler, weights: np.ndarray, index: np.ndarray, rng: np.random.Generator
+    predictions: Sequence[np.ndarray],
+    truth: np.ndarray,
+    scaler: LabelScaler,
+    weights: np.ndarray,
+    index: np.ndarray,
+    rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
     "Each metric `(1 + n_bootstrap, n_labels)`, mean over seeds: over all of them in row 0, over as many drawn with replacement in the others."
     n = len(predictions)
@@ -152,10 +163,12 @@ def score_seeds(
     With one seed it is `score`: the interval then says nothing about seeds. With few it is too narrow in what comes from seeds."""
     predictions, truth = _prepare(predictions, truth, groups, system)
     weights, index = bootstrap_weights(groups, n_bootstrap, seed)
-    draws = _seed_draws(predictions, truth, scaler, weights, index, np.random.default_rng(seed_for("bootstrap-seeds", seed, 0)))
+    draws = _seed_draws(
+        predictions, truth, scaler, weights, index, np.random.default_rng(seed_for("bootstrap-seeds", seed, 0))
+    )
     return [row | {"seeds": len(predictions)} for row in _rows(draws, system, len(truth), weights.shape[1])]
 
-
+# %% ../../nbs/probing/scores.ipynb #b2de5a05
 def difference_seeds(
     first: Sequence[np.ndarray], second: Sequence[np.ndarray], truth: np.ndarray, groups: np.ndarray, system: System, scaler: LabelScaler,
     *, n_bootstrap: int = 1000, seed: int = 0,
@@ -192,14 +205,14 @@ def _plain_logarithmic(ax: Axes, decades: float) -> None:
         axis.set_major_formatter(FuncFormatter(_short))
         axis.set_minor_formatter(NullFormatter())
 
-
+# %% ../../nbs/probing/scores.ipynb #19de121a
 def _short(value: float, _: object = None) -> str:
     "0.25, 300, 20k, 3e6: a number for a tick."
     if value >= 1e6:
         return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     return f"{value / 1000:g}k" if value >= 1e4 else f"{value:g}"
 
-
+# %% ../../nbs/probing/scores.ipynb #648f8813
 def plot_predictions(
     prediction: np.ndarray,  # (n, n_labels) physical values
     truth: np.ndarray,
@@ -207,7 +220,8 @@ def plot_predictions(
     *,
     title: str = "",
     color: str = "#0072B2",
-    half_width: np.ndarray | None = None,  # (n_labels,) of a band around the diagonal, in transformed units: probe.half_width() * scaler.std
+    half_width: np.ndarray
+    | None = None,  # (n_labels,) of a band around the diagonal, in transformed units: probe.half_width() * scaler.std
     max_points: int = 2000,  # drawn, evenly spaced among the windows
 ) -> Figure:
     "Predicted against true values, one panel per label, logarithmic where the label is, with median and central 80 %; the diagonal is a perfect probe."
@@ -215,7 +229,9 @@ def plot_predictions(
 
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     shown = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), max_points)).astype(int))
-    fig, axes = plt.subplots(1, len(system.labels), figsize=(3.4 * len(system.labels), 3.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(system.labels), figsize=(3.4 * len(system.labels), 3.4), squeeze=False, layout="constrained"
+    )
     for i, (ax, label) in enumerate(zip(axes[0], system.labels)):
         x, y = label.transform(truth[:, i]), label.transform(prediction[:, i])
         r2 = 1 - np.mean((y - x) ** 2) / max(np.var(x), 1e-12)
@@ -226,12 +242,34 @@ def plot_predictions(
         ax.plot(label.inverse(ends), label.inverse(ends), color="0.5", lw=1, zorder=1)
         if half_width is not None:
             width = min(half_width[i], np.ptp(ends))  # may be infinite
-            ax.fill_between(label.inverse(ends), label.inverse(ends - width), label.inverse(ends + width), color="0.93", lw=0, zorder=0)
-        ax.plot(truth[shown, i], prediction[shown, i], "o", ms=3, mew=0, alpha=max(0.15, min(0.5, 100 / len(shown))), color="0.4", zorder=2)
+            ax.fill_between(
+                label.inverse(ends),
+                label.inverse(ends - width),
+                label.inverse(ends + width),
+                color="0.93",
+                lw=0,
+                zorder=0,
+            )
+        ax.plot(
+            truth[shown, i],
+            prediction[shown, i],
+            "o",
+            ms=3,
+            mew=0,
+            alpha=max(0.15, min(0.5, 100 / len(shown))),
+            color="0.4",
+            zorder=2,
+        )
         where, (low, median, high) = _spread(x, y)
         ax.vlines(label.inverse(where), label.inverse(low), label.inverse(high), color=color, lw=1.8, zorder=3)
         ax.plot(label.inverse(where), label.inverse(median), "o", ms=6, mfc="white", mec=color, mew=1.6, zorder=4)
-        ax.set(xlabel=f"true {label.name}", ylabel=f"predicted {label.name}", aspect="equal", xlim=label.inverse(ends), ylim=label.inverse(ends))
+        ax.set(
+            xlabel=f"true {label.name}",
+            ylabel=f"predicted {label.name}",
+            aspect="equal",
+            xlim=label.inverse(ends),
+            ylim=label.inverse(ends),
+        )
         ax.set_title(rf"${label.latex}$: $R^2$ = {r2:.2f}", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     if title:

@@ -24,6 +24,7 @@ from .table import SUMMARY, spread, without_seed
 @dataclass(frozen=True)
 class Method:
     "All seeds of one configuration, scored on the same windows."
+
     name: str  # the run without its seed
     objective: str
     encoder: str
@@ -47,21 +48,34 @@ class Method:
         return [by_seed[k] for k in sorted(by_seed)]
 
 
-def _check_same_windows(a: Method | Predictions, b: Method | Predictions, names: tuple[str, str], splits: Sequence[str]) -> None:
+def _check_same_windows(
+    a: Method | Predictions, b: Method | Predictions, names: tuple[str, str], splits: Sequence[str]
+) -> None:
     "ValueError that names both if they are of different systems, label scalings, windows, or (where both say it) fields."
     if a.scaler.system.name != b.scaler.system.name:
-        raise ValueError(f"{names[0]} is of {a.scaler.system.name}, {names[1]} of {b.scaler.system.name}: nothing to compare")
+        raise ValueError(
+            f"{names[0]} is of {a.scaler.system.name}, {names[1]} of {b.scaler.system.name}: nothing to compare"
+        )
     for part in ("mean", "std", "low", "high"):
-        if not np.allclose(getattr(a.scaler, part), getattr(b.scaler, part), rtol=1e-9, atol=1e-12) or a.scaler.system.labels != b.scaler.system.labels:
-            raise ValueError(f"{names[0]} and {names[1]} scale their labels differently (other training labels or transforms)")
+        if (
+            not np.allclose(getattr(a.scaler, part), getattr(b.scaler, part), rtol=1e-9, atol=1e-12)
+            or a.scaler.system.labels != b.scaler.system.labels
+        ):
+            raise ValueError(
+                f"{names[0]} and {names[1]} scale their labels differently (other training labels or transforms)"
+            )
     for split in splits:
         if not all(np.array_equal(getattr(a, part)[split], getattr(b, part)[split]) for part in ("truth", "groups")):
             raise ValueError(f"{names[0]} and {names[1]} were not scored on the same windows of split {split!r}")
         if split in a.data and split in b.data and a.data[split] != b.data[split]:
-            raise ValueError(f"{names[0]} and {names[1]} were not scored on the same fields of split {split!r}: fingerprints {a.data[split]} and {b.data[split]}")
+            raise ValueError(
+                f"{names[0]} and {names[1]} were not scored on the same fields of split {split!r}: fingerprints {a.data[split]} and {b.data[split]}"
+            )
 
 # %% ../../nbs/results/comparison.ipynb #64a4f650
-_Where = str | Path | Method | Sequence[str | Path | Method]  # a folder, a predictions file, or a list of them; what was read already, too
+_Where = (
+    str | Path | Method | Sequence[str | Path | Method]
+)  # a folder, a predictions file, or a list of them; what was read already, too
 
 
 def read_methods(where: _Where) -> list[Method]:
@@ -75,20 +89,32 @@ def read_methods(where: _Where) -> list[Method]:
     places = [Path(p) for p in places]
     files = [f for p in places for f in (sorted(p.rglob(_FILE)) if p.is_dir() else [p])]
     if not files:
-        raise FileNotFoundError(f"no {_FILE} below {', '.join(map(str, places)) or 'an empty list'}; the probe stage writes them")
+        raise FileNotFoundError(
+            f"no {_FILE} below {', '.join(map(str, places)) or 'an empty list'}; the probe stage writes them"
+        )
     methods, first = {}, {}
     for p in map(read_predictions, dict.fromkeys(files)):  # a file listed twice is read once
-        key = (p.scaler.system.name, p.info["objective"], p.info["encoder"], p.info["share"], without_seed(p.info["run"]))
+        key = (
+            p.scaler.system.name,
+            p.info["objective"],
+            p.info["encoder"],
+            p.info["share"],
+            without_seed(p.info["run"]),
+        )
         m = methods.setdefault(key, Method(key[4], *key[1:4], p.scaler, {}, {}, {}))
         for split in p.truth:
             other = first.setdefault((key, split), p)
             _check_same_windows(p, other, (str(p.path), str(other.path)), [split])
             m.truth[split], m.groups[split] = other.truth[split], other.groups[split]
-            first[key, split] = other if split in other.data else p  # the next are compared with one that says its fields
+            first[key, split] = (
+                other if split in other.data else p
+            )  # the next are compared with one that says its fields
             m.data.update({split: p.data[split]} if split in p.data else {})
         for place, values in p.predictions.items():
             if p.info["seed"] in m.predictions.setdefault(place, {}):
-                raise ValueError(f"{first[key, place, p.info['seed']]} and {p.path} both have seed {p.info['seed']}, probe and split {place} of {m.name}")
+                raise ValueError(
+                    f"{first[key, place, p.info['seed']]} and {p.path} both have seed {p.info['seed']}, probe and split {place} of {m.name}"
+                )
             first[key, place, p.info["seed"]] = p.path
             m.predictions[place][p.info["seed"]] = values
     rank = {pair: i for i, pair in enumerate(row_order(list(methods.values())))}
@@ -97,7 +123,9 @@ def read_methods(where: _Where) -> list[Method]:
 # %% ../../nbs/results/comparison.ipynb #8385d99e
 def _by_seed(m: Method, probe: str, split: str) -> dict[tuple[str, str], tuple[float, ...]]:
     "(label, metric) -> the value of every seed."
-    scored = [score(p, m.truth[split], m.groups[split], m.system, m.scaler, n_bootstrap=0) for p in m.seeds(probe, split)]
+    scored = [
+        score(p, m.truth[split], m.groups[split], m.system, m.scaler, n_bootstrap=0) for p in m.seeds(probe, split)
+    ]
     return {(row["label"], row["metric"]): tuple(s[i]["value"] for s in scored) for i, row in enumerate(scored[0])}
 
 
@@ -109,9 +137,19 @@ def summarise(where: _Where, *, n_bootstrap: int = 1000, seed: int = 0) -> pd.Da
     rows = []
     for m in read_methods(where):
         for probe, split in sorted(m.predictions):
-            base = {"system": m.system.name, "objective": m.objective, "encoder": m.encoder, "probe": probe, "split": split, "share": m.share, "run": m.name}
+            base = {
+                "system": m.system.name,
+                "objective": m.objective,
+                "encoder": m.encoder,
+                "probe": probe,
+                "split": split,
+                "share": m.share,
+                "run": m.name,
+            }
             seeds, single = m.seeds(probe, split), _by_seed(m, probe, split)
-            for row in score_seeds(seeds, m.truth[split], m.groups[split], m.system, m.scaler, n_bootstrap=n_bootstrap, seed=seed):
+            for row in score_seeds(
+                seeds, m.truth[split], m.groups[split], m.system, m.scaler, n_bootstrap=n_bootstrap, seed=seed
+            ):
                 values = single[row["label"], row["metric"]]
                 rows.append({**base, **row, "by_seed": values, "spread": spread(values), "seeds": len(values)})
     return pd.DataFrame(rows, columns=list(SUMMARY))
@@ -121,7 +159,9 @@ def _one_method(where: _Where) -> Method:
     "The one method in a folder or list; ValueError if there are several."
     found = read_methods(where)
     if len(found) > 1:
-        raise ValueError(f"{where} holds {len(found)} methods ({', '.join(m.name for m in found[:6])}): name the seeds of one for each side")
+        raise ValueError(
+            f"{where} holds {len(found)} methods ({', '.join(m.name for m in found[:6])}): name the seeds of one for each side"
+        )
     return found[0]
 
 
@@ -129,21 +169,39 @@ def _seed_differences(a: Sequence[float], b: Sequence[float]) -> tuple[float, ..
     "Each seed of `a` minus the same seed of `b`; minus the mean of `b` if there are not as many."
     return tuple(np.subtract(a, b if len(a) == len(b) else np.mean(b)).tolist())
 
-
+# %% ../../nbs/results/comparison.ipynb #894d5c1b
 def _paired(a: Method, b: Method, probes: tuple[str, str], split: str, n_bootstrap: int, seed: int) -> list[dict]:
     "Rows {label, metric, a, b, difference, low, high, by_seed, seeds_a, seeds_b, n} of the paired difference a - b."
     _check_same_windows(a, b, (a.name, b.name), [split])
     first, second = a.seeds(probes[0], split), b.seeds(probes[1], split)
     values = [_by_seed(m, probe, split) for m, probe in zip((a, b), probes)]
     rows = []
-    for row in difference_seeds(first, second, a.truth[split], a.groups[split], a.system, a.scaler, n_bootstrap=n_bootstrap, seed=seed):
+    for row in difference_seeds(
+        first, second, a.truth[split], a.groups[split], a.system, a.scaler, n_bootstrap=n_bootstrap, seed=seed
+    ):
         by_seed = [v[row["label"], row["metric"]] for v in values]
         mean_a, mean_b = (float(np.mean(v)) for v in by_seed)
-        numbers = {"a": mean_a, "b": mean_b, "difference": row["value"], "low": row["low"], "high": row["high"], "by_seed": _seed_differences(*by_seed)}
-        rows.append({"label": row["label"], "metric": row["metric"], **numbers, "seeds_a": len(first), "seeds_b": len(second), "n": row["n"]})
+        numbers = {
+            "a": mean_a,
+            "b": mean_b,
+            "difference": row["value"],
+            "low": row["low"],
+            "high": row["high"],
+            "by_seed": _seed_differences(*by_seed),
+        }
+        rows.append(
+            {
+                "label": row["label"],
+                "metric": row["metric"],
+                **numbers,
+                "seeds_a": len(first),
+                "seeds_b": len(second),
+                "n": row["n"],
+            }
+        )
     return rows
 
-
+# %% ../../nbs/results/comparison.ipynb #8ab10ee2
 def compare(
     *runs: _Where,  # each the seeds of one method: a folder, a predictions file, or a list of them
     split: str = "test",
@@ -167,13 +225,24 @@ def compare(
             if split not in m.truth:
                 raise ValueError(f"{m.name} has no split {split!r}; it has {', '.join(ordered(m.truth, SPLIT_ORDER))}")
         both = [p for p in a.probes(split) if p in b.probes(split)]
-        pairs = [(p, p) for p in both] if probe is None else [(probe, probe) if isinstance(probe, str) else tuple(probe)]
+        pairs = (
+            [(p, p) for p in both] if probe is None else [(probe, probe) if isinstance(probe, str) else tuple(probe)]
+        )
         if not pairs or pairs[0][0] not in a.probes(split) or pairs[0][1] not in b.probes(split):
             there = " and ".join(f"{m.name} has {', '.join(m.probes(split))}" for m in (a, b))
-            raise ValueError(f"no probe {probe or 'in common'} on split {split!r}: {there}; name one of each, e.g. probe=('attentive', 'linear')")
+            raise ValueError(
+                f"no probe {probe or 'in common'} on split {split!r}: {there}; name one of each, e.g. probe=('attentive', 'linear')"
+            )
         for pair in pairs:
-            base = {"first": a.name, "second": b.name, "probe": pair[0] if pair[0] == pair[1] else " - ".join(pair), "split": split}
-            rows += [base | row for row in _paired(a, b, pair, split, n_bootstrap, seed) if metric in (None, row["metric"])]
+            base = {
+                "first": a.name,
+                "second": b.name,
+                "probe": pair[0] if pair[0] == pair[1] else " - ".join(pair),
+                "split": split,
+            }
+            rows += [
+                base | row for row in _paired(a, b, pair, split, n_bootstrap, seed) if metric in (None, row["metric"])
+            ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/results/comparison.ipynb #5e9d15ed
@@ -186,15 +255,24 @@ def interval_text(value: float, low: float, high: float, digits: int = 2) -> str
     return value if low == "nan" else f"{value} [{low}, {high}]"
 
 
-def _reference(m: Method, probe: str, methods: Sequence[Method], objective: str, split: str) -> tuple[Method, str] | None:
+def _reference(
+    m: Method, probe: str, methods: Sequence[Method], objective: str, split: str
+) -> tuple[Method, str] | None:
     "The row of that objective to compare with, and its probe: of the same backbone and probe if it has a backbone; None if there is none."
-    found = [(r, p) for r in methods if r.objective == objective and (r.system.name, r.share) == (m.system.name, m.share) for p in r.probes(split)]
+    found = [
+        (r, p)
+        for r in methods
+        if r.objective == objective and (r.system.name, r.share) == (m.system.name, m.share)
+        for p in r.probes(split)
+    ]
     found = [(r, p) for r, p in found if r.encoder == "none" or (r.encoder, p) == (m.encoder, probe)]
     if len(found) > 1:
-        raise ValueError(f"{m.name}, probe {probe}: several rows of {objective!r} to compare with: {', '.join(f'{r.name} ({p})' for r, p in found)}; leave one")
+        raise ValueError(
+            f"{m.name}, probe {probe}: several rows of {objective!r} to compare with: {', '.join(f'{r.name} ({p})' for r, p in found)}; leave one"
+        )
     return found[0] if found else None
 
-
+# %% ../../nbs/results/comparison.ipynb #aa5c1297
 def differences(
     where: _Where,
     *,
@@ -213,18 +291,39 @@ def differences(
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; valid: {', '.join(METRICS)}")
     rows, methods = [], read_methods(where)
-    asked = [(a, probe, o) for a in methods if a.objective != "constant" for probe in a.probes(split) for o in references if o != a.objective]
+    asked = [
+        (a, probe, o)
+        for a in methods
+        if a.objective != "constant"
+        for probe in a.probes(split)
+        for o in references
+        if o != a.objective
+    ]
     for m, probe, objective in asked:
         if (found := _reference(m, probe, methods, objective, split)) is None:
             continue
         reference, other = found
-        base = {"system": m.system.name, "objective": m.objective, "encoder": m.encoder, "probe": probe, "share": m.share, "reference": objective}
+        base = {
+            "system": m.system.name,
+            "objective": m.objective,
+            "encoder": m.encoder,
+            "probe": probe,
+            "share": m.share,
+            "reference": objective,
+        }
         base |= {"reference_probe": other, "split": split}
         for row in _paired(m, reference, (probe, other), split, n_bootstrap, seed):
             if row["metric"] == metric:
                 text = interval_text(row["difference"], row["low"], row["high"])
-                rows.append(base | {"label": row["label"], "metric": metric} | row | {"text": text, "run": m.name, "reference_run": reference.name})
+                rows.append(
+                    base
+                    | {"label": row["label"], "metric": metric}
+                    | row
+                    | {"text": text, "run": m.name, "reference_run": reference.name}
+                )
     if not rows:
         there = ", ".join(sorted({m.objective for m in methods}))
-        raise ValueError(f"nothing to compare with on split {split!r}: no rows of {' or '.join(references)} that fit; objectives here: {there}")
+        raise ValueError(
+            f"nothing to compare with on split {split!r}: no rows of {' or '.join(references)} that fit; objectives here: {there}"
+        )
     return pd.DataFrame(rows)

@@ -81,7 +81,7 @@ def color_of(objective: str) -> str:
     "Colour of an objective; a neutral one for what is not in `COLORS`."
     return COLORS.get(objective, "#882255")
 
-
+# %% ../../nbs/results/figures.ipynb #099c97bc
 def marker_of(encoder: str) -> str:
     "Marker of a backbone; a triangle that points down for what is not in `MARKERS`."
     return MARKERS.get(encoder, "v")
@@ -96,7 +96,14 @@ def _small_png(png: bytes) -> bytes:
     "The picture with 16 levels of each colour, which looks the same: half the bytes, most of which are the soft edges of letters."
     pixels = np.round(15 * imread(io.BytesIO(png))[..., :3]) / 15
     buffer = io.BytesIO()
-    imsave(buffer, pixels, format="png", dpi=STYLE["savefig.dpi"], metadata={"Software": None}, pil_kwargs={"optimize": True})
+    imsave(
+        buffer,
+        pixels,
+        format="png",
+        dpi=STYLE["savefig.dpi"],
+        metadata={"Software": None},
+        pil_kwargs={"optimize": True},
+    )
     return buffer.getvalue()
 
 
@@ -110,7 +117,7 @@ def _rendered(fig: Figure) -> dict[str, bytes]:
             contents[kind] = buffer.getvalue()
     return contents | {"png": _small_png(contents["png"])}
 
-
+# %% ../../nbs/results/figures.ipynb #d905cb62
 def _csv(table: pd.DataFrame) -> bytes:
     "The table with six significant digits, tuples as numbers with blanks between; its index is left out if it only counts."
     index = table.index
@@ -134,7 +141,9 @@ def save_figure(fig: Figure, folder: str | Path, name: str, table: pd.DataFrame,
         raise ValueError(f"figure {name!r}: the record has {taken[0]!r} already; that key is written here")
     paths = {kind: Path(folder) / f"{name}.{kind}" for kind in ("png", "svg", "csv", "json")}
     contents = _rendered(fig) | {"csv": _csv(table)}
-    files = [{"name": paths[kind].name, "sha256": hashlib.sha256(content).hexdigest()} for kind, content in contents.items()]
+    files = [
+        {"name": paths[kind].name, "sha256": hashlib.sha256(content).hexdigest()} for kind, content in contents.items()
+    ]
     record = json.loads(json.dumps({**record, "figure": name, "files": files}))  # fails before anything is written
     paths["json"].unlink(missing_ok=True)  # an old record must not stand beside new pictures
     for kind, content in contents.items():
@@ -151,7 +160,8 @@ def figure_record(
     preset: str,
     parameters: Mapping[str, object] | None = None,  # of the notebook
     runs: Sequence[str] = (),  # `<objective>-<encoder>[-tag]-<hash>/seed<k>`, as in the results table
-    configs: Mapping[str, dict] | None = None,  # for runs that are not the preset's defaults: run -> keyword arguments of `runs.resolve`
+    configs: Mapping[str, dict]
+    | None = None,  # for runs that are not the preset's defaults: run -> keyword arguments of `runs.resolve`
     data: Mapping[str, Mapping[str, str]] | None = None,  # system -> split -> fingerprint
     device: str = "cpu",
     **extra: object,
@@ -168,9 +178,20 @@ def figure_record(
         get_system(system)
         if not isinstance(splits, Mapping):
             raise ValueError(f"data of {system} must be fingerprints by split, got {splits!r}")
-    made = {"code": module_digests(*modules), "modules": sorted(modules), "notebook": notebook, "notebook_digest": notebook_digest(path)}
+    made = {
+        "code": module_digests(*modules),
+        "modules": sorted(modules),
+        "notebook": notebook,
+        "notebook_digest": notebook_digest(path),
+    }
     made |= {"probing": get_preset(preset).probing(), "scope": get_preset(preset).scope()}
-    given = {"preset": preset, "parameters": dict(parameters or {}), "runs": sorted(set(runs)), "configs": dict(configs or {}), "data": dict(data or {})}
+    given = {
+        "preset": preset,
+        "parameters": dict(parameters or {}),
+        "runs": sorted(set(runs)),
+        "configs": dict(configs or {}),
+        "data": dict(data or {}),
+    }
     return {**provenance(*modules, device=device), **made, **given, **extra}
 
 # %% ../../nbs/results/figures.ipynb #fc4d66f3
@@ -199,7 +220,7 @@ def _methods(lines: Sequence[_Line]) -> dict[tuple[str, str], list[float]]:
         heights.setdefault((o, e), []).append(y)
     return heights
 
-
+# %% ../../nbs/results/figures.ipynb #ca934a1d
 def _draw_line(ax: Axes, rows: pd.DataFrame, y: float, limit: float, number: bool = True) -> None:
     "One line of the figure: test with interval and seeds, unseen; beyond `limit` an arrowhead at the edge, with the number if that is nowhere else."
     for r in rows.itertuples():
@@ -224,11 +245,24 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, y: float, limit: float, number: boo
 # %% ../../nbs/results/figures.ipynb #5f33cb5e
 def _name_rows(ax: Axes, lines: Sequence[_Line]) -> None:
     "Names of the probes on the axis and of the methods left of it."
-    ax.set_yticks([y for *_, y in lines], ["" if p == "constant" else title_of(p) for _, _, p, _ in lines], color="#555555", fontsize=7.5)
+    ax.set_yticks(
+        [y for *_, y in lines],
+        ["" if p == "constant" else title_of(p) for _, _, p, _ in lines],
+        color="#555555",
+        fontsize=7.5,
+    )
     for (o, e), ys in _methods(lines).items():
         name = "\n".join(dict.fromkeys(title_of(n) for n in (o, e) if title_of(n))) if len(ys) > 1 else title_of(o, e)
         where = {"xytext": (-58, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-        ax.annotate(name, (0, np.mean(ys)), xycoords=ax.get_yaxis_transform(), color=color_of(o), fontweight="bold", fontsize=8.5, **where)
+        ax.annotate(
+            name,
+            (0, np.mean(ys)),
+            xycoords=ax.get_yaxis_transform(),
+            color=color_of(o),
+            fontweight="bold",
+            fontsize=8.5,
+            **where,
+        )
 
 
 def _bands(axes: Sequence[Axes], lines: Sequence[_Line]) -> None:
@@ -241,7 +275,7 @@ def _bands(axes: Sequence[Axes], lines: Sequence[_Line]) -> None:
         ax.spines["left"].set_visible(False)
     axes[0].set_ylim(lines[-1][3] - 0.5 - _GAP / 2, 0.5 + _GAP / 2)
 
-
+# %% ../../nbs/results/figures.ipynb #19d183ee
 def _legend(fig: Figure, rows: pd.DataFrame, paper: bool, constant: float | None, numbers: bool) -> None:
     "What the marks mean, of those that are drawn, below the panels."
     grey, dot = "#555555", {"color": "#555555", "marker": "o", "ms": 5.2}
@@ -258,8 +292,12 @@ def _legend(fig: Figure, rows: pd.DataFrame, paper: bool, constant: float | None
     if constant is not None:
         items.append((Line2D([], [], color="k", lw=0.8, ls=(0, (4, 3))), "a constant"))
     if numbers:
-        items.append((Line2D([], [], color=grey, marker="$0.12$", ms=17, mew=0, ls=""), "test; bold: best probe of a method"))
-        items.append((Line2D([], [], color=grey, marker="s", ms=8, ls=""), "on colour: best frozen encoder without labels"))
+        items.append(
+            (Line2D([], [], color=grey, marker="$0.12$", ms=17, mew=0, ls=""), "test; bold: best probe of a method")
+        )
+        items.append(
+            (Line2D([], [], color=grey, marker="s", ms=8, ls=""), "on colour: best frozen encoder without labels")
+        )
     columns = len(items) if len(items) < 6 else 3
     fig.legend(*zip(*items), loc="outside lower center", ncol=columns, handletextpad=0.4, columnspacing=1.2)
 
@@ -283,7 +321,7 @@ def _on_color(objective: str) -> dict[str, object]:
     light = float(np.dot(to_rgb(color), (0.3, 0.59, 0.11))) > 0.55
     return {"color": "k" if light else "white", "bbox": {"boxstyle": "round,pad=0.25", "fc": color, "ec": "none"}}
 
-
+# %% ../../nbs/results/figures.ipynb #3908b89b
 def _write_numbers(ax: Axes, rows: pd.DataFrame, lines: Sequence[_Line], metric: str) -> None:
     "The test number of every line right of the panel, bold for the best of each method; the best frozen encoder is on colour, and named above the panel."
     each, winner = _best(rows, metric)
@@ -291,7 +329,11 @@ def _write_numbers(ax: Axes, rows: pd.DataFrame, lines: Sequence[_Line], metric:
     where = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 7.5}
     for *line, y in lines:
         line = tuple(line)
-        look = {"color": "#777777"} | ({"color": "k", "fontweight": "bold"} if line in each else {}) | (_on_color(line[0]) if line == winner else {})
+        look = (
+            {"color": "#777777"}
+            | ({"color": "k", "fontweight": "bold"} if line in each else {})
+            | (_on_color(line[0]) if line == winner else {})
+        )
         text = f"{round(value[line], 2) + 0.0:.2f}" if line in value else "–"
         ax.annotate(text, (1, y), (26, 0), xycoords=ax.get_yaxis_transform(), ha="right", **where, **look)
         if line == winner:
@@ -317,7 +359,11 @@ def _drawn_rows(df: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
 
 def _paper(rows: pd.DataFrame, metric: str) -> dict[tuple[str, str, str], float]:
     "The paper's numbers of those lines of one system that there are: (objective, encoder, probe) -> mean over labels."
-    known = PAPER[PAPER.system.isin(rows.system)].set_index(["objective", "encoder", "probe"]).mse.to_dict() if metric == "mse" else {}
+    known = (
+        PAPER[PAPER.system.isin(rows.system)].set_index(["objective", "encoder", "probe"]).mse.to_dict()
+        if metric == "mse"
+        else {}
+    )
     return {line: known[line] for line in zip(rows.objective, rows.encoder, rows.probe) if line in known}
 
 # %% ../../nbs/results/figures.ipynb #764ac1ec
@@ -325,7 +371,9 @@ def _draw_panel(ax: Axes, panel: _Panel, lines: Sequence[_Line], limit: float, m
     "All lines of a panel, what summary statistics and a constant score, and the paper's numbers."
     (title, rows, paper), (axis, constant) = panel, METRIC_AXES[metric]
     for o, e, probe, y in lines:
-        _draw_line(ax, rows[(rows.objective == o) & (rows.encoder == e) & (rows.probe == probe)], y, limit, number=not numbers)
+        _draw_line(
+            ax, rows[(rows.objective == o) & (rows.encoder == e) & (rows.probe == probe)], y, limit, number=not numbers
+        )
         if (o, e, probe) in paper:
             ax.plot(paper[o, e, probe], y, "D", mfc="none", mec="k", ms=5.2, mew=1.0, zorder=5)
     for value in rows[(rows.objective == "statistics") & (rows.split == "test")].value:
@@ -346,7 +394,9 @@ def _draw_panels(panels: Sequence[_Panel], metric: str, *, numbers: bool = False
     papers = [value for *_, paper in panels for value in paper.values()]
     lines, constant = _lines(rows), METRIC_AXES[metric][1]
     highest = float(np.nanmax([rows.value.max(), rows.high.max(), *papers]))
-    limit = min(max(1.08, 1.04 * highest), 1.6) if metric == "mse" else math.inf  # much worse than a constant is not worth the room
+    limit = (
+        min(max(1.08, 1.04 * highest), 1.6) if metric == "mse" else math.inf
+    )  # much worse than a constant is not worth the room
     with using_style():
         fig = Figure(figsize=(9, 1.0 + 0.45 * numbers + 0.165 * (1 - lines[-1][3])), layout="constrained")
         axes = fig.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
@@ -368,7 +418,14 @@ def plot_table1(df: pd.DataFrame, system: str, metric: str = "mse") -> Figure:
     """
     rows = _drawn_rows(df, system, metric)
     labels = [name for name in ("mean", *get_system(system).label_names) if name in set(rows.label)]
-    panels = [("mean over labels" if name == "mean" else name, rows[rows.label == name], _paper(rows, metric) if name == "mean" else {}) for name in labels]
+    panels = [
+        (
+            "mean over labels" if name == "mean" else name,
+            rows[rows.label == name],
+            _paper(rows, metric) if name == "mean" else {},
+        )
+        for name in labels
+    ]
     return _draw_panels(panels, metric)
 
 # %% ../../nbs/results/figures.ipynb #313316d9
@@ -386,7 +443,10 @@ def plot_systems(df: pd.DataFrame, metric: str = "mse") -> Figure:
 
 # %% ../../nbs/results/figures.ipynb #4966ae72
 def _reference_title(reference: str) -> str:
-    named = {"random": "random weights\n(same backbone and probe)", "statistics": "summary statistics\n(ridge regression)"}
+    named = {
+        "random": "random weights\n(same backbone and probe)",
+        "statistics": "summary statistics\n(ridge regression)",
+    }
     return named.get(reference, title_of(reference))
 
 
@@ -396,19 +456,26 @@ def _is_clear(row: object) -> bool:
     seeds = getattr(row, "by_seed", ())
     return side != 0 and all(side * d > 0 for d in (seeds if isinstance(seeds, tuple | list) else ()))
 
-
+# %% ../../nbs/results/figures.ipynb #b1fb669d
 def _filled_legend(fig: Figure, seeds: bool) -> None:
     "What a filled and a hollow mark mean."
     look = {"color": "#555555", "marker": "o", "ms": 5.2, "mew": 1.1, "lw": 1.6}
     what = f"95 % interval{' and every seed' if seeds else ''} on one side of zero"
-    fig.legend([Line2D([], [], **look), Line2D([], [], mfc="white", **look)], [what, "not so: these data do not tell"], loc="outside lower center", ncol=2)
+    fig.legend(
+        [Line2D([], [], **look), Line2D([], [], mfc="white", **look)],
+        [what, "not so: these data do not tell"],
+        loc="outside lower center",
+        ncol=2,
+    )
 
 # %% ../../nbs/results/figures.ipynb #366c5f4c
 def _forest(rows: pd.DataFrame, by: str, titles: Mapping[str, str], what: str = "") -> Figure:
     "Forest plot with a panel for each `titles` (value of the column `by` -> title), the numbers right of it; ValueError for several metrics or splits."
     for column in ("metric", "split", "share"):
         if rows[column].nunique() > 1:
-            raise ValueError(f"differences of several {column}s in one figure: {', '.join(map(str, rows[column].unique()))}; select one")
+            raise ValueError(
+                f"differences of several {column}s in one figure: {', '.join(map(str, rows[column].unique()))}; select one"
+            )
     lines, metric = _lines(rows), rows.metric.iloc[0]
     height = {line[:3]: line[3] for line in lines}
     with using_style():
@@ -419,12 +486,23 @@ def _forest(rows: pd.DataFrame, by: str, titles: Mapping[str, str], what: str = 
             for r in rows[rows[by] == name].itertuples():
                 y, color, clear = height[r.objective, r.encoder, r.probe], color_of(r.objective), _is_clear(r)
                 ax.plot([r.low, r.high], [y, y], color=color, lw=1.6, solid_capstyle="butt", zorder=3)
-                ax.plot(r.difference, y, marker_of(r.encoder), color=color, mfc=color if clear else "white", ms=5.2, mew=1.1, zorder=4)
+                ax.plot(
+                    r.difference,
+                    y,
+                    marker_of(r.encoder),
+                    color=color,
+                    mfc=color if clear else "white",
+                    ms=5.2,
+                    mew=1.1,
+                    zorder=4,
+                )
                 where = {"ha": "left", "va": "center", "fontsize": 7, "color": "#333333" if clear else "#999999"}
                 ax.text(1.02, y, r.text, transform=ax.get_yaxis_transform(), **where)
             ax.axvline(0, color="k", lw=0.8, zorder=2)
             ax.set_title(title)
-            ax.set_xlabel(f"{METRIC_AXES[metric][0]}{what}\n(left of zero is {'worse' if metric == 'r2' else 'better'})")
+            ax.set_xlabel(
+                f"{METRIC_AXES[metric][0]}{what}\n(left of zero is {'worse' if metric == 'r2' else 'better'})"
+            )
         _bands(axes, lines)
         _name_rows(axes[0], lines)
         if len(axes) > 2:  # narrow: few numbers on the axis
@@ -447,8 +525,12 @@ def plot_differences(df: pd.DataFrame, system: str, *, label: str = "mean") -> F
     if rows.empty:
         there = "; ".join(sorted({f"{s}, {name}" for s, name in zip(df.system, df.label)})) or "none"
         raise ValueError(f"no differences of system {system!r}, label {label!r}; there are: {there}")
-    titles = {reference: f"difference from {_reference_title(reference)}" for reference in dict.fromkeys(rows.reference)}
-    return _forest(rows, "reference", titles, f", {'mean over labels' if label == 'mean' else label}, {rows.split.iloc[0]}")
+    titles = {
+        reference: f"difference from {_reference_title(reference)}" for reference in dict.fromkeys(rows.reference)
+    }
+    return _forest(
+        rows, "reference", titles, f", {'mean over labels' if label == 'mean' else label}, {rows.split.iloc[0]}"
+    )
 
 
 def plot_systems_differences(df: pd.DataFrame, reference: str = "random") -> Figure:
@@ -458,9 +540,14 @@ def plot_systems_differences(df: pd.DataFrame, reference: str = "random") -> Fig
     """
     rows = df[(df.reference == reference) & (df.label == "mean")]
     if rows.empty:
-        raise ValueError(f"no differences from {reference!r}, mean over labels; references: {', '.join(sorted(set(df.reference))) or 'none'}")
+        raise ValueError(
+            f"no differences from {reference!r}, mean over labels; references: {', '.join(sorted(set(df.reference))) or 'none'}"
+        )
     titles = {system: get_system(system).title for system in ordered(rows.system, tuple(SYSTEMS))}
     fig = _forest(rows, "system", titles)
     with using_style():
-        fig.suptitle(f"difference from {_reference_title(reference)}: mean over labels, {rows.split.iloc[0]}".replace("\n", " "), fontsize=10)
+        fig.suptitle(
+            f"difference from {_reference_title(reference)}: mean over labels, {rows.split.iloc[0]}".replace("\n", " "),
+            fontsize=10,
+        )
     return fig

@@ -18,7 +18,12 @@ from ..training.run import baseline_folder, resolve, run_folder
 
 # %% ../../nbs/results/rows.ipynb #50d716bd
 ROWS: tuple[tuple[str, str], ...] = (
-    ("jepa", "convnext"), ("mae", "vit"), ("supervised", "convnext"), ("supervised", "vit"), ("random", "convnext"), ("random", "vit"),
+    ("jepa", "convnext"),
+    ("mae", "vit"),
+    ("supervised", "convnext"),
+    ("supervised", "vit"),
+    ("random", "convnext"),
+    ("random", "vit"),
 )
 
 # %% ../../nbs/results/rows.ipynb #9bc9f18d
@@ -33,7 +38,9 @@ def systems_of(preset: Preset, data_dir: str | Path) -> tuple[str, ...]:
             there.append(system)
     if not there:
         example = f"{preset.systems[0]}/data/train/*.hdf5"
-        raise FileNotFoundError(f"preset {preset.name} reads The Well, but {data_dir} holds none of {', '.join(preset.systems)}; pass DATA=<folder> (it holds e.g. {example})")
+        raise FileNotFoundError(
+            f"preset {preset.name} reads The Well, but {data_dir} holds none of {', '.join(preset.systems)}; pass DATA=<folder> (it holds e.g. {example})"
+        )
     return tuple(there)
 
 
@@ -42,14 +49,28 @@ def row_folders(preset: str, run_dir: str | Path | None = None, systems: Sequenc
     p = get_preset(preset)
     systems = systems or p.systems
     folders = [baseline_folder(b, s, preset, run_dir) for s in systems for b in BASELINES]
-    folders += [run_folder(resolve(s, o, e, preset, seed=k), run_dir) for s in systems for o, e in ROWS for k in p.seeds]
+    folders += [
+        run_folder(resolve(s, o, e, preset, seed=k), run_dir) for s in systems for o, e in ROWS for k in p.seeds
+    ]
     if missing := [f for f in folders if not (f / "result.json").is_file()]:
         names = ", ".join(f"{f.parent.name}/{f.name}" for f in missing)
         raise FileNotFoundError(f"no results yet of {names}; `make reproduce PRESET={preset}` makes them")
     return folders
 
 # %% ../../nbs/results/rows.ipynb #d2657c0d
-OBJECTIVE_ORDER = ("jepa", "mae", "next_frame", "disco", "autoencoder", "mpp", "supervised", "random", "statistics", "equations", "constant")
+OBJECTIVE_ORDER = (
+    "jepa",
+    "mae",
+    "next_frame",
+    "disco",
+    "autoencoder",
+    "mpp",
+    "supervised",
+    "random",
+    "statistics",
+    "equations",
+    "constant",
+)
 ENCODER_ORDER = ("convnext", "vit", "avit", "none")
 PROBE_ORDER = ("linear", "knn", "attentive", "head", "finetune", "oracle", "constant")
 SPLIT_ORDER = ("valid", "test", "unseen")
@@ -62,7 +83,14 @@ def ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:
 
 def row_order(rows: pd.DataFrame | Sequence[object]) -> list[tuple[str, str]]:
     "The different (objective, encoder) of a table, or of methods (what has the two as attributes), in the order of tables."
-    rows = [rows[c] for c in ("objective", "encoder")] if isinstance(rows, pd.DataFrame) else ([r.objective for r in rows], [r.encoder for r in rows])
+    rows = (
+        [rows[c] for c in ("objective", "encoder")]
+        if isinstance(rows, pd.DataFrame)
+        else ([r.objective for r in rows], [r.encoder for r in rows])
+    )
     pairs = set(zip(*rows))
-    objectives, encoders = ordered([o for o, _ in pairs], OBJECTIVE_ORDER), ordered([e for _, e in pairs], ENCODER_ORDER)
+    objectives, encoders = (
+        ordered([o for o, _ in pairs], OBJECTIVE_ORDER),
+        ordered([e for _, e in pairs], ENCODER_ORDER),
+    )
     return [(o, e) for o in objectives for e in encoders if (o, e) in pairs]

@@ -17,7 +17,17 @@ from .rows import PROBE_ORDER, SPLIT_ORDER, ordered, row_order
 
 # %% ../../nbs/results/table.ipynb #0190ee1f
 _KEYS = [name for name in SCHEMA if name not in (*MEASURED, "seed", "run")]
-SUMMARY = (*_KEYS, "value", "low", "high", "spread", "seeds", "by_seed", "n", "run")  # columns of `over_seeds` and `comparison.summarise`
+SUMMARY = (
+    *_KEYS,
+    "value",
+    "low",
+    "high",
+    "spread",
+    "seeds",
+    "by_seed",
+    "n",
+    "run",
+)  # columns of `over_seeds` and `comparison.summarise`
 
 
 def spread(values: Sequence[float]) -> float:
@@ -29,16 +39,25 @@ def without_seed(run: str) -> str:
     "The run without its seed and what is below it: `jepa-convnext-0123abcd/seed1` is `jepa-convnext-0123abcd`."
     return re.split(r"/seed\d+(?=/|$)", run)[0]
 
-
+# %% ../../nbs/results/table.ipynb #a4323c10
 def over_seeds(df: pd.DataFrame) -> pd.DataFrame:
     "The rows of `read_results`, seeds put together (columns `SUMMARY`): `value`, `low`, `high` averaged over seeds. ValueError for two runs of a seed."
     clash = df[df.duplicated([*_KEYS, "seed"], keep=False)]
     if len(clash):
         runs = ", ".join(sorted(clash.run.unique())[:4])
         same = ", ".join([*_KEYS, "seed"])
-        raise ValueError(f"several runs have the same {same}: {runs}; select one variant first, e.g. with df[df.run.isin(...)]")
+        raise ValueError(
+            f"several runs have the same {same}: {runs}; select one variant first, e.g. with df[df.run.isin(...)]"
+        )
     grouped = df.sort_values("seed", kind="stable").groupby(_KEYS, sort=False)
-    mean = grouped.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), seeds=("seed", "nunique"), n=("n", "min"), run=("run", "first"))
+    mean = grouped.agg(
+        value=("value", "mean"),
+        low=("low", "mean"),
+        high=("high", "mean"),
+        seeds=("seed", "nunique"),
+        n=("n", "min"),
+        run=("run", "first"),
+    )
     mean["by_seed"] = grouped.value.agg(tuple)
     mean["spread"] = [spread(values) for values in mean.by_seed]
     mean["run"] = mean.run.map(without_seed)
@@ -74,7 +93,9 @@ def select_rows(df: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
     clash = chosen[chosen.duplicated(_KEYS, keep=False)]
     if len(clash):
         runs = ", ".join(sorted(clash.run.unique())[:4])
-        raise ValueError(f"several variants have the same {', '.join(_KEYS)}: {runs}; select one first, e.g. with df[df.run.isin(...)]")
+        raise ValueError(
+            f"several variants have the same {', '.join(_KEYS)}: {runs}; select one first, e.g. with df[df.run.isin(...)]"
+        )
     return chosen
 
 
@@ -87,7 +108,9 @@ def table1(df: pd.DataFrame, system: str) -> pd.DataFrame:
     mean = select_rows(df, system, "mse")
     value = mean.set_index(["objective", "encoder", "probe", "label", "split"]).value.to_dict()
     splits = ordered(mean.split, SPLIT_ORDER)
-    columns = [("mean", s) for s in splits] + [(label, "test") for label in get_system(system).label_names if "test" in splits]
+    columns = [("mean", s) for s in splits] + [
+        (label, "test") for label in get_system(system).label_names if "test" in splits
+    ]
     paper = PAPER[PAPER.system == system].set_index(["objective", "encoder", "probe"]).mse.to_dict()
     table = {}
     for o, e in row_order(mean):
@@ -101,9 +124,10 @@ def table1(df: pd.DataFrame, system: str) -> pd.DataFrame:
     names = pd.MultiIndex.from_tuples(next(iter(table.values())), names=["label", "split"])
     return pd.DataFrame([list(n.values()) for n in table.values()], index=index, columns=names)
 
-
+# %% ../../nbs/results/table.ipynb #7c240b65
 def two_digits(table: pd.DataFrame, digits: int = 2, missing: str = "–") -> pd.DataFrame:
     "The table as text for display: fixed digits, counts without a fraction, a dash for what is missing."
+
     def text(value: object) -> str:
         if isinstance(value, str):
             return value

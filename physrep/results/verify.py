@@ -43,12 +43,22 @@ def _changed_code(record: dict) -> list[str]:
     except ValueError as error:
         return [str(error)]
     then = record["code"]
-    kinds = {"changed": [m for m in then if m in now and now[m] != then[m]], "is no longer used": then.keys() - now.keys(), "is new": now.keys() - then.keys()}
-    why = [f"module{'s' if len(names) > 1 else ''} {', '.join(sorted(names))} {kind}" for kind, names in kinds.items() if names]
+    kinds = {
+        "changed": [m for m in then if m in now and now[m] != then[m]],
+        "is no longer used": then.keys() - now.keys(),
+        "is new": now.keys() - then.keys(),
+    }
+    why = [
+        f"module{'s' if len(names) > 1 else ''} {', '.join(sorted(names))} {kind}"
+        for kind, names in kinds.items()
+        if names
+    ]
     notebook = project_root() / "nbs" / f"{record['notebook']}.ipynb"
     if not notebook.is_file():
         return [*why, f"notebook {record['notebook']} does not exist"]
-    return why + ([f"notebook {record['notebook']} changed"] if notebook_digest(notebook) != record["notebook_digest"] else [])
+    return why + (
+        [f"notebook {record['notebook']} changed"] if notebook_digest(notebook) != record["notebook_digest"] else []
+    )
 
 # %% ../../nbs/results/verify.ipynb #b40e166e
 _RUN = re.compile(r"(?P<objective>\w+)-(?P<encoder>\w+)-(?P<hash>[0-9a-f]{8})(/seed\d+)?")
@@ -73,10 +83,14 @@ def _changed_preset(record: dict) -> list[str]:
         return [str(error)]
     why = []
     for then, now in ((record["probing"], preset.probing()), (record["scope"], json.loads(json.dumps(preset.scope())))):
-        why += [f"preset {preset.name}: {k} {then.get(k)} then, {now.get(k)} now" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+        why += [
+            f"preset {preset.name}: {k} {then.get(k)} then, {now.get(k)} now"
+            for k in sorted(then.keys() | now.keys())
+            if then.get(k) != now.get(k)
+        ]
     return why
 
-
+# %% ../../nbs/results/verify.ipynb #d2b2861f
 def _changed_runs(record: dict) -> list[str]:
     "Runs that have another configuration today: those in `configs`, and those named after objective and encoder alone, by the preset's defaults."
     why = {}
@@ -87,12 +101,19 @@ def _changed_runs(record: dict) -> list[str]:
             asked = [record["configs"].get(run, record["configs"].get(name))]
         elif match and match["encoder"] != "none":
             # the name does not say the system: any that the figure is about will do
-            asked = [{"system": s, "preset": record["preset"], "objective": match["objective"], "encoder": match["encoder"]} for s in record["data"] or SYSTEMS]
+            asked = [
+                {"system": s, "preset": record["preset"], "objective": match["objective"], "encoder": match["encoder"]}
+                for s in record["data"] or SYSTEMS
+            ]
         else:
             continue  # a baseline without a configuration of its own, or a variant that `configs` does not list
         names, errors = _names_today(asked)
         if name not in names:
-            why[name] = f"run {name} " + (f"is {' or '.join(names)} today: its configuration changed" if names else f"cannot be configured today: {errors[0]}")
+            why[name] = f"run {name} " + (
+                f"is {' or '.join(names)} today: its configuration changed"
+                if names
+                else f"cannot be configured today: {errors[0]}"
+            )
     return list(why.values())
 
 # %% ../../nbs/results/verify.ipynb #a1982741
@@ -111,7 +132,19 @@ def _changed_data(record: dict, data_dir: Path) -> tuple[list[str], list[str]]:
     return why, unchecked
 
 # %% ../../nbs/results/verify.ipynb #c8a45855
-_NEEDED = ("files", "modules", "code", "notebook", "notebook_digest", "preset", "probing", "scope", "runs", "configs", "data")
+_NEEDED = (
+    "files",
+    "modules",
+    "code",
+    "notebook",
+    "notebook_digest",
+    "preset",
+    "probing",
+    "scope",
+    "runs",
+    "configs",
+    "data",
+)
 
 
 def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
@@ -124,12 +157,18 @@ def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
         record = read_json(path)
     except ValueError as error:
         return line | {"why": [str(error)]}
-    if missing := [key for key in _NEEDED if not isinstance(record, dict) or key not in record] or ([] if isinstance(record["code"], dict) else ["code by module"]):
+    if missing := [key for key in _NEEDED if not isinstance(record, dict) or key not in record] or (
+        [] if isinstance(record["code"], dict) else ["code by module"]
+    ):
         return line | {"why": [f"the record does not have {', '.join(missing)}: draw the figure again"]}
     broken = _broken_files(folder, record)
     data_why, unchecked = _changed_data(record, Path(data_dir or default_data_dir(record["preset"])))
     stale = _changed_code(record) + _changed_runs(record) + _changed_preset(record) + data_why
-    return line | {"state": "broken" if broken else "stale" if stale else "current", "why": broken + stale, "unchecked": unchecked}
+    return line | {
+        "state": "broken" if broken else "stale" if stale else "current",
+        "why": broken + stale,
+        "unchecked": unchecked,
+    }
 
 
 def verify(folder: str | Path = "figures", data_dir: str | Path | None = None) -> pd.DataFrame:
@@ -138,7 +177,9 @@ def verify(folder: str | Path = "figures", data_dir: str | Path | None = None) -
     A relative folder that is not here is looked for in the project. `data_dir` defaults to the data of the record's preset. FileNotFoundError if there is no folder or no figure in it.
     """
     folder = Path(folder) if Path(folder).is_dir() else project_root() / folder
-    names = sorted({p.stem for p in folder.glob("*") if p.suffix in (".png", ".svg", ".json") and not p.name.startswith(".")})
+    names = sorted(
+        {p.stem for p in folder.glob("*") if p.suffix in (".png", ".svg", ".json") and not p.name.startswith(".")}
+    )
     if not names:
         raise FileNotFoundError(f"no figures in {folder}; `make reproduce` draws them")
     return pd.DataFrame([_verify_one(folder, name, data_dir) for name in names])
@@ -165,8 +206,13 @@ def check_current(folders: Sequence[str | Path]) -> None:
 # %% ../../nbs/results/verify.ipynb #7b1fb413
 def main(arguments: Sequence[str] | None = None) -> int:
     "Prints the state of every figure and why; returns 1 if one is stale or broken, 2 if there are none, else 0."
-    parser = argparse.ArgumentParser(prog="python -m physrep.results.verify", description="Are the figures of a folder those that today's code, notebooks, presets and data would make?")
-    parser.add_argument("folder", nargs="?", default="figures", help="folder with figures and their records (default: figures)")
+    parser = argparse.ArgumentParser(
+        prog="python -m physrep.results.verify",
+        description="Are the figures of a folder those that today's code, notebooks, presets and data would make?",
+    )
+    parser.add_argument(
+        "folder", nargs="?", default="figures", help="folder with figures and their records (default: figures)"
+    )
     parser.add_argument("--data", default=None, help="folder of the data (default: data/<preset>)")
     asked = parser.parse_args(arguments)
     try:

@@ -13,14 +13,18 @@ from .run import build, clip_shape, system_of
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/training/cost.ipynb #9d973c34
-def _convolution_backward(grad_out, x, w, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask, **_) -> int:
+def _convolution_backward(
+    grad_out, x, w, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask, **_
+) -> int:
     "Operations of `aten.convolution_backward`, from shapes; every output (input, if transposed) meets each weight of one filter once, for each gradient that is asked for."
     return 2 * math.prod(x if transposed else grad_out) * math.prod(w[1:]) * sum(output_mask[:2])
 
 
 def count_flops(function: Callable[[], object]) -> int:
     "Operations of the matrix products, convolutions and attention in a call."
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}
+    ) as counter:
         function()
     return counter.get_total_flops()
 
@@ -35,4 +39,8 @@ def cost(config: dict) -> dict[str, int]:
     with torch.no_grad():
         encode = count_flops(lambda: objective.encoder(fields[:1, :, : shape[0]]))
     train = count_flops(lambda: objective(batch)["loss"].backward()) / size if objective.trains else 0
-    return {"encode": encode, "train": round(train), "total": round(train * recipe.get("batch_size", 0) * recipe.get("steps", 0))}
+    return {
+        "encode": encode,
+        "train": round(train),
+        "total": round(train * recipe.get("batch_size", 0) * recipe.get("steps", 0)),
+    }

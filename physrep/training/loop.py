@@ -37,6 +37,7 @@ def learning_rate(step: int, *, steps: int, lr: float, warmup: float = 0.1, floo
 @dataclass(frozen=True)
 class Recipe:
     "How to train: the numbers of the loop. Defaults are those of the paper where it gives them."
+
     steps: int  # updates
     lr: float
     weight_decay: float = 0.05
@@ -50,7 +51,9 @@ class Recipe:
         if self.steps < 1 or not self.lr > 0 or self.accumulate < 1 or not self.clip_norm > 0:
             raise ValueError(f"steps, lr, accumulate and clip_norm must be positive, got {self}")
         if not 0 <= self.warmup < 1 or self.weight_decay < 0:
-            raise ValueError(f"warmup must be a share in [0, 1) and weight_decay not negative, got {self.warmup} and {self.weight_decay}")
+            raise ValueError(
+                f"warmup must be a share in [0, 1) and weight_decay not negative, got {self.warmup} and {self.weight_decay}"
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"unknown precision {self.precision!r}; valid: float32, bfloat16")
 
@@ -86,7 +89,9 @@ def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
     for name, p in objective.named_parameters():
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{k}.{name}" in tensors]
         if keys:
-            optimizer.state[p] = {k: tensors[f"optimizer.{k}.{name}"].to("cpu" if k == "step" else p.device) for k in keys}
+            optimizer.state[p] = {
+                k: tensors[f"optimizer.{k}.{name}"].to("cpu" if k == "step" else p.device) for k in keys
+            }
     return step
 
 # %% ../../nbs/training/loop.ipynb #ccc5cc0e
@@ -94,7 +99,15 @@ class TrainingDiverged(RuntimeError):
     "The loss, its gradient or the weights are not finite."
 
 
-def update(objective: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Iterable[dict], recipe: Recipe, *, step: int, device: torch.device) -> dict[str, float]:
+def update(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Iterable[dict],
+    recipe: Recipe,
+    *,
+    step: int,
+    device: torch.device,
+) -> dict[str, float]:
     "One update: accumulate the gradients of the micro-batches, clip, step. Returns loss, its parts and the gradient norm."
     lr = learning_rate(step, steps=recipe.steps, lr=recipe.lr, warmup=recipe.warmup)
     for group in optimizer.param_groups:
@@ -113,14 +126,16 @@ def update(objective: nn.Module, optimizer: torch.optim.Optimizer, micro_batches
     if not math.isfinite(norm):
         raise TrainingDiverged(_diverged("gradient norm", norm, step, lr, batch))
     optimizer.step()
-    size = float(torch.stack(torch._foreach_norm([p.detach() for p in objective.parameters() if p.requires_grad])).sum())
+    size = float(
+        torch.stack(torch._foreach_norm([p.detach() for p in objective.parameters() if p.requires_grad])).sum()
+    )
     if not math.isfinite(size):  # a step that was far too long: found here, it is never saved
         raise TrainingDiverged(_diverged("norm of the weights", size, step, lr, batch))
     if hasattr(objective, "after_step"):  # e.g. the moving average of a target encoder
         objective.after_step()
     return {"lr": lr, **sums, "grad_norm": norm}
 
-
+# %% ../../nbs/training/loop.ipynb #79449fae
 def _diverged(what: str, value: float, step: int, lr: float, batch: dict) -> str:
     return (
         f"the {what} is {value} at step {step} (learning rate {lr:.3g}); batch of {len(batch['seeds'])} with seeds {batch['seeds'].tolist()}, "
@@ -137,7 +152,7 @@ def read_metrics(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as f:
         return [{k: int(v) if k == "step" else float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
 
-
+# %% ../../nbs/training/loop.ipynb #26e7b680
 def train(
     objective: nn.Module,
     batches: Callable[[int], Iterable[dict]],  # step -> its micro-batches
@@ -188,7 +203,9 @@ def train(
                 saved = time.monotonic()
             if time.monotonic() - started > 60 * minutes and step < recipe.steps:
                 save()
-                raise TimeUp(f"{minutes:g} minutes are over at update {step} of {recipe.steps}; the checkpoint is saved, run the same command again to go on")
+                raise TimeUp(
+                    f"{minutes:g} minutes are over at update {step} of {recipe.steps}; the checkpoint is saved, run the same command again to go on"
+                )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/training/loop.ipynb #591cbd77

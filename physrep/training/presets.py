@@ -14,6 +14,7 @@ from ..data.generate import SimPreset
 @dataclass(frozen=True)
 class TrainPreset:
     "One training recipe: AdamW, cosine with warm-up counted in updates."
+
     steps: int
     batch_size: int
     lr: float
@@ -26,10 +27,11 @@ class TrainPreset:
     evaluations: int = 10  # on held-out windows, besides that of the first update
     precision: str = "float32"  # or "bfloat16": autocast
 
-
+# %% ../../nbs/training/presets.ipynb #61b1bbf5
 @dataclass(frozen=True)
 class Preset:
     "Everything a run needs to know about its size."
+
     name: str
     says: str  # one line for the reader
     sims: Mapping[str, SimPreset]
@@ -47,7 +49,9 @@ class Preset:
     probe_batch: int = 32
     finetune_epochs: int = 2  # 0: no fine-tuning
     finetune_accumulate: int = 1  # micro-batches of probe_batch, in fine-tuning
-    refined: Mapping[str, int] = field(default_factory=dict)  # split -> trajectories per pair that are simulated again at twice the resolution
+    refined: Mapping[str, int] = field(
+        default_factory=dict
+    )  # split -> trajectories per pair that are simulated again at twice the resolution
     paper_labels: bool = False  # label transforms and constants of the paper
     seeds: tuple[int, ...] = (0,)
     systems: tuple[str, ...] = ("shear_flow", "rayleigh_benard", "active_matter")
@@ -57,28 +61,44 @@ class Preset:
         for key in (f"{objective}-{encoder}", objective):
             if key in self.train:
                 return self.train[key]
-        raise ValueError(f"preset {self.name} has no training recipe for {objective}-{encoder}; it has {', '.join(self.train)}")
+        raise ValueError(
+            f"preset {self.name} has no training recipe for {objective}-{encoder}; it has {', '.join(self.train)}"
+        )
 
     def coefficients(self, objective: str, encoder: str) -> Mapping:
         "The coefficients of an objective on an encoder; ValueError with what there is otherwise."
         for key in (f"{objective}-{encoder}", objective):
             if key in self.objectives:
                 return self.objectives[key]
-        raise ValueError(f"preset {self.name} has no coefficients for {objective}-{encoder}; it has {', '.join(self.objectives)}")
+        raise ValueError(
+            f"preset {self.name} has no coefficients for {objective}-{encoder}; it has {', '.join(self.objectives)}"
+        )
 
     def probing(self) -> dict:
         "What decides how encoders are probed, JSON-able: it belongs to every score."
-        frozen = {"stride": self.probe_stride, "epochs": self.probe_epochs, "lr": self.probe_lr, "batch_size": self.probe_batch}
+        frozen = {
+            "stride": self.probe_stride,
+            "epochs": self.probe_epochs,
+            "lr": self.probe_lr,
+            "batch_size": self.probe_batch,
+        }
         return frozen | ({"finetune_epochs": self.finetune_epochs} if self.finetune_epochs else {})
 
     def scope(self) -> dict:
         "What else decides the numbers of a figure and is in no run's configuration, JSON-able: it belongs to every figure."
-        return {"seeds": list(self.seeds), "systems": list(self.systems), "refined": dict(self.refined), "paper_labels": self.paper_labels}
+        return {
+            "seeds": list(self.seeds),
+            "systems": list(self.systems),
+            "refined": dict(self.refined),
+            "paper_labels": self.paper_labels,
+        }
 
     def sim(self, system: str) -> SimPreset:
         "What is simulated for a system; ValueError where the preset does not simulate it."
         if system not in self.sims:
-            raise ValueError(f"preset {self.name} simulates {', '.join(self.sims) or 'nothing (it reads The Well)'}, not {system}")
+            raise ValueError(
+                f"preset {self.name} simulates {', '.join(self.sims) or 'nothing (it reads The Well)'}, not {system}"
+            )
         return self.sims[system]
 
 # %% ../../nbs/training/presets.ipynb #6991da8c
@@ -92,19 +112,35 @@ _MATTER = dict(grid_values=_MATTER_GRID, grid=48, store_grid=32, frame_dt=0.25, 
 
 def _corners(numbers: dict) -> dict:
     "The same with the smallest and the largest value of each parameter only."
-    return numbers | {"grid_values": {name: (min(values), max(values)) for name, values in numbers["grid_values"].items()}}
+    return numbers | {
+        "grid_values": {name: (min(values), max(values)) for name, values in numbers["grid_values"].items()}
+    }
 
 # %% ../../nbs/training/presets.ipynb #29083fa2
 _LAPTOP_ENCODERS = {
     "convnext": dict(
-        widths=(48, 96), depths=(2, 2), stem_kernel=(4, 4, 4), stem_stride=(4, 4, 4), strides=((2, 1, 1),), kernel_size=7,
+        widths=(48, 96),
+        depths=(2, 2),
+        stem_kernel=(4, 4, 4),
+        stem_stride=(4, 4, 4),
+        strides=((2, 1, 1),),
+        kernel_size=7,
         layer_scale=0.1,  # 1e-6, as for long trainings, keeps the blocks shut for all of a short one
     ),
     "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
 }
 _LAPTOP_OBJECTIVES = {
     "jepa": dict(
-        invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4, target="shared", momentum=0.99, noise=0.1, predictor_hidden=96, predictor_scale=0.1
+        invariance=1.0,
+        variance=25.0,
+        covariance=1.0,
+        chunks=1,
+        horizon=4,
+        target="shared",
+        momentum=0.99,
+        noise=0.1,
+        predictor_hidden=96,
+        predictor_scale=0.1,
     ),
     "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=32, decoder_depth=1),
     "supervised-convnext": dict(head="mlp"),
@@ -118,7 +154,9 @@ _SMOKE = Preset(
     name="smoke",
     says="a few minutes; shows that everything runs, its numbers mean nothing",
     sims={
-        system: SimPreset(**_corners(numbers), counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36)
+        system: SimPreset(
+            **_corners(numbers), counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36
+        )
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
     encoders={
@@ -126,7 +164,10 @@ _SMOKE = Preset(
         "vit": _LAPTOP_ENCODERS["vit"] | dict(dim=32, depth=1, heads=2),
     },
     objectives=_LAPTOP_OBJECTIVES,
-    train={name: TrainPreset(steps=6, batch_size=8, lr=1e-3, evaluations=2) for name in ("jepa", "mae", "supervised", "random")},
+    train={
+        name: TrainPreset(steps=6, batch_size=8, lr=1e-3, evaluations=2)
+        for name in ("jepa", "mae", "supervised", "random")
+    },
     probe_epochs=2,
     finetune_epochs=1,
     refined={"test": 1},
@@ -138,7 +179,9 @@ _LAPTOP = Preset(
     name="laptop",
     says="two cores, no GPU: what `make reproduce` runs",
     sims={
-        system: SimPreset(**numbers, counts={"train": 16, "valid": 4, "test": 4}, unseen_pairs=24, unseen_count=2, n_frames=48)
+        system: SimPreset(
+            **numbers, counts={"train": 16, "valid": 4, "test": 4}, unseen_pairs=24, unseen_count=2, n_frames=48
+        )
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
     encoders=_LAPTOP_ENCODERS,
@@ -163,9 +206,20 @@ _GPU = Preset(
     name="gpu",
     says="one GPU: the paper's encoder on 128x128 simulations",
     sims={
-        system: SimPreset(**numbers, counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48)
+        system: SimPreset(
+            **numbers, counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48
+        )
         for system, numbers in (
-            ("shear_flow", _SHEAR | dict(grid=128, store_grid=128, dt=0.00625, grid_values=_SHEAR_GRID | {"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0)})),
+            (
+                "shear_flow",
+                _SHEAR
+                | dict(
+                    grid=128,
+                    store_grid=128,
+                    dt=0.00625,
+                    grid_values=_SHEAR_GRID | {"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0)},
+                ),
+            ),
             ("rayleigh_benard", _CONVECTION | dict(grid=(128, 128), store_grid=128, dt=0.0025)),
             ("active_matter", _MATTER | dict(grid=128, store_grid=128, dt=0.025)),
         )

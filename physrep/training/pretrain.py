@@ -21,7 +21,16 @@ from ..data.windows import Windows
 from ..models.pretrained import save_encoder
 from .loop import Recipe, evaluate_objective, load_checkpoint, make_optimizer, train
 from .presets import get_preset
-from .run import build, clip_shape, load_splits, modules_of, normaliser_of, run_folder, system_of, window_frames
+from physrep.training.run import (
+    build,
+    clip_shape,
+    load_splits,
+    modules_of,
+    normaliser_of,
+    run_folder,
+    system_of,
+    window_frames,
+)
 
 # %% ../../nbs/training/pretrain.ipynb #a6a737b6
 def _claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable[[str], None]) -> bool:
@@ -29,15 +38,24 @@ def _claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable
     seconds = 0.0  # spent on this run so far
     if (folder / "config.json").is_file():
         found = read_json(folder / "config.json")
-        if different := [f"{k}: there {found.get(k)!r}, asked for {config.get(k)!r}" for k in config.keys() | found.keys() if found.get(k) != config.get(k)]:
-            raise ValueError(f"{folder} holds another run ({'; '.join(sorted(different))}); name another run_dir or tag")
+        if different := [
+            f"{k}: there {found.get(k)!r}, asked for {config.get(k)!r}"
+            for k in config.keys() | found.keys()
+            if found.get(k) != config.get(k)
+        ]:
+            raise ValueError(
+                f"{folder} holds another run ({'; '.join(sorted(different))}); name another run_dir or tag"
+            )
         old = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
         stale = [k for k in ("code", "data") if old.get(k) != record[k]]
         if resume and not stale and (folder / "encoder.safetensors").is_file():
             say(f"{folder.parent.name}/{folder.name} is finished")
             return True
         if not resume or stale:
-            say(f"training {folder.parent.name}/{folder.name} anew: " + (f"its {' and '.join(stale)} changed" if stale else "resume is off"))
+            say(
+                f"training {folder.parent.name}/{folder.name} anew: "
+                + (f"its {' and '.join(stale)} changed" if stale else "resume is off")
+            )
             for name in ("encoder.safetensors", "metrics.csv"):
                 if (folder / name).is_file():  # an encoder may have cost days: the one before stays
                     (folder / name).replace(folder / f"old-{name}")
@@ -51,7 +69,9 @@ def _claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable
 # %% ../../nbs/training/pretrain.ipynb #6fe52dac
 def training_windows(config: dict, data_dir: str | Path) -> dict[str, Windows]:
     "The windows that a run is trained on and evaluated with: `train` and `valid`."
-    return load_splits(config, Path(data_dir), ("train", "valid"), frames=window_frames(config), stride=config["clip"]["stride"])
+    return load_splits(
+        config, Path(data_dir), ("train", "valid"), frames=window_frames(config), stride=config["clip"]["stride"]
+    )
 
 
 def pretrain(
@@ -60,7 +80,8 @@ def pretrain(
     run_dir: str | Path | None = None,
     *,
     device: str = "cpu",
-    windows: Mapping[str, Windows] | None = None,  # `training_windows`, for several runs on the same data; default: opened here
+    windows: Mapping[str, Windows]
+    | None = None,  # `training_windows`, for several runs on the same data; default: opened here
     resume: bool = True,
     minutes: float = math.inf,  # raise TimeUp after this time; the same call goes on
     checkpoint_seconds: float | None = None,  # default: the preset's
@@ -76,8 +97,18 @@ def pretrain(
         _pretrain(config, windows, folder, device, resume, minutes, checkpoint_seconds, progress, say)
     return folder
 
-
-def _pretrain(config: dict, windows: Mapping[str, Windows], folder: Path, device: str, resume: bool, minutes: float, checkpoint_seconds: float | None, progress: bool, say: Callable) -> None:
+# %% ../../nbs/training/pretrain.ipynb #afcd4c3b
+def _pretrain(
+    config: dict,
+    windows: Mapping[str, Windows],
+    folder: Path,
+    device: str,
+    resume: bool,
+    minutes: float,
+    checkpoint_seconds: float | None,
+    progress: bool,
+    say: Callable,
+) -> None:
     system, clip = system_of(config), config["clip"]
     record = provenance(*modules_of(config), device=device, data="-".join(w.fingerprint() for w in windows.values()))
     if _claim(folder, config, record, resume, say):
@@ -86,11 +117,19 @@ def _pretrain(config: dict, windows: Mapping[str, Windows], folder: Path, device
     options = dict(normaliser=normaliser, scaler=scaler, size=clip["size"], device=device, seed=config["seed"])
     batch_size = config["recipe"].get("batch_size", 1)
     train_batches = Batches(
-        windows["train"], batch_size=batch_size, accumulate=config["recipe"].get("accumulate", 1), augment=clip["augment"], noise=clip["noise"], **options
+        windows["train"],
+        batch_size=batch_size,
+        accumulate=config["recipe"].get("accumulate", 1),
+        augment=clip["augment"],
+        noise=clip["noise"],
+        **options,
     )
     valid = Batches(windows["valid"], batch_size=batch_size // train_batches.accumulate, **options)
     shape = (clip["frames"], *train_batches.shape[2:])
-    objective, spent = build(config, shape, system.n_channels).to(device), read_json(folder / "provenance.json")["seconds"] - time.monotonic()
+    objective, spent = (
+        build(config, shape, system.n_channels).to(device),
+        read_json(folder / "provenance.json")["seconds"] - time.monotonic(),
+    )
     record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
     try:
         _train(config, objective, train_batches, valid, folder, device, resume, minutes, checkpoint_seconds, progress)
@@ -98,18 +137,47 @@ def _pretrain(config: dict, windows: Mapping[str, Windows], folder: Path, device
         write_json(folder / "provenance.json", {**record, "seconds": round(spent + time.monotonic(), 1)})
     dt = float(windows["train"].files[0].dt)
     save_encoder(
-        folder / "encoder.safetensors", objective.encoder, config["encoder"], system=system.name, normaliser=normaliser, shape=shape, dt=dt,
-        objective=config["objective"], preset=config["preset"], seed=config["seed"],
+        folder / "encoder.safetensors",
+        objective.encoder,
+        config["encoder"],
+        system=system.name,
+        normaliser=normaliser,
+        shape=shape,
+        dt=dt,
+        objective=config["objective"],
+        preset=config["preset"],
+        seed=config["seed"],
     )
 
 # %% ../../nbs/training/pretrain.ipynb #bfbcbf07
-def _train(config: dict, objective, train_batches: Batches, valid: Batches, folder: Path, device: str, resume: bool, minutes: float, checkpoint_seconds: float | None, progress: bool) -> None:
+def _train(
+    config: dict,
+    objective,
+    train_batches: Batches,
+    valid: Batches,
+    folder: Path,
+    device: str,
+    resume: bool,
+    minutes: float,
+    checkpoint_seconds: float | None,
+    progress: bool,
+) -> None:
     if objective.trains:
         watching = get_preset(config["preset"]).recipe(config["objective"], config["encoder"])
-        recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items() if k != "batch_size"})
+        recipe = Recipe(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items() if k != "batch_size"}
+        )
         train(
-            objective, train_batches, recipe, folder, device=device, resume=resume, minutes=minutes, progress=progress,
-            evaluate=lambda: evaluate_objective(objective, valid.evaluation(limit=96)), evaluations=watching.evaluations,
+            objective,
+            train_batches,
+            recipe,
+            folder,
+            device=device,
+            resume=resume,
+            minutes=minutes,
+            progress=progress,
+            evaluate=lambda: evaluate_objective(objective, valid.evaluation(limit=96)),
+            evaluations=watching.evaluations,
             checkpoint_seconds=watching.checkpoint_seconds if checkpoint_seconds is None else checkpoint_seconds,
         )
     else:  # nothing to train, but how much its features vary is worth knowing
@@ -123,5 +191,7 @@ def restore(config: dict, run_dir: str | Path | None = None, device: str = "cpu"
     folder = run_folder(config, run_dir)
     objective = build(config, clip_shape(config), system_of(config).n_channels)
     if objective.trains:
-        load_checkpoint(folder / "checkpoint" / "last.safetensors", objective, make_optimizer(objective, Recipe(steps=1, lr=1.0)))
+        load_checkpoint(
+            folder / "checkpoint" / "last.safetensors", objective, make_optimizer(objective, Recipe(steps=1, lr=1.0))
+        )
     return objective.to(device).eval()

@@ -42,7 +42,9 @@ def _recipe(usual: TrainPreset, changes: Mapping, trains: bool) -> dict:
     if recipe["steps"] < 1 and "steps" in changes:
         raise ValueError(f"steps must be at least 1, got {recipe['steps']}")
     if recipe["batch_size"] < 1 or recipe["batch_size"] % recipe["accumulate"]:
-        raise ValueError(f"batch_size must be a positive multiple of accumulate={recipe['accumulate']}, got {recipe['batch_size']}")
+        raise ValueError(
+            f"batch_size must be a positive multiple of accumulate={recipe['accumulate']}, got {recipe['batch_size']}"
+        )
     if trains:
         Recipe(**{k: v for k, v in recipe.items() if k != "batch_size"})
     return recipe if trains else {}
@@ -68,15 +70,28 @@ def resolve(
     p, encoder = get_preset(preset), check_pair(objective, encoder)
     if p.sims:
         p.sim(system)  # raises with the systems that the preset simulates
-    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None} | (recipe or {})
+    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None} | (
+        recipe or {}
+    )
     if tag and not tag.replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"tag may hold letters, digits, '.' and '_', got {tag!r}")
     config = {
-        "system": system, "objective": objective, "encoder": encoder, "preset": preset, "seed": int(seed), "tag": tag,
+        "system": system,
+        "objective": objective,
+        "encoder": encoder,
+        "preset": preset,
+        "seed": int(seed),
+        "tag": tag,
         "encoder_config": {**p.encoders[encoder], **(encoder_config or {})},
         "coefficients": {**p.coefficients(objective, encoder), **(coefficients or {})},
         "recipe": _recipe(p.recipe(objective, encoder), changes, objective_class(objective).trains),
-        "clip": {"frames": p.frames, "size": p.size, "stride": stride_of(system, p.train_stride), "augment": p.augment, "noise": p.noise},
+        "clip": {
+            "frames": p.frames,
+            "size": p.size,
+            "stride": stride_of(system, p.train_stride),
+            "augment": p.augment,
+            "noise": p.noise,
+        },
         "data": asdict(p.sims[system]) if system in p.sims else "The Well",
     }
     return json.loads(json.dumps(config))
@@ -95,18 +110,20 @@ def config_hash(config: dict) -> str:
     text = json.dumps({k: v for k, v in config.items() if k != "seed"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-
+# %% ../../nbs/training/run.ipynb #6079f0ac
 def run_folder(config: dict, run_dir: str | Path | None = None) -> Path:
     "`<run_dir>/<preset>/<system>/<objective>-<encoder>[-tag]-<hash>/seed<k>`; `run_dir` defaults to `runs/` of the project."
     name = "-".join(filter(None, (config["objective"], config["encoder"], config["tag"], config_hash(config))))
-    return Path(run_dir or project_root() / "runs") / config["preset"] / config["system"] / name / f"seed{config['seed']}"
+    return (
+        Path(run_dir or project_root() / "runs") / config["preset"] / config["system"] / name / f"seed{config['seed']}"
+    )
 
 
 def baseline_folder(name: str, system: str, preset: str, run_dir: str | Path | None = None) -> Path:
     "Where the result of a baseline (constant, statistics, equations) of a preset goes: it is no run, but a row of the table."
     return Path(run_dir or project_root() / "runs") / preset / system / name
 
-
+# %% ../../nbs/training/run.ipynb #0bb52189
 def default_data_dir(preset: str) -> Path:
     "Where the data of a preset are by default: `data/<preset>` of the project."
     return project_root() / "data" / preset
@@ -117,7 +134,9 @@ def ensure_data(config: dict, data_dir: str | Path | None = None, **options) -> 
     p, system = get_preset(config["preset"]), config["system"]
     if system not in p.sims:
         if data_dir is None:
-            raise ValueError(f"preset {p.name} reads The Well: pass data_dir, the folder that holds {system}/data/train/*.hdf5")
+            raise ValueError(
+                f"preset {p.name} reads The Well: pass data_dir, the folder that holds {system}/data/train/*.hdf5"
+            )
         return Path(data_dir)
     folder = Path(data_dir or default_data_dir(p.name))
     make_dataset(system, p.sim(system), folder, **options)
@@ -126,12 +145,20 @@ def ensure_data(config: dict, data_dir: str | Path | None = None, **options) -> 
 
 def crop_of(system: str, preset: str) -> tuple | None:
     "The paper's crop of The Well's native grid where the preset resizes it, None for whole grids and simulated data."
-    return dict(get_system(system).paper)["crop"] if get_preset(preset).size and system not in get_preset(preset).sims else None
+    return (
+        dict(get_system(system).paper)["crop"]
+        if get_preset(preset).size and system not in get_preset(preset).sims
+        else None
+    )
 
-
-def load_splits(config: dict, data_dir: Path, splits: tuple[str, ...], *, frames: int, stride: int | None) -> dict[str, Windows]:
+# %% ../../nbs/training/run.ipynb #2282c72a
+def load_splits(
+    config: dict, data_dir: Path, splits: tuple[str, ...], *, frames: int, stride: int | None
+) -> dict[str, Windows]:
     "Windows of these splits of a run's data, checked to share no initial condition (where the files record them, as ours do; `physrep.data.leakage` looks for twins in others)."
-    options = dict(frames=frames, stride=stride_of(config["system"], stride), crop=crop_of(config["system"], config["preset"]))
+    options = dict(
+        frames=frames, stride=stride_of(config["system"], stride), crop=crop_of(config["system"], config["preset"])
+    )
     windows = {s: Windows(data_dir, system_of(config), s, **options) for s in splits}
     check_disjoint(*windows.values())
     return windows
@@ -148,7 +175,9 @@ def build(config: dict, shape: tuple[int, int, int], in_channels: int) -> torch.
         torch.manual_seed(seed_for("encoder", config["encoder"], config["seed"]))
         encoder = build_encoder(config["encoder"], in_channels=in_channels, **config["encoder_config"])
         torch.manual_seed(seed_for("objective", config["objective"], config["seed"]))
-        return build_objective(config["objective"], encoder, system=system_of(config), shape=shape, **config["coefficients"])
+        return build_objective(
+            config["objective"], encoder, system=system_of(config), shape=shape, **config["coefficients"]
+        )
 
 
 def modules_of(config: dict) -> list[str]:
@@ -156,7 +185,7 @@ def modules_of(config: dict) -> list[str]:
     solver = [SOLVERS[config["system"]]] if isinstance(config["data"], dict) else []
     return ["training.pretrain", encoder_module(config["encoder"]), objective_module(config["objective"]), *solver]
 
-
+# %% ../../nbs/training/run.ipynb #2e7faac8
 def window_frames(config: dict) -> int:
     "Frames of a training window: a clip, or a clip and its target."
     system = system_of(config)
