@@ -1,20 +1,28 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data tune ablations machines verify test lint notebooks readme models clean
+.PHONY: help setup reproduce data tune ablations machines figures verify test test-all lint format notebooks readme weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
 PRESET ?= laptop
 DATA ?=
+SYSTEM ?=
+ROWS ?=
+NOTEBOOKS ?=
 CONSTRAINTS ?= constraints.txt
 CORES ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)' 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
+DRAWN := runs/$(PRESET)/figures
 # the committed figures are those of the laptop preset
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(PRESET))
 READY := $(VENV)/.ready
-SNAKE = $(BIN)/python -m snakemake $(TARGET) --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host --config preset=$(PRESET) data="$(DATA)"
+CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)")
+SNAKE = $(BIN)/python -m snakemake $(TARGET) --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
+COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
+KEEP = echo "== the committed figures are as they were; make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/"
+CODE := nbs tests tools setup.py
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -25,9 +33,10 @@ export PYTHONUNBUFFERED := 1
 export TQDM_MININTERVAL := 20
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PRESET=smoke|laptop|gpu|paper|native (now: $(PRESET))   DATA=<folder of The Well's data>   CORES=$(CORES)"
+	@echo "  SYSTEM=<name of one system>   ROWS=<rows.yaml, rows of your own>   NOTEBOOKS=<names, for make notebooks>"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
 
@@ -38,13 +47,15 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@$(BIN)/python -m pip check
+	@$(BIN)/python tools/git_hooks.py || true
 	@touch $@
 
-reproduce: $(READY)  ## simulate, pretrain, probe, and draw every table and figure
+reproduce: $(READY)  ## simulate, pretrain, probe, draw every table and figure, and compare them with the committed ones
 	@echo "== preset $(PRESET): simulate -> pretrain -> probe -> figures, $(CORES) jobs at a time; what is done already is kept"
 	@$(SNAKE) </dev/null
-	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/* $(FIGURES)/
-	@echo "== done: $$(ls $(FIGURES)/*.png | wc -l) figure(s) with their data (png, svg, csv, json) in $(FIGURES)/, runs and executed notebooks in runs/$(PRESET)/"
+	@echo "== done: $$(ls $(DRAWN)/*.png | wc -l) figure(s) with their data (png, svg, csv, json) in $(DRAWN)/, executed notebooks in runs/$(PRESET)/notebooks/"
+	@$(COMPARE)
+	@$(KEEP)
 
 data: TARGET = simulated
 data: $(READY)  ## simulate the data of PRESET only
@@ -53,35 +64,57 @@ data: $(READY)  ## simulate the data of PRESET only
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, about half an hour of one core
 	@$(SNAKE) </dev/null
-	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/tuning.* $(FIGURES)/
+	@$(COMPARE) tuning
+	@$(KEEP)
 
 ablations: TARGET = ablations
 ablations: $(READY)  ## variants of rows of Table 1 (equal compute, circular padding), some minutes after `make reproduce`
 	@$(SNAKE) </dev/null
-	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/ablations.* $(FIGURES)/
+	@$(COMPARE) ablations
+	@$(KEEP)
 
 machines: TARGET = machines
 machines: $(READY)  ## one row again with other threads and instructions: how far numbers move from machine to machine; some minutes after `make reproduce`
 	@$(SNAKE) </dev/null
-	@mkdir -p $(FIGURES) && cp runs/$(PRESET)/figures/machines.* $(FIGURES)/
+	@$(COMPARE) machines
+	@$(KEEP)
+
+figures:  ## copy the figures that PRESET's runs have drawn over the committed ones
+	@ls $(DRAWN)/*.png >/dev/null 2>&1 || { echo "no figures in $(DRAWN)/; make reproduce$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) draws them"; exit 1; }
+	@mkdir -p $(FIGURES) && cp $(DRAWN)/* $(FIGURES)/
+	@echo "$$(ls $(DRAWN)/*.png | wc -l) figure(s) with their data copied to $(FIGURES)/"
 
 verify: $(READY)  ## recompute the digests of every committed figure and say which are stale, and why
-	@$(BIN)/python -m physrep.verify figures
+	@$(BIN)/python -m physrep.results.verify figures
 
-models: $(READY)  ## take the encoders and probes that come with the package from the runs of the laptop preset
-	@$(BIN)/python tests/models.py
+weights: $(READY)  ## take the encoders and probes that come with the package from the runs of the laptop preset
+	@$(BIN)/python tools/weights.py
 
-test: $(READY)  ## export in sync, lint, notebooks, tests; ends with `N passed, N failed`
-	@$(BIN)/python tests/run.py
+# the name that it had
+models: weights
 
-lint: $(READY)  ## ruff on the package and the tests
-	@$(BIN)/ruff check physrep tests
+test: $(READY)  ## export in sync, ruff, mypy, notebooks, tests; ends with `N passed, N failed`
+	@$(BIN)/python tools/run_tests.py
 
-notebooks: $(READY)  ## execute all notebooks in place (library) or from the runs of PRESET (stages), clean, export
-	@$(BIN)/python tests/notebooks.py $(PRESET)
+test-all: $(READY)  ## the same with the long tests, e.g. the whole smoke preset twice, equal to the byte
+	@$(BIN)/python tools/run_tests.py --all
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check physrep $(CODE)
+	@$(BIN)/ruff format --check --quiet $(CODE)
+	@$(BIN)/python -m mypy physrep
+
+format: $(READY)  ## ruff on notebooks, tests and tools: sort imports, fix, format; then export
+	@$(BIN)/ruff check --fix $(CODE) || true
+	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/nbdev_clean
+	@$(BIN)/nbdev_export
+
+notebooks: $(READY)  ## execute notebooks in place (library) or take them from the runs of PRESET (stages), clean, export; all, or NOTEBOOKS
+	@$(BIN)/python tools/notebooks.py --preset $(PRESET) $(NOTEBOOKS)
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
-	@$(BIN)/python tests/notebooks.py --readme
+	@$(BIN)/python tools/notebooks.py --readme
 
 clean:  ## delete what was made (data, runs, .venv), after showing what and how much
-	@$(PYTHON) tests/clean.py
+	@$(PYTHON) tools/clean.py

@@ -1,4 +1,5 @@
 """Package metadata is in settings.ini (nbdev); this file only hands it to setuptools."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -29,7 +30,8 @@ setuptools.setup(
         "Topic :: Scientific/Engineering :: Physics",
     ],
     packages=setuptools.find_packages(include=["physrep", "physrep.*"]),
-    package_data={"physrep": ["models/*/*.safetensors"]},
+    package_data={"physrep": ["py.typed", "weights/*/*.safetensors"]},
+    entry_points={"console_scripts": ["physrep = physrep.experiments.command:main"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "download": cfg["download_requirements"].split()},

@@ -1,9 +1,10 @@
 """Brings notebooks and what is made of them up to date.
 
-    python tools/notebooks.py [--preset laptop] [names]    execute the library's notebooks in place, take the outputs of
-                                                           stages and experiments from the runs of that preset, clean,
-                                                           export; with names (core/systems, 03_pretrain) only those
+    python tools/notebooks.py [--preset laptop] [names]    execute, clean, export
     python tools/notebooks.py --readme                     README.md from nbs/index.ipynb
+
+Notebooks of the library are executed in place; stages and experiments get their outputs from the runs of a preset. With
+names (core/paths, 03_pretrain) only those.
 """
 
 import argparse
@@ -37,12 +38,12 @@ SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
 
 
 def name_of(path: Path) -> str:
-    "A notebook's name below nbs/, without its ending: `core/parameters`, `03_pretrain`."
+    "A notebook's name below nbs/, without its ending: `core/paths`, `03_pretrain`."
     return path.relative_to(NBS).with_suffix("").as_posix()
 
 
 def chosen(names: list[str]) -> list[Path]:
-    "All notebooks, or those of these names: `core/parameters`, `nbs/core/parameters.ipynb`, or `parameters` if one has it."
+    "All notebooks, or those of these names: `core/paths`, `nbs/core/paths.ipynb`, or `paths` if only one has it."
     notebooks = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     found = []
     for name in names:
@@ -77,7 +78,7 @@ def execute(path: Path) -> str:
 
 
 def take_outputs(path: Path, executed: Path) -> None:
-    "Gives a stage the outputs of an executed copy: cell by cell, without the injected cell, progress bars, clock readings."
+    "Gives a stage the outputs of an executed copy: cell by cell, without the injected cell and progress bars."
     notebook, done = nbformat.read(path, 4), nbformat.read(executed, 4)
     cells = [c for c in done.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     if [c.source for c in cells] != [c.source for c in notebook.cells]:
@@ -93,7 +94,7 @@ def take_outputs(path: Path, executed: Path) -> None:
 
 
 def from_root(text: str) -> str:
-    "Links of a file in nbs/ as links of a file in the root: `core/x.ipynb` -> `nbs/core/x.ipynb`, `../figures` -> `figures`."
+    "Links of nbs/index.ipynb as links of README.md: `core/x.ipynb` -> `nbs/core/x.ipynb`, `../LICENSE` -> `LICENSE`."
     text = re.sub(r"\]\((?![a-z]+:|[#/]|\.\./)([^()\s]+\.ipynb)", r"](nbs/\1", text)
     return text.replace("](../", "](")
 
@@ -138,7 +139,7 @@ def update(notebooks: list[Path], preset: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="notebooks, e.g. core/parameters or 03_pretrain; default: all")
+    parser.add_argument("names", nargs="*", help="notebooks, e.g. core/paths or 03_pretrain; default: all")
     parser.add_argument("--preset", default="laptop", help="whose runs the outputs of stages come from")
     parser.add_argument("--readme", action="store_true", help="only write README.md")
     asked = parser.parse_args()

@@ -67,6 +67,11 @@ def notebooks_of(root: Path) -> list[Path]:
     return sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
+def generated(root: Path) -> set[Path]:
+    found = (p for pattern in GENERATED for p in root.glob(pattern))
+    return {p.relative_to(root) for p in found if ".ipynb_checkpoints" not in p.parts}
+
+
 def check_generated() -> None:
     "physrep/, README.md and the notebooks are what export, readme and clean make of them (tried on a copy)."
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.safetensors")
@@ -84,10 +89,7 @@ def check_generated() -> None:
         for command in (("nbdev_export",), ("nbdev_clean",), ("python", "tools/notebooks.py", "--readme")):
             code, text = run(*command, cwd=copy, show=False)
             record(" ".join(command), code == 0, text[-2000:])
-        made, here = (
-            {p.relative_to(root) for pattern in GENERATED for p in root.glob(pattern) if ".ipynb_checkpoints" not in p.parts}
-            for root in (copy, ROOT)
-        )
+        made, here = generated(copy), generated(ROOT)
         stale = [p for p in made & here if not filecmp.cmp(ROOT / p, copy / p, shallow=False)]
         differ = ", ".join(map(str, sorted([*stale, *(made ^ here)])))
         record("generated files in sync", not differ, f"out of step: {differ}; run: make notebooks readme")

@@ -1,4 +1,4 @@
-"""Takes the encoders and probes that come with the package from the runs of preset laptop: seed 0, both kinds of probe."""
+"""Takes the encoders and probes that come with the package from the runs of preset laptop: seed 0, both probes."""
 
 import shutil
 

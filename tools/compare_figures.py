@@ -1,0 +1,136 @@
+"""How far the numbers of a run are from the committed ones.
+
+    python tools/compare_figures.py runs/laptop/figures figures [names]    names, e.g. tuning: only those tables
+
+Rows of two tables are the same row if they agree in all columns that are not measured: names, splits, numbers of
+samples. Measured are floats and lists of floats; names of runs, seconds, and text made from numbers are passed over.
+"""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+NUMBERS = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf", re.I)
+
+
+def read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def is_passed_over(name: str) -> bool:
+    "Names of runs change with any setting, seconds with the machine; `text` is the numbers beside it, rounded."
+    return name in ("run", "text") or name.endswith("_run") or "seconds" in name
+
+
+def is_list_of_numbers(column: pd.Series) -> bool:
+    "Text such as `0.41 0.44 0.39`, one number a seed."
+    values = column.dropna()
+    if not len(values) or pd.api.types.is_numeric_dtype(column):
+        return False
+    return all(isinstance(v, str) and v.split() and all(map(NUMBERS.fullmatch, v.split())) for v in values)
+
+
+def is_measured(name: str, tables: tuple[pd.DataFrame, pd.DataFrame]) -> bool:
+    columns = [table[name] for table in tables]
+    return any(map(pd.api.types.is_float_dtype, columns)) or any(map(is_list_of_numbers, columns))
+
+
+def numbers(value) -> list[float]:
+    "What a measured cell holds; an empty one holds none."
+    if isinstance(value, str):
+        return [float(v) for v in value.split()]
+    return [] if pd.isna(value) else [float(value)]
+
+
+def keyed(table: pd.DataFrame, keys: list[str]) -> dict[tuple, dict]:
+    "Rows by what they are about; rows about the same thing are told apart by their order."
+    rows, seen = {}, {}
+    for row in table.to_dict("records"):
+        key = tuple("" if pd.isna(row[k]) else str(row[k]) for k in keys)
+        seen[key] = seen.get(key, -1) + 1
+        rows[(*key, seen[key])] = row
+    return rows
+
+
+def differences(new: pd.DataFrame, old: pd.DataFrame) -> tuple[dict, list[tuple], list[str]]:
+    """Two tables: what was counted, every pair of numbers as `(|difference|, column, row, old, new)`, and what cannot
+    be compared. The difference is infinite where only one is a finite number, or where lists have other lengths."""
+    common = [c for c in old.columns if c in new.columns and not is_passed_over(c)]
+    measured = [c for c in common if is_measured(c, (new, old))]
+    keys = [c for c in common if c not in measured and not pd.api.types.is_bool_dtype(old[c])]
+    said = [c for c in common if c not in measured and c not in keys]  # yes and no: found, not asked for
+    left, right = keyed(new, keys), keyed(old, keys)
+    both = [key for key in right if key in left]
+    pairs, notes = [], []
+    for key in both:
+        about = " ".join(part for part in key[:-1] if part and len(part) <= 40)
+        for c in measured:
+            a, b = numbers(right[key][c]), numbers(left[key][c])
+            if len(a) != len(b):
+                pairs.append((math.inf, c, about, right[key][c], left[key][c]))
+            for x, y in zip(a, b):
+                gap = 0.0 if x == y or (np.isnan(x) and np.isnan(y)) else abs(x - y)
+                pairs.append((math.inf if np.isnan(gap) else gap, c, about, x, y))
+    for c in said:
+        if changed := sum(left[key][c] != right[key][c] for key in both):
+            notes.append(f"{c} differs in {changed} row(s)")
+    for rows, others, where in ((left, right, "new"), (right, left, "committed")):
+        if only := sum(key not in others for key in rows):
+            notes.append(f"{only} row(s) only in the {where} table")
+    for one, other, where in ((new, old, "new"), (old, new, "committed")):
+        if only := [c for c in one.columns if c not in other.columns]:
+            notes.append(f"column(s) only in the {where} table: {', '.join(only)}")
+    return {"rows": len(both), "numbers": len(pairs)}, pairs, notes
+
+
+def report(new: Path, old: Path, names: tuple[str, ...] = ()) -> str:
+    "The numbers of two folders of figures, as one block of text."
+
+    def tables(folder: Path) -> list[str]:
+        return sorted(p.stem for p in folder.glob("*.csv") if not names or p.stem in names)
+
+    here, there = tables(new), tables(old)
+    if not here:
+        return f"== no tables in {new}"
+    if not there:
+        return f"== nothing committed in {old} to compare {new} with"
+    lines, largest = [], (-1.0, "", None)
+    width = max(map(len, {*here, *there}))
+    for name in sorted({*here, *there}):
+        if name not in there or name not in here:
+            where = "new, nothing committed" if name in here else "committed, not drawn here"
+            lines.append(f"  {name:<{width}}  {where}")
+            continue
+        try:
+            counted, pairs, notes = differences(read(new / f"{name}.csv"), read(old / f"{name}.csv"))
+        except (ValueError, KeyError, OSError) as error:  # an empty file, say
+            lines.append(f"  {name:<{width}}  not comparable: {error}")
+            continue
+        worst = max(pairs, key=lambda pair: pair[0], default=None)
+        if worst is None:
+            lines.append(f"  {name:<{width}}  not comparable: no row in common; " + "; ".join(notes))
+            continue
+        if worst[0] > largest[0]:
+            largest = (worst[0], name, worst)
+        text = f"largest difference {worst[0]:<9.3g} of {counted['numbers']} numbers in {counted['rows']} rows"
+        lines.append(f"  {name:<{width}}  " + "; ".join([text, *notes]))
+    head = [f"== numbers in {new} against those in {old}"]
+    if largest[2] is not None:
+        gap, name, (_, column, about, a, b) = largest
+        if gap == 0:
+            head.append("  no number differs")
+        else:
+            shown = [f"{v:g}" if isinstance(v, float) else f"{v}" for v in (a, b)]
+            head.append(f"  largest difference: {gap:.3g}, {shown[0]} committed and {shown[1]} now")
+            head.append(f"  in {name}.csv, column {column}, row: {about}")
+    return "\n".join([*head, *lines])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    print(report(Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:])))
