@@ -105,9 +105,11 @@ def plan(system: str, sim: SimPreset) -> list[PlannedFile]:
     ]
 
 # %% ../../nbs/data/generate.ipynb #d217e7d0
-SOLVERS: dict[str, str] = {
-    name: f"physics.{name}" for name in ("active_matter", "shear_flow", "rayleigh_benard")
-}  # system -> module of its solver
+SOLVERS: dict[str, str] = {  # system -> module of its solver
+    "active_matter": "physics.active_matter",
+    "shear_flow": "physics.shear_flow",
+    "rayleigh_benard": "physics.rayleigh_benard",
+}
 
 
 def make_file(planned: PlannedFile, system: str, sim: SimPreset, folder: str | Path, device: str = "cpu") -> Path:
@@ -173,7 +175,8 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[Path]:
 # %% ../../nbs/data/generate.ipynb #fb2b7a88
 def _recipe(system: str, sim: SimPreset) -> dict:
     "What decides the content of a data set: the preset's numbers, and the code that solves, plans and writes."
-    return {"system": system, "code": code_digest("data.generate", SOLVERS[system]), **asdict(sim)}
+    code = code_digest("data.generate", SOLVERS[system], entries=(system,))
+    return {"system": system, "code": code, **asdict(sim)}
 
 
 def _made_by(folder: Path, recipe: dict) -> bool:
