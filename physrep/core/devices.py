@@ -11,14 +11,13 @@ import torch
 # %% ../../nbs/core/devices.ipynb #e52ec274
 def pick_device(name: str = "auto") -> str:
     "`auto`: a GPU if there is one, else the CPU. ValueError for a device that this machine does not have."
+    has_gpu = torch.cuda.is_available()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if has_gpu else "cpu"
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda, cuda:<n>") from error
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(
-            f"device {name!r} is not to be had here; valid: auto, cpu" + (", cuda" if torch.cuda.is_available() else "")
-        )
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not has_gpu):
+        raise ValueError(f"device {name!r} is not available; valid: auto, cpu" + (", cuda" if has_gpu else ""))
     return name

@@ -31,7 +31,8 @@ def check_parameters(cells: list[str]) -> None:
     for n, source in enumerate(cells):
         if not source.startswith("# Parameters"):
             continue
-        known, given = _assignments(cells[n - 1]), _assignments(source)
+        known = _assignments(cells[n - 1])
+        given = _assignments(source)
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook has: {', '.join(known)}")
         for name, value in given.items():
@@ -40,5 +41,6 @@ def check_parameters(cells: list[str]) -> None:
                 isinstance(value, bool) and wanted is not bool
             ):
                 raise TypeError(
-                    f"parameter {name} must be {wanted.__name__} (default {known[name]!r}), got {value!r} ({type(value).__name__}; papermill's -r passes text as it is)"
+                    f"parameter {name} must be {wanted.__name__} (default {known[name]!r}), got {value!r} "
+                    f"({type(value).__name__}; papermill's -r passes text as it is)"
                 )

@@ -30,7 +30,7 @@ def sample_seeds(seed: int, epoch: int, step: int, samples: list[int]) -> torch.
 def rand_samples(
     seeds: torch.Tensor, shape: tuple[int, ...], *, name: str = "", device: str | torch.device = "cpu"
 ) -> torch.Tensor:
-    "Uniform numbers `(b, *shape)` in [0, 1): row i depends on `seeds[i]` and on `name`, which sets apart the uses of one seed."
+    "Uniform numbers `(b, *shape)` in [0, 1): row i depends on `seeds[i]` and on `name`, which tells uses apart."
     rows = [torch.rand(shape, generator=generator("rand", name, int(s))) for s in seeds]
     return torch.stack(rows).to(device)
 

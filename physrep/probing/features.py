@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from ..core.files import _open_tensors, read_tensors, weights_digest, write_tensors
+from ..core.files import open_tensors, read_tensors, weights_digest, write_tensors
 from ..core.provenance import code_digest
 from ..data.windows import Windows
 from ..models.encoders import encoder_module
@@ -200,7 +200,7 @@ def cached(
         except ValueError as error:
             say(f"{str(error).replace(str(path), path.name)}; it is made again")
     write_tensors(path, {"tokens": make()}, key)
-    return _open_tensors(path)[0]["tokens"]  # mapped, as for the next caller: what `make` held is free
+    return open_tensors(path)[0]["tokens"]  # mapped, as for the next caller: what `make` held is free
 
 
 def _differences(found: object, wanted: dict) -> str:
