@@ -6,26 +6,28 @@
 __all__ = ['SCHEMA', 'MEASURED', 'check_rows', 'write_result', 'read_results', 'Predictions', 'write_predictions',
            'read_predictions']
 
-# %% ../../nbs/probing/records.ipynb #63a12f7f
+# %% ../../nbs/probing/records.ipynb #3a33f702
 import json
 import math
-import numpy as np
 import os
-import pandas as pd
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
 from ..core.files import atomic_path, read_json, write_json
 from ..data.scaling import LabelScaler
-from ..physics.systems import SYSTEMS, get_system
+from ..physics.systems import SYSTEMS, Label, System, get_system
 from .scores import METRICS
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-# %% ../../nbs/probing/records.ipynb #cecbcebb
+# %% ../../nbs/probing/records.ipynb #49995c17
 SCHEMA: dict[str, tuple[type, str]] = {
-    "system": (str, "physical system, a name of `physrep.physics.systems`"),
+    "system": (str, "physical system, a name of `physrep.physics.systems` or one of your own"),
     "objective": (
         str,
         "what the encoder was trained with: jepa, mae, ..., random; or a baseline: statistics, equations, constant",
@@ -38,7 +40,8 @@ SCHEMA: dict[str, tuple[type, str]] = {
     "split": (str, "split that is scored: valid (used to select, optimistic), test, unseen (parameters off the grid)"),
     "label": (str, "name of the label, or mean: the average over the labels of the system"),
     "seed": (int, "initialisation, order of the windows and probe, at fixed data"),
-    "share": (float, "share of the labelled training windows that the probe was given, in (0, 1]"),
+    "labelled_flows": (int, "number of labelled training flows that the probe was given"),
+    "draw": (int, "which draw of that many flows from the training set; 0 for all flows"),
     "metric": (str, "name in `physrep.probing.scores.METRICS`: mse, r2, relative_error"),
     "value": (float, "the number; NaN where the metric is not defined (r2 of equal labels)"),
     "low": (float, "lower end of the 95 % interval, bootstrap over groups; NaN if there is none"),
@@ -48,7 +51,7 @@ SCHEMA: dict[str, tuple[type, str]] = {
 }
 MEASURED = ("value", "low", "high", "n")  # all other columns say what was measured: no two rows agree in all of them
 
-# %% ../../nbs/probing/records.ipynb #1e0cc2e4
+# %% ../../nbs/probing/records.ipynb #612074f8
 def _plain(name: str, value: object) -> object:
     "The value as the plain Python type of its column, NaN for a missing float; ValueError if it is of another type."
     kind = SCHEMA[name][0]
@@ -63,24 +66,33 @@ def _plain(name: str, value: object) -> object:
     raise ValueError(f"{name!r} must be {'a non-empty str' if kind is str else kind.__name__}, got {value!r}")
 
 
-def _check_row(row: dict) -> dict:
-    "The row in plain types and the schema's order; ValueError that names the key."
+def _check_columns(row: dict) -> None:
+    "ValueError unless the row has the columns of the schema and no others."
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a dict, got {row!r}")
+    if "share" in row and "labelled_flows" not in row:
+        raise ValueError(
+            "'share' is a column of physrep 0.1; probe the run again (0.2 has 'labelled_flows' and 'draw')"
+        )
     if missing := [name for name in SCHEMA if name not in row]:
         raise ValueError(f"{', '.join(map(repr, missing))} missing; a row has {', '.join(SCHEMA)}")
     if unknown := [name for name in row if name not in SCHEMA]:
         raise ValueError(f"{', '.join(map(repr, unknown))} unknown; a row has {', '.join(SCHEMA)}")
+
+# %% ../../nbs/probing/records.ipynb #abb8845b
+def _check_row(row: dict) -> dict:
+    "The row in plain types and the schema's order; ValueError that names the key."
+    _check_columns(row)
     row = {name: _plain(name, row[name]) for name in SCHEMA}
-    valid = {"system": list(SYSTEMS), "metric": list(METRICS)}
-    valid["label"] = [*get_system(row["system"]).label_names, "mean"] if row["system"] in SYSTEMS else [row["label"]]
+    valid = {"metric": list(METRICS)}
+    if row["system"] in SYSTEMS:
+        valid["label"] = [*get_system(row["system"]).label_names, "mean"]
     for name, names in valid.items():
         if row[name] not in names:
             raise ValueError(f"{name!r} is {row[name]!r}; valid: {', '.join(names)}")
-    if not 0 < row["share"] <= 1:
-        raise ValueError(f"'share' must be in (0, 1], got {row['share']}")
-    if row["n"] < 1:
-        raise ValueError(f"'n' must be at least 1, got {row['n']}")
+    for name, smallest in {"n": 1, "labelled_flows": 1, "draw": 0}.items():
+        if row[name] < smallest:
+            raise ValueError(f"{name!r} must be at least {smallest}, got {row[name]}")
     if math.isinf(row["value"]) or (math.isnan(row["value"]) and row["metric"] != "r2"):
         raise ValueError(f"'value' of {row['metric']} must be finite, got {row['value']}")
     if row["metric"] != "r2" and row["value"] < 0:
@@ -89,7 +101,7 @@ def _check_row(row: dict) -> dict:
         raise ValueError(f"'low' and 'high' must be an interval (or both missing), got {row['low']} and {row['high']}")
     return row
 
-# %% ../../nbs/probing/records.ipynb #293c86b7
+
 def check_rows(rows: Sequence[dict]) -> list[dict]:
     "The rows in plain types and the schema's order; ValueError that names row and key, also for a row given twice."
     if not isinstance(rows, (list, tuple)) or not rows:
@@ -106,9 +118,10 @@ def check_rows(rows: Sequence[dict]) -> list[dict]:
         seen[key] = i
     return checked
 
-# %% ../../nbs/probing/records.ipynb #33d5de68
+# %% ../../nbs/probing/records.ipynb #9b4a9987
 def write_result(path: str | Path, rows: Sequence[dict], **extra: object) -> Path:
-    "Writes checked rows and `extra` (configuration, provenance, ...) as JSON, whole or not at all; ValueError for a bad row."
+    """Writes checked rows and `extra` (configuration, provenance, ...) as JSON, whole or not at all; ValueError for a
+    bad row."""
     path = Path(path)
     try:
         checked = check_rows(rows)
@@ -116,6 +129,15 @@ def write_result(path: str | Path, rows: Sequence[dict], **extra: object) -> Pat
         raise ValueError(f"{path} is not written: {error}") from None
     write_json(path, {"rows": [{k: None if pd.isna(v) else v for k, v in row.items()} for row in checked], **extra})
     return path
+
+
+def _rows_of(file: Path) -> list[dict]:
+    "The rows of one file; ValueError that names it for a broken or foreign one."
+    content = read_json(file)
+    try:
+        return check_rows(content.get("rows") if isinstance(content, dict) else None)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a result: {error}") from None
 
 
 def read_results(where: str | Path | Sequence[str | Path]) -> pd.DataFrame:
@@ -131,11 +153,7 @@ def read_results(where: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         raise FileNotFoundError(f"no result.json below {where}; the probe stage writes them")
     rows, origin = [], []
     for file in dict.fromkeys(files):  # a file listed twice is read once
-        content = read_json(file)
-        try:
-            found = check_rows(content.get("rows") if isinstance(content, dict) else None)
-        except ValueError as error:
-            raise ValueError(f"{file} is not a result: {error}") from None
+        found = _rows_of(file)
         rows += found
         origin += [file] * len(found)
     df = pd.DataFrame(rows, columns=list(SCHEMA))
@@ -148,14 +166,14 @@ def read_results(where: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         )
     return df
 
-# %% ../../nbs/probing/records.ipynb #8cedd2eb
+# %% ../../nbs/probing/records.ipynb #25c3a9b2
 _KIND = "physrep predictions"
 _FILE = "predictions.safetensors"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    "What one run predicts. `info` has objective, encoder, seed, share, run, and what else was written."
+    "What one run predicts. `info` has objective, encoder, seed, labelled_flows, draw, run, and what else was written."
 
     path: Path
     info: dict
@@ -171,7 +189,8 @@ class Predictions:
 
 
 def _checked(arrays: Mapping[str, np.ndarray], n_labels: int) -> dict[str, np.ndarray]:
-    "Arrays by name (`prediction/<probe>/<split>`, `truth/<split>`, `groups/<split>`) that fit each other; ValueError otherwise."
+    """Arrays by name (`prediction/<probe>/<split>`, `truth/<split>`, `groups/<split>`) that fit each other; ValueError
+    otherwise."""
     if not any(name.startswith("prediction/") for name in arrays):
         raise ValueError("there are no predictions")
     checked = {}
@@ -188,7 +207,42 @@ def _checked(arrays: Mapping[str, np.ndarray], n_labels: int) -> dict[str, np.nd
             raise ValueError(f"{name} has {(~np.isfinite(checked[name])).sum()} values that are not finite")
     return checked
 
-# %% ../../nbs/probing/records.ipynb #9cba4e44
+# %% ../../nbs/probing/records.ipynb #cfd54796
+_ENDS = ("mean", "std", "low", "high")  # what a label scaler has for each label
+
+
+def _scaling(scaler: LabelScaler) -> dict:
+    "The scaler and what is needed of its system, as JSON-able data."
+    labels = [{"name": label.name, "log": label.log, "latex": label.latex} for label in scaler.system.labels]
+    numbers = {name: getattr(scaler, name).tolist() for name in _ENDS}
+    return numbers | {"labels": labels, "title": scaler.system.title}
+
+
+def _scaler_of(info: dict) -> LabelScaler:
+    "The scaler that was written, on a system with the label transforms that were used; any system has a name."
+    scaling = info["scaler"]
+    names = [label["name"] for label in scaling["labels"]]
+    if info["system"] in SYSTEMS:
+        system = get_system(info["system"])
+        if system.label_names != names:
+            raise ValueError(f"labels are {', '.join(names)}; {system.name} has {', '.join(system.label_names)}")
+        transforms = zip(system.labels, scaling["labels"], strict=True)
+        system = replace(system, labels=tuple(replace(label, log=bool(entry["log"])) for label, entry in transforms))
+    else:
+        labels = tuple(
+            Label(entry["name"], log=bool(entry["log"]), paper_log=bool(entry["log"]), latex=entry["latex"])
+            for entry in scaling["labels"]
+        )
+        system = System(name=info["system"], title=scaling["title"], fields=(), labels=labels)
+    return LabelScaler(system, *(np.array(scaling[name], dtype=np.float64) for name in _ENDS))
+
+# %% ../../nbs/probing/records.ipynb #174725e5
+def _run_name(path: Path) -> str:
+    "The run that a file is of: the last two folders of its path, or the last if that is no `seed<k>`."
+    folder = path.absolute().parent
+    return f"{folder.parent.name}/{folder.name}" if re.fullmatch(r"seed\d+", folder.name) else folder.name
+
+
 def write_predictions(
     path: str | Path,  # `predictions.safetensors` of a run folder
     predictions: Mapping[tuple[str, str], np.ndarray],  # (probe, split) -> (n, n_labels), physical
@@ -200,61 +254,56 @@ def write_predictions(
     encoder: str,
     seed: int,
     scaler: LabelScaler,  # fitted on train
-    run: str = "",  # as in the results table; default: the last two folders of `path`, or the last if it is no `seed<k>`
-    share: float = 1.0,  # of the labelled training windows
+    labelled_flows: int,  # labelled training flows that the probe was given
+    draw: int = 0,  # which draw of that many flows
+    run: str = "",  # as in the results table; default: the folder of `path`, with the one above it if it is `seed<k>`
     data: Mapping[str, str] | None = None,  # split -> fingerprint of the fields: runs on other fields are not compared
     **extra: object,  # JSON-able
 ) -> Path:
-    "Writes what the probes of a run predict, whole or not at all; ValueError for arrays that do not fit each other, or another system's scaler."
-    path, labels = Path(path), scaler.system.labels
+    """Writes what the probes of a run predict, whole or not at all; ValueError for arrays that do not fit each other,
+    or another system's scaler."""
+    path = Path(path)
+    refused = f"{path} is not written"
     if scaler.system.name != system:
-        raise ValueError(
-            f"{path} is not written: the scaler is of {scaler.system.name}, the predictions are of {system}"
-        )
+        raise ValueError(f"{refused}: the scaler is of {scaler.system.name}, the predictions are of {system}")
     if bad := [name for key in predictions for name in key if not name or "/" in name]:
-        raise ValueError(f"{path} is not written: a probe or split may not be empty or have a '/', got {bad[0]!r}")
-    folder = path.absolute().parent
-    run = run or (f"{folder.parent.name}/{folder.name}" if re.fullmatch(r"seed\d+", folder.name) else folder.name)
-    scaling = {name: getattr(scaler, name).tolist() for name in ("mean", "std", "low", "high")} | {
-        "log": [label.log for label in labels]
-    }
-    info = {
-        "system": system,
-        "objective": objective,
-        "encoder": encoder,
-        "seed": int(seed),
-        "share": float(share),
-        "run": run,
-    }
+        raise ValueError(f"{refused}: a probe or split may not be empty or have a '/', got {bad[0]!r}")
+    if labelled_flows < 1 or draw < 0:
+        raise ValueError(
+            f"{refused}: labelled_flows must be at least 1 and draw at least 0, got {labelled_flows}, {draw}"
+        )
+    info = {"system": system, "objective": objective, "encoder": encoder, "seed": int(seed)}
+    info |= {"labelled_flows": int(labelled_flows), "draw": int(draw), "run": run or _run_name(path)}
     splits = {split for _, split in predictions}
     if data is not None:
         info["data"] = {split: str(fingerprint) for split, fingerprint in data.items() if split in splits}
     arrays = {f"prediction/{probe}/{split}": p for (probe, split), p in predictions.items()}
-    arrays |= {
-        f"{kind}/{s}": v for kind, by in (("truth", truth), ("groups", groups)) for s, v in by.items() if s in splits
-    }
+    for kind, by_split in (("truth", truth), ("groups", groups)):
+        arrays |= {f"{kind}/{split}": values for split, values in by_split.items() if split in splits}
     try:
-        arrays = _checked(arrays, len(labels))
+        arrays = _checked(arrays, len(scaler.system.labels))
     except ValueError as error:
-        raise ValueError(f"{path} is not written: {error}") from None
-    metadata = {"physrep": json.dumps({**extra, **info, "kind": _KIND, "scaler": scaling}, sort_keys=True)}
+        raise ValueError(f"{refused}: {error}") from None
+    metadata = {"physrep": json.dumps({**extra, **info, "kind": _KIND, "scaler": _scaling(scaler)}, sort_keys=True)}
     with atomic_path(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
     return path
 
-# %% ../../nbs/probing/records.ipynb #8c3124d1
-def _scaler_of(info: dict) -> LabelScaler:
-    "The scaler that was written, on a system with the label transforms that were used."
-    system, scaling = get_system(info["system"]), info["scaler"]
-    labels = tuple(replace(label, log=log) for label, log in zip(system.labels, scaling["log"], strict=True))
-    return LabelScaler(
-        replace(system, labels=labels),
-        *(np.array(scaling[name], dtype=np.float64) for name in ("mean", "std", "low", "high")),
-    )
+# %% ../../nbs/probing/records.ipynb #ac097583
+def _info_of(info: dict) -> dict:
+    "What a file says of itself, in plain types; KeyError, TypeError or ValueError for what is missing or wrong."
+    if "share" in info and "labelled_flows" not in info:
+        raise ValueError("it has 'share', so it was written by physrep 0.1; probe the run again")
+    info = info | {name: int(info[name]) for name in ("seed", "labelled_flows", "draw")}
+    info |= {name: str(info[name]) for name in ("objective", "encoder", "run")}
+    if "data" in info:
+        info["data"] = {split: str(value) for split, value in dict(info["data"]).items()}
+    return info
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    "Reads a predictions file, or the one of a run folder. FileNotFoundError if there is none; ValueError that names a torn or foreign file."
+    """Reads a predictions file, or the one of a run folder. FileNotFoundError if there is none; ValueError that names a
+    torn or foreign file."""
     path = Path(path) / _FILE if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no predictions at {path}; the probe stage writes them")
@@ -269,16 +318,14 @@ def read_predictions(path: str | Path) -> Predictions:
     if not isinstance(info, dict) or info.pop("kind", None) != _KIND:
         raise ValueError(f"{path} is not a predictions file of physrep")
     try:
+        info = _info_of(info)
         scaler = _scaler_of(info)
         arrays = _checked(arrays, len(scaler.mean))
-        info = {**info, "seed": int(info["seed"]), "share": float(info["share"])}
-        named = {name: str(info[name]) for name in ("objective", "encoder", "run")}
-        named |= {"data": {split: str(value) for split, value in dict(info["data"]).items()}} if "data" in info else {}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a predictions file of physrep: {error!r}") from error
+        raise ValueError(f"{path} is not a predictions file of physrep 0.2: {error!r}") from error
     parts = {
         kind: {tuple(n.split("/")[1:]): v for n, v in arrays.items() if n.startswith(kind)}
         for kind in ("prediction", "truth", "groups")
     }
     truth, groups = ({split: v for (split,), v in parts[kind].items()} for kind in ("truth", "groups"))
-    return Predictions(path, info | named, scaler, parts["prediction"], truth, groups)
+    return Predictions(path, info, scaler, parts["prediction"], truth, groups)

@@ -6,27 +6,23 @@
 __all__ = ['ROWS', 'ENCODER_TITLES', 'PROBE_TITLES', 'PROBE_ORDER', 'SPLIT_ORDER', 'Row', 'title_of', 'color_of', 'marker_of',
            'ordered', 'row_order', 'read_rows', 'systems_of', 'run_of', 'row_folders']
 
-# %% ../../nbs/results/rows.ipynb #81367d94
+# %% ../../nbs/results/rows.ipynb #66f41a1a
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import yaml
 
 from ..data.sets import find_files
-from ..models.encoders import ENCODERS
+from ..models.encoders import ENCODERS, short_name, split_name
 from ..objectives.methods import OBJECTIVES
 from ..training.presets import Preset, get_preset
-from ..training.run import baseline_folder, resolve
+from ..training.run import Run, resolve, system_folder
 
-if TYPE_CHECKING:
-    from physrep.training.run import Run
-
-# %% ../../nbs/results/rows.ipynb #1955d98c
+# %% ../../nbs/results/rows.ipynb #a558b70e
 @dataclass(frozen=True)
 class Row:
     "One row of the table: what is trained, what it is called, how it is drawn."
@@ -47,8 +43,8 @@ class Row:
 
     @property
     def pair(self) -> tuple[str, str]:
-        "(objective, encoder), which name the row in results."
-        return self.objective, self.encoder
+        "(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`."
+        return short_name(self.objective), short_name(self.encoder)
 
 # %% ../../nbs/results/rows.ipynb #28a25a6b
 # fmt: off
@@ -65,7 +61,7 @@ ROWS: tuple[Row, ...] = (
 )
 # fmt: on
 
-# %% ../../nbs/results/rows.ipynb #f0dbbfe6
+# %% ../../nbs/results/rows.ipynb #be834ba8
 ENCODER_TITLES = {"convnext": "ConvNeXt", "vit": "ViT", "none": ""}
 PROBE_TITLES = {
     "linear": "linear",
@@ -80,8 +76,10 @@ PROBE_TITLES = {
 
 def _find(objective: str | None, encoder: str | None, rows: Sequence[Row]) -> Row | None:
     "The first row with that objective and encoder; None stands for any."
-    fits = (row for row in rows if objective in (None, row.objective) and encoder in (None, row.encoder))
-    return next(fits, None)
+    for row in rows:
+        if objective in (None, row.objective, row.pair[0]) and encoder in (None, row.encoder, row.pair[1]):
+            return row
+    return None
 
 
 def _word(name: str, rows: Sequence[Row]) -> str:
@@ -131,16 +129,10 @@ def row_order(measured: pd.DataFrame | Sequence[object], rows: Sequence[Row] = R
     place = {row.pair: (row.kind == "baseline", i) for i, row in enumerate(rows)}
     return sorted(pairs, key=lambda pair: (*place.get(pair, (False, len(rows))), pair))
 
-# %% ../../nbs/results/rows.ipynb #4113dd5f
+# %% ../../nbs/results/rows.ipynb #bace79c7
 _CHANGES = ("coefficients", "encoder_config", "recipe", "predictions")
 _FIELDS = ("objective", "encoder", "title", "color", "marker", "finetuned", "cost", "kind", "tag", *_CHANGES)
 _KINDS = ("trained", "random", "frozen", "predictions")
-
-
-def _check_name(what: str, name: str, known: Sequence[str], example: str) -> None:
-    "ValueError unless the name is known, or names something in a module of the user's."
-    if name not in known and not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", name):
-        raise ValueError(f"unknown {what} {name!r}; valid: {', '.join(known)}, or {example}")
 
 
 def _check_look(entry: Mapping) -> None:
@@ -162,7 +154,7 @@ def _kind_of(entry: Mapping) -> str:
         raise ValueError(f"kind is {entry['kind']!r}; with this objective it is {kind!r}, and may be left out")
     return kind
 
-# %% ../../nbs/results/rows.ipynb #78026ddd
+# %% ../../nbs/results/rows.ipynb #a1cfdfef
 def _row_from(entry: object, folder: Path) -> Row:
     "A user's row; ValueError for fields that are unknown, missing, or of another type."
     if not isinstance(entry, dict):
@@ -185,8 +177,9 @@ def _row_from(entry: object, folder: Path) -> Row:
             )
         files = {system: str(folder / path) for system, path in entry["predictions"].items()}
         return Row(**entry | {"kind": kind, "predictions": files})
-    _check_name("objective", entry["objective"], (*OBJECTIVES, "frozen"), "my_package.module:Class")
-    _check_name("encoder", entry["encoder"], tuple(ENCODERS), "my_package.module:make_encoder")
+    if kind != "frozen":
+        split_name(entry["objective"], OBJECTIVES, "objective")
+    split_name(entry["encoder"], ENCODERS, "encoder")
     return Row(**entry | {"kind": kind})
 
 
@@ -209,14 +202,14 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
     for i, entry in enumerate(content["rows"], 1):
         try:
             row = _row_from(entry, path.absolute().parent)
-            if any(row.pair == other.pair for other in (*ROWS, *found)):
+            if row.pair in [other.pair for other in (*ROWS, *found)]:
                 raise ValueError(f"there is a row {'-'.join(row.pair)} already; a table cannot tell the two apart")
         except ValueError as error:
             raise ValueError(f"{path}, row {i}: {error}") from None
         found.append(row)
     return tuple(found)
 
-# %% ../../nbs/results/rows.ipynb #ac9e2a5a
+# %% ../../nbs/results/rows.ipynb #fa6b6d82
 def systems_of(preset: Preset, data_dir: str | Path) -> tuple[str, ...]:
     """The systems of a preset that simulates; else those that have data in the folder. FileNotFoundError if there are
     none."""
@@ -237,36 +230,41 @@ def systems_of(preset: Preset, data_dir: str | Path) -> tuple[str, ...]:
     return tuple(there)
 
 
-def run_of(row: Row, system: str, preset: str, seed: int = 0, data_dir: str | Path | None = None) -> "Run":
+def run_of(
+    row: Row, system: str, preset: str | Path | Preset, seed: int = 0, data_dir: str | Path | None = None
+) -> Run:
     "The run of a row with an encoder; ValueError for a baseline or predictions, which have none, and as `resolve`."
     if row.kind in ("baseline", "predictions"):
         raise ValueError(f"row {row.objective} has no run: it is of kind {row.kind}")
     changes = {name: getattr(row, name) for name in ("coefficients", "encoder_config", "recipe") if getattr(row, name)}
-    return resolve(system, *row.pair, preset, seed=seed, tag=row.tag, data_dir=data_dir, **changes)
+    return resolve(system, row.objective, row.encoder, preset, seed=seed, tag=row.tag, data_dir=data_dir, **changes)
 
-# %% ../../nbs/results/rows.ipynb #dda191a3
-def _folders_of(row: Row, system: str, preset: Preset, run_dir: str | Path | None) -> list[Path]:
+# %% ../../nbs/results/rows.ipynb #5bd0ea5d
+def _folders_of(
+    row: Row, system: str, preset: Preset, run_dir: str | Path | None, data_dir: str | Path | None
+) -> list[Path]:
     "The folders of a row's results for a system: one a seed, or a single one for a row without a run."
     if row.kind == "predictions" and system not in row.predictions:
         return []
     if row.kind in ("baseline", "predictions"):
-        return [baseline_folder(row.objective, system, preset.name, run_dir)]
-    return [run_of(row, system, preset.name, seed).folder(run_dir) for seed in preset.seeds]
+        return [system_folder(preset, system, run_dir) / row.objective]
+    return [run_of(row, system, preset, seed, data_dir).folder(run_dir) for seed in preset.seeds]
 
 
 def row_folders(
-    preset: str,
+    preset: str | Path | Preset,
     run_dir: str | Path | None = None,
     systems: Sequence[str] | None = None,  # default: those of the preset
     rows: Sequence[Row] = ROWS,
+    data_dir: str | Path | None = None,  # as in `resolve`
 ) -> list[Path]:
     "The folders of all rows of a preset's table; FileNotFoundError that lists those that have no result."
     chosen = get_preset(preset)
     folders = []
     for system in systems or chosen.systems:
         for row in rows:
-            folders += _folders_of(row, system, chosen, run_dir)
+            folders += _folders_of(row, system, chosen, run_dir, data_dir)
     if missing := [f for f in folders if not (f / "result.json").is_file()]:
         names = ", ".join(f"{f.parent.name}/{f.name}" for f in missing)
-        raise FileNotFoundError(f"no results yet of {names}; `make reproduce PRESET={preset}` makes them")
+        raise FileNotFoundError(f"no results yet of {names}; `make reproduce PRESET={chosen.name}` makes them")
     return folders
