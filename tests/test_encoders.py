@@ -1,6 +1,7 @@
-"Encoders: the fast depthwise convolution against Conv3d in many shapes, mixed precision, errors, configurations."
+"Encoders: the fast depthwise convolution against Conv3d in many shapes, mixed precision, errors, configurations, names."
 
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from physrep.models.convnext import Block, ConvNeXt, DepthwiseConv3d, pad_space
+from physrep.models.encoders import ENCODERS, build_encoder, encoder_module, short_name, split_name
 from physrep.models.vit import ViT, patchify, sincos_positions, token_grid, unpatchify
 
 LAPTOP = dict(
@@ -217,3 +219,98 @@ def test_recomputing_blocks_keeps_less_and_changes_nothing(monkeypatch):
         found.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(encoder.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*found)) and kept[1] < kept[0] / 3
     assert "recompute" not in encoder.config, "what it computes does not depend on it"
+
+
+# names
+
+OUTSIDE = """
+from torch import nn
+
+
+class Mean(nn.Module):
+    def __init__(self, in_channels, *, dim=8):
+        super().__init__()
+        self.dim, self.linear = dim, nn.Linear(in_channels, dim)
+
+    def grid(self, shape):
+        return (1, 1, 1)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3, 4)))[:, None]
+
+
+def wide(in_channels, **config):
+    return Mean(in_channels, dim=32, **config)
+
+
+class Factory:
+    make = staticmethod(wide)
+
+
+def no_module(in_channels):
+    return in_channels
+
+
+def no_grid(in_channels):
+    return nn.Linear(in_channels, 2)
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch) -> str:
+    "A package of its own, `lab.nets`, on the path; gives its name."
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "nets.py").write_text(OUTSIDE)
+    (tmp_path / "lab" / "broken.py").write_text("import a_package_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [n for n in sys.modules if n.split(".")[0] == "lab"]:
+        monkeypatch.delitem(sys.modules, name)
+    return "lab.nets"
+
+
+def test_encoders_of_another_package(outside):
+    x = torch.randn(2, 3, 4, 8, 8)
+    for name, config, dim in (("Mean", {"dim": 5}, 5), ("wide", {}, 32), ("Factory.make", {}, 32)):
+        encoder = build_encoder(f"{outside}:{name}", in_channels=3, **config)
+        assert encoder.dim == dim and encoder(x).shape == (2, 1, dim)
+        assert encoder.in_channels == 3 and encoder.config == {"in_channels": 3, **config}
+        json.dumps(encoder.config)
+    assert encoder_module(f"{outside}:Mean") == "lab.nets"
+    with pytest.raises(TypeError, match="depth"):
+        build_encoder(f"{outside}:Mean", in_channels=3, depth=1)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("resnet", "unknown encoder 'resnet'; valid: convnext, vit, or \"my_package.module:name\""),
+        ("lab/nets.py:Mean", "'lab/nets.py' is no dotted name"),
+        ("lab.nets:", "'' is no dotted name"),
+        ("lab.nets:Mean()", "is no dotted name"),
+        ("lab.missing:Mean", "module lab.missing cannot be imported.*PYTHONPATH"),
+        ("lab.broken:Mean", "module lab.broken cannot be imported.*a_package_that_is_not_installed"),
+        ("lab.nets:Maen", "lab.nets has no 'Maen'; it has: .*Mean, wide"),
+        ("lab.nets:Factory.mke", "has no 'Factory.mke'; it has: make"),
+        ("lab.nets:number", "is a int; a class or a function was expected"),
+        ("lab.nets:no_module", "made int, not a torch.nn.Module"),
+        ("lab.nets:no_grid", "made Linear without .dim .* and .grid"),
+    ],
+)
+def test_names_that_are_no_encoder(outside, name, message):
+    with pytest.raises(ValueError, match=message):
+        build_encoder(name, in_channels=3)
+
+
+def test_short_names_fit_into_folder_names():
+    assert [short_name(n) for n in ("vit", "a.b:Class", "a:Class.make")] == ["vit", "Class", "Class.make"]
+    for wrong in ("a/b", "../x", ":", "a b", "", "..", "a-b"):
+        with pytest.raises(ValueError, match="use letters, digits"):
+            short_name(wrong)
+
+
+def test_names_of_the_package():
+    assert {name: encoder_module(name) for name in ENCODERS} == {"convnext": "models.convnext", "vit": "models.vit"}
+    assert split_name("vit", ENCODERS) == ("physrep.models.vit", "ViT")

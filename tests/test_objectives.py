@@ -1,5 +1,7 @@
 """What every objective must do on every encoder, in small; the formulas of each are tested in its notebook."""
 
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +10,14 @@ from physrep.models.vit import ViT
 from physrep.models.heads import AttentiveHead, ConvDecoder, ConvPredictor, LinearHead, MLPHead, TransformerDecoder
 from physrep.objectives.jepa import JEPA
 from physrep.objectives.mae import MAE
+from physrep.objectives.methods import (
+    OBJECTIVES,
+    build_objective,
+    check_pair,
+    objective_class,
+    objective_module,
+    short_name,
+)
 from physrep.objectives.supervised import RandomEncoder, Supervised
 from physrep.core.randomness import sample_seeds
 from physrep.physics.systems import get_system
@@ -196,3 +206,119 @@ def test_decoders_put_tokens_where_they_belong():
     assert (
         out.shape == (1, 8, 5) and len({tuple(row.tolist()) for row in out[0]}) == 8
     )  # positions set even the hidden ones apart
+
+
+# names
+
+OUTSIDE = """
+import torch
+from torch import nn
+
+
+class Means(nn.Module):
+    def __init__(self, encoder, *, system, shape, weight=1.0):
+        super().__init__()
+        self.encoder, self.weight = encoder, weight
+        self.head = nn.Linear(encoder.dim, system.n_channels)
+
+    def forward(self, batch):
+        x = batch["fields"]
+        return {"loss": self.weight * (self.head(self.encoder(x).mean(1)) - x.mean((2, 3, 4))).square().mean()}
+
+
+class Picky(Means):
+    default_encoder, encoders, trains = "convnext", ("convnext",), False
+
+
+class Anything(Means):
+    def __init__(self, encoder, **options):
+        super().__init__(encoder, system=options["system"], shape=options["shape"])
+        self.options = options
+
+
+class Lost(Means):
+    def __init__(self, encoder, *, system, shape):
+        super().__init__(encoder, system=system, shape=shape)
+        del self.encoder
+
+
+class Nothing(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+
+
+def function(encoder, *, system, shape):
+    return Means(encoder, system=system, shape=shape)
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch) -> str:
+    "A package of its own, `lab.losses`, on the path; gives its name."
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "losses.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [n for n in sys.modules if n.split(".")[0] == "lab"]:
+        monkeypatch.delitem(sys.modules, name)
+    return "lab.losses"
+
+
+def test_objectives_of_another_package(outside):
+    name = f"{outside}:Means"
+    cls = objective_class(name)
+    assert (cls.default_encoder, cls.encoders, cls.trains) == ("vit", None, True)
+    assert objective_module(name) == "lab.losses" and short_name(name) == "Means"
+    assert check_pair(name, None) == "vit" and check_pair(name, "convnext") == "convnext"
+    objective = build_objective(name, make_encoder("vit"), system=SHEAR, shape=SHAPE, weight=0.5)
+    assert objective.frames == 8 and objective.shape == SHAPE and objective.weight == 0.5
+    objective(make_batch(8))["loss"].backward()
+    with pytest.raises(ValueError, match="has no coefficient wieght; it has: weight"):
+        build_objective(name, make_encoder("vit"), system=SHEAR, shape=SHAPE, wieght=0.5)
+    with pytest.raises(ValueError, match="does not take encoder 'resnet'; it takes: convnext, vit"):
+        check_pair(name, "resnet")
+
+
+def test_what_an_objective_of_another_package_declares_is_kept(outside):
+    cls = objective_class(f"{outside}:Picky")
+    assert (cls.default_encoder, cls.encoders, cls.trains) == ("convnext", ("convnext",), False)
+    assert check_pair(f"{outside}:Picky", None) == "convnext"
+    with pytest.raises(ValueError, match="does not take encoder 'vit'; it takes: convnext"):
+        check_pair(f"{outside}:Picky", "vit")
+    options = build_objective(f"{outside}:Anything", make_encoder("vit"), system=SHEAR, shape=SHAPE, new=1).options
+    assert options["new"] == 1
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "lab.losses:Means"])
+def test_every_objective_takes_an_encoder_of_another_package(outside, objective):
+    assert check_pair(objective, "lab.nets:make_encoder") == "lab.nets:make_encoder"
+    with pytest.raises(ValueError, match="is not of the form"):
+        check_pair(objective, "lab.nets:")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("jeppa", "unknown objective 'jeppa'; valid: jepa, mae, supervised, random, or \"my_package.module:name\""),
+        ("lab/losses:Means", "is not of the form"),
+        ("lab.loses:Means", "module lab.loses cannot be imported"),
+        ("lab.losses:Meens", "lab.losses has no 'Meens'; it has: .*Means"),
+        ("lab.losses:function", "must be a class derived from torch.nn.Module, not a function"),
+        ("lab.losses:nn", "must be a class derived from torch.nn.Module, not a module"),
+        ("lab.losses:Nothing", r"lacks forward\(batch\).* and the arguments system, shape of __init__"),
+    ],
+)
+def test_names_that_are_no_objective(outside, name, message):
+    with pytest.raises(ValueError, match=message):
+        objective_class(name)
+
+
+def test_an_objective_that_loses_its_encoder_is_refused(outside):
+    with pytest.raises(ValueError, match="has no .encoder after it was built"):
+        build_objective(f"{outside}:Lost", make_encoder("vit"), system=SHEAR, shape=SHAPE)
+
+
+def test_modules_of_the_package():
+    modules = {name: objective_module(name) for name in OBJECTIVES}
+    assert modules["jepa"] == "objectives.jepa" and modules["random"] == "objectives.supervised"
+    with pytest.raises(ValueError, match="valid: jepa"):
+        objective_module("jeppa")
