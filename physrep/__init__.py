@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {"load_encoder": "models.pretrained", "load_probe": "probing.frozen", "compare": "results.comparison", "get_preset": "training.presets", "get_system": "physics.systems"}
 
