@@ -1,16 +1,19 @@
 """Comparison: predictions files, the seeds of a method, intervals over flows and seeds, paired differences."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from physrep.probing.records import read_predictions, write_predictions
-from physrep.results.comparison import compare, differences, read_methods, summarise
 from physrep.data.scaling import LabelScaler
-from physrep.results.table import SUMMARY
+from physrep.physics.systems import Label, System, get_system
+from physrep.probing.records import read_predictions, write_predictions
 from physrep.probing.scores import score, score_difference
-from physrep.physics.systems import get_system
+from physrep.results.comparison import compare, differences, read_methods, summarise
+from physrep.results.table import SUMMARY
 
 SCALER = LabelScaler.fit(get_system("shear_flow"), np.array([(re, sc) for re in (400.0, 3200.0) for sc in (0.25, 2.0)]))
 GROUPS = np.repeat(np.arange(20), 3)
@@ -38,7 +41,9 @@ def run(
         (p, "test"): SCALER.inverse(SCALER.clip(z + error * rng.normal(size=z.shape)))[: len(truth)] for p in probes
     }
     where = folder / (f"{objective}-{encoder}-{tag}/seed{seed}" if encoder != "none" else objective)
-    about = dict(system=system, objective=objective, encoder=encoder, seed=seed, scaler=scaler) | extra
+    about = (
+        dict(system=system, objective=objective, encoder=encoder, seed=seed, scaler=scaler, labelled_flows=256) | extra
+    )
     return write_predictions(
         where / "predictions.safetensors", predictions, {"test": truth, "train": truth}, {"test": groups}, **about
     ).parent
@@ -55,7 +60,7 @@ def test_predictions_are_read_back_as_written(tmp_path):
     np.testing.assert_array_equal(p.groups["test"], GROUPS)
     assert (
         p.info["run"] == "jepa-convnext-0123abcd/seed0"
-        and p.info["share"] == 1.0
+        and (p.info["labelled_flows"], p.info["draw"]) == (256, 0)
         and p.info["chosen"] == {"linear": {"lambda": 0.1}}
     )
     np.testing.assert_array_equal(p.scaler.transform(TRUTH), SCALER.transform(TRUTH))
@@ -99,12 +104,16 @@ def test_torn_and_foreign_prediction_files_are_named(tmp_path):
 
 def test_predictions_that_do_not_fit_are_not_written(tmp_path):
     path, good = tmp_path / "predictions.safetensors", {("linear", "test"): TRUTH}
-    about = dict(system="shear_flow", objective="jepa", encoder="vit", seed=0, scaler=SCALER)
+    about = dict(system="shear_flow", objective="jepa", encoder="vit", seed=0, scaler=SCALER, labelled_flows=256)
     for predictions, truth, groups, message in [
-        ({}, {"test": TRUTH}, {"test": GROUPS}, "no predictions"), (good, {}, {"test": GROUPS}, "no truth"), (good, {"test": TRUTH}, {}, "no groups"),
-        ({("linear", "test"): TRUTH[1:]}, {"test": TRUTH}, {"test": GROUPS}, "has shape"), (good, {"test": TRUTH[:, :1]}, {"test": GROUPS}, "has shape"),
-        ({("linear", "test"): TRUTH * np.nan}, {"test": TRUTH}, {"test": GROUPS}, "not finite"), ({("a/b", "test"): TRUTH}, {"test": TRUTH}, {"test": GROUPS}, "'a/b'"),
-    ]:  # fmt: skip
+        ({}, {"test": TRUTH}, {"test": GROUPS}, "no predictions"),
+        (good, {}, {"test": GROUPS}, "no truth"),
+        (good, {"test": TRUTH}, {}, "no groups"),
+        ({("linear", "test"): TRUTH[1:]}, {"test": TRUTH}, {"test": GROUPS}, "has shape"),
+        (good, {"test": TRUTH[:, :1]}, {"test": GROUPS}, "has shape"),
+        ({("linear", "test"): TRUTH * np.nan}, {"test": TRUTH}, {"test": GROUPS}, "not finite"),
+        ({("a/b", "test"): TRUTH}, {"test": TRUTH}, {"test": GROUPS}, "'a/b'"),
+    ]:
         with pytest.raises(ValueError, match=message) as error:
             write_predictions(path, predictions, truth, groups, **about)
         assert str(path) in str(error.value) and list(tmp_path.iterdir()) == []
@@ -114,8 +123,19 @@ def test_predictions_that_do_not_fit_are_not_written(tmp_path):
 
 def test_runs_that_differ_in_the_seed_are_one_method(tmp_path):
     folders = [run(tmp_path, seed=k) for k in (2, 0, 1)]
-    write_predictions(folders[0] / "finetune" / "predictions.safetensors", {("finetune", "test"): TRUTH}, {"test": TRUTH}, {"test": GROUPS}, system="shear_flow",
-                      objective="jepa", encoder="convnext", seed=2, scaler=SCALER, run="jepa-convnext-0123abcd/seed2/finetune")  # fmt: skip
+    write_predictions(
+        folders[0] / "finetune" / "predictions.safetensors",
+        {("finetune", "test"): TRUTH},
+        {"test": TRUTH},
+        {"test": GROUPS},
+        system="shear_flow",
+        objective="jepa",
+        encoder="convnext",
+        seed=2,
+        scaler=SCALER,
+        labelled_flows=256,
+        run="jepa-convnext-0123abcd/seed2/finetune",
+    )
     run(tmp_path, tag="89abcdef")
     a, b = read_methods(tmp_path)
     assert (a.name, b.name) == ("jepa-convnext-0123abcd", "jepa-convnext-89abcdef") and a.probes("test") == [
@@ -195,16 +215,31 @@ def test_what_cannot_be_compared_is_refused_naming_both(tmp_path):
     for b, message in [
         (run(tmp_path / "b", "mae", "vit", truth=TRUTH[:-3], groups=GROUPS[:-3]), "not scored on the same windows"),
         (run(tmp_path / "c", "mae", "vit", truth=TRUTH[::-1]), "not scored on the same windows"),
-        (run(tmp_path / "d", "mae", "vit", scaler=LabelScaler.fit(SCALER.system, TRUTH[3:])), "scale their labels differently"),
-        (run(tmp_path / "e", "mae", "vit", system="rayleigh_benard", scaler=LabelScaler.fit(get_system("rayleigh_benard"), TRUTH)), "of shear_flow, mae-vit-0123abcd of rayleigh_benard"),
-    ]:  # fmt: skip
+        (
+            run(tmp_path / "d", "mae", "vit", scaler=LabelScaler.fit(SCALER.system, TRUTH[3:])),
+            "scale their labels differently",
+        ),
+        (
+            run(
+                tmp_path / "e",
+                "mae",
+                "vit",
+                system="rayleigh_benard",
+                scaler=LabelScaler.fit(get_system("rayleigh_benard"), TRUTH),
+            ),
+            "of shear_flow, mae-vit-0123abcd of rayleigh_benard",
+        ),
+    ]:
         with pytest.raises(ValueError, match=message) as error:
             compare(a, b)
         assert "jepa-convnext-0123abcd" in str(error.value) and "mae-vit-0123abcd" in str(error.value)
     b = run(tmp_path / "f", "mae", "vit", probes=("knn",))
     for options, message in [
-        ({}, "no probe in common"), ({"probe": "linear"}, "mae-vit-0123abcd has knn"), ({"split": "unseen"}, "no split 'unseen'; it has test"), ({"metric": "rmse"}, "unknown metric 'rmse'"),
-    ]:  # fmt: skip
+        ({}, "no probe in common"),
+        ({"probe": "linear"}, "mae-vit-0123abcd has knn"),
+        ({"split": "unseen"}, "no split 'unseen'; it has test"),
+        ({"metric": "rmse"}, "unknown metric 'rmse'"),
+    ]:
         with pytest.raises(ValueError, match=message):
             compare(a, b, **options)
     with pytest.raises(ValueError, match="at least two"):
@@ -241,8 +276,15 @@ def test_differences_of_each_seed(tmp_path):
     for objective, seeds in {"jepa": 3, "mae": 3, "random": 2}.items():
         for k in range(seeds):
             run(tmp_path / objective, objective, seed=k, error=0.2 * (k + 1) + 0.1 * (objective == "mae"))
-    value = {m: [summarise(tmp_path / m / f"{m}-convnext-0123abcd/seed{k}").query("label == 'mean' and metric == 'mse'").value.item() for k in range(n)]
-             for m, n in {"jepa": 3, "mae": 3, "random": 2}.items()}  # fmt: skip
+    value = {
+        m: [
+            summarise(tmp_path / m / f"{m}-convnext-0123abcd/seed{k}")
+            .query("label == 'mean' and metric == 'mse'")
+            .value.item()
+            for k in range(n)
+        ]
+        for m, n in {"jepa": 3, "mae": 3, "random": 2}.items()
+    }
     paired = compare(tmp_path / "jepa", tmp_path / "mae", metric="mse").query("label == 'mean'").iloc[0]
     assert paired.by_seed == pytest.approx(np.subtract(value["jepa"], value["mae"])) and np.mean(
         paired.by_seed
@@ -255,18 +297,25 @@ def test_differences_of_each_seed(tmp_path):
 
 def test_differences_find_the_counterparts(tmp_path):
     for objective, encoder, probes in [
-        ("jepa", "convnext", ("linear", "finetune")), ("random", "convnext", ("linear",)), ("random", "vit", ("linear",)), ("statistics", "none", ("linear",)),
-        ("equations", "none", ("oracle",)), ("constant", "none", ("constant",)),
-    ]:  # fmt: skip
+        ("jepa", "convnext", ("linear", "finetune")),
+        ("random", "convnext", ("linear",)),
+        ("random", "vit", ("linear",)),
+        ("statistics", "none", ("linear",)),
+        ("equations", "none", ("oracle",)),
+        ("constant", "none", ("constant",)),
+    ]:
         for seed in range(2 if encoder != "none" else 1):
             run(tmp_path, objective, encoder, seed=seed, error=0.3 if objective == "jepa" else 0.6, probes=probes)
     df = differences(tmp_path, n_bootstrap=200)
     pairs = {(r.objective, r.encoder, r.probe, r.reference_run, r.reference_probe) for r in df.itertuples()}
     assert pairs == {
-        ("jepa", "convnext", "linear", "random-convnext-0123abcd", "linear"), ("jepa", "convnext", "linear", "statistics", "linear"),
-        ("jepa", "convnext", "finetune", "statistics", "linear"), ("random", "convnext", "linear", "statistics", "linear"),
-        ("random", "vit", "linear", "statistics", "linear"), ("equations", "none", "oracle", "statistics", "linear"),
-    }  # fmt: skip
+        ("jepa", "convnext", "linear", "random-convnext-0123abcd", "linear"),
+        ("jepa", "convnext", "linear", "statistics", "linear"),
+        ("jepa", "convnext", "finetune", "statistics", "linear"),
+        ("random", "convnext", "linear", "statistics", "linear"),
+        ("random", "vit", "linear", "statistics", "linear"),
+        ("equations", "none", "oracle", "statistics", "linear"),
+    }
     assert (
         set(df.label) == {"Reynolds", "Schmidt", "mean"}
         and df.text.str.fullmatch(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]").all()
@@ -304,7 +353,47 @@ def test_summaries_of_a_whole_table_take_seconds(tmp_path):
             encoder="vit",
             seed=seed,
             scaler=SCALER,
+            labelled_flows=256,
         )
     started = time.process_time()
     summarise(tmp_path)
     assert time.process_time() - started < 6
+
+
+def test_few_labelled_flows_are_methods_of_their_own(tmp_path):
+    for flows, draw in ((256, 0), (16, 0), (16, 1)):
+        for objective in ("jepa", "random"):
+            run(tmp_path / f"{flows}-{draw}", objective, labelled_flows=flows, draw=draw, error=0.3 + 0.1 * draw)
+    methods = read_methods(tmp_path)
+    assert [(m.objective, m.labelled_flows, m.draw) for m in methods] == [
+        (objective, *task) for objective in ("jepa", "random") for task in ((16, 0), (16, 1), (256, 0))
+    ]
+    df = differences(tmp_path, references=["random"], n_bootstrap=100).query("label == 'mean'")
+    assert list(zip(df.labelled_flows, df.draw)) == [(16, 0), (16, 1), (256, 0)], "each is compared with its like"
+    with pytest.raises(ValueError, match="labelled_flows must be at least 1 and draw at least 0, got 0, 0"):
+        run(tmp_path, labelled_flows=0)
+
+
+def test_predictions_of_a_system_of_ones_own(tmp_path):
+    labels = (Label("length", log=True, paper_log=True), Label("drag", log=False, paper_log=False))
+    own = System(name="pendulum", title="Pendulum", fields=(), labels=labels)
+    folder = run(tmp_path, scaler=LabelScaler.fit(own, TRUTH), system="pendulum")
+    p = read_predictions(folder)
+    assert p.scaler.system == own and p.info["system"] == "pendulum"
+    assert set(summarise(folder).label) == {"length", "drag", "mean"}
+    run(tmp_path, "mae", "vit", scaler=LabelScaler.fit(own, TRUTH), system="pendulum")
+    assert len(compare(folder, tmp_path / "mae-vit-0123abcd", metric="mse")) == 3
+
+
+def test_predictions_of_the_first_version_are_refused_by_name(tmp_path):
+    path = run(tmp_path) / "predictions.safetensors"
+    with safe_open(path, "np") as f:
+        info = json.loads(f.metadata()["physrep"])
+        arrays = {name: f.get_tensor(name) for name in f.keys()}
+    info = {k: v for k, v in info.items() if k not in ("labelled_flows", "draw")} | {"share": 1.0}
+    save_file(arrays, path, metadata={"physrep": json.dumps(info)})
+    with pytest.raises(
+        ValueError, match="not a predictions file of physrep 0.2.*'share'.*probe the run again"
+    ) as error:
+        read_predictions(path)
+    assert str(path) in str(error.value)

@@ -9,14 +9,27 @@ import pandas as pd
 import pytest
 
 from physrep.probing.records import SCHEMA, read_results, write_result
-from physrep.results.table import PAPER, over_seeds, table1, two_digits
+from physrep.results.table import PAPER, over_seeds, table1, two_digits, with_all_flows
 
 
 def row(**changes: object) -> dict:
     base = {
-        "system": "shear_flow", "objective": "jepa", "encoder": "convnext", "probe": "linear", "split": "test", "label": "mean", "seed": 0, "share": 1.0,
-        "metric": "mse", "value": 0.5, "low": 0.4, "high": 0.6, "n": 100, "run": "jepa-convnext/seed0",
-    }  # fmt: skip
+        "system": "shear_flow",
+        "objective": "jepa",
+        "encoder": "convnext",
+        "probe": "linear",
+        "split": "test",
+        "label": "mean",
+        "seed": 0,
+        "labelled_flows": 256,
+        "draw": 0,
+        "metric": "mse",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "n": 100,
+        "run": "jepa-convnext/seed0",
+    }
     return base | changes
 
 
@@ -44,10 +57,12 @@ def test_what_is_written_is_read_back_with_its_types(tmp_path):
         (row(value=-0.1), "'value' of mse cannot be negative"),
         (row(seed=0.5), "'seed' must be int, got 0.5"),
         (row(split=""), "'split' must be a non-empty str, got ''"),
-        (row(system="shear"), "'system' is 'shear'; valid: active_matter"),
+        (row(draw=-1), "'draw' must be at least 0, got -1"),
         (row(label="Prandtl"), "'label' is 'Prandtl'; valid: Reynolds, Schmidt, mean"),
         (row(metric="rmse"), "'metric' is 'rmse'; valid: mse"),
-        (row(share=0.0), r"'share' must be in \(0, 1\], got 0.0"),
+        (row(labelled_flows=0), "'labelled_flows' must be at least 1, got 0"),
+        (row(labelled_flows=1.0), "'labelled_flows' must be int, got 1.0"),
+        (row(share=1.0), "'share' unknown"),
         (row(n=0), "'n' must be at least 1"),
         (row(low=0.7), "'low' and 'high' must be an interval"),
         (row(high=None), "'low' and 'high' must be an interval"),
@@ -124,11 +139,16 @@ def test_seeds_are_averaged_and_two_runs_of_one_seed_are_not():
 
 def gappy() -> pd.DataFrame:
     rows = [
-        row(), row(label="Reynolds", value=0.3), row(probe="attentive", value=0.2, low=math.nan, high=math.nan), row(split="valid", value=0.45),
-        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0), row(objective="mae", encoder="vit", share=0.1),
-        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1), row(system="active_matter", value=0.01, low=0.0),
+        row(),
+        row(label="Reynolds", value=0.3),
+        row(probe="attentive", value=0.2, low=math.nan, high=math.nan),
+        row(split="valid", value=0.45),
+        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0),
+        row(objective="mae", encoder="vit", labelled_flows=25),
+        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1),
+        row(system="active_matter", value=0.01, low=0.0),
         row(split="unseen", value=9.0, low=8.0, high=10.0),
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows)
 
 
@@ -137,11 +157,11 @@ def test_table1_with_missing_rows():
     order = [
         ("jepa", "convnext", "linear"),
         ("jepa", "convnext", "attentive"),
-        ("constant", "none", "constant"),
         ("mine", "own", "knn"),
+        ("constant", "none", "constant"),
     ]
-    assert list(table.index) == order, "fixed order, unknown names last; share 0.1 is left out"
-    jepa, attentive, constant, mine = (table.loc[name] for name in table.index)
+    assert list(table.index) == order, "fixed order, unknown names before the baselines; 25 flows are left out"
+    jepa, attentive, mine, constant = (table.loc[name] for name in table.index)
     assert [jepa["mean", split] for split in ("valid", "test", "unseen")] == [0.45, 0.5, 9.0]
     assert (
         jepa["Reynolds", "test"] == 0.3 and np.isnan(jepa["Schmidt", "test"]) and np.isnan(attentive["mean", "valid"])
@@ -158,7 +178,7 @@ def test_table1_with_missing_rows():
         and text.loc[order[1], ("Schmidt", "test")] == "–"
         and text["", "seeds"].tolist() == ["1"] * 4
     )
-    with pytest.raises(ValueError, match="no rows of system 'rayleigh_benard'.*active_matter, shear_flow"):
+    with pytest.raises(ValueError, match="no rows of system 'rayleigh_benard' .*active_matter, shear_flow"):
         table1(gappy(), "rayleigh_benard")
     with pytest.raises(ValueError, match="shear"):
         table1(gappy(), "shear")
@@ -181,3 +201,30 @@ def test_papers_numbers():
         and set(PAPER.split) == {"valid"}
         and PAPER.source.str.contains("2603.13227").all()
     )
+
+
+def test_rows_of_a_system_of_ones_own_are_a_table():
+    df = pd.DataFrame([row(system="pendulum", label=name) for name in ("length", "drag", "mean")])
+    table = table1(df, "pendulum")
+    assert list(table) == [
+        ("mean", "test"),
+        ("length", "test"),
+        ("drag", "test"),
+        ("paper", "The Well, valid"),
+        ("", "seeds"),
+    ]
+
+
+def test_results_of_the_first_version_are_refused_by_name(tmp_path):
+    old = {k: v for k, v in row().items() if k not in ("labelled_flows", "draw")} | {"share": 1.0}
+    (tmp_path / "result.json").write_text(json.dumps({"rows": [old]}))
+    with pytest.raises(
+        ValueError, match="result.json is not a result: row 0: 'share' is a column of physrep 0.1; probe"
+    ):
+        read_results(tmp_path)
+
+
+def test_all_flows_are_those_of_each_system():
+    df = pd.DataFrame([row(), row(labelled_flows=16), row(system="active_matter", labelled_flows=64)])
+    found = with_all_flows(df)
+    assert found.labelled_flows.tolist() == [256, 64] and len(with_all_flows(df.assign(draw=1))) == 0
