@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.data.batches import Batches, Order, apply_symmetry, in_turn, resize, symmetry_draws
+from physrep.data.batches import Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.generate import make_dataset
@@ -205,7 +205,7 @@ def test_symmetry_point_by_point(name):
 def test_a_split_is_identified_once(tmp_path, smoke_data, monkeypatch):
     windows = Windows(smoke_data, SHEAR, "test", frames=2)
     first = windows.fingerprint()
-    monkeypatch.setattr("physrep.data.batches.fingerprint", lambda paths: pytest.fail("the files are read again"))
+    monkeypatch.setattr("physrep.data.windows.fingerprint", lambda paths: pytest.fail("the files are read again"))
     assert windows.fingerprint() == first
 
 
@@ -313,7 +313,7 @@ def test_one_is_made_ahead_and_an_error_comes_in_its_turn():
         return i
 
     with pytest.raises(ValueError, match="the fourth"):
-        for i in in_turn((partial(maker, i) for i in range(9)), ahead=True):
+        for i in prefetch((partial(maker, i) for i in range(9)), ahead=True):
             used.append(i)
             assert len(made) <= len(used) + 1
     assert used == [0, 1, 2] and made in ([0, 1, 2], [0, 1, 2, 4])

@@ -14,7 +14,7 @@ from the_well.data.normalization import RMSNormalization, ZScoreNormalization
 
 from physrep.physics.systems import SYSTEMS, get_system
 from physrep.data.well import WellFile, WellFormatError
-from physrep.data.sets import STATS, channel_stats, find_files, fingerprint, read_stats
+from physrep.data.sets import STATS, find_files, find_folder, fingerprint, read_stats
 from physrep.data.write import write_stats, write_well
 
 NX, NY, FRAMES = 12, 10, 9
@@ -121,8 +121,10 @@ def test_well_dataset_reads_the_same_values(tmp_path, name, normalization):
         make(tmp_path / name / f"data/train/{i}.hdf5", name, seed=i)
     write_stats(tmp_path, name)
     stats = read_stats(tmp_path, name)
-    shift = channel_stats(stats, system, "mean") * (normalization is ZScoreNormalization)
-    scale = np.maximum(channel_stats(stats, system, "std" if normalization is ZScoreNormalization else "rms"), 1e-4)
+    z_scores = normalization is ZScoreNormalization
+    by_channel = {k: np.concatenate([stats[k][f.name].ravel() for f in system.fields]) for k in ("mean", "std", "rms")}
+    shift = by_channel["mean"] * z_scores
+    scale = np.maximum(by_channel["std" if z_scores else "rms"], 1e-4)
     theirs = WellDataset(
         well_base_path=str(tmp_path),
         well_dataset_name=name,
@@ -323,7 +325,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
     "After the check, and before the last byte: an error with a name, no bus error and no zeros."
     file = WellFile(make(tmp_path / "a.hdf5"), "shear_flow")
-    monkeypatch.setattr(WellFile, "_stat", lambda self: self._state)
+    monkeypatch.setattr("physrep.data.well._state_of", lambda path: file._state)
     os.truncate(file.path, file.path.stat().st_size // 2)
     with pytest.raises(WellFormatError, match="a.hdf5: truncated"):
         file.window(2, 0, 5)
@@ -542,7 +544,6 @@ def test_statistics(tmp_path, monkeypatch, name):
             for key, value in {"mean": y.mean(axes), "std": y.std(axes), "rms": np.sqrt((y**2).mean(axes))}.items():
                 np.testing.assert_allclose(raw[key + suffix][f.name], value, rtol=1e-9, atol=1e-12)
                 assert stats[key + suffix][f.name].shape == (2,) * f.rank
-    assert channel_stats(stats, get_system(name), "std").shape == (get_system(name).n_channels,)
 
 
 def test_statistics_of_single_frames_and_of_nan(tmp_path):

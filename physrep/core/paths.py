@@ -11,8 +11,8 @@ from pathlib import Path
 
 # %% ../../nbs/core/paths.ipynb #abd537cf
 def project_root() -> Path:
-    """The folder that holds `data/`, `runs/` and `figures/`: `$PHYSREP_ROOT`, or the checkout of physrep at or above the
-    current folder, or the one around the package.
+    """The folder that holds `data/`, `runs/` and `figures/`: `$PHYSREP_ROOT`, or the checkout of physrep at or above
+    the current folder, or the one around the package.
 
     Raises FileNotFoundError if there is none (an installed wheel, far from any checkout)."""
     if root := os.environ.get("PHYSREP_ROOT"):

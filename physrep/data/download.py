@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from ..physics.systems import System, get_system
+from ..physics.systems import SYSTEMS, System, get_system
 from .well import DamagedFileError, WellFile, WellFormatError
 from .sets import find_folder, read_stats
 
@@ -22,17 +22,17 @@ SPLITS = ("train", "valid", "test")
 def check_files(
     folder: str | Path,  # of one set: <folder>/data/<split>/*.hdf5
     system: System | str,
-    sizes: Mapping[str, int | None]
-    | None = None,  # path below the folder -> bytes; default: what is there, of any size
+    # path below the folder -> bytes; default: what is there, of any size
+    sizes: Mapping[str, int | None] | None = None,
     *,
     remove: bool = False,  # delete what is not whole: of another size, no HDF5 file, truncated
 ) -> list[str]:
     "What is wrong with the files of a set, a line each, empty if all are well; FileNotFoundError if there is none."
-    folder, system = Path(folder), get_system(system) if isinstance(system, str) else system
+    folder = Path(folder)
+    system = get_system(system) if isinstance(system, str) else system
     if sizes is None:
-        sizes = {
-            str(p.relative_to(folder)): None for p in sorted(folder.glob("data/*/*")) if p.suffix in (".h5", ".hdf5")
-        }
+        there = sorted(p for p in folder.glob("data/*/*") if p.suffix in (".h5", ".hdf5"))
+        sizes = {str(p.relative_to(folder)): None for p in there}
         sizes |= {"stats.yaml": None} if sizes and (folder / "stats.yaml").is_file() else {}
     if not sizes:
         raise FileNotFoundError(f"no .h5 or .hdf5 files in {folder}/data/<split>")
@@ -58,7 +58,7 @@ def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
             WellFile(path, system)
         elif not other:
             read_stats(path, system)
-    except DamagedFileError as error:  # says more than a wrong size would
+    except DamagedFileError as error:  # it explains more than a wrong size
         return str(error), True
     except WellFormatError as error:  # whole, and not what physrep expects: the same would come again
         return other or str(error), bool(other)
@@ -86,31 +86,27 @@ def download(
     client: object | None = None,  # default: the package huggingface_hub
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Downloads a set of The Well from the Hugging Face hub, checks every file, and returns `<root>/<system>`. Call it again to go on.
+    """Downloads a set of The Well from the Hugging Face hub, checks every file, and returns `<root>/<system>`.
 
-    Raises ImportError without the client, ValueError if no file fits or the disk is too small, RuntimeError that lists files which are wrong after all tries."""
-    system, client = get_system(system) if isinstance(system, str) else system, client or _client()
+    Call it again to go on. Raises ImportError without the client, ValueError if no file fits or the disk is too small,
+    RuntimeError that lists files which are wrong after all tries."""
+    system = get_system(system) if isinstance(system, str) else system
+    client = client or _client()
     if unknown := sorted(set(splits) - set(SPLITS)):
         raise ValueError(f"unknown split {', '.join(unknown)}; valid: {', '.join(SPLITS)}")
-    name, folder = repository.format(system=system.name), Path(root) / system.name
+    name = repository.format(system=system.name)
+    folder = Path(root) / system.name
     listed = client.HfApi().repo_info(name, repo_type="dataset", revision=revision, files_metadata=True).siblings
     wanted = {f.rfilename: f.size for f in listed if _wanted(PurePosixPath(f.rfilename), splits, pattern)}
     data = [n for n in wanted if n != "stats.yaml"]
     if not data:
         raise ValueError(f"{name} has no files of split {' or '.join(splits)} that fit {pattern!r}")
-    missing = sum(
-        size or 0 for n, size in wanted.items() if not (folder / n).is_file() or (folder / n).stat().st_size != size
-    )
-    missing -= sum(
-        p.stat().st_size for p in folder.glob(".cache/huggingface/download/**/*.incomplete")
-    )  # what the client goes on with
-    missing = max(missing, 0)
+    missing = _missing_bytes(folder, wanted)
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < missing:
         raise ValueError(f"{folder}: {missing / 1e9:.1f} GB are still to come, the disk has {free / 1e9:.1f} GB free")
-    say(
-        f"{name}: {len(data)} files, {sum(size or 0 for size in wanted.values()) / 1e9:.1f} GB, {missing / 1e9:.1f} GB still to come"
-    )
+    whole = sum(size or 0 for size in wanted.values())
+    say(f"{name}: {len(data)} files, {whole / 1e9:.1f} GB, {missing / 1e9:.1f} GB still to come")
     attempt = 0
     while True:
         attempt += 1
@@ -122,12 +118,12 @@ def download(
         gone = sum(not (folder / name).is_file() for name in wanted)
         say(f"{len(problems)} of {len(wanted)} files are wrong, {gone} of them not whole and removed: {problems[0]}")
         if not gone or attempt >= tries:
-            raise RuntimeError(
-                f"after {attempt} {'try' if attempt == 1 else 'tries'} still wrong: " + "; ".join(problems)
-            )
+            tried = f"{attempt} {'try' if attempt == 1 else 'tries'}"
+            raise RuntimeError(f"after {tried} still wrong: " + "; ".join(problems))
 
 # %% ../../nbs/data/download.ipynb #e64df821
 def _wanted(path: PurePosixPath, splits: Sequence[str], pattern: str) -> bool:
+    "Whether a file of the repository belongs to these splits and fits the pattern; statistics always do."
     if str(path) == "stats.yaml":
         return True
     return (
@@ -138,13 +134,21 @@ def _wanted(path: PurePosixPath, splits: Sequence[str], pattern: str) -> bool:
         and path.match(pattern)
     )
 
+
+def _missing_bytes(folder: Path, wanted: Mapping[str, int | None]) -> int:
+    "Bytes that are still to come: of files that are not there or of another size, less what the client goes on with."
+    there = {name: (folder / name).stat().st_size for name in wanted if (folder / name).is_file()}
+    missing = sum(size or 0 for name, size in wanted.items() if there.get(name, -1) != size)
+    started = folder.glob(".cache/huggingface/download/**/*.incomplete")
+    return max(missing - sum(p.stat().st_size for p in started), 0)
+
 # %% ../../nbs/data/download.ipynb #9ffaf36b
 def main(arguments: Sequence[str] | None = None) -> int:
     "Downloads, or with `--check` only checks; returns 1 if files are wrong."
     parser = argparse.ArgumentParser(
         prog="python -m physrep.data.download", description="Download and check a set of The Well."
     )
-    parser.add_argument("system", help="active_matter, shear_flow or rayleigh_benard")
+    parser.add_argument("system", help=f"a name that `get_system` takes: {', '.join(SYSTEMS)}")
     parser.add_argument("root", help="files go to ROOT/SYSTEM/data/SPLIT/")
     parser.add_argument("--split", action="append", choices=SPLITS, help="only this split (may be repeated)")
     parser.add_argument("--pattern", default="*", help="only files whose name fits, e.g. '*Reynolds_1e4*'")

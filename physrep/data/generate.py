@@ -6,28 +6,30 @@
 __all__ = ['SOLVERS', 'SimPreset', 'PlannedFile', 'plan', 'make_file', 'is_complete', 'make_dataset']
 
 # %% ../../nbs/data/generate.ipynb #340e7d73
-import filelock
-import importlib.util
+import importlib
 import itertools
 import json
 import math
 import multiprocessing
-import numpy as np
 import os
 import threading
 import time
-import torch
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+from tqdm import tqdm
+
 from ..core.files import read_json, write_json
 from ..core.provenance import code_digest
 from ..core.randomness import generator, seed_for
 from .well import WellFile, WellFormatError
 from .write import write_stats, write_well
 from ..physics.systems import get_system
-from tqdm import tqdm
 
 # %% ../../nbs/data/generate.ipynb #7334055c
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class SimPreset:
         return pairs * sum(self.counts.values()) + self.unseen_pairs * self.unseen_count
 
     def refined(self, counts: Mapping[str, int]) -> "SimPreset":
-        "The first so many flows of each pair once more, at twice the resolution and half the time step, stored on the same grid."
+        """The first so many flows of each pair once more, at twice the resolution and half the time step, stored on the
+        same grid."""
         grid = 2 * self.grid if isinstance(self.grid, int) else tuple(2 * n for n in self.grid)
         return replace(self, grid=grid, dt=self.dt / 2, counts=dict(counts), unseen_pairs=0)
 
@@ -73,7 +76,8 @@ class PlannedFile:
 
 
 def _unseen_pairs(system: str, sim: SimPreset) -> list[dict[str, float]]:
-    "Parameter pairs inside the range of the grid, off its values: stratified along each label, so that few pairs cover the range."
+    """Parameter pairs inside the range of the grid, off its values. They are stratified along each label, so that few
+    pairs cover the range."""
     draw = generator("unseen", system, sim.unseen_pairs)
     columns = {}
     for label in get_system(system).labels:
@@ -114,7 +118,8 @@ SOLVERS: dict[str, str] = {  # system -> module of its solver
 
 def make_file(planned: PlannedFile, system: str, sim: SimPreset, folder: str | Path, device: str = "cpu") -> Path:
     "Simulates one planned file and writes it, whole or not at all. Returns its path."
-    solver, about = importlib.import_module(f"physrep.{SOLVERS[system]}"), get_system(system)
+    solver = importlib.import_module(f"physrep.{SOLVERS[system]}")
+    about = get_system(system)
     parameters = {name.lower(): value for name, value in planned.parameters.items()}
     options = dict(
         grid=sim.grid,
@@ -147,7 +152,7 @@ def make_file(planned: PlannedFile, system: str, sim: SimPreset, folder: str | P
 
 # %% ../../nbs/data/generate.ipynb #0c7c4ae0
 def _die_with_parent() -> None:
-    "A worker of a killed parent must not go on writing: end it when the parent ends."
+    "Ends this worker when its parent ends: the worker of a killed parent must not go on writing."
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
 
@@ -180,8 +185,11 @@ def _recipe(system: str, sim: SimPreset) -> dict:
 
 
 def _made_by(folder: Path, recipe: dict) -> bool:
-    "Whether `folder` was made by this recipe; ValueError, with the differences, if its numbers are others; False if only the code has changed."
-    found, wanted = read_json(folder / "plan.json"), json.loads(json.dumps(recipe))  # tuples become lists
+    """Whether `folder` was made by this recipe; False if only the code has changed.
+
+    Raises ValueError that lists the differences if the numbers are others."""
+    found = read_json(folder / "plan.json")
+    wanted = json.loads(json.dumps(recipe))  # tuples become lists
     different = {k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k)}
     if numbers := sorted(different - {"code"}):
         text = "; ".join(f"{k}: there {found.get(k)!r}, asked for {wanted.get(k)!r}" for k in numbers)
@@ -213,7 +221,26 @@ def _intact(path: Path, system: str, planned: PlannedFile) -> bool:
         path.unlink()
         return False
 
+# %% ../../nbs/data/generate.ipynb #e1a1e3fc
+def _set_folder(data_dir: str | Path, system: str) -> Path:
+    "`<data_dir>/<system>`, which need not exist; NotADirectoryError if one of them is a file."
+    folder = Path(data_dir) / system
+    for path in (Path(data_dir), folder):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"data_dir must be a folder, {path} is a file")
+    return folder
 
+
+def _prepare(folder: Path, recipe: dict) -> None:
+    "Writes the plan of a folder; removes files of older code and what an interruption has left; see `_made_by`."
+    if not (folder / "plan.json").is_file() or not _made_by(folder, recipe):
+        for old in (folder / "data").rglob("*.hdf5"):
+            old.unlink()
+        write_json(folder / "plan.json", recipe)
+    for leftover in folder.rglob("*.tmp"):
+        leftover.unlink()
+
+# %% ../../nbs/data/generate.ipynb #644beeda
 def make_dataset(
     system: str,  # name of a system with a solver
     sim: SimPreset,  # what to simulate
@@ -224,38 +251,33 @@ def make_dataset(
     minutes: float = math.inf,  # stop with TimeoutError after this time; what is done is kept
     progress: bool = True,
 ) -> Path:
-    """Makes what is missing of a data set and returns `<data_dir>/<system>`. Restartable: call it again after any interruption.
-    Raises ValueError for a system without a solver or a folder that holds other data, and the solver's error if a simulation blows up."""
+    """Makes what is missing of a data set and returns `<data_dir>/<system>`. Call it again after any interruption.
+
+    Raises ValueError for a system without a solver or a folder that holds other data, NotADirectoryError if the folder
+    is a file, TimeoutError, and the solver's error if a simulation blows up."""
     if system not in SOLVERS:
         raise ValueError(
-            f"physrep has no solver for {system!r}; it has: {', '.join(SOLVERS)}. Data of The Well: pass their folder as data_dir"
+            f"physrep has no solver for {system!r}; it has: {', '.join(SOLVERS)}. Data of The Well: pass their folder "
+            "as data_dir"
         )
-    folder, deadline = Path(data_dir) / system, time.monotonic() + 60 * minutes
+    folder = _set_folder(data_dir, system)
+    deadline = time.monotonic() + 60 * minutes
     if is_complete(system, sim, data_dir):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
-        if not (folder / "plan.json").is_file() or not _made_by(folder, _recipe(system, sim)):
-            for old in (folder / "data").rglob("*.hdf5"):  # of older code
-                old.unlink()
-            write_json(folder / "plan.json", _recipe(system, sim))
-        for leftover in folder.rglob("*.tmp"):
-            leftover.unlink()
+        _prepare(folder, _recipe(system, sim))
         files = plan(system, sim)
         jobs = [(f, system, sim, folder, device) for f in files if not _intact(f.path(folder, system), system, f)]
         workers = workers or (1 if str(device).startswith("cuda") else max(1, min(len(jobs), os.cpu_count() or 1)))
-        bar = tqdm(
-            total=len(files),
-            initial=len(files) - len(jobs),
-            desc=f"simulate {system}",
-            unit="file",
-            disable=not progress,
-        )
+        done = len(files) - len(jobs)
+        bar = tqdm(total=len(files), initial=done, desc=f"simulate {system}", unit="file", disable=not progress)
         for _ in _run(jobs, workers):
             bar.update()
             if time.monotonic() > deadline and bar.n < len(files):
                 raise TimeoutError(
-                    f"{minutes:g} minutes are over: {bar.n} of {len(files)} files of {folder} are done; call it again to go on"
+                    f"{minutes:g} minutes are over: {bar.n} of {len(files)} files of {folder} are done; "
+                    "call it again to go on"
                 )
         bar.close()
         write_stats(folder, get_system(system), split=next(iter(sim.counts)))  # of `train`, where there is one

@@ -7,6 +7,7 @@ __all__ = ['data_report', 'find_flows', 'leakage', 'deal_flows', 'write_leak_fre
 
 # %% ../../nbs/data/leakage.ipynb #ed5415fd
 import argparse
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,32 +22,35 @@ from scipy.spatial import cKDTree
 
 from ..core.files import atomic_path
 from ..core.randomness import generator, seed_for
-from ..physics.systems import System, get_system
+from ..physics.systems import SYSTEMS, System, get_system
 from .well import INITIAL_CONDITION, WellFile
 from .sets import find_files
 from .write import write_stats
 
 # %% ../../nbs/data/leakage.ipynb #59efc738
 def _files(root: str | Path, system: System, splits: Sequence[str]) -> dict[str, list[WellFile]]:
+    "The files of these splits, opened and checked."
     return {split: [WellFile(path, system) for path in find_files(root, system, split)] for split in splits}
 
 
 def _moments(files: Sequence[WellFile], every: int | None) -> tuple[np.ndarray, int]:
-    "Minimum, mean, root mean square and maximum `(4, c)` of the finite values looked at (nan where there are none), and how many are not finite."
-    low, high, total, square, count, bad = np.inf, -np.inf, 0.0, 0.0, 0, 0
+    """Minimum, mean, root mean square and maximum `(4, c)` of the finite values looked at (nan where there are none),
+    and how many are not finite."""
+    low, high = np.inf, -np.inf
+    total, square = 0.0, 0.0
+    count, bad = 0, 0
     for file in files:
         frames = range(0, file.n_frames, every) if every else sorted({0, file.n_frames // 2, file.n_frames - 1})
-        for i in range(file.n_trajectories):
-            for t in frames:
-                x = file.window(i, t, 1).astype(np.float64).reshape(file.system.n_channels, -1)
-                finite = np.isfinite(x)
-                bad += int((~finite).sum())
-                low, high = (
-                    np.minimum(low, np.where(finite, x, np.inf).min(1)),
-                    np.maximum(high, np.where(finite, x, -np.inf).max(1)),
-                )
-                x = np.where(finite, x, 0.0)
-                total, square, count = total + x.sum(1), square + (x**2).sum(1), count + finite.sum(1)
+        for i, t in itertools.product(range(file.n_trajectories), frames):
+            x = file.window(i, t, 1).astype(np.float64).reshape(file.system.n_channels, -1)
+            finite = np.isfinite(x)
+            low = np.minimum(low, np.where(finite, x, np.inf).min(1))
+            high = np.maximum(high, np.where(finite, x, -np.inf).max(1))
+            x = np.where(finite, x, 0.0)
+            total = total + x.sum(1)
+            square = square + (x**2).sum(1)
+            count = count + finite.sum(1)
+            bad += int((~finite).sum())
     count = np.where(count, count, np.nan)
     return np.stack([low + 0 * count, total / count, np.sqrt(square / count), high + 0 * count]), bad
 
@@ -59,8 +63,10 @@ def data_report(
     frames: int = 16,  # of a window
     every: int | None = None,  # look at every so many frames; default: the first, middle and last
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What a data set holds: a line per split (files, trajectories, windows, parameter pairs, label ranges, values that are not finite), and the range of every
-    channel of every split. Raises what opening the files raises: WellFormatError for a broken one, FileNotFoundError for a split without files."""
+    """What a data set holds: a line per split (files, trajectories, windows, parameter pairs, label ranges, values that
+    are not finite), and the range of every channel of every split.
+
+    Raises WellFormatError for a broken file, FileNotFoundError for a split without files."""
     system = get_system(system) if isinstance(system, str) else system
     lines, ranges = [], []
     for split, files in _files(root, system, splits).items():
@@ -92,23 +98,24 @@ def data_report(
 
 # %% ../../nbs/data/leakage.ipynb #cecbb1ad
 def _first_frames(file: WellFile, points: int = 16) -> np.ndarray:
-    "The first frame `(B, k)` on a coarse grid: of the velocity where a label acts on a passive field only, else of all fields."
+    """The first frame `(B, k)` on a coarse grid: of the velocity where a label acts on a passive field only (`group`
+    names the others), else of all fields."""
     system = file.system
-    channels = system.channel_slice("velocity") if system.group else slice(None)
+    has_velocity = any(f.name == "velocity" for f in system.fields)
+    channels = system.channel_slice("velocity") if system.group and has_velocity else slice(None)
     x, y = (slice(None, None, max(1, n // points)) for n in file.grid)
     return np.stack([file.window(i, 0, 1)[channels, 0, x, y].ravel() for i in range(file.n_trajectories)])
 
 
 def _clusters(features: np.ndarray, tolerance: float) -> np.ndarray:
-    """Cluster number `(n,)`: rows `(n, k)` that differ nowhere by more than `tolerance` times the standard deviation are together;
-    a row that is not finite is like no other."""
+    """Cluster number `(n,)`: rows `(n, k)` that differ nowhere by more than `tolerance` times the standard deviation
+    are together. A row that is not finite is alone."""
     sound = np.flatnonzero(np.isfinite(features).all(axis=1))
-    whole = features[sound]
-    pairs = (
-        sound[cKDTree(whole).query_pairs(tolerance * max(whole.std(), 1e-12), p=np.inf, output_type="ndarray")]
-        if len(sound)
-        else np.empty((0, 2), int)
-    )
+    pairs = np.empty((0, 2), int)
+    if len(sound):
+        whole = features[sound]
+        radius = tolerance * max(whole.std(), 1e-12)
+        pairs = sound[cKDTree(whole).query_pairs(radius, p=np.inf, output_type="ndarray")]
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(features),) * 2)
     return connected_components(links, directed=False)[1]
 
@@ -120,7 +127,8 @@ def find_flows(
     *,
     tolerance: float = 1e-4,  # of the standard deviation of the values compared
 ) -> pd.DataFrame:
-    "A line per trajectory: `split`, `file`, `trajectory`, its labels, and `flow`, equal for those that start alike (and agree in `System.group`)."
+    """A line per trajectory: `split`, `file`, `trajectory`, its labels, and `flow`, a number that is equal for those
+    that start alike and agree in `System.group`."""
     system = get_system(system) if isinstance(system, str) else system
     lines, starts = [], []
     for split, files in _files(root, system, splits).items():
@@ -133,23 +141,20 @@ def find_flows(
             ]
     table = pd.DataFrame(lines)
     table["flow"] = 0
-    kinds = pd.Series(
-        [len(s) for s in starts]
-    )  # grids of different sizes, and files with and without a record, are never twins
+    # grids of different sizes, and files with and without a record, are never twins
+    kinds = pd.Series([len(s) for s in starts])
     for _, part in table.groupby([kinds, *(table[name] for name in system.group)]):
         rows = part.index
         values = np.stack([starts[i] for i in rows])
-        found = (
-            np.unique(values, return_inverse=True)[1].ravel()
-            if values.dtype.kind == "i"
-            else _clusters(values, tolerance)
-        )
+        recorded = values.dtype.kind == "i"
+        found = np.unique(values, return_inverse=True)[1].ravel() if recorded else _clusters(values, tolerance)
         table.loc[rows, "flow"] = found + table.flow.max() + 1
     return table
 
-
+# %% ../../nbs/data/leakage.ipynb #07ca7717
 def leakage(flows: pd.DataFrame) -> pd.DataFrame:
-    "How many trajectories of each split have a twin in another: lines `split`, columns the other splits, and `trajectories`."
+    """How many trajectories of each split have a twin in another one. A line per split, a column per other split, and
+    the number of `trajectories`."""
     found = {}
     for split, mine in flows.groupby("split", sort=False):
         others = flows[flows.split != split].groupby("split", sort=False).flow
@@ -165,7 +170,8 @@ def _shuffled(n: int, key: str) -> np.ndarray:
 
 
 def deal_flows(flows: pd.DataFrame, system: System | str) -> pd.DataFrame:
-    "The table of `find_flows` with `published` (the split of before) and a `split` such that no flow is in two; deterministic."
+    """The table of `find_flows` with `published`, the split of before, and a `split` such that no flow is in two. The
+    result depends on the table alone."""
     system = get_system(system) if isinstance(system, str) else system
     share = flows.split.value_counts(normalize=True).sort_values(kind="stable")
     new = {}
@@ -173,17 +179,30 @@ def deal_flows(flows: pd.DataFrame, system: System | str) -> pd.DataFrame:
         members = pd.crosstab(here.flow, here.split).reindex(columns=share.index, fill_value=0)
         left = members.iloc[_shuffled(len(members), str(key))]
         for split in share.index[:-1]:  # the largest split takes the rest
-            chosen = (
-                left[split]
-                .sort_values(ascending=False, kind="stable")
-                .index[: max(1, round(share[split] * len(members)))]
-            )
+            most = left[split].sort_values(ascending=False, kind="stable")
+            chosen = most.index[: max(1, round(share[split] * len(members)))]
             new |= dict.fromkeys(chosen, split)
             left = left.drop(chosen)
         new |= dict.fromkeys(left.index, share.index[-1])
     return flows.assign(published=flows.split, split=flows.flow.map(new))
 
 # %% ../../nbs/data/leakage.ipynb #7cd74cf8
+def _put_view(group: h5py.Group, name: str, rows: pd.DataFrame, folder: Path) -> None:
+    "A virtual dataset of one field: a trajectory of another file for each row."
+    shapes = {}
+    for file in rows.file.unique():
+        with h5py.File(file) as source:
+            shapes[file] = source[f"{group.name}/{name}"].shape, source[f"{group.name}/{name}"].dtype
+    if len({(s[1:], d) for s, d in shapes.values()}) > 1:
+        raise ValueError(f"{name} has different shapes in {', '.join(f.name for f in shapes)}: they cannot be one file")
+    shape, dtype = shapes[rows.file.iloc[0]]
+    layout = h5py.VirtualLayout(shape=(len(rows), *shape[1:]), dtype=dtype)
+    for i, (file, trajectory) in enumerate(zip(rows.file, rows.trajectory)):
+        source = h5py.VirtualSource(os.path.relpath(file, folder), f"{group.name}/{name}", shape=shapes[file][0])
+        layout[i] = source[trajectory]
+    group.create_virtual_dataset(name, layout)
+
+# %% ../../nbs/data/leakage.ipynb #1162d9c7
 def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
     "One file of the rows' trajectories, as references relative to it; whole or not at all."
     sources = {file: WellFile(file, system) for file in rows.file.unique()}
@@ -196,9 +215,8 @@ def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
             source.copy(name, out)
         times = [sources[f].time for f in sources]
         if any(t.shape != times[0].shape or not np.allclose(t, times[0]) or t.ndim > 1 for t in times):
-            raise ValueError(
-                f"{path} is not written: the times of {', '.join(f.name for f in sources)} differ, or differ between trajectories"
-            )
+            names = ", ".join(f.name for f in sources)
+            raise ValueError(f"{path} is not written: the times of {names} differ, or differ between trajectories")
         if system.name == "shear_flow":  # labels of the longer axis, see `physrep.data.well`
             y = source["dimensions/y"][()]
             out["dimensions/y"][...] = y * (sources[first].spacing[1] / float(np.diff(y).mean()))
@@ -212,23 +230,6 @@ def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
                     group[f.name].attrs[key] = value
         out[INITIAL_CONDITION] = rows.flow.to_numpy(np.int64)
 
-
-def _put_view(group: h5py.Group, name: str, rows: pd.DataFrame, folder: Path) -> None:
-    "A virtual dataset of one field: a trajectory of another file for each row."
-    shapes = {}
-    for file in rows.file.unique():
-        with h5py.File(file) as source:
-            shapes[file] = source[f"{group.name}/{name}"].shape, source[f"{group.name}/{name}"].dtype
-    if len({(s[1:], d) for s, d in shapes.values()}) > 1:
-        raise ValueError(f"{name} has different shapes in {', '.join(f.name for f in shapes)}: they cannot be one file")
-    (shape, dtype) = shapes[rows.file.iloc[0]]
-    layout = h5py.VirtualLayout(shape=(len(rows), *shape[1:]), dtype=dtype)
-    for i, (file, trajectory) in enumerate(zip(rows.file, rows.trajectory)):
-        layout[i] = h5py.VirtualSource(os.path.relpath(file, folder), f"{group.name}/{name}", shape=shapes[file][0])[
-            trajectory
-        ]
-    group.create_virtual_dataset(name, layout)
-
 # %% ../../nbs/data/leakage.ipynb #9bcea7df
 def write_leak_free(
     root: str | Path,  # the published set
@@ -236,10 +237,11 @@ def write_leak_free(
     system: System | str,
     splits: Sequence[str] = ("train", "valid", "test"),
 ) -> pd.DataFrame:
-    """Writes a view of a set in which no flow is in two splits, with `stats.yaml` of its own training split, and returns the table of `deal_flows`.
+    """Writes a view of a set in which no flow is in two splits, with `stats.yaml` of its own training split, and
+    returns the table of `deal_flows`.
 
-    The files refer to the published ones by relative paths: move both together. Raises FileExistsError if `out` holds the system already,
-    ValueError for a file in which labels differ between trajectories."""
+    The files refer to the published ones by relative paths: move both together. Raises FileExistsError if `out` holds
+    the system already, ValueError for a file in which labels differ between trajectories."""
     system = get_system(system) if isinstance(system, str) else system
     folder = Path(out) / system.name
     if folder.exists():
@@ -248,7 +250,8 @@ def write_leak_free(
     per_file = dealt.groupby("file")[system.label_names].nunique().max(axis=1)
     if (per_file > 1).any():
         raise ValueError(
-            f"{per_file.idxmax()} holds trajectories with different labels; leak-free views are of files with one parameter pair each"
+            f"{per_file.idxmax()} holds trajectories with different labels; leak-free views are of files with one "
+            "parameter pair each"
         )
     for (split, *_), rows in dealt.groupby(["split", *system.label_names]):
         _write_view(folder.resolve() / "data" / split / Path(rows.file.iloc[0]).name, rows, system)
@@ -260,9 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "Prints what a set holds and which flows are in two splits; returns 1 where it cannot be read."
     parser = argparse.ArgumentParser(
         prog="python -m physrep.data.leakage",
-        description="What a data set holds: trajectories, windows, parameters, ranges, and flows that are in two splits.",
+        description="Trajectories, windows, parameters and ranges of a data set, and flows that are in two splits.",
     )
-    parser.add_argument("system", help="active_matter, shear_flow or rayleigh_benard")
+    parser.add_argument("system", help=f"a name that `get_system` takes: {', '.join(SYSTEMS)}")
     parser.add_argument("root", help="the folder of the set, in any layout of The Well's clients")
     parser.add_argument(
         "--split", action="append", help="only this split (may be repeated); default: train, valid and test"
@@ -273,10 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     splits = asked.split or ("train", "valid", "test")
     try:
         for table in data_report(asked.root, asked.system, splits, frames=asked.frames, every=asked.every):
-            print(
-                table.T.to_string() if len(table) == len(splits) else table.to_string(float_format="{:.4g}".format),
-                end="\n\n",
-            )
+            by_split = len(table) == len(splits)
+            print(table.T.to_string() if by_split else table.to_string(float_format="{:.4g}".format), end="\n\n")
         print("trajectories with a twin (the same start) in another split")
         print(leakage(find_flows(asked.root, asked.system, splits)).to_string())
     except (ValueError, OSError) as error:

@@ -6,12 +6,14 @@
 __all__ = ['STD_FLOOR', 'Normaliser', 'LabelScaler']
 
 # %% ../../nbs/data/scaling.ipynb #03df3426
-import numpy as np
-import torch
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
+
 from .sets import read_stats
-from ..physics.systems import System
+from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/scaling.ipynb #6b4534d9
 STD_FLOOR = 1e-4
@@ -36,8 +38,9 @@ class Normaliser:
         return cls(torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32))
 
     @classmethod
-    def load(cls, root: str | Path, system: System) -> "Normaliser":
-        "From the `stats.yaml` of a set's folder."
+    def load(cls, root: str | Path, system: System | str) -> "Normaliser":
+        "From the `stats.yaml` of a set's folder; raises what `read_stats` raises."
+        system = get_system(system) if isinstance(system, str) else system
         return cls.from_stats(read_stats(root, system, require=("mean", "std")), system)
 
     @classmethod
@@ -58,7 +61,9 @@ class Normaliser:
 # %% ../../nbs/data/scaling.ipynb #3d76accf
 @dataclass(frozen=True)
 class LabelScaler:
-    "Physical labels to z-scored targets and back: `mean`, `std` `(n_labels,)` of the transformed training labels, `low`, `high` their range."
+    """Physical labels to z-scored targets and back.
+
+    `mean`, `std`, `low` and `high` are `(n_labels,)`: of the transformed training labels, and their z-scored range."""
 
     system: System
     mean: np.ndarray
@@ -67,13 +72,16 @@ class LabelScaler:
     high: np.ndarray
 
     @classmethod
-    def fit(cls, system: System, labels: np.ndarray) -> "LabelScaler":
-        "From physical training labels `(n, n_labels)`; ValueError if a label does not vary (nothing could be learned of it)."
+    def fit(cls, system: System, labels: np.ndarray, source: str | Path = "") -> "LabelScaler":
+        """From physical training labels `(n, n_labels)`; `source` is the folder or file of the labels, for the error.
+
+        Raises ValueError if a label does not vary: nothing could be learned of it."""
         t = np.column_stack([label.transform(labels[:, i]) for i, label in enumerate(system.labels)])
         mean, std = t.mean(0), t.std(0)
-        for name, s in zip(system.label_names, std):
+        for name, s, value in zip(system.label_names, std, labels[0]):
             if not s > 1e-9:
-                raise ValueError(f"all training labels {name} of {system.name} are equal: there is nothing to learn")
+                where = f" in {source}" if source else ""
+                raise ValueError(f"all labels {name} of {system.name}{where} are equal ({value:g}): nothing to learn")
         return cls(system, mean, std, (t.min(0) - mean) / std, (t.max(0) - mean) / std)
 
     def transform(self, labels: np.ndarray) -> np.ndarray:
@@ -87,6 +95,6 @@ class LabelScaler:
         return np.column_stack([label.inverse(t[:, i]) for i, label in enumerate(self.system.labels)])
 
     def clip(self, targets: np.ndarray, margin: float = 0.1) -> np.ndarray:
-        "z-scored predictions, clipped to the range of the training labels widened by `margin` of its width on both sides."
+        "z-scored predictions, clipped to the range of the training labels, widened by `margin` of it on both sides."
         width = self.high - self.low
         return np.clip(targets, self.low - margin * width, self.high + margin * width)

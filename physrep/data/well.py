@@ -29,7 +29,8 @@ class WellFormatError(ValueError):
 
 
 class DamagedFileError(WellFormatError):
-    "A file is not whole: no HDF5 file, truncated, or with parts that were never written or are elsewhere and gone. Fetch or write it again."
+    """A file is not whole: no HDF5 file, truncated, or with parts that were never written or that stood in another file
+    which is gone. Fetch or write it again."""
 
 # %% ../../nbs/data/well.ipynb #0e1804a6
 def _not_hdf5(path: Path, head: bytes) -> str:
@@ -49,7 +50,8 @@ def _not_hdf5(path: Path, head: bytes) -> str:
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
-    "The file opened for reading; FileNotFoundError, or DamagedFileError if HDF5 cannot read it or what the block reads from it."
+    """The file opened for reading. Raises FileNotFoundError, or DamagedFileError if HDF5 cannot read the file or what
+    the block reads from it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as raw:
@@ -64,7 +66,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
 
 # %% ../../nbs/data/well.ipynb #7c0d147d
 def _identify(path: Path, file: h5py.File, system: System) -> None:
-    "WellFormatError unless the file says that it is of this system (or a variant, as rayleigh_benard_uniform)."
+    "WellFormatError unless `dataset_name` is this system (or a variant, as rayleigh_benard_uniform)."
     name = file.attrs.get("dataset_name")
     if name is None:
         raise WellFormatError(f"{path}: no attribute dataset_name, so not a file of The Well")
@@ -77,7 +79,7 @@ def _identify(path: Path, file: h5py.File, system: System) -> None:
 
 
 def is_of(path: Path, system: System) -> bool:
-    "Whether a file is of that system, as far as it says; one that cannot be read is left to `WellFile`, which says why."
+    "Whether a file names that system; True for a damaged file, whose error `WellFile` raises."
     try:
         with open_hdf5(path) as file:
             _identify(path, file, system)
@@ -89,7 +91,7 @@ def is_of(path: Path, system: System) -> bool:
 
 # %% ../../nbs/data/well.ipynb #bfd0aa82
 def _member(path: Path, file: h5py.File, key: str, kind: type = h5py.Dataset) -> h5py.Dataset | h5py.Group:
-    "The dataset (or group) of that name; WellFormatError that says which part of the name is missing, and what there is."
+    "The dataset (or group) of that name; the WellFormatError names the part that is missing, and what there is."
     item, parts = file, key.split("/")
     for depth, part in enumerate(parts, start=1):
         wanted = kind if depth == len(parts) else h5py.Group
@@ -110,13 +112,15 @@ class _Stored:
 
 
 def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
-    "DamagedFileError if parts of the dataset were never written, lie past the end of the file, or in another file that is not there (HDF5 would read zeros)."
+    """DamagedFileError if parts of the dataset were never written, lie past the end of the file, or in another file
+    that is not there. HDF5 would read zeros."""
     if dataset.is_virtual:
         for name, key in sorted({(s.file_name, s.dset_name) for s in dataset.virtual_sources()}):
             source = path.parent / name
             if not source.is_file():
                 raise DamagedFileError(
-                    f"{path}: {dataset.name} is a view of {source}, which is not there; move a view together with what it shows, or make it again"
+                    f"{path}: {dataset.name} is a view of {source}, which is not there; move a view together with "
+                    "what it shows, or make it again"
                 )
             with open_hdf5(source) as file:
                 _check_filled(source, _member(source, file, key.strip("/")))
@@ -178,17 +182,24 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
             raise WellFormatError(f"{path}: dimensions/{axis} has {size} points, the fields have {n}")
     return time
 
-
+# %% ../../nbs/data/well.ipynb #c4249276
 def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray | None:
-    "Of the points along a second axis between walls, from 0 to 1 (the walls); None for a periodic axis. WellFormatError if they are not increasing, or outside."
+    """Positions `(w,)` of points along a second axis between walls, from 0 to 1 (the walls); None for a periodic axis.
+
+    A system whose mirror images depend on them (`mirror_offsets`) must have such positions. For another system they are
+    None if the file does not give them from 0 to 1. Raises WellFormatError."""
     if system.boundary[1] == "periodic":
         return None
-    y = np.atleast_2d(_member(path, file, f"dimensions/{system.axes[1]}")[()].astype(np.float64))[0]
-    if not (np.diff(y) > 0).all() or not (-1e-6 <= y[0] and y[-1] <= 1 + 1e-6):
+    axis = system.axes[1]
+    y = np.atleast_2d(_member(path, file, f"dimensions/{axis}")[()].astype(np.float64))[0]
+    increasing = (np.diff(y) > 0).all()
+    inside = -1e-6 <= y[0] and y[-1] <= 1 + 1e-6
+    if not increasing or (system.mirror_offsets and not inside):
         raise WellFormatError(
-            f"{path}: dimensions/{system.axes[1]} must be increasing heights between the walls at 0 and 1, it runs from {y[0]:g} to {y[-1]:g}"
+            f"{path}: dimensions/{axis} must be increasing heights between the walls at 0 and 1, "
+            f"it runs from {y[0]:g} to {y[-1]:g}"
         )
-    return y
+    return y if inside else None
 
 # %% ../../nbs/data/well.ipynb #38f073b6
 def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
@@ -213,7 +224,7 @@ def _shortest(value: np.ndarray) -> np.ndarray:
 
 
 def _read_labels(path: Path, file: h5py.File, system: System, n_trajectories: int) -> dict[str, float | np.ndarray]:
-    "Label name -> number, or `(B,)` numbers where it varies in the file; WellFormatError if one is missing or makes no sense."
+    "Label name -> number, or `(B,)` numbers where it varies in the file; WellFormatError for a missing or bad one."
     scalars, labels = _member(path, file, "scalars", h5py.Group), {}
     for label in system.labels:
         found = [name for name in (label.name, *label.aliases) if name in scalars]
@@ -237,14 +248,32 @@ def _read_labels(path: Path, file: h5py.File, system: System, n_trajectories: in
         labels[label.name] = value if value.ndim else float(value)
     return labels
 
+# %% ../../nbs/data/well.ipynb #0ba5563f
+def _read_initial_conditions(path: Path, file: h5py.File, n_trajectories: int) -> np.ndarray | None:
+    "Which trajectories start alike, `(B,)` integers; None where the file does not record it."
+    if INITIAL_CONDITION not in file:
+        return None
+    found = file[INITIAL_CONDITION][()]
+    if found.shape != (n_trajectories,):
+        raise WellFormatError(f"{path}: {INITIAL_CONDITION} must be {n_trajectories} integers, it is {found.shape}")
+    return found
+
+# %% ../../nbs/data/well.ipynb #cb4f063e
+def _state_of(path: Path) -> tuple[int, int] | None:
+    "Size and time of the last change of a file; None if there is none."
+    if not path.is_file():
+        return None
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
+
 # %% ../../nbs/data/well.ipynb #44bf554c
 class WellFile:
-    "One file of The Well, checked when opened: what is in it, and windows `(c, t, h, w)` from it. Picklable; keeps nothing open."
+    "One file of The Well, checked when opened: what is in it, and windows `(c, t, h, w)` from it. Keeps nothing open."
 
     def __init__(self, path: str | os.PathLike, system: System | str):
         self.path = Path(path)
         self.system = get_system(system) if isinstance(system, str) else system
-        self._state = self._stat() if self.path.is_file() else None  # before reading, so that a later change is noticed
+        self._state = _state_of(self.path)  # before reading, so that a later change is noticed
         with open_hdf5(self.path) as file:
             _identify(self.path, file, self.system)
             self._stored = _read_fields(self.path, file, self.system)
@@ -252,15 +281,9 @@ class WellFile:
             self.grid: tuple[int, int] = tuple(grid)
             self.time = _read_time(self.path, file, self.system, self._stored[0].shape[:4])  # float64 (T,) or (B, T)
             self.spacing = _read_spacing(file, self.system)  # of grid points, along both axes
-            self.positions = _read_positions(
-                self.path, file, self.system
-            )  # (w,) heights of a system between walls, else None
+            self.positions = _read_positions(self.path, file, self.system)  # (w,) of an axis between walls, or None
             self.labels = _read_labels(self.path, file, self.system, self.n_trajectories)  # name -> float or (B,)
-            self.initial_conditions: np.ndarray | None = (
-                file[INITIAL_CONDITION][()] if INITIAL_CONDITION in file else None
-            )
-        if self.initial_conditions is not None and self.initial_conditions.shape != (self.n_trajectories,):
-            raise WellFormatError(f"{self.path}: {INITIAL_CONDITION} must be {self.n_trajectories} integers")
+            self.initial_conditions = _read_initial_conditions(self.path, file, self.n_trajectories)
 
     def __repr__(self) -> str:
         labels = ", ".join(f"{k}={v}" for k, v in self.labels.items())
@@ -275,19 +298,12 @@ class WellFile:
     @property
     def dt(self) -> float:
         "Mean time between frames (nan for a single frame)."
-        return (
-            float((self.time[..., -1] - self.time[..., 0]).mean() / (self.n_frames - 1))
-            if self.n_frames > 1
-            else math.nan
-        )
+        whole = (self.time[..., -1] - self.time[..., 0]).mean()
+        return float(whole / (self.n_frames - 1)) if self.n_frames > 1 else math.nan
 
     def label_table(self) -> np.ndarray:
         "Labels `(B, n_labels)` float64 in the order of the system, in physical units."
         return np.stack([np.broadcast_to(self.labels[n], self.n_trajectories) for n in self.system.label_names], axis=1)
-
-    def _stat(self) -> tuple[int, int]:
-        state = os.stat(self.path)
-        return state.st_size, state.st_mtime_ns
 
     def window(
         self,
@@ -298,13 +314,13 @@ class WellFile:
         crop: tuple[tuple[int, int], tuple[int, int]] | None = None,  # ((x0, x1), (y0, y1)); the whole grid if None
         out: np.ndarray | None = None,  # float32 (c, t, h, w) to write to, e.g. one slot of a batch
     ) -> np.ndarray:
-        "A window `(c, t, h, w)` float32, channels in the order of the system; ValueError if the file has no such window."
+        "A window `(c, t, h, w)` float32, channels in the order of the system; ValueError if the file has none such."
         index = _checked_window(self, trajectory, start, n_frames, stride, crop)
         shape = (self.system.n_channels, n_frames, *(s.stop - s.start for s in index[2:]))
         out = np.empty(shape, dtype=np.float32) if out is None else out
         if out.shape != shape or out.dtype != np.float32:
             raise ValueError(f"out must be float32 {shape}, it is {out.dtype} {out.shape}")
-        if self._stat() != self._state:  # offsets and labels may be others now
+        if _state_of(self.path) != self._state:  # offsets and labels may be others now
             raise WellFormatError(f"{self.path}: changed since it was opened; open it again")
         _copy_window(self.path, self._stored, index, out)
         return out

@@ -6,29 +6,58 @@
 __all__ = ['Trajectories', 'Windows', 'check_disjoint']
 
 # %% ../../nbs/data/windows.ipynb #a73b025a
-import numpy as np
-import torch
+import math
+import operator
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
 from ..core.randomness import seed_for
 from .sets import find_files, fingerprint
-from .well import WellFile
+from .well import WellFile, WellFormatError
 from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/windows.ipynb #4012cf7c
 def _group(file: WellFile, i: int, split: str) -> int:
-    "Which trajectories belong together: same initial condition and same `System.group` labels; foreign files do not say, so each is its own."
+    """A number that is equal for trajectories that belong together: same initial condition, same `System.group` labels.
+
+    A file of others has no record of initial conditions, so each of its trajectories is a group of its own."""
     condition = (
         ("file", split, file.path.name, i) if file.initial_conditions is None else (int(file.initial_conditions[i]),)
     )
     labels = [f"{np.broadcast_to(file.labels[name], file.n_trajectories)[i]:.6g}" for name in file.system.group]
     return seed_for("group", *condition, *labels)
 
+# %% ../../nbs/data/windows.ipynb #826ab0ec
+def _check_finite(x: np.ndarray, file: WellFile, trajectory: int, start: int) -> None:
+    "WellFormatError that names file, field, trajectory and frame if a window `(c, t, h, w)` holds NaN or infinity."
+    if math.isfinite(torch.from_numpy(x).sum()):  # takes half the time of NumPy's sum
+        return
+    bad = ~np.isfinite(x).all(axis=(2, 3))  # (c, t); none if only the sum is too large
+    if bad.any():
+        frame = int(bad.any(axis=0).argmax())
+        channel = file.system.channels[int(bad[:, frame].argmax())]
+        raise WellFormatError(
+            f"{file.path}: NaN or infinity in {channel} of trajectory {trajectory}, frame {start + frame}"
+        )
+
+# %% ../../nbs/data/windows.ipynb #060e97fb
+def _fits(files: list[WellFile], grid: tuple[int, ...], limit: int) -> bool:
+    "Whether the trajectories of files are of one shape, so that they make one array, and take at most `limit` bytes."
+    frames = sum(f.n_trajectories * f.n_frames for f in files)
+    size = 4 * frames * files[0].system.n_channels * int(np.prod(grid))
+    return len({(f.n_frames, f.grid) for f in files}) == 1 and size <= limit
+
 
 def _load(
     files: list[WellFile], crop: tuple[tuple[int, int], tuple[int, int]] | None, grid: tuple[int, ...]
 ) -> np.ndarray:
-    "All trajectories of files of one shape, `(trajectories, c, t, h, w)` float32; `grid` is (h, w) after the crop."
+    """All trajectories of files of one shape, `(trajectories, c, t, h, w)` float32; `grid` is (h, w) after the crop.
+
+    Raises WellFormatError if a value is not finite."""
     first = files[0]
     out = np.empty(
         (sum(f.n_trajectories for f in files), first.system.n_channels, first.n_frames, *grid), dtype=np.float32
@@ -36,15 +65,18 @@ def _load(
     slots = iter(out)
     for file in files:
         for i in range(file.n_trajectories):
-            file.window(i, 0, first.n_frames, crop=crop, out=next(slots))
+            slot = next(slots)
+            file.window(i, 0, first.n_frames, crop=crop, out=slot)
+            _check_finite(slot, file, i, 0)
     return out
 
 # %% ../../nbs/data/windows.ipynb #0d15b75f
 class Trajectories:
     """The trajectories of one split, from memory or from their files.
 
-    `labels (n_trajectories, n_labels)` are physical values (float64) in the system's order, `groups (n_trajectories,)` int64 say which trajectories
-    share an initial condition (and the labels in `System.group`). Raises FileNotFoundError / WellFormatError for missing or broken files."""
+    `labels (n_trajectories, n_labels)` are physical values (float64) in the system's order. `groups (n_trajectories,)`
+    int64 are equal for trajectories that share an initial condition (and the labels in `System.group`).
+    Raises FileNotFoundError or WellFormatError for missing or broken files."""
 
     def __init__(
         self,
@@ -56,26 +88,20 @@ class Trajectories:
         in_memory: bool | None = None,  # default: if the split is smaller than `memory_limit`
         memory_limit: int = 2**28,  # bytes; larger splits are read from the files, which costs milliseconds a batch
     ):
-        self.system, self.root = get_system(system) if isinstance(system, str) else system, Path(root)
-        self.split, self.crop = split, crop
+        self.system = get_system(system) if isinstance(system, str) else system
+        self.root = Path(root)
+        self.split = split
+        self.crop = crop
         self.paths = find_files(root, self.system, split)
         self.files = [WellFile(p, self.system) for p in self.paths]
         self.trajectories = [(f, i) for f, file in enumerate(self.files) for i in range(file.n_trajectories)]
         self.labels = np.concatenate([file.label_table() for file in self.files])
         self.groups = np.array([_group(self.files[f], i, split) for f, i in self.trajectories])
-        self.grid = self.files[0].grid if crop is None else tuple(b - a for a, b in crop)  # (h, w)
-        self.whole = tuple(n == full for n, full in zip(self.grid, self.files[0].grid))  # which axes are not cropped
-        self.positions = (
-            self.files[0].positions if self.whole[1] else None
-        )  # (w,) along a second axis between walls, from 0 to 1
-        size = (
-            sum(f.n_trajectories * f.n_frames for f in self.files)
-            * self.system.n_channels
-            * int(np.prod(self.grid))
-            * 4
-        )
-        same = len({(f.n_frames, f.grid) for f in self.files}) == 1
-        self.in_memory = same and size <= memory_limit if in_memory is None else in_memory
+        first = self.files[0]
+        self.grid = first.grid if crop is None else tuple(b - a for a, b in crop)  # (h, w)
+        self.whole = tuple(n == full for n, full in zip(self.grid, first.grid))  # which axes are not cropped
+        self.positions = first.positions if self.whole[1] else None  # (w,) of an axis between walls, from 0 to 1
+        self.in_memory = _fits(self.files, self.grid, memory_limit) if in_memory is None else in_memory
 
     @cached_property
     def memory(self) -> np.ndarray | None:
@@ -83,12 +109,19 @@ class Trajectories:
         return _load(self.files, self.crop, self.grid) if self.in_memory else None
 
     def copy(self, k: int, start: int, out: np.ndarray) -> None:
-        "As many frames of trajectory `k` as `out (c, t, h, w)` has room for, from frame `start` on."
-        if self.memory is not None:
+        """As many frames of trajectory `k` as `out (c, t, h, w)` has room for, from frame `start` on.
+
+        Raises WellFormatError that names the place if a value is not finite."""
+        if self.memory is not None:  # which was checked when it was loaded
             out[:] = self.memory[k, :, start : start + out.shape[1]]
-        else:
-            f, i = self.trajectories[k]
-            self.files[f].window(i, int(start), out.shape[1], crop=self.crop, out=out)
+            return
+        f, i = self.trajectories[k]
+        self.files[f].window(i, int(start), out.shape[1], crop=self.crop, out=out)
+        _check_finite(out, self.files[f], i, int(start))
+
+    def __getstate__(self) -> dict[str, object]:
+        "What is sent to another process: all but the fields in memory, which that process loads when it needs them."
+        return {name: value for name, value in self.__dict__.items() if name != "memory"}
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -99,32 +132,44 @@ class Trajectories:
         return self._fingerprint
 
 # %% ../../nbs/data/windows.ipynb #6a7712ea
-class Windows(Trajectories):
-    """All windows of `frames` frames of the trajectories of one split, starting every `stride` frames; `options` go to `Trajectories`.
+class Windows(Trajectories, Dataset):
+    """All windows of `frames` frames of the trajectories of one split, starting every `stride` frames.
 
-    `index (n, 2)` lists (trajectory, first frame) of every window, `shape` is `(c, t, h, w)` of each. ValueError if no trajectory is long enough."""
+    `options` go to `Trajectories`. `index (n, 2)` lists (trajectory, first frame) of every window, `shape` is
+    `(c, t, h, w)` of each. Raises ValueError if no trajectory is long enough."""
 
     def __init__(self, root: str | Path, system: str | System, split: str, *, frames: int, stride: int = 1, **options):
         if frames < 1 or stride < 1:
             raise ValueError(f"frames and stride must be at least 1, got {frames} and {stride}")
         super().__init__(root, system, split, **options)
-        self.frames, self.stride, self.shape = frames, stride, (self.system.n_channels, frames, *self.grid)
-        starts = [
-            (k, s)
-            for k, (f, _) in enumerate(self.trajectories)
-            for s in range(0, self.files[f].n_frames - frames + 1, stride)
-        ]
+        self.frames = frames
+        self.stride = stride
+        self.shape = (self.system.n_channels, frames, *self.grid)
+        lengths = [self.files[f].n_frames for f, _ in self.trajectories]
+        starts = [(k, s) for k, n in enumerate(lengths) for s in range(0, n - frames + 1, stride)]
         if not starts:
-            raise ValueError(
-                f"no trajectory of {self.paths[0].parent} has {frames} frames; the longest has {max(f.n_frames for f in self.files)}"
-            )
+            where = self.paths[0].parent
+            raise ValueError(f"no trajectory of {where} has {frames} frames; the longest has {max(lengths)}")
         self.index = np.array(starts)
 
     def __len__(self) -> int:
         return len(self.index)
 
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor | int]:
+        """One window: `fields (c, t, h, w)` and `labels (n_labels,)`, both physical and float32, and its `index`.
+
+        Indices count as in a list: -1 is the last one, IndexError where there is none."""
+        n = len(self)
+        index = operator.index(i)
+        if not -n <= index < n:
+            raise IndexError(f"no window {index}: {self.paths[0].parent} has {n} of {self.frames} frames")
+        index %= n
+        labels = torch.tensor(self.targets([index])[0], dtype=torch.float32)
+        return {"fields": self.read([index])[0], "labels": labels, "index": index}
+
     def read(self, indices: np.ndarray | list[int], out: torch.Tensor | None = None) -> torch.Tensor:
-        "Windows `(b, c, t, h, w)` float32 on the CPU, into `out` if given (reuse it: fresh large buffers cost page faults)."
+        """Windows `(b, c, t, h, w)` float32 on the CPU, into `out` if given. Reuse it: fresh large buffers cost page
+        faults. Raises WellFormatError that names the place if a value is not finite."""
         out = torch.empty(len(indices), *self.shape) if out is None else out[: len(indices)]
         for slot, (k, start) in zip(out.numpy(), self.index[indices]):
             self.copy(k, start, slot)
@@ -153,5 +198,6 @@ def check_disjoint(*splits: Windows) -> None:
             if shared := set(a.groups) & set(b.groups):
                 count = int(np.isin(b.groups, list(shared)).sum())
                 raise ValueError(
-                    f"{a.system.name}: {count} of {len(b.groups)} trajectories of {b.split!r} have an initial condition that {a.split!r} has too"
+                    f"{a.system.name}: {count} of {len(b.groups)} trajectories of {b.split!r} have an initial "
+                    f"condition that {a.split!r} has too"
                 )

@@ -54,7 +54,7 @@ def _checked_fields(system: System, fields: Mapping[str, object]) -> dict[str, n
 
 
 def _checked_parameters(system: System, parameters: Mapping[str, object], n_trajectories: int) -> dict[str, np.ndarray]:
-    "Parameters as float64 arrays `()` or `(B,)`; ValueError if a label of the system is missing, or a value is not finite."
+    "Parameters as float64 arrays `()` or `(B,)`; ValueError if a label is missing, or a value is not finite."
     missing = [name for name in system.label_names if name not in parameters]
     if missing:
         raise ValueError(f"{system.name} has the labels {', '.join(system.label_names)}; missing: {', '.join(missing)}")
@@ -177,8 +177,11 @@ def write_well(
     chunks: tuple[int, int, int, int] | None = None,  # over (B, T, x, y); one frame if only a compression is given
     attributes: Mapping[str, object] | None = None,  # more attributes of the file, e.g. of the solver
 ) -> Path:
-    "Write one complete file of The Well, whole or not at all; ValueError before anything is written if the data do not fit."
-    path, system = Path(path), get_system(system) if isinstance(system, str) else system
+    """Write one complete file of The Well, whole or not at all, and return its path.
+
+    Raises ValueError before anything is written if the data do not fit the system or each other."""
+    path = Path(path)
+    system = get_system(system) if isinstance(system, str) else system
     if path.suffix not in (".hdf5", ".h5"):
         raise ValueError(f"{path}: readers of The Well look for names that end in .hdf5 or .h5")
     arrays = _checked_fields(system, fields)

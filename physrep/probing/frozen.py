@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from ..core.files import read_tensors, write_tensors
 from ..core.randomness import generator, seed_for
-from ..data.batches import in_turn
+from ..data.batches import prefetch
 from ..data.scaling import LabelScaler
 from ..models.heads import AttentiveHead
 from ..models.pretrained import LoadedEncoder, model_folder
@@ -318,7 +318,7 @@ def fit_attentive(
         head.train()
         order = torch.randperm(len(train), generator=generator("attentive-order", seed, epoch))
         parts = order.tensor_split(per_epoch)  # equal parts: no batch of a single left-over window
-        inputs = in_turn((partial(tokens_of, index) for index in parts), ahead=torch.device(device).type != "cpu")
+        inputs = prefetch((partial(tokens_of, index) for index in parts), ahead=torch.device(device).type != "cpu")
         for index, x in zip(parts, inputs):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr_at(step, per_epoch * recipe.epochs)
