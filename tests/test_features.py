@@ -8,33 +8,41 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.core.files import read_tensors, tensors_digest, weights_digest, write_tensors
+from physrep.core.provenance import code_digest
+from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import LoadedEncoder, load_encoder, save_encoder
-from physrep.probing.evaluate import _drop_others
-from physrep.core.files import read_tensors, tensors_digest, weights_digest, write_tensors
-from physrep.probing.features import Features, cache_path, cached, encoder_digest, extract, features_key, key_text
-from physrep.probing.evaluate import features_of
 from physrep.physics.systems import get_system
+from physrep.probing.evaluate import _drop_others, features_of
+from physrep.probing.features import Features, cache_path, cached, encoder_digest, extract, features_key, key_text
 
 SYSTEM = get_system("shear_flow")
 KEY = {"encoder": "abc", "split": "train", "crop": ((0, 8), (0, 8)), "mean": [0.1, 0.2]}
 TOKENS = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).half()
 
 
+def save(path, encoder: torch.nn.Module, *, std: float = 1.0, shape: tuple[int, int, int] = (4, 16, 16)) -> None:
+    "A small ViT as a file, with the same normalisation for all channels."
+    scale = {"mean": torch.zeros(4), "std": torch.full((4,), std)}
+    save_encoder(path, encoder, "vit", system="shear_flow", **scale, shape=shape, dt=0.2)
+
+
 class Make:
     "Counts how often it is called."
 
     def __init__(self, tokens: torch.Tensor = TOKENS):
-        self.tokens, self.calls, self.said = tokens, 0, []
+        self.tokens = tokens
+        self.calls = 0
+        self.said: list[str] = []
 
     def __call__(self) -> torch.Tensor:
         self.calls += 1
         return self.tokens
 
     def ask(self, folder, key=KEY, name="train") -> torch.Tensor:
-        return cached(folder, name, key, self, say=self.said.append)
+        return cached(folder, name, key, self, report=self.said.append)
 
 
 def test_extract_takes_no_gradient_and_uses_evaluation_mode():
@@ -108,9 +116,7 @@ def test_a_file_that_cannot_be_used_is_said_and_made_again(tmp_path, damage):
         write_tensors(path, {"other": TOKENS + 1}, KEY)
     else:
         encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
-        save_encoder(
-            path, encoder, "vit", system="shear_flow", normaliser=Normaliser.identity(SYSTEM), shape=(4, 16, 16), dt=0.2
-        )
+        save(path, encoder)
     assert torch.equal(make.ask(tmp_path), TOKENS) and make.calls == 2
     assert len(make.said) == 1 and make.said[0].startswith(path.name) and str(tmp_path) not in make.said[0]
     if damage == "foreign key":
@@ -157,7 +163,7 @@ def test_keys_must_be_json(tmp_path):
 
 
 def test_memory_stays_flat(tmp_path):
-    "Writing and reading 100 MB takes no second copy of it in memory (mapped pages of the file do not count: they can be dropped)."
+    "Writing and reading 100 MB takes no second copy in memory; mapped pages of the file can be dropped and do not count."
     code = f"""
 import torch
 from physrep.probing.features import cached
@@ -194,9 +200,12 @@ def test_digests_tell_names_types_shapes_and_bytes_apart():
     base = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
     same = {"b": torch.ones(8)[::2], "a": torch.zeros(3, 2).t()}  # another order, other strides
     others = [
-        {"a": torch.zeros(3, 2), "b": torch.ones(4)}, {"a": torch.zeros(2, 3), "c": torch.ones(4)}, {"a": torch.zeros(2, 3)},
-        {"a": torch.zeros(2, 3).int(), "b": torch.ones(4)}, {"a": torch.zeros(2, 3), "b": torch.ones(4).nextafter(torch.tensor(2.0))},
-    ]  # fmt: skip
+        {"a": torch.zeros(3, 2), "b": torch.ones(4)},
+        {"a": torch.zeros(2, 3), "c": torch.ones(4)},
+        {"a": torch.zeros(2, 3)},
+        {"a": torch.zeros(2, 3).int(), "b": torch.ones(4)},
+        {"a": torch.zeros(2, 3), "b": torch.ones(4).nextafter(torch.tensor(2.0))},
+    ]
     assert tensors_digest(base) == tensors_digest(same)
     assert len({tensors_digest(t) for t in [base, *others]}) == 1 + len(others)
     assert tensors_digest({"s": torch.tensor(1.0), "e": torch.zeros(0)}) != tensors_digest(
@@ -205,39 +214,23 @@ def test_digests_tell_names_types_shapes_and_bytes_apart():
 
 
 def test_an_encoder_keeps_its_digest_through_a_file_and_changes_it_with_anything_that_matters(tmp_path):
-    def save(name: str, seed: int = 0, std: float = 1.0, **config) -> LoadedEncoder:
+    def saved(name: str, seed: int = 0, std: float = 1.0, **config) -> LoadedEncoder:
         torch.manual_seed(seed)
         encoder = build_encoder("vit", **dict(in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8)) | config)
-        save_encoder(
-            tmp_path / name,
-            encoder,
-            "vit",
-            system="shear_flow",
-            normaliser=Normaliser(torch.zeros(4), torch.full((4,), std)),
-            shape=(4, 16, 16),
-            dt=0.2,
-        )
+        save(tmp_path / name, encoder, std=std)
         return load_encoder(tmp_path / name)
 
-    first, again = save("a"), save("b")
+    first, again = saved("a"), saved("b")
     assert encoder_digest(first) == encoder_digest(again) == encoder_digest(load_encoder(tmp_path / "a"))
-    heads = save("c", heads=4)  # the same weights, read by four heads
+    heads = saved("c", heads=4)  # the same weights, read by four heads
     assert weights_digest(heads) == weights_digest(first)
-    assert len({encoder_digest(e) for e in (first, heads, save("d", seed=1), save("e", std=2.0))}) == 4
+    assert len({encoder_digest(e) for e in (first, heads, saved("d", seed=1), saved("e", std=2.0))}) == 4
 
 
 def test_the_key_of_real_windows_changes_with_what_the_tokens_depend_on(smoke_data, tmp_path):
     torch.manual_seed(0)
     encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
-    save_encoder(
-        tmp_path / "e",
-        encoder,
-        "vit",
-        system="shear_flow",
-        normaliser=Normaliser.identity(SYSTEM),
-        shape=(4, 32, 32),
-        dt=0.2,
-    )
+    save(tmp_path / "e", encoder, shape=(4, 32, 32))
     encoder, root = load_encoder(tmp_path / "e"), smoke_data / "shear_flow"
 
     def windows(split: str = "valid", **options) -> Windows:
@@ -253,6 +246,17 @@ def test_the_key_of_real_windows_changes_with_what_the_tokens_depend_on(smoke_da
     ]
     assert len({key_text(k) for k in keys}) == len(keys)
     assert key_text(features_key(encoder, windows(), device="cpu")) == key_text(keys[0])
+
+
+def test_the_key_covers_the_modules_that_put_an_encoder_together_and_no_entry_of_another(smoke_data, tmp_path):
+    save(tmp_path / "e", build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8)))
+    encoder, windows = load_encoder(tmp_path / "e"), Windows(smoke_data, SYSTEM, "valid", frames=4, stride=16)
+    plain = features_key(encoder, windows)
+    entries = ("shear_flow", "vit")
+    assert plain["code"] == code_digest("models.vit", "probing.features", "data.batches", entries=entries)
+    encoder.info["modules"] = ["experiments.across"]
+    joint = features_key(encoder, windows)
+    assert {k for k in plain if plain[k] != joint[k]} == {"code"}
 
 
 LARGE = """
@@ -279,7 +283,7 @@ assert [p.suffix for p in folder.iterdir()] == [".safetensors"], "the file of ex
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory that does not count mapped files")
 def test_tokens_larger_than_memory(tmp_path):
-    "With room for 150 MB, 400 MB of tokens are extracted, kept, pooled and taken in any order; not if they are gathered in memory."
+    "With room for 150 MB, 400 MB of tokens are extracted, kept, pooled and taken in any order, but not without a file."
     for limit, fits in ((2**24, True), (2**40, False)):
         done = subprocess.run(
             [sys.executable, "-c", LARGE, str(tmp_path / str(limit)), str(limit)], capture_output=True, text=True
@@ -301,7 +305,7 @@ def test_large_clips_come_in_small_batches(smoke_data, monkeypatch):
     assert sum(seen) == len(windows) > 3 and set(seen[:-1]) == {3}
 
 
-def test_what_is_piled_up_has_one_shape_and_a_place(tmp_path):
+def test_a_buffer_has_one_shape_and_a_place(tmp_path):
     def clips(*counts):
         return [{"fields": torch.zeros(2, n, 4)} for n in counts]
 
@@ -319,15 +323,7 @@ def test_what_is_piled_up_has_one_shape_and_a_place(tmp_path):
 
 def test_a_run_keeps_the_features_of_today_only(smoke_data, tmp_path):
     vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(4, 8, 8))
-    save_encoder(
-        tmp_path / "e",
-        vit,
-        "vit",
-        system="shear_flow",
-        normaliser=Normaliser.identity(SYSTEM),
-        shape=(16, 32, 32),
-        dt=0.2,
-    )
+    save(tmp_path / "e", vit, shape=(16, 32, 32))
     encoder, folder = load_encoder(tmp_path / "e"), tmp_path / "features"
     windows = {s: Windows(smoke_data, SYSTEM, s, frames=16, stride=20) for s in ("valid", "test")}
     for w in windows.values():
