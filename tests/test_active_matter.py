@@ -1,4 +1,4 @@
-"""The active-matter solver where its notebook does not look: arguments, refusal, blow-up, batches, precision, storage, CUDA."""
+"""The active-matter solver where its notebook does not look: arguments, refusal, blow-up, precision, storage, CUDA."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from physrep.physics.active_matter import (
     simulate,
     smallest_grid,
 )
-from physrep.physics.shear_flow import SimulationBlewUp, to_field, to_spectrum
+from physrep.physics.spectral import SimulationBlewUp, to_field, to_spectrum
 
 FIELDS = ("concentration", "velocity", "D", "E")
 SMALL = {"grid": 32, "n_frames": 3}
@@ -90,7 +90,8 @@ def test_what_a_grid_cannot_resolve_is_refused(alpha, zeta, grid, length, accept
         needed = smallest_grid(alpha, zeta, length)
         with pytest.raises(
             ValueError,
-            match=f"alpha {alpha}, zeta {zeta} is refused on {grid} x {grid} points .* Take a grid of {needed}, or a smaller box",
+            match=f"alpha {alpha}, zeta {zeta} is refused on {grid} x {grid} points .* "
+            f"Take a grid of {needed}, or a smaller box",
         ):
             simulate(**run)
         simulate(**{**run, "grid": needed})

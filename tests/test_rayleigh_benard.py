@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from physrep.physics.rayleigh_benard import (
-    SimulationBlewUp,
     interpolation,
     layer_grid,
     legendre_nodes,
     simulate,
     vertical_points,
 )
+from physrep.physics.spectral import SimulationBlewUp
 from physrep.physics.systems import SYSTEMS
 
 FIELDS = ("buoyancy", "pressure", "velocity")
@@ -74,7 +74,7 @@ def test_blow_up_names_run_time_and_a_step_that_works():
     dt = caught.value.dt
     for _ in range(
         3
-    ):  # the suggestion knows the flow until the last healthy frame: a run that speeds up may need another halving
+    ):  # the suggestion is from the flow until the last healthy frame: a run that speeds up may need another halving
         try:
             out = simulate(**run, dt=dt)
             break
@@ -113,7 +113,7 @@ def test_conduction_stays_at_rest_with_its_pressure():
 
 
 def test_a_mean_flow_decays_as_it_must():
-    "Two channel modes at once: u = sin(pi y) + sin(2 pi y), no heat but conduction; the second mode has no flux through the layer."
+    "Two channel modes at once: u = sin(pi y) + sin(2 pi y), no heat but conduction; the second has no flux."
     y = legendre_nodes(24)[0]
     nu = (1e3 / 4.0) ** -0.5
     vorticity = np.broadcast_to(-np.pi * np.cos(np.pi * y) - 2 * np.pi * np.cos(2 * np.pi * y), (1, 32, 24)).copy()

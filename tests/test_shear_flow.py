@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.physics.shear_flow import SimulationBlewUp, simulate, spectral_grid, suggest_dt, to_field, to_spectrum
+from physrep.physics.shear_flow import simulate
+from physrep.physics.spectral import SimulationBlewUp, spectral_grid, suggest_dt, to_field, to_spectrum
 
 FIELDS = ("tracer", "pressure", "velocity")
 SMALL = {"grid": 32, "n_frames": 3}
@@ -118,7 +119,7 @@ def test_batches_do_not_change_a_bit(grid):
 
 
 def test_threads_change_rounding_only():
-    "Some FFT libraries split their work by threads: with another number of them the last bits may differ, with the same number none does."
+    "Some FFT libraries split their work by threads: with another number of them the last bits may differ."
     run = {"reynolds": 1000.0, "schmidt": 1.0, "seeds": range(8), "grid": 64, "n_frames": 3}
     one = simulate(**run)
     torch.set_num_threads(2)
