@@ -7,6 +7,7 @@ __all__ = ['wave_energy', 'wall_nusselt', 'defect_charges', 'defect_count']
 
 # %% ../../nbs/physics/regimes.ipynb #7d5c16f6
 import numpy as np
+
 from .systems import System
 
 # %% ../../nbs/physics/regimes.ipynb #74fad7b3
@@ -16,7 +17,10 @@ def _last(fields: np.ndarray, system: System, name: str) -> np.ndarray:
 
 
 def wave_energy(fields: np.ndarray, system: System) -> np.ndarray:
-    "Share `(b,)` of the kinetic energy that depends on x or crosses the layers, in the last frame; 0 for a fluid at rest."
+    """Share `(b,)` of the kinetic energy in motion that depends on x or crosses the layers, in the last frame.
+
+    It is 0 for a fluid at rest.
+    """
     velocity = _last(fields, system, "velocity")
     mean = velocity.mean(axis=2, keepdims=True) * np.array([1.0, 0.0])[:, None, None]
     wave, total = (np.square(v).sum(axis=1).mean(axis=(1, 2)) for v in (velocity - mean, velocity))
@@ -26,24 +30,30 @@ def wave_energy(fields: np.ndarray, system: System) -> np.ndarray:
 def wall_nusselt(fields: np.ndarray, system: System, heights: np.ndarray | None = None) -> np.ndarray:
     """Nusselt number `(b,)` at the walls, mean over both and over x, in the last frame; 1 is conduction.
 
-    `heights` `(w,)` of the points between 0 and 1, cell centres by default. A boundary layer thinner than two cells is underestimated."""
+    `heights` `(w,)` of the points between 0 and 1, cell centres by default. The flux through a boundary layer thinner
+    than two cells is underestimated.
+    """
     b = _last(fields, system, "buoyancy")[:, 0].mean(axis=1)  # mean over x: (b, w)
     y = (np.arange(b.shape[1]) + 0.5) / b.shape[1] if heights is None else np.asarray(heights, dtype=np.float64)
     if y.shape != b.shape[1:] or not (np.diff(y) > 0).all() or not (0 <= y[0] and y[-1] <= 1):
         raise ValueError(
-            f"heights must be {b.shape[1]} increasing numbers between 0 and 1, got {y.shape} from {y.min():g} to {y.max():g}"
+            f"heights must be {b.shape[1]} increasing numbers between 0 and 1, got {y.shape} from {y.min():g} to "
+            f"{y.max():g}"
         )
     sides = ((1 - b, y), (b[:, ::-1], 1 - y[::-1]))  # what the buoyancy falls by, away from each wall
     flux = []
     for drop, d in sides:
-        i = 1 if d[0] < 1e-9 else 0  # a point on the wall says nothing new
+        i = 1 if d[0] < 1e-9 else 0  # a point on the wall holds nothing new
         near, far = d[i], d[i + 1]
         flux.append((drop[:, i] * far / near - drop[:, i + 1] * near / far) / (far - near))
     return np.mean(flux, axis=0)
 
 # %% ../../nbs/physics/regimes.ipynb #669cd4a9
 def defect_charges(fields: np.ndarray, system: System) -> np.ndarray:
-    "Charges `(b, h, w)` in halves (+1, -1, 0) of the cells whose first corner is the grid point, in the last frame; the box is periodic."
+    """Charges `(b, h, w)` in halves (+1, -1, 0) of the cells of the grid, in the last frame.
+
+    A cell has its first corner at the grid point; the box is periodic.
+    """
     xx, xy, _, yy = np.moveaxis(_last(fields, system, "D"), 1, 0)
     angle = np.arctan2(xy, 0.5 * (xx - yy))  # of twice the director
 
@@ -57,5 +67,5 @@ def defect_charges(fields: np.ndarray, system: System) -> np.ndarray:
 
 
 def defect_count(fields: np.ndarray, system: System) -> np.ndarray:
-    "Number `(b,)` of half-charged defects, of both signs, in the last frame."
+    "Number `(b,)` of half-charged defects (half a turn of the rods around a point), of both signs, in the last frame."
     return np.abs(defect_charges(fields, system)).sum(axis=(1, 2))
