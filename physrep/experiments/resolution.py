@@ -54,7 +54,8 @@ def refined_differences(
     *,
     device: str = "cpu",
 ) -> pd.DataFrame:
-    """Error on `refined` minus error on the same flows as they are stored, for every frozen probe, label and metric of a
+    """Error on `refined` minus error on the same flows as they are stored, for every frozen probe, label and metric of
+    a
     row: columns of `comparison.differences`, and the two errors `a` and `b`."""
     system = stored.system
     match = same_flows(refined, stored)

@@ -19,6 +19,7 @@ OBJECTIVES = {
     "mae": "physrep.objectives.mae:MAE",
     "supervised": "physrep.objectives.supervised:Supervised",
     "random": "physrep.objectives.supervised:RandomEncoder",
+    "frozen": "physrep.objectives.supervised:RandomEncoder",  # an encoder of your own that is only probed
 }
 
 # %% ../../nbs/objectives/methods.ipynb #7eca91f8

@@ -26,7 +26,8 @@ from ..training.run import Run, baseline_folder, label_scaler
 
 # %% ../../nbs/probing/baselines.ipynb #4ba9c85e
 def measure(windows: Windows, function: Callable[..., np.ndarray], memory: int = 2**27) -> np.ndarray:
-    """What a function of physical clips `(b, c, t, h, w)` gives for all windows, `(n, ...)`; `memory` bytes of clips are
+    """What a function of physical clips `(b, c, t, h, w)` gives for all windows, `(n, ...)`; `memory` bytes of clips
+    are
     read at a time."""
     file = windows.files[0]
     about = dict(system=windows.system, dt=file.dt, spacing=file.spacing, heights=windows.positions)
@@ -84,7 +85,8 @@ def score_baseline(
     *,
     windows: Mapping[str, Windows] | None = None,  # from `probe_splits`; default: opened here
 ) -> Scored:
-    "Scores a baseline on the windows of a run and writes its rows; ValueError for an unknown one, with the valid names."
+    """Scores a baseline on the windows of a run and writes its rows; ValueError for an unknown one, with the valid
+    names."""
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; valid: {', '.join(BASELINES)}")
     windows = windows or probe_splits(run, data_dir)

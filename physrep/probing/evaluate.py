@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'FROZEN', 'PROBES', 'probe_splits', 'normaliser_for', 'features_of', 'fit_probes', 'Probed', 'probe_encoder',
-           'valid_scores', 'Scored', 'window_flows', 'write_scores', 'score_encoder', 'score_run', 'predict_windows']
+           'valid_scores', 'Scored', 'window_flows', 'write_scores', 'score_encoder', 'Reader', 'own_encoder',
+           'score_run', 'coverage', 'predict_windows']
 
 # %% ../../nbs/probing/evaluate.ipynb #4f770397
+import inspect
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..core.provenance import provenance
@@ -21,8 +24,9 @@ from ..data.batches import Batches
 from ..data.leakage import find_flows
 from ..data.scaling import LabelScaler, Normaliser
 from ..data.windows import Windows
-from ..models.encoders import build_encoder
+from ..models.encoders import ENCODERS, load_object
 from ..models.pretrained import LoadedEncoder, load_encoder
+from ..physics.systems import System
 from .features import Features, cache_path, cached, encoder_digest, extract, features_key
 from .finetune import FinetuneRecipe, fit_finetune
 from .frozen import AttentiveRecipe, Probe, fit_probe, load_probe
@@ -47,7 +51,8 @@ def probe_splits(run: Run, data_dir: str | Path, splits: Sequence[str] = SPLITS)
 
 # %% ../../nbs/probing/evaluate.ipynb #e57a51d3
 def normaliser_for(encoder: torch.nn.Module, windows: Windows, given: Normaliser | None = None) -> Normaliser:
-    """What the fields of an encoder are normalised with: its own statistics if it is a LoadedEncoder, else what is given,
+    """What the fields of an encoder are normalised with: its own statistics if it is a LoadedEncoder, else what is
+    given,
     nothing if it wants physical fields, or the training statistics of the data. ValueError if a LoadedEncoder is given
     others than its own."""
     if isinstance(encoder, LoadedEncoder):
@@ -74,7 +79,8 @@ def features_of(
     scratch: str | Path | None = None,  # folder for tokens beyond memory, while they are in use; default: `cache`
     progress: bool = True,
 ) -> Features:
-    """Frozen tokens of all windows with their physical labels and groups. ValueError for a normaliser that is not the one
+    """Frozen tokens of all windows with their physical labels and groups. ValueError for a normaliser that is not the
+    one
     of a LoadedEncoder."""
     known = isinstance(encoder, LoadedEncoder)
     numbers_of_a_clip = windows.system.n_channels * windows.frames * (size**2 if size else math.prod(windows.grid))
@@ -151,7 +157,8 @@ def probe_encoder(
 def valid_scores(
     run: Run, data_dir: str | Path, run_dir: str | Path | None = None, *, device: str = "cpu", progress: bool = True
 ) -> dict:
-    """`{valid: {probe: {label: mse}}, chosen, parameters}` of a finished run: z-scored errors on `valid`. Other splits are
+    """`{valid: {probe: {label: mse}}, chosen, parameters}` of a finished run: z-scored errors on `valid`. Other splits
+    are
     not read."""
     folder = run.folder(run_dir)
     encoder = load_encoder(folder, device)
@@ -298,13 +305,47 @@ def _drop_others(folder: Path, encoder: LoadedEncoder, windows: Mapping[str, Win
     for path in set(folder.glob("*.safetensors")) - keep:
         path.unlink()
 
+# %% ../../nbs/probing/evaluate.ipynb #bde7fbad
+class Reader(torch.nn.Module):
+    "A callable from clips `(b, c, t, h, w)` to tokens `(b, n, d)` as a frozen module."
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], name: str):
+        super().__init__()
+        self.function = function
+        self.name = name
+        self.normalised = bool(getattr(function, "normalised", True))
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.function(x)
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim not in (2, 3) or len(tokens) != len(x):
+            got = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+            raise ValueError(f"encoder {self.name!r} must give tokens (b, n, d) or features (b, d), got {got}")
+        return tokens if tokens.ndim == 3 else tokens[:, None]
+
+
+def own_encoder(run: Run, device: str = "cpu") -> Reader:
+    """The user's encoder of a row that is only probed: what `my_package.module:make_encoder` returns when it is called
+    with
+    those of `system`, `shape` (t, h, w), `in_channels` that it has arguments for, and the run's `encoder_config`.
+
+    The result is any callable from clips `(b, c, t, h, w)` to tokens. Its clips are normalised with the training
+    statistics
+    of the data, or physical if it has an attribute `normalised = False`. ValueError for what is not callable."""
+    make = load_object(run.encoder, ENCODERS)
+    offered = {"system": run.system, "shape": run.clip_shape, "in_channels": run.system.n_channels}
+    arguments = inspect.signature(make).parameters
+    encoder = make(**{k: v for k, v in offered.items() if k in arguments}, **run.encoder_config)
+    if not callable(encoder):
+        raise ValueError(f"{run.encoder} returned {type(encoder).__name__}; a callable from clips to tokens is needed")
+    if isinstance(encoder, torch.nn.Module):
+        encoder = encoder.to(device).eval().requires_grad_(False)
+    return Reader(encoder, run.encoder)
+
 
 def _encoder_of(run: Run, run_dir: str | Path | None, device: str) -> torch.nn.Module:
     "The trained encoder of a finished run, or the user's own of a row that is only probed."
-    if run.objective == "frozen":
-        encoder = build_encoder(run.encoder, in_channels=run.system.n_channels, **run.encoder_config)
-        return encoder.to(device).eval().requires_grad_(False)
-    return load_encoder(run.folder(run_dir), device)
+    return own_encoder(run, device) if run.objective == "frozen" else load_encoder(run.folder(run_dir), device)
 
 # %% ../../nbs/probing/evaluate.ipynb #46f9790c
 def score_run(
@@ -318,8 +359,10 @@ def score_run(
     cache: bool = True,  # keep features in the run folder
     progress: bool = True,
 ) -> Scored:
-    """Probes the finished run; writes `result.json`, predictions and probe files into its folder (`result-<probes>.json`
-    for some of the frozen probes only). Raises FileNotFoundError if it is not finished, ValueError for an unknown probe."""
+    """Probes the finished run; writes `result.json`, predictions and probe files into its folder
+    (`result-<probes>.json`
+    for some of the frozen probes only). Raises FileNotFoundError if it is not finished, ValueError for an unknown
+    probe."""
     if unknown := sorted(set(probes) - set(PROBES)):
         raise ValueError(f"unknown probe {', '.join(map(repr, unknown))}; valid: {', '.join(PROBES)}")
     started = time.monotonic()
@@ -361,6 +404,17 @@ def score_run(
         seconds=round(time.monotonic() - started, 1),
         parameters=sum(p.numel() for p in encoder.parameters()),
     )
+
+# %% ../../nbs/probing/evaluate.ipynb #638c90b4
+def coverage(scored: Scored, system: System, level: float = 0.9) -> pd.DataFrame:
+    "Share of the windows whose truth lies in the interval of that level: rows (probe, split), a column for each label."
+    found = {}
+    for (name, split), prediction in scored.predictions.items():
+        if name in scored.probes:
+            low, high = scored.probes[name].interval(prediction, level)
+            truth = scored.truth[split]
+            found[name, split] = ((low <= truth) & (truth <= high)).mean(0)
+    return pd.DataFrame(found, index=system.label_names).T
 
 # %% ../../nbs/probing/evaluate.ipynb #dd70a09a
 def predict_windows(

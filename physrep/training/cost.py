@@ -7,16 +7,19 @@ __all__ = ['count_flops', 'cost']
 
 # %% ../../nbs/training/cost.ipynb #7d9ac75f
 import math
-import torch
 from collections.abc import Callable
-from .run import Run, build
+
+import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from .run import Run, build
 
 # %% ../../nbs/training/cost.ipynb #9d973c34
 def _convolution_backward(
     grad_out, x, w, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask, **_
 ) -> int:
-    """Operations of `aten.convolution_backward`, from shapes. Every output (input, if transposed) meets each weight of one
+    """Operations of `aten.convolution_backward`, from shapes. Every output (input, if transposed) meets each weight of
+    one
     filter once, for each gradient that is asked for."""
     return 2 * math.prod(x if transposed else grad_out) * math.prod(w[1:]) * sum(output_mask[:2])
 

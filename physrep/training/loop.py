@@ -33,7 +33,8 @@ def warmup_cosine(
     end: int,  # update at which the floor is reached
     floor: float = 0.0,
 ) -> float:
-    "Share of the peak learning rate at update `step`: linear over `rise` updates, then a cosine to `floor` at update `end`."
+    """Share of the peak learning rate at update `step`: linear over `rise` updates, then a cosine to `floor` at update
+    `end`."""
     if step < rise:
         return (step + 1) / rise
     progress = (step - rise) / max(1, end - rise)
@@ -138,7 +139,8 @@ def update(
     step: int,
     device: torch.device,
 ) -> dict[str, float]:
-    "One update: accumulate the gradients of the micro-batches, clip, step. Returns loss, its parts and the gradient norm."
+    """One update: accumulate the gradients of the micro-batches, clip, step. Returns loss, its parts and the gradient
+    norm."""
     lr = learning_rate(step, steps=recipe.steps, lr=recipe.lr, warmup=recipe.warmup)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -186,7 +188,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 # %% ../../nbs/training/loop.ipynb #26e7b680
 class MetricsLog:
-    "The rows of `metrics.csv`: kept in memory, handed to a listener as they are made, written whole at every checkpoint."
+    """The rows of `metrics.csv`: kept in memory, handed to a listener as they are made, written whole at every
+    checkpoint."""
 
     def __init__(self, path: Path, on_metrics: Callable[[dict[str, float]], None] | None = None):
         self.path = path

@@ -302,7 +302,8 @@ def _built(cls: type, values: Mapping, where: str) -> object:
 
 def read_preset(path: str | Path) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
-    (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`, `train`,
+    (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`,
+    `train`,
     `encoders` and `objectives` are merged one by one. The name is that of the file unless it gives one.
 
     Raises FileNotFoundError, or ValueError that names the file and the field that is wrong."""

@@ -152,7 +152,8 @@ def baseline_folder(name: str, system: System | str, preset: str | Preset, run_d
 
 # %% ../../nbs/training/run.ipynb #6079f0ac
 def _recipe(preset: Preset, objective: str, encoder: str, changes: Mapping) -> Recipe | None:
-    "The recipe of the preset with changes; None where nothing is trained. ValueError for unknown names and impossible values."
+    """The recipe of the preset with changes; None where nothing is trained. ValueError for unknown names and impossible
+    values."""
     known = [f.name for f in fields(Recipe)]
     if unknown := sorted(set(changes) - set(known)):
         raise ValueError(f"recipe has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
@@ -198,6 +199,10 @@ def resolve(
     ones."""
     preset = get_preset(preset)
     encoder = check_pair(objective, encoder)
+    if objective == "frozen" and ":" not in encoder:
+        raise ValueError(
+            f"objective frozen probes an encoder of your own: my_package.module:make_encoder, not {encoder!r}"
+        )
     system = system if isinstance(system, System) else get_system(system)
     if preset.paper_labels:
         system = replace(system, labels=tuple(replace(label, log=label.paper_log) for label in system.labels))
@@ -231,7 +236,8 @@ def _json(value: Mapping) -> dict:
 
 # %% ../../nbs/training/run.ipynb #310f60aa
 def ensure_data(run: Run, data_dir: str | Path | None = None, **options) -> Path:
-    """The folder of the data of a run: simulates what is missing (`options` go to `make_dataset`). Raises ValueError where
+    """The folder of the data of a run: simulates what is missing (`options` go to `make_dataset`). Raises ValueError
+    where
     nothing is simulated and no folder is given, NotADirectoryError for a path that is a file."""
     if data_dir is not None and Path(data_dir).is_file():
         raise NotADirectoryError(f"data_dir is the file {data_dir}; give the folder that holds {run.system.name}/data/")
@@ -259,7 +265,8 @@ def load_splits(
 
 # %% ../../nbs/training/run.ipynb #2282c72a
 def label_scaler(run: Run, train: Windows) -> LabelScaler:
-    """The scaling of a run's labels: fitted on the windows of `train`, with the paper's mean and std where the preset takes
+    """The scaling of a run's labels: fitted on the windows of `train`, with the paper's mean and std where the preset
+    takes
     the paper's labels. ValueError for a label that does not vary."""
     scaler = LabelScaler.fit(run.system, train.labels)
     constants = dict(run.system.paper)
