@@ -1,6 +1,7 @@
 """Data sets: interruption, leaks between splits, batches from files of The Well's layout."""
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -9,20 +10,22 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import h5py
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from physrep.data.batches import Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
-from physrep.data.scaling import LabelScaler, Normaliser
-from physrep.data.windows import Windows, check_disjoint
-from physrep.data.generate import make_dataset
-from physrep.training.presets import get_preset
 from physrep.core.randomness import sample_seeds
+from physrep.data.batches import Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
+from physrep.data.generate import make_dataset
+from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.data.well import WellFile, WellFormatError
+from physrep.data.windows import Windows, check_disjoint
 from physrep.physics import rayleigh_benard
 from physrep.physics.shear_flow import simulate
 from physrep.physics.systems import get_system
-from physrep.data.well import WellFile
+from physrep.training.presets import get_preset
 
 SHEAR = get_system("shear_flow")
 SIM = get_preset("smoke").sim("shear_flow")
@@ -33,7 +36,10 @@ def fingerprints(folder):
 
 
 def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
-    code = f"from tests.test_data import SIM; from physrep.data.generate import make_dataset; make_dataset('shear_flow', SIM, {str(tmp_path)!r}, workers=1, progress=False)"
+    code = (
+        "from tests.test_data import SIM; from physrep.data.generate import make_dataset; "
+        f"make_dataset('shear_flow', SIM, {str(tmp_path)!r}, workers=1, progress=False)"
+    )
     root = os.path.dirname(os.path.dirname(__file__))
     process = subprocess.Popen([sys.executable, "-c", code], cwd=root, start_new_session=True)
     deadline = time.monotonic() + 60
@@ -133,7 +139,7 @@ def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
 
 
 def test_groups_ignore_schmidt_but_not_reynolds(tmp_path):
-    "Equal initial condition: one group for all Schmidt numbers, because the velocity is the same; another for another Reynolds number."
+    "Equal initial condition: one group for all Schmidt numbers, as the velocity is the same; one a Reynolds number."
     from physrep.data.write import write_well
 
     for re, sc in ((400.0, 0.5), (400.0, 2.0), (800.0, 2.0)):
@@ -342,3 +348,85 @@ def test_stats_normalise_every_field(smoke_data):
     assert torch.allclose(z[:, :2].std((0, 2, 3, 4)), torch.ones(2), atol=1e-2)
     assert abs(float(z[:, 2:].square().mean()) - 1) < 1e-2
     assert isinstance(w.files[0], WellFile)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_windows_are_a_sequence(smoke_data, in_memory):
+    w = Windows(smoke_data, SHEAR, "test", frames=16, stride=8, in_memory=in_memory)
+    one = w[3]
+    assert one["fields"].shape == w.shape and one["fields"].dtype == one["labels"].dtype == torch.float32
+    assert torch.equal(one["fields"], w.read([3])[0]) and one["labels"].tolist() == pytest.approx(w.targets([3])[0])
+    assert w[np.int64(3)]["index"] == torch.utils.data.default_collate([one])["index"].item() == 3
+    for i in (-1, -len(w)):
+        assert w[i]["index"] == i % len(w) and torch.equal(w[i]["fields"], w[i % len(w)]["fields"])
+    for i in (len(w), -len(w) - 1):
+        with pytest.raises(IndexError, match=f"no window {i}: .*test has {len(w)} of 16 frames"):
+            w[i]
+    with pytest.raises(TypeError):
+        w[0.0]
+    assert [x["index"] for x in w] == list(range(len(w))), "iteration ends"
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_windows_in_worker_processes(smoke_data, context):
+    w = Windows(smoke_data, SHEAR, "test", frames=16, stride=8)
+    w.read([0])
+    assert w.memory is not None and len(pickle.dumps(w)) < 100_000, "what is in memory stays here"
+    loader = DataLoader(w, batch_size=5, num_workers=2, multiprocessing_context=context)
+    batches = list(loader)
+    assert torch.cat([b["index"] for b in batches]).tolist() == list(range(len(w)))
+    assert torch.equal(torch.cat([b["fields"] for b in batches]), w.read(np.arange(len(w))))
+    assert np.allclose(torch.cat([b["labels"] for b in batches]), w.targets(np.arange(len(w))))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_value_that_is_not_finite_is_found_when_it_is_read(tmp_path, smoke_data, in_memory, value):
+    folder = shutil.copytree(smoke_data / "shear_flow", tmp_path / "shear_flow")
+    path = sorted((folder / "data" / "train").glob("*.hdf5"))[1]
+    with h5py.File(path, "r+") as f:
+        f["t1_fields/velocity"][2, 20, 5, 7, 1] = value
+        f["t0_fields/tracer"][2, 21, 0, 0] = -value  # later: the first frame is named
+    w = Windows(tmp_path, SHEAR, "train", frames=4, stride=4, crop=((0, 16), (0, 16)), in_memory=in_memory)
+    message = f"{path}: NaN or infinity in velocity_y of trajectory 2, frame 20"
+    k = w.trajectories.index((1, 2))
+    place = int(np.flatnonzero((w.index == (k, 20)).all(1))[0])
+    scaler = LabelScaler.fit(SHEAR, w.labels)
+    batches = Batches(w, batch_size=4, normaliser=Normaliser.identity(SHEAR), scaler=scaler)
+    for read in (
+        lambda: w.read([0, place]),
+        lambda: w[place],
+        lambda: w.read_frames(np.array([[k, 20]])),
+        lambda: list(batches.evaluation()),
+    ):
+        with pytest.raises(WellFormatError) as error:
+            read()
+        assert str(error.value) == message
+    if not in_memory:
+        assert torch.isfinite(w.read([place - 1])).all(), "other windows can be read"
+
+
+def test_large_numbers_are_finite(tmp_path, smoke_data):
+    folder = shutil.copytree(smoke_data / "shear_flow", tmp_path / "shear_flow")
+    for path in (folder / "data" / "test").glob("*.hdf5"):
+        with h5py.File(path, "r+") as f:
+            f["t0_fields/tracer"][...] = 3e38  # their sum is infinite
+    assert Windows(tmp_path, SHEAR, "test", frames=4, in_memory=False).read([0]).max() == np.float32(3e38)
+
+
+def test_a_data_dir_that_is_a_file(tmp_path):
+    (tmp_path / "data").write_text("")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "shear_flow").write_text("")
+    with pytest.raises(NotADirectoryError, match="data is a file; give the folder that holds shear_flow/data/"):
+        Windows(tmp_path / "data", SHEAR, "train", frames=2)
+    for data_dir, named in (("data", "data"), ("here", "shear_flow")):
+        with pytest.raises(NotADirectoryError, match=f"data_dir must be a folder, .*{named} is a file"):
+            make_dataset("shear_flow", SIM, tmp_path / data_dir, progress=False)
+
+
+def test_labels_that_do_not_vary():
+    with pytest.raises(ValueError, match=r"all labels Schmidt of shear_flow in a/train are equal \(0.5\)"):
+        LabelScaler.fit(SHEAR, np.array([[400.0, 0.5], [800.0, 0.5]]), "a/train")
+    with pytest.raises(ValueError, match=r"all labels Schmidt of shear_flow are equal"):
+        LabelScaler.fit(SHEAR, np.array([[400.0, 0.5], [800.0, 0.5]]))

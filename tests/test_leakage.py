@@ -1,4 +1,4 @@
-"""The data report where its notebook does not look: bad values, other systems, records, views that cannot be."""
+"""Leakage where its notebook does not look: bad values, other systems, records, views that cannot be."""
 
 import warnings
 
@@ -6,18 +6,18 @@ import h5py
 import numpy as np
 import pytest
 
-from physrep.data.windows import Windows, check_disjoint
-from physrep.probing.evaluate import window_flows
 from physrep.data.leakage import data_report, deal_flows, find_flows, leakage, main, write_leak_free
-from physrep.physics.systems import get_system
 from physrep.data.well import DamagedFileError, WellFile
+from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_well
+from physrep.physics.systems import get_system
+from physrep.probing.evaluate import window_flows
 
 BOX = {"active_matter": (10.0, 10.0), "shear_flow": (1.0, 2.0), "rayleigh_benard": (4.0, 1.0)}
 
 
 def write(path, system, labels, seeds, *, shared=("velocity",), n_frames=2, grid=(8, 16), record=False, **change):
-    "A file of noise; `shared` fields depend on the seed only (and on the group's labels), the others on all labels too."
+    "A file of noise; `shared` fields depend on the seed (and on the group's labels), the others on all labels too."
     s, fields = get_system(system), {}
     for f in s.fields:
         key = [len(f.name), *(int(1000 * labels[n]) for n in (s.group if f.name in shared else s.label_names))]

@@ -1,5 +1,6 @@
 """Files of The Well: what is written, what is refused, what is read, and that the_well's own reader agrees."""
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -12,10 +13,15 @@ import yaml
 from the_well.data import WellDataset
 from the_well.data.normalization import RMSNormalization, ZScoreNormalization
 
-from physrep.physics.systems import SYSTEMS, get_system
-from physrep.data.well import WellFile, WellFormatError
+from physrep.data.batches import Batches
+from physrep.data.download import check_files
+from physrep.data.leakage import data_report, find_flows, leakage, write_leak_free
+from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.sets import STATS, find_files, find_folder, fingerprint, read_stats
+from physrep.data.well import WellFile, WellFormatError
+from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_stats, write_well
+from physrep.physics.systems import SYSTEMS, Field, Label, System, get_system
 
 NX, NY, FRAMES = 12, 10, 9
 PARAMETERS = {
@@ -115,7 +121,7 @@ def test_written_file_follows_the_format(tmp_path, name):
 @pytest.mark.parametrize("normalization", [ZScoreNormalization, RMSNormalization])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_well_dataset_reads_the_same_values(tmp_path, name, normalization):
-    "the_well loads our files and statistics; every value of every window is that of our reader, normalised the same way."
+    "the_well loads our files and statistics; every value of every window is that of our reader, normalised alike."
     system = get_system(name)
     for i in range(2):
         make(tmp_path / name / f"data/train/{i}.hdf5", name, seed=i)
@@ -520,12 +526,19 @@ def test_find_files(tmp_path, layout):
         find_files(tmp_path, "shear_flow", "t*")  # a name, no pattern: splits are not mixed
 
 
+@pytest.mark.parametrize("read", [find_folder, read_stats, lambda root, name: find_files(root, name, "train")])
+def test_a_file_is_no_folder(tmp_path, read):
+    path = make(tmp_path / "data/train/a.hdf5")
+    with pytest.raises(NotADirectoryError, match="a.hdf5 is a file; give the folder that holds shear_flow/data/"):
+        read(path, "shear_flow")
+
+
 # ---- statistics
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_statistics(tmp_path, monkeypatch, name):
-    "Against one computation over everything, with blocks of two frames and files of unequal size; as The Well keys them."
+    "Against one computation over all, with blocks of two frames and files of unequal size, as The Well keys them."
     monkeypatch.setattr("physrep.data.write._BLOCK_BYTES", 2 * 4 * get_system(name).n_channels * NX * NY)
     parts = []
     for i, n in enumerate((3, 1)):
@@ -645,3 +658,83 @@ def test_fingerprint(tmp_path):
     files[0].write_text("<html>")
     with pytest.raises(WellFormatError, match="web page"):
         fingerprint(files)
+
+
+# ---- a system of one's own
+
+OWN = System(
+    name="reaction",
+    title="A reaction",
+    fields=(Field("fuel"), Field("product"), Field("heat")),
+    labels=(Label("Damkohler", log=True, paper_log=True),),
+)  # not in SYSTEMS; without crop, native grid and numbers of a paper
+WALLED = dataclasses.replace(
+    OWN, name="channel", fields=(Field("heat"), Field("velocity", 1)), boundary=("periodic", "wall")
+)
+
+
+def make_own(root, system=OWN, damkohler=(1.0, 10.0), splits=("train", "valid", "test"), **options):
+    for number, (split, value) in enumerate((s, v) for s in splits for v in damkohler):
+        shape, rng = (2, 6, 64, 48), np.random.default_rng(number)
+        fields = {f.name: value + rng.standard_normal(shape + (2,) * f.rank) for f in system.fields}
+        path = root / system.name / "data" / split / f"Damkohler_{value:g}.hdf5"
+        coordinates = {"y": np.linspace(-1, 1, 48)} if system.boundary[1] == "wall" else None
+        given = {"time": 0.1 * np.arange(6), "box": (4.0, 3.0), "coordinates": coordinates} | options
+        write_well(path, system, fields, {"Damkohler": value}, **given)
+    return root
+
+
+@pytest.mark.parametrize("system", [OWN, WALLED], ids=lambda s: s.name)
+def test_a_system_of_ones_own_from_files_to_batches(tmp_path, system):
+    assert system.name not in SYSTEMS
+    root = make_own(tmp_path, system)
+    files = find_files(root, system, "train")
+    assert len(files) == 2 and find_files(root / system.name, system, "train") == files
+    assert find_folder(root, system) == tmp_path / system.name and len(fingerprint(files)) == 16
+    assert write_stats(root, system) == tmp_path / system.name / "stats.yaml"
+    assert set(read_stats(root, system)["mean"]) == {f.name for f in system.fields}
+    file = WellFile(files[0], system)
+    assert file.grid == (64, 48) and file.labels == {"Damkohler": 1.0} and file.positions is None
+    windows = Windows(root, system, "train", frames=4, stride=2)
+    assert windows.shape == (3, 4, 64, 48) and windows[0]["labels"].tolist() == [1.0]
+    check_disjoint(windows, Windows(root, system, "test", frames=4))
+    normaliser, scaler = Normaliser.load(root, system), LabelScaler.fit(system, windows.labels, root)
+    batches = Batches(windows, batch_size=4, normaliser=normaliser, scaler=scaler, augment=True)
+    batch = next(batches(0))
+    assert batch["fields"].shape == (4, 3, 4, 64, 48) and batch["labels"].shape == (4, 1)
+    assert check_files(root / system.name, system) == []
+
+
+@pytest.mark.parametrize("group", [(), ("Damkohler",)])
+def test_leaks_of_a_system_of_ones_own(tmp_path, group):
+    "With and without labels that make a group, though the system has no velocity."
+    system = dataclasses.replace(OWN, group=group)
+    root = make_own(tmp_path / "published", system)
+    test = find_files(root, system, "test")[0]
+    test.write_bytes(find_files(root, system, "train")[0].read_bytes())
+    lines, ranges = data_report(root, system, frames=4)
+    assert lines.loc["train", "Damkohler"] == "1, 10" and len(ranges) == 9
+    found = leakage(find_flows(root, system))
+    assert found.loc["test", "train"] == 2 and found.loc["valid"].drop("trajectories").sum() == 0
+    write_leak_free(root, tmp_path / "view", system)
+    check_disjoint(*(Windows(tmp_path / "view", system, split, frames=4) for split in ("train", "valid", "test")))
+
+
+def test_heights_that_a_mirror_image_needs_must_be_there(tmp_path):
+    make_own(tmp_path, WALLED)
+    mirrored = dataclasses.replace(WALLED, mirror_axes=(1,), mirror_offsets=((1, "heat", 1.0, 0.0),))
+    with pytest.raises(WellFormatError, match="increasing heights between the walls at 0 and 1, it runs from -1 to 1"):
+        WellFile(find_files(tmp_path, WALLED, "train")[0], mirrored)
+
+
+def test_one_value_of_a_label_is_nothing_to_learn(tmp_path):
+    windows = Windows(make_own(tmp_path, damkohler=(5.0,)), OWN, "train", frames=4)
+    with pytest.raises(ValueError, match="all labels Damkohler of reaction in .*train are equal .5.: nothing to learn"):
+        LabelScaler.fit(OWN, windows.labels, windows.paths[0].parent)
+
+
+def test_a_file_of_a_system_of_ones_own_is_told_from_others(tmp_path):
+    make_own(tmp_path)
+    message = "dataset_name is 'reaction', and it has the fields of no system known here; shear_flow was asked for"
+    with pytest.raises(WellFormatError, match=message):
+        WellFile(find_files(tmp_path, OWN, "train")[0], "shear_flow")

@@ -107,7 +107,7 @@ def _open_read_only(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         header = json.loads(f.read(start - 8))
     metadata = header.pop("__metadata__", {})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says what the docstring says
+        warnings.simplefilter("ignore")  # torch warns of what the docstring states
         whole = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
     tensors = {}
     for name, entry in header.items():
@@ -119,7 +119,7 @@ def _open_read_only(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (mapped, so do not change the file while they are in use) and info of a file of `write_tensors`.
 
-    Raises FileNotFoundError, or ValueError that names the file and says what is wrong with it."""
+    Raises FileNotFoundError, or ValueError that names the file and what is wrong with it."""
     tensors, metadata = open_tensors(path)
     try:
         text, digest = json.loads(metadata["physrep"])

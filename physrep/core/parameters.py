@@ -13,10 +13,9 @@ def _assignments(source: str) -> dict[str, object]:
     "Names and literal values that a cell assigns."
     found = {}
     for node in ast.parse(source).body:
-        targets = (
-            [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
-        )
-        for target in targets:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             if isinstance(target, ast.Name) and node.value is not None:
                 try:
                     found[target.id] = ast.literal_eval(node.value)

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def _folders(top: str) -> list[Path]:
         spec = None
     if spec is None or not (spec.submodule_search_locations or spec.has_location):
         return []
-    return [Path(p) for p in spec.submodule_search_locations or [Path(spec.origin).with_suffix("")]]
+    return [Path(p) for p in spec.submodule_search_locations or [str(Path(spec.origin).with_suffix(""))]]
 
 
 def _source(module: str) -> Path | None:
@@ -281,7 +282,7 @@ def provenance(
     }
 
 # %% ../../nbs/core/provenance.ipynb #ff966644
-def is_current(record: Mapping[str, object]) -> bool:
+def is_current(record: Mapping[str, Any]) -> bool:
     """Whether the code of a record of `provenance` is the code of today. False for a record without `code`, `modules`
     or `entries`, and for one that names a module which does not exist any more or is no Python code."""
     if not {"code", "modules", "entries"} <= record.keys():

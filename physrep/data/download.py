@@ -10,10 +10,11 @@ import argparse
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ..physics.systems import SYSTEMS, System, get_system
-from .well import DamagedFileError, WellFile, WellFormatError
 from .sets import find_folder, read_stats
+from .well import DamagedFileError, WellFile, WellFormatError
+from ..physics.systems import SYSTEMS, System, get_system
 
 # %% ../../nbs/data/download.ipynb #da3c9d24
 SPLITS = ("train", "valid", "test")
@@ -65,8 +66,8 @@ def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
     return other, bool(other)
 
 # %% ../../nbs/data/download.ipynb #59a4d28a
-def _client():
-    "The Hugging Face client; ImportError that says how to get it."
+def _client() -> Any:
+    "The Hugging Face client; the ImportError names the package to install."
     try:
         import huggingface_hub
     except ImportError as error:
@@ -83,7 +84,7 @@ def download(
     repository: str = "polymathic-ai/{system}",
     revision: str | None = None,
     tries: int = 2,
-    client: object | None = None,  # default: the package huggingface_hub
+    client: Any = None,  # default: the package huggingface_hub
     say: Callable[[str], None] = print,
 ) -> Path:
     """Downloads a set of The Well from the Hugging Face hub, checks every file, and returns `<root>/<system>`.

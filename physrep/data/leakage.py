@@ -22,10 +22,10 @@ from scipy.spatial import cKDTree
 
 from ..core.files import atomic_path
 from ..core.randomness import generator, seed_for
-from ..physics.systems import SYSTEMS, System, get_system
-from .well import INITIAL_CONDITION, WellFile
 from .sets import find_files
+from .well import INITIAL_CONDITION, WellFile
 from .write import write_stats
+from ..physics.systems import SYSTEMS, System, get_system
 
 # %% ../../nbs/data/leakage.ipynb #59efc738
 def _files(root: str | Path, system: System, splits: Sequence[str]) -> dict[str, list[WellFile]]:

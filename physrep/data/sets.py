@@ -16,8 +16,8 @@ import h5py
 import numpy as np
 import yaml
 
-from ..physics.systems import System, get_system
 from .well import WellFormatError, is_of, open_hdf5
+from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/sets.ipynb #e929c637
 def _folders(root: Path, system: System) -> list[Path]:

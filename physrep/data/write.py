@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 
 from ..core.files import atomic_path
-from ..physics.systems import System, get_system
-from .well import INITIAL_CONDITION, WellFile, WellFormatError
 from .sets import STATS, find_files
+from .well import INITIAL_CONDITION, WellFile, WellFormatError
+from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/write.ipynb #66413f64
 def _strings(names: Iterable[str]) -> np.ndarray:
@@ -34,7 +34,7 @@ def _as_array(value: object, dtype: type) -> np.ndarray:
 
 # %% ../../nbs/data/write.ipynb #b0a7611e
 def _checked_fields(system: System, fields: Mapping[str, object]) -> dict[str, np.ndarray]:
-    "The system's fields as float32 arrays `(B, T, x, y[, 2[, 2]])`, checked; ValueError says what is wrong with which."
+    "The system's fields as float32 arrays `(B, T, x, y[, 2[, 2]])`, checked; the ValueError names the bad one."
     names = [f.name for f in system.fields]
     if set(fields) != set(names):
         raise ValueError(f"{system.name} has the fields {', '.join(names)}, got {', '.join(fields) or 'none'}")
