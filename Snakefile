@@ -4,7 +4,8 @@
 # A job runs again if its output is missing, or if its parameters, an input, or the digest of the code that it uses have
 # changed. Digests are of syntax trees: words, pictures of other jobs and commits change nothing.
 #
-# config: preset (a name or a .yaml file), data (a folder), systems (comma-separated), rows (a rows.yaml with rows of your own)
+# config: preset (a name or a .yaml file), data (a folder), systems (comma-separated), rows (a rows.yaml with rows of your own),
+# only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there)
 import json
 import shlex
 import sys
@@ -18,7 +19,7 @@ from physrep.data.generate import SOLVERS
 from physrep.experiments.tuning import ENCODER_FROM, WALKS, log_path
 from physrep.experiments.variants import VARIANTS
 from physrep.physics.systems import get_system
-from physrep.results.rows import ROWS, read_rows, run_of, systems_of
+from physrep.results.rows import chosen_rows, read_rows, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
 
@@ -27,8 +28,9 @@ ASKED = str(config.get("preset") or "laptop")
 PRESET = get_preset(ASKED)
 DATA = Path(config.get("data") or default_data_dir(PRESET.name)).resolve()
 OUT = ROOT / "runs" / PRESET.name
-TABLE_ROWS = (*ROWS, *(read_rows(config["rows"]) if config.get("rows") else ()))
-WITH_ROWS = {"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}
+ONLY = str(config.get("only") or "")
+TABLE_ROWS = (*chosen_rows(ONLY), *(read_rows(config["rows"]) if config.get("rows") else ()))
+WITH_ROWS = ({"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}) | ({"only": ONLY} if ONLY else {})
 NAMED = [name for name in str(config.get("systems") or "").split(",") if name]
 SYSTEMS = {get_system(name).name: name for name in NAMED or systems_of(PRESET, DATA)}  # name in tables -> as it was asked for
 PROBING = str(PRESET.probing())
@@ -71,11 +73,6 @@ def finished(name, files):
     if not all(f.is_file() for f in files):
         (OUT / "finished" / name).unlink(missing_ok=True)
     return OUT / "finished" / name
-
-
-def row_name(row):
-    "A row in names of rules and files."
-    return "-".join(filter(None, (*(part.rpartition(":")[2] for part in row.pair), row.tag)))
 
 
 def row_values(row):
@@ -170,7 +167,7 @@ for system, runs_in, about in PLACES:
             output: results
             threads: JOB_THREADS
             priority: row.cost if row.pair in ACROSS else 0
-            params: code=stage("04_probe", "probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, command=papermill("04_probe", f"{name}-probe", **values, **WITH_ROWS)
+            params: code=stage("04_probe", "probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"})
             shell: "{params.command}"
 
 
@@ -195,7 +192,7 @@ rule resolution:
 
 # one encoder for all systems, and encoders that read another
 rule across:
-    input: [result for row in ACROSS for result in OF_ROW[row]]
+    input: [result for row in ACROSS for result in OF_ROW.get(row, [])]
     output: figures("across")
     params: code=stage("08c_across_systems", "experiments.across", "results.figures") + PROBING, command=papermill("08c_across_systems", "across", **SHOWN)
     threads: JOB_THREADS
@@ -270,7 +267,7 @@ rule all:
     default_target: True
     input:
         rules.table1.output,
-        rules.regimes.output if BUILT_IN else [],
-        rules.across.output if len(SYSTEMS) > 1 and SAME_GRID else [],
-        rules.resolution.output if len(REFINED) == len(SYSTEMS) else [],
+        rules.regimes.output if BUILT_IN and not ONLY else [],
+        rules.across.output if len(SYSTEMS) > 1 and SAME_GRID and not ONLY else [],
+        rules.resolution.output if len(REFINED) == len(SYSTEMS) and not ONLY else [],
         rules.leakage.output if LEAK_FREE else [],
