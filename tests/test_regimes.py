@@ -97,7 +97,7 @@ def test_later_pairs_each_window_with_the_one_after_it(smoke_data):
         later(Windows(smoke_data, "shear_flow", "test", frames=30, stride=30))
 
 
-def test_features_that_know_nothing_score_about_one_and_seeds_are_kept(smoke_data):
+def test_features_of_noise_score_about_one_and_seeds_are_kept(smoke_data):
     windows = {s: Windows(smoke_data, "shear_flow", s, frames=8, stride=4) for s in ("train", "valid", "test")}
     targets = {s: regime_targets(w) for s, w in windows.items()}
     assert np.allclose(
@@ -118,7 +118,7 @@ def test_features_that_know_nothing_score_about_one_and_seeds_are_kept(smoke_dat
         for r in regime_rows(probe_regime(f, windows, targets, probes=["linear"]))
         if r["metric"] == "mse" and r["when"] == "now"
     ]
-    assert now[0] < 1e-6 < now[1] < 0.5, "the number itself is known, statistics know much of it"
+    assert now[0] < 1e-6 < now[1] < 0.5, "the number itself is exact, much of it can be read from statistics"
     scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
     assert state_parameters(windows["test"], scaler).tokens.shape == (len(windows["test"]), 1, 3 + 6)
 
