@@ -147,7 +147,8 @@ class ConvPredictor(nn.Module):
 class TransformerDecoder(nn.Module):
     """A narrow transformer from visible tokens to one vector for each place.
 
-    In: tokens `(b, k, d)`, their places `keep (b, k)` and the grid. Out: `(b, n, n_out)`. `width` is half the encoder's by default. He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022)."""
+    In: tokens `(b, k, d)`, their places `keep (b, k)` and the grid. Out: `(b, n, n_out)`.
+    `width` is half the encoder's by default. He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022)."""
 
     def __init__(
         self,

@@ -50,7 +50,8 @@ def sincos_positions(
 ) -> Tensor:
     """Fixed 3D sin-cos positions `(t'*h'*w', dim)` of a token grid.
 
-    Each axis has a third of the width, and time what remains. ValueError for a width that is odd or below 6, and for a temperature of 1 or less."""
+    Each axis has a third of the width, and time what remains.
+    ValueError for a width that is odd or below 6, and for a temperature of 1 or less."""
     if dim % 2 or dim < 6:
         raise ValueError(f"sin-cos positions need an even width of at least 6, got {dim}")
     if not temperature > 1:
