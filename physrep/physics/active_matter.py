@@ -105,12 +105,10 @@ def matter_grid(
     flux = torch.stack([-1j * kx * one] * 3 + [-1j * ky * one] * 3 + [one] * 2) * keep
     rate = D_T * k2 + torch.tensor([0.0, 4 * D_R, 4 * D_R], dtype=torch.float64)[:, None, None]
     k_max = tuple(2 * np.pi * int(kept * n + 1e-6) / length for n, length in zip(g.shape, g.box))
-    real = [f.to(dtype=dtype, device=device) for f in (kx, ky)]
-    factors = (
-        stress[..., None].repeat(1, 1, 1, 2).to(dtype=dtype, device=device),
-        *(f.to(dtype=dtype.to_complex(), device=device) for f in (flow, flux)),
-    )
-    return MatterGrid(g.shape, g.box, *real, keep.to(device), k_max, rate.to(device), *factors)
+    kx, ky = (f.to(dtype=dtype, device=device) for f in (kx, ky))
+    stress = stress[..., None].repeat(1, 1, 1, 2).to(dtype=dtype, device=device)  # for real and imaginary parts
+    flow, flux = (f.to(dtype=dtype.to_complex(), device=device) for f in (flow, flux))
+    return MatterGrid(g.shape, g.box, kx, ky, keep.to(device), k_max, rate.to(device), stress, flow, flux)
 
 # %% ../../nbs/physics/active_matter.ipynb #d6248e9e
 ORDER, DEVIATION, WAVES = 0.4, 0.2, 4  # of the initial condition: max |f|, max |c - 1|, largest wave
@@ -378,8 +376,8 @@ def simulate(
     state = initial_condition(seeds, g) if initial is None else _custom_state(initial, len(seeds), g)
 
     def integrate(rows: slice):
-        numbers = (torch.from_numpy(p[rows]).to(device) for p in (alpha, zeta))
-        return _integrate(state[rows].to(g.flux), *numbers, g, frames, stored)
+        a, z = (torch.from_numpy(p[rows]).to(device) for p in (alpha, zeta))
+        return _integrate(state[rows].to(g.flux), a, z, g, frames, stored)
 
     runs = spectral.run_names(seeds, alpha=alpha, zeta=zeta)
     options = dict(dtype=dtype, batch=batch, blew_up=BLEW_UP, progress=progress)

@@ -79,9 +79,9 @@ def spectral_grid(
     # which is one of the reasons why a trajectory does not depend, to the last bit, on the batch it is computed in.
     velocity = torch.stack([1j * ky * inverse_k2, -1j * kx * inverse_k2])
     flux = torch.stack([(kx**2 - ky**2) + 0j, (-1j * kx).expand_as(k2), -kx * ky + 0j, (-1j * ky).expand_as(k2)]) * keep
-    real = [f.to(dtype=dtype, device=device) for f in (kx, ky, k2, inverse_k2)]
-    factors = [f.to(dtype=dtype.to_complex(), device=device) for f in (velocity, flux)]
-    return SpectralGrid((nx, ny), (lx, ly), *real, keep.to(device), weight.to(real[0]), *factors)
+    kx, ky, k2, inverse_k2 = (f.to(dtype=dtype, device=device) for f in (kx, ky, k2, inverse_k2))
+    velocity, flux = (f.to(dtype=dtype.to_complex(), device=device) for f in (velocity, flux))
+    return SpectralGrid((nx, ny), (lx, ly), kx, ky, k2, inverse_k2, keep.to(device), weight.to(kx), velocity, flux)
 
 # %% ../../nbs/physics/spectral.ipynb #84253a18
 def to_spectrum(field: torch.Tensor) -> torch.Tensor:
