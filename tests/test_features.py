@@ -163,7 +163,7 @@ def test_keys_must_be_json(tmp_path):
 
 
 def test_memory_stays_flat(tmp_path):
-    "Writing and reading 100 MB takes no second copy in memory; mapped pages of the file can be dropped and do not count."
+    "Writing and reading 100 MB takes no second copy in memory; mapped pages do not count, since they can be dropped."
     code = f"""
 import torch
 from physrep.probing.features import cached

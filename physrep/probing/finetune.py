@@ -8,20 +8,23 @@ __all__ = ['FinetuneRecipe', 'Finetuned', 'fit_finetune']
 # %% ../../nbs/probing/finetune.ipynb #b4651e4e
 import copy
 import math
-import numpy as np
-import torch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
 from ..core.randomness import seed_for
 from ..data.batches import Batches
 from ..data.scaling import LabelScaler, Normaliser
 from ..models.pretrained import LoadedEncoder
 from .features import encoder_digest
-from .frozen import Probe, _Predicts, _error, _new_head, _select, warm_cosine
-from torch import Tensor, nn
-from tqdm import tqdm
+from .frozen import Predictor, Probe, best_trial, fitted_head, new_head, squared_error
+from ..training.loop import warmup_cosine
 
-# %% ../../nbs/probing/finetune.ipynb #d9427185
+# %% ../../nbs/probing/finetune.ipynb #75182190
 @dataclass(frozen=True)
 class FinetuneRecipe:
     "How encoder and head are trained together; the batch size is that of the batches."
@@ -35,14 +38,34 @@ class FinetuneRecipe:
     amp: bool = False  # train in bfloat16 autocast
     head: dict = field(default_factory=dict)  # keyword arguments of AttentiveHead
 
+    def share_at(self, step: int, steps: int) -> float:
+        "Share of both learning rates: linear warm-up, then a cosine that ends at zero after `steps`."
+        return warmup_cosine(step, rise=max(1, round(self.warmup * steps)), end=steps)
 
+# %% ../../nbs/probing/finetune.ipynb #d9427185
+def _check_normaliser(batches: Batches, wanted: Normaliser) -> None:
+    "ValueError if batches normalise fields in another way."
+    if not all(torch.equal(getattr(batches.normaliser, k).cpu(), getattr(wanted, k).cpu()) for k in ("mean", "std")):
+        raise ValueError(
+            "the batches do not normalise fields as those were that the encoder was trained with; "
+            "give Batches normaliser=Normaliser(encoder.mean, encoder.std)"
+        )
+
+
+@torch.no_grad()
+def _network_outputs(network: nn.Module, batches: Batches) -> np.ndarray:
+    "z-scored predictions `(n, n_labels)` of all windows, in order."
+    network.to(batches.device).eval()
+    return torch.cat([network(batch["fields"]).double().cpu() for batch in batches.evaluation()]).numpy()
+
+# %% ../../nbs/probing/finetune.ipynb #f29f84ad
 @dataclass(frozen=True)
-class Finetuned(_Predicts):
-    "A fine-tuned encoder with its head: `predict(batches)` gives physical values for all windows of `physrep.data.batches.Batches`, in order."
+class Finetuned(Predictor[Batches]):
+    """A fine-tuned encoder with its head: `predict(batches)` gives physical values for all windows of
+    `physrep.data.batches.Batches`, in order."""
 
-    network: (
-        nn.Module
-    )  # normalised fields (b, c, t, h, w) -> z-scored labels: nn.Sequential(encoder, standardiser, head)
+    # normalised fields (b, c, t, h, w) -> z-scored labels: nn.Sequential(encoder, standardiser, head)
+    network: nn.Module
     scaler: LabelScaler
     normaliser: Normaliser
     chosen: dict
@@ -51,24 +74,12 @@ class Finetuned(_Predicts):
     name: str = "finetune"
 
     def predict_z(self, batches: Batches) -> np.ndarray:
-        "z-scored predictions `(n, n_labels)`, not clipped; ValueError if the batches normalise otherwise than the encoder."
+        """z-scored predictions `(n, n_labels)`, not clipped; ValueError if the batches do not normalise fields as for
+        the encoder."""
         _check_normaliser(batches, self.normaliser)
         return _network_outputs(self.network, batches)
 
-# %% ../../nbs/probing/finetune.ipynb #6abc78d8
-def _check_normaliser(batches: Batches, wanted: Normaliser) -> None:
-    if not all(torch.equal(getattr(batches.normaliser, k).cpu(), getattr(wanted, k).cpu()) for k in ("mean", "std")):
-        raise ValueError(
-            "the batches normalise fields otherwise than the encoder was trained with; pass normaliser=encoder.normaliser to Batches"
-        )
-
-
-@torch.no_grad()
-def _network_outputs(network: nn.Module, batches: Batches) -> np.ndarray:
-    network.to(batches.device).eval()
-    return torch.cat([network(batch["fields"]).double().cpu() for batch in batches.evaluation()]).numpy()
-
-# %% ../../nbs/probing/finetune.ipynb #f29f84ad
+# %% ../../nbs/probing/finetune.ipynb #9b7b4bbf
 class _Standardise(nn.Module):
     "Tokens `(b, n, d)` as the attentive probe sees them."
 
@@ -84,74 +95,18 @@ class _Standardise(nn.Module):
 def _starting_head(
     encoder: LoadedEncoder, n_labels: int, recipe: FinetuneRecipe, start: Probe | None, seed: int
 ) -> tuple[nn.Module, nn.Module]:
-    "Standardiser and head: those of the attentive probe, or new ones; ValueError for another probe, or one of another encoder."
+    """Standardiser and head: those of the attentive probe, or new ones; ValueError for another probe, or one of another
+    encoder."""
     if start is None:
-        return _Standardise(torch.zeros(encoder.dim), torch.ones(encoder.dim)), _new_head(
-            encoder.dim, n_labels, recipe.head, "finetune", seed
-        )
+        plain = _Standardise(torch.zeros(encoder.dim), torch.ones(encoder.dim))
+        return plain, new_head(encoder.dim, n_labels, recipe.head, "finetune", seed)
     if start.name != "attentive" or start.info.get("encoder") not in (None, encoder_digest(encoder)):
         raise ValueError(
-            f"fine-tuning starts from an attentive probe of the same encoder, got a {start.name} probe of {start.info.get('encoder')}"
+            "fine-tuning starts from an attentive probe of the same encoder, "
+            f"got a {start.name} probe of {start.info.get('encoder')}"
         )
-    arrays = {k: torch.from_numpy(v.copy()) for k, v in start.arrays.items()}
-    head = _new_head(encoder.dim, n_labels, start.config["head"], "finetune", seed)
-    head.load_state_dict({k.removeprefix("head."): v for k, v in arrays.items() if k.startswith("head.")})
-    return _Standardise(arrays["mean"], arrays["scale"]), head
-
-# %% ../../nbs/probing/finetune.ipynb #9b7b4bbf
-def fit_finetune(
-    encoder: LoadedEncoder,  # stays as it is: a copy is trained
-    train: Batches,  # with `normaliser=encoder.normaliser`; its augmentation and noise are used
-    valid: Batches,
-    *,
-    start: Probe | None = None,  # the fitted attentive probe, to start from; default: a new head
-    seed: int = 0,  # of the head; the order of batches has that of `train`
-    recipe: FinetuneRecipe = FinetuneRecipe(),
-    progress: bool = False,
-) -> Finetuned:
-    "Trains a copy of the encoder and an AttentiveHead on the device of `train`; the epoch is chosen on valid. ValueError if no epoch has a finite error."
-    for batches in (train, valid):
-        _check_normaliser(batches, encoder.normaliser)
-    scaler, labels = train.scaler, valid.windows.targets(np.arange(len(valid.windows)))
-    parts = (
-        copy.deepcopy(encoder.encoder).requires_grad_(True),
-        *_starting_head(encoder, labels.shape[1], recipe, start, seed),
-    )
-    network = nn.Sequential(*parts).to(train.device)
-    rates = (recipe.encoder_lr, recipe.lr)
-    optimiser = torch.optim.AdamW(
-        [{"params": part.parameters(), "lr": lr} for part, lr in zip((network[0], network[2]), rates)],
-        weight_decay=recipe.weight_decay,
-    )
-    per_epoch = math.ceil(len(train.windows) / train.batch_size)
-    trials = [{"epoch": 0, "valid_mse": _error(_network_outputs(network, valid), labels, scaler)}]
-    best, weights = (
-        trials[0]["valid_mse"] if math.isfinite(trials[0]["valid_mse"]) else math.inf,
-        copy.deepcopy(network.state_dict()),
-    )
-    for epoch in tqdm(range(recipe.epochs), desc="fine-tune", disable=not progress, leave=False):
-        network.train()
-        with torch.random.fork_rng(devices=[]):  # for an encoder that draws, e.g. dropout
-            torch.manual_seed(seed_for("finetune-draws", seed, epoch))
-            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-                for group, lr in zip(optimiser.param_groups, rates):
-                    group["lr"] = lr * warm_cosine(step, per_epoch * recipe.epochs, recipe.warmup)
-                _finetune_step(network, optimiser, train(step), train.accumulate, recipe)
-        error = _error(_network_outputs(network, valid), labels, scaler)
-        trials.append({"epoch": epoch + 1, "valid_mse": error})
-        if error < best:
-            best, weights = error, copy.deepcopy(network.state_dict())
-    chosen = {"epoch": _select(trials)["epoch"]}
-    network.load_state_dict(weights)
-    residuals = np.abs(scaler.clip(_network_outputs(network, valid)) - scaler.transform(labels))
-    return Finetuned(
-        network.requires_grad_(False),
-        scaler,
-        encoder.normaliser,
-        chosen,
-        trials,
-        {"residuals": np.sort(residuals, axis=0)},
-    )
+    mean, scale = (torch.from_numpy(start.arrays[k].copy()) for k in ("mean", "scale"))
+    return _Standardise(mean, scale), fitted_head(start)
 
 # %% ../../nbs/probing/finetune.ipynb #dd5ea720
 def _finetune_step(
@@ -169,3 +124,50 @@ def _finetune_step(
         loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
     optimiser.step()
+
+# %% ../../nbs/probing/finetune.ipynb #02b16c23
+def fit_finetune(
+    encoder: LoadedEncoder,  # stays as it is: a copy is trained
+    train: Batches,  # with the normalisation of the encoder; its augmentation and noise are used
+    valid: Batches,
+    *,
+    start: Probe | None = None,  # the fitted attentive probe, to start from; default: a new head
+    seed: int = 0,  # of the head; the order of batches has that of `train`
+    recipe: FinetuneRecipe = FinetuneRecipe(),
+    progress: bool = False,
+) -> Finetuned:
+    """Trains a copy of the encoder and an AttentiveHead on the device of `train`; the epoch is chosen on valid.
+    ValueError if no epoch has a finite error."""
+    normaliser = Normaliser(encoder.mean.cpu(), encoder.std.cpu())
+    for batches in (train, valid):
+        _check_normaliser(batches, normaliser)
+    scaler = train.scaler
+    labels = valid.windows.targets(np.arange(len(valid.windows)))
+    copied = copy.deepcopy(encoder.encoder).requires_grad_(True)
+    standardiser, head = _starting_head(encoder, labels.shape[1], recipe, start, seed)
+    network = nn.Sequential(copied, standardiser, head).to(train.device)
+    rates = (recipe.encoder_lr, recipe.lr)
+    groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip((copied, head), rates)]
+    optimiser = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    per_epoch = math.ceil(len(train.windows) / train.batch_size)
+    error = squared_error(_network_outputs(network, valid), labels, scaler)
+    trials = [{"epoch": 0, "valid_mse": error}]
+    best = error if math.isfinite(error) else math.inf
+    weights = copy.deepcopy(network.state_dict())
+    for epoch in tqdm(range(recipe.epochs), desc="fine-tune", disable=not progress, leave=False):
+        network.train()
+        with torch.random.fork_rng(devices=[]):  # for an encoder that draws, e.g. dropout
+            torch.manual_seed(seed_for("finetune-draws", seed, epoch))
+            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+                for group, lr in zip(optimiser.param_groups, rates):
+                    group["lr"] = lr * recipe.share_at(step, per_epoch * recipe.epochs)
+                _finetune_step(network, optimiser, train(step), train.accumulate, recipe)
+        error = squared_error(_network_outputs(network, valid), labels, scaler)
+        trials.append({"epoch": epoch + 1, "valid_mse": error})
+        if error < best:
+            best = error
+            weights = copy.deepcopy(network.state_dict())
+    chosen = {"epoch": best_trial(trials)["epoch"]}
+    network.load_state_dict(weights)
+    residuals = np.sort(np.abs(scaler.clip(_network_outputs(network, valid)) - scaler.transform(labels)), axis=0)
+    return Finetuned(network.requires_grad_(False), scaler, normaliser, chosen, trials, {"residuals": residuals})
