@@ -16,9 +16,10 @@ from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.windows import Windows
 from physrep.models.pretrained import load_encoder
 from physrep.results.rows import systems_of
-from physrep.training.presets import PRESETS, TrainPreset, get_preset
+from physrep.training.loop import Recipe
+from physrep.training.presets import PRESETS, get_preset
 from physrep.training.pretrain import pretrain
-from physrep.training.run import clip_shape, crop_of, resolve
+from physrep.training.run import resolve
 from physrep.physics.systems import SYSTEMS, get_system
 from physrep.data.well import WellFile
 from physrep.data.sets import find_files, find_folder
@@ -132,18 +133,15 @@ def test_the_papers_crop_and_size(native):
 def test_native_grids_instead_of_the_papers_crop(native, tmp_path, monkeypatch):
     base, name, _ = native
     paper = resolve(name, "mae", preset="paper")
-    assert clip_shape(paper) == (16, 224, 224) and crop_of(name, "paper") == dict(get_system(name).paper)["crop"]
-    vit, train = dict(dim=16, depth=1, heads=2, tubelet=(2, 16, 16)), TrainPreset(steps=1, batch_size=2, lr=1e-3)
+    assert paper.clip_shape == (16, 224, 224) and paper.crop == dict(get_system(name).paper)["crop"]
+    vit, train = dict(dim=16, depth=1, heads=2, tubelet=(2, 16, 16)), Recipe(steps=1, batch_size=2, lr=1e-3)
     monkeypatch.setitem(
         PRESETS, "native", replace(get_preset("native"), frames=2, encoders={"vit": vit}, train={"mae": train})
     )
-    config = resolve(name, "mae", preset="native")
-    assert (
-        config["clip"]["stride"] == paper["clip"]["stride"] == (1 if name == "active_matter" else 4)
-        and crop_of(name, "native") is None
-    )
-    encoder = load_encoder(pretrain(config, base, tmp_path, progress=False))
-    assert tuple(encoder.info["shape"]) == clip_shape(config) == (2, *NATIVE[name][0])
+    run = resolve(name, "mae", preset="native")
+    assert run.clip.stride == paper.clip.stride == (1 if name == "active_matter" else 4) and run.crop is None
+    encoder = load_encoder(pretrain(run, base, tmp_path, progress=False))
+    assert tuple(encoder.info["shape"]) == run.clip_shape == (2, *NATIVE[name][0])
 
 
 def test_the_papers_graph_and_splits_without_leaks(native, tmp_path):

@@ -11,21 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# each imports only what stands before it
-FLOORS = [
-    {"systems", "presets", "randomness", "provenance", "parameters"},
-    {"well", "sim"},
-    {"well_sets"},
-    {"well_write"},
-    {"generate", "data", "report", "download"},
-    {"encoders", "heads"},
-    {"objectives"},
-    {"training", "runs", "features", "scores", "probing", "baselines"},
-    {"results", "comparison", "readout"},
-    {"figures", "evaluate"},
-    {"verify", "tuning", "cost", "regimes", "across"},
-    {"explore"},
-]
+# from the bottom: a package imports only from itself and from those before it
+FLOORS = ["core", "physics", "data", "models", "objectives", "training", "probing", "results", "experiments", "explore"]
+OPTIONAL = {"experiments/command.py": {"papermill"}, "data/download.py": {"huggingface_hub"}}  # asked for when needed
 
 
 def settings() -> dict:
@@ -47,20 +35,33 @@ def test_module_imports_only_what_it_may(path):
     module = path.relative_to(ROOT / "physrep").with_suffix("").parts
     if module[-1] in ("__init__", "_modidx"):
         return
-    floor = next(i for i, names in enumerate(FLOORS) if module[0] in names)
+    declared |= OPTIONAL.get("/".join(path.relative_to(ROOT / "physrep").parts), set())
+    floor = FLOORS.index(module[0])
     for node in imports_of(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = list(module[: len(module) - node.level])
-            target = (package + (node.module or "").split("."))[0]
-            assert next(i for i, names in enumerate(FLOORS) if target in names) <= floor, (
-                f"imports {target}, which stands above it"
-            )
+            target = [*package, *(node.module or node.names[0].name).split(".")][0]
+            assert FLOORS.index(target) <= floor, f"imports {target}, which stands above it"
         else:
             names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             for name in (n.split(".")[0] for n in names):
                 assert name in declared or name in sys.stdlib_module_names, f"{name} is no runtime dependency"
                 assert name not in ("fastcore", "nbdev", "pytest")
         assert not (isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names))
+
+
+def test_no_private_name_is_imported_from_another_module():
+    for path in sorted((ROOT / "physrep").rglob("*.py")):
+        for node in imports_of(path):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                private = [a.name for a in node.names if a.name.startswith("_")]
+                assert not private, f"{path.relative_to(ROOT)} imports {', '.join(private)}"
+
+
+def test_every_module_is_a_notebook_of_the_same_name():
+    modules = {p.relative_to(ROOT / "physrep").with_suffix("") for p in (ROOT / "physrep").glob("*/*.py")}
+    modules = {m for m in modules if m.name != "__init__"}
+    assert modules == {p.relative_to(ROOT / "nbs").with_suffix("") for p in (ROOT / "nbs").glob("*/*.ipynb")}
 
 
 def test_wheel_and_sdist_import_without_the_repository(tmp_path):
@@ -78,7 +79,7 @@ def test_wheel_and_sdist_import_without_the_repository(tmp_path):
     unpacked = next(p for p in tmp_path.iterdir() if p.name.startswith("physrep-"))
     assert (unpacked / "setup.py").is_file() and (unpacked / "settings.ini").is_file()
     code = (
-        "import physrep, pathlib, physrep.probing.evaluate as e, physrep.training.presets as p\n"
+        "import physrep, pathlib, physrep.probing.evaluate as e, physrep.core.paths as p\n"
         f"assert pathlib.Path(physrep.__file__).is_relative_to({str(tmp_path)!r}), physrep.__file__\n"
         "try: p.project_root()\n"
         "except FileNotFoundError as error: print(error)\n"
@@ -119,7 +120,7 @@ def test_make_help_lists_the_targets():
 def test_clean_shows_first_and_deletes_nothing_unasked():
     before = sorted(p.name for p in ROOT.iterdir())
     done = subprocess.run(
-        [sys.executable, "tests/clean.py"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "tools/clean.py"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     assert "nothing" in done.stdout and sorted(p.name for p in ROOT.iterdir()) == before
 

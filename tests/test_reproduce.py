@@ -1,4 +1,4 @@
-"""The whole smoke preset twice, as `make reproduce` runs it: the same numbers, to the byte."""
+"""The smoke preset twice, as `make reproduce` runs it: the same numbers, to the byte. A few rows here, the whole in `make test-all`."""
 
 import os
 import shutil
@@ -6,44 +6,131 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# an encoder and an objective of a user's own package
+OWN_PACKAGE = '''
+import torch
 
 
-def snakemake(folder: Path, *targets: str) -> str:
+class Bands(torch.nn.Module):
+    "Mean energy of each field in each frame: a token a frame."
+
+    def forward(self, x):
+        return torch.cat([x.mean((3, 4)), x.square().mean((3, 4))], 1).transpose(1, 2)
+
+
+def make_bands():
+    return Bands()
+
+
+class MeanField(torch.nn.Module):
+    "Predicts the mean of each field from the first half of the clip."
+
+    def __init__(self, encoder, *, system, shape, scale=1.0):
+        super().__init__()
+        self.encoder, self.scale = encoder, scale
+        self.head = torch.nn.Linear(encoder.dim, system.n_channels)
+
+    def forward(self, batch):
+        x = batch["fields"]
+        prediction = self.head(self.encoder(x).mean(1))
+        return {"loss": self.scale * (prediction - x.mean((2, 3, 4))).square().mean()}
+'''
+OWN_ROWS = """
+rows:
+  - {objective: frozen, encoder: "own_package:make_bands", title: bands}
+  - {objective: "own_package:MeanField", encoder: vit, coefficients: {scale: 2.0}, recipe: {lr: 0.002}, color: "#E69F00"}
+"""
+
+
+def snakemake(folder: Path, *targets: str, **config: str) -> str:
     "Runs the workflow at preset smoke in `folder`; what it said."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        *targets,
-        "--cores",
-        str(cores),
-        "--nolock",
-        "--quiet",
-        "rules",
-        "host",
-        "--config",
-        "preset=smoke",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    given = [f"{k}={v}" for k, v in {"preset": "smoke", **config}.items()]
+    options = ["--cores", str(cores), "--nolock", "--quiet", "rules", "host", "--config", *given]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     environment.pop("PHYSREP_ROOT", None)
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900
+        [sys.executable, "-m", "snakemake", *targets, *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
-def reproduce(folder: Path) -> Path:
+def reproduce(folder: Path, **config: str) -> Path:
     "Runs the workflow at preset smoke in a copy of what it needs; returns the folder of its runs."
     folder.mkdir()
     for name in ("nbs", "Snakefile", "settings.ini"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
-    snakemake(folder)
+    (folder / "own_package.py").write_text(OWN_PACKAGE)
+    (folder / "rows.yaml").write_text(OWN_ROWS)
+    snakemake(folder, **config)
     return folder / "runs"
+
+
+def same_files(roots: tuple[Path, Path], pattern: str) -> list[Path]:
+    "The files of that name below both, after checking that they are the same to the byte."
+    first, second = ({p.relative_to(root): p.read_bytes() for p in sorted(root.rglob(pattern))} for root in roots)
+    assert first.keys() == second.keys()
+    assert [str(p) for p in first if first[p] != second[p]] == []
+    return list(first)
+
+
+FEW = {"systems": "shear_flow", "only": "mae-vit,random-vit", "rows": "rows.yaml"}
+
+
+@pytest.fixture(scope="module")
+def few_rows_twice(tmp_path_factory) -> tuple[Path, Path]:
+    "One system, two rows of the table and two of a user's own."
+    folder = tmp_path_factory.mktemp("few")
+    return reproduce(folder / "first", **FEW), reproduce(folder / "second", **FEW)
+
+
+def test_few_rows_are_the_same_to_the_byte(few_rows_twice):
+    tables = {p.name for p in same_files(few_rows_twice, "*.csv")}
+    assert {"table1.csv", "table1_shear_flow.csv", "table1_differences.csv", "metrics.csv"} <= tables
+    for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors", "*.png"):
+        assert len(same_files(few_rows_twice, name)) >= 4, name
+
+
+def test_rows_of_ones_own_stand_in_the_table(few_rows_twice):
+    table = pd.read_csv(few_rows_twice[0] / "smoke" / "figures" / "table1.csv")
+    own = table[table.split == "test"].groupby(["objective", "encoder"]).probe.agg(set)
+    assert own["frozen", "own_package:make_bands"] == {"linear", "knn", "attentive"}
+    assert own["own_package:MeanField", "vit"] == {"linear", "knn", "attentive"}
+    assert {("mae", "vit"), ("random", "vit"), ("statistics", "none")} <= set(own.index)
+    pictures = (few_rows_twice[0] / "smoke" / "figures" / "table1.svg").read_text()
+    assert "#e69f00" in pictures, "the colour that the file asks for"
+
+
+def test_a_job_that_runs_again_does_not_cost_the_encoder(few_rows_twice):
+    "The stage has changed: Snakemake runs it again, and training finds what it needs. Snakemake deletes declared outputs before a job."
+    root = few_rows_twice[1].parent
+    stamp = root / "runs" / "smoke" / "finished" / "shear_flow-mae-vit"
+    encoders = {
+        p: (p.stat().st_mtime_ns, p.read_bytes())
+        for p in stamp.parents[1].glob("shear_flow/mae-vit-*/seed*/encoder.safetensors")
+    }
+    before, notebook = stamp.stat().st_mtime_ns, root / "nbs" / "03_pretrain.ipynb"
+    text = notebook.read_text(encoding="utf-8")
+    notebook.write_text(text.replace("# Stage: pretrain", "# Stage: pretraining"), encoding="utf-8")
+    snakemake(root, str(stamp), **FEW)
+    assert stamp.stat().st_mtime_ns == before, "a sentence is no reason to run again"
+    notebook.write_text(
+        text.replace("check_parameters(In)", 'check_parameters(In)\\n",\n    "changed = True'), encoding="utf-8"
+    )
+    snakemake(root, str(stamp), **FEW)
+    assert len(encoders) == 2 and stamp.stat().st_mtime_ns > before, "it ran"
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in encoders} == encoders
 
 
 @pytest.fixture(scope="module")
@@ -52,46 +139,21 @@ def twice(tmp_path_factory) -> tuple[Path, Path]:
     return reproduce(folder / "first"), reproduce(folder / "second")
 
 
+@pytest.mark.long
 def test_tables_and_metrics_are_the_same_to_the_byte(twice):
-    first, second = ({p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.csv"))} for root in twice)
-    assert {"table1.csv", "table1_differences.csv", "resolution.csv", "across.csv", "regimes.csv"} <= {
-        p.name for p in first
-    }
-    assert sum(p.name == "metrics.csv" for p in first) == 38, (
-        "three systems, six rows, two seeds; and one encoder for all systems, two seeds"
-    )
-    assert first.keys() == second.keys()
-    assert [str(p) for p in first if first[p] != second[p]] == []
+    tables = same_files(twice, "*.csv")
+    wanted = {"table1.csv", "table1_differences.csv", "resolution.csv", "across.csv", "regimes.csv"}
+    assert wanted <= {p.name for p in tables}
+    metrics = sum(p.name == "metrics.csv" for p in tables)
+    assert metrics == 38, "three systems, six rows, two seeds; and one encoder for all systems, two seeds"
 
 
+@pytest.mark.long
 def test_encoders_and_predictions_are_the_same_to_the_byte(twice):
     for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors"):
-        first, second = ({p.relative_to(root): p.read_bytes() for p in sorted(root.rglob(name))} for root in twice)
-        assert len(first) >= 36 and first == second, name
+        assert len(same_files(twice, name)) >= 36, name
 
 
+@pytest.mark.long
 def test_figures_are_the_same_to_the_byte(twice):
-    first, second = (
-        {p.name: p.read_bytes() for p in sorted((root / "smoke" / "figures").glob("*.png"))} for root in twice
-    )
-    assert len(first) >= 9 and first == second
-
-
-def test_a_job_that_runs_again_does_not_cost_the_encoder(twice):
-    "The stage has changed: Snakemake runs it again, and training finds what it needs. Snakemake deletes declared outputs before a job."
-    root = twice[1].parent
-    stamp = root / "runs" / "smoke" / "finished" / "shear_flow-mae-vit"
-    encoders = {
-        p: (p.stat().st_mtime_ns, p.read_bytes())
-        for p in stamp.parents[1].glob("shear_flow/mae-vit-*/seed*/encoder.safetensors")
-    }
-    before, notebook = stamp.stat().st_mtime_ns, root / "nbs" / "03_pretrain.ipynb"
-    notebook.write_text(
-        notebook.read_text(encoding="utf-8").replace(
-            "check_parameters(In)", 'check_parameters(In)\\n",\n    "changed = True'
-        ),
-        encoding="utf-8",
-    )
-    snakemake(root, str(stamp))
-    assert len(encoders) == 2 and stamp.stat().st_mtime_ns > before, "it ran"
-    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in encoders} == encoders
+    assert len(same_files(twice, "*.png")) >= 9

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from physrep.models.pretrained import load_encoder
 from physrep.core.files import read_json
 from physrep.training.pretrain import pretrain
-from physrep.training.run import ensure_data, resolve, run_folder, window_frames
+from physrep.training.run import build, ensure_data, label_scaler, resolve
 from physrep.training.loop import TimeUp, TrainingDiverged
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ quiet = dict(progress=False, say=lambda text: None)
 CHILD = """
 import os, sys, time, torch
 torch.set_num_threads(1)
-import physrep.training.loop, physrep.training.run
+import physrep.training.loop, physrep.training.pretrain, physrep.training.run
 data, runs, moment, steps = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 if moment == "save":
     original, count = os.replace, [0]
@@ -36,27 +37,27 @@ if moment == "save":
             time.sleep(60)
         original(a, b)
     os.replace = replace
-config = physrep.training.run.resolve("shear_flow", sys.argv[5], preset="smoke", steps=steps)
-physrep.training.pretrain.pretrain(config, data, runs, checkpoint_seconds=0, progress=False)
+run = physrep.training.run.resolve("shear_flow", sys.argv[5], preset="smoke", steps=steps)
+physrep.training.pretrain.pretrain(run, data, runs, checkpoint_seconds=0, progress=False)
 """
 
 
 @pytest.mark.parametrize("objective,moment", [("mae", "save"), ("jepa", "any"), ("supervised", "any")])
 def test_killed_run_resumes_to_the_same_bits(objective, moment, smoke_data, tmp_path):
     steps = 8
-    config = resolve("shear_flow", objective, preset="smoke", steps=steps)
-    whole = pretrain(config, smoke_data, tmp_path / "whole", **quiet)
+    run = resolve("shear_flow", objective, preset="smoke", steps=steps)
+    whole = pretrain(run, smoke_data, tmp_path / "whole", **quiet)
     (tmp_path / "killed").mkdir()
     command = [sys.executable, "-c", CHILD, str(smoke_data), str(tmp_path / "killed"), moment, str(steps), objective]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    folder, deadline = run_folder(config, tmp_path / "killed"), time.monotonic() + 90
+    folder, deadline = run.folder(tmp_path / "killed"), time.monotonic() + 90
     sign = tmp_path / "killed" / "ready" if moment == "save" else folder / "checkpoint" / "last.safetensors"
     while not sign.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert sign.exists() and not (folder / "encoder.safetensors").exists(), "killed before the end"
-    resumed = pretrain(config, smoke_data, tmp_path / "killed", **quiet)
+    resumed = pretrain(run, smoke_data, tmp_path / "killed", **quiet)
     a, b = load_file(whole / "encoder.safetensors"), load_file(resumed / "encoder.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert (whole / "metrics.csv").read_bytes() == (resumed / "metrics.csv").read_bytes()
@@ -64,11 +65,11 @@ def test_killed_run_resumes_to_the_same_bits(objective, moment, smoke_data, tmp_
 
 def test_in_pieces(smoke_data, tmp_path):
     "A time limit stops with a checkpoint; called again and again the run is finished, and is the undisturbed one."
-    config = resolve("shear_flow", "mae", preset="smoke", steps=4, recipe={"accumulate": 2})
-    whole, pieces = pretrain(config, smoke_data, tmp_path / "a", **quiet), 0
+    run = resolve("shear_flow", "mae", preset="smoke", steps=4, recipe={"accumulate": 2})
+    whole, pieces = pretrain(run, smoke_data, tmp_path / "a", **quiet), 0
     while True:
         try:
-            done = pretrain(config, smoke_data, tmp_path / "b", minutes=1e-9, **quiet)
+            done = pretrain(run, smoke_data, tmp_path / "b", minutes=1e-9, **quiet)
             break
         except TimeUp as stop:
             pieces += 1
@@ -78,10 +79,10 @@ def test_in_pieces(smoke_data, tmp_path):
 
 
 def test_a_diverging_run_keeps_its_checkpoint(smoke_data, tmp_path):
-    config = resolve("shear_flow", "supervised", preset="smoke", lr=1e17, steps=50, recipe={"clip_norm": 1e30})
+    run = resolve("shear_flow", "supervised", preset="smoke", lr=1e17, steps=50, recipe={"clip_norm": 1e30})
     with pytest.raises(TrainingDiverged, match=r"at step \d+ \(learning rate .*seeds .*The last checkpoint is kept"):
-        pretrain(config, smoke_data, tmp_path, checkpoint_seconds=0, **quiet)
-    folder = run_folder(config, tmp_path)
+        pretrain(run, smoke_data, tmp_path, checkpoint_seconds=0, **quiet)
+    folder = run.folder(tmp_path)
     assert not (folder / "encoder.safetensors").exists()
     tensors = load_file(folder / "checkpoint" / "last.safetensors")
     assert all(torch.isfinite(t).all() for t in tensors.values())
@@ -93,10 +94,10 @@ def test_finished_run_is_kept_and_changed_data_are_noticed(smoke_data, tmp_path)
     from physrep.data.generate import make_dataset
     from physrep.training.presets import get_preset
 
-    config = resolve("shear_flow", "random", "vit", preset="smoke")
-    folder = pretrain(config, smoke_data, tmp_path, **quiet)
+    run = resolve("shear_flow", "random", "vit", preset="smoke")
+    folder = pretrain(run, smoke_data, tmp_path, **quiet)
     stamp, said = (folder / "encoder.safetensors").stat().st_mtime_ns, []
-    pretrain(config, smoke_data, tmp_path, progress=False, say=said.append)
+    pretrain(run, smoke_data, tmp_path, progress=False, say=said.append)
     assert (folder / "encoder.safetensors").stat().st_mtime_ns == stamp and "is finished" in said[0]
     make_dataset(
         "shear_flow",
@@ -105,14 +106,14 @@ def test_finished_run_is_kept_and_changed_data_are_noticed(smoke_data, tmp_path)
         workers=1,
         progress=False,
     )
-    pretrain(config, tmp_path / "other", tmp_path, progress=False, say=said.append)
+    pretrain(run, tmp_path / "other", tmp_path, progress=False, say=said.append)
     assert "anew: its data changed" in said[1]
 
 
 def test_run_folder_is_complete(smoke_data, tmp_path):
-    config = resolve("shear_flow", "jepa", preset="smoke", steps=4)
-    folder = pretrain(config, smoke_data, tmp_path, **quiet)
-    assert read_json(folder / "config.json") == config
+    run = resolve("shear_flow", "jepa", preset="smoke", steps=4)
+    folder = pretrain(run, smoke_data, tmp_path, **quiet)
+    assert read_json(folder / "config.json") == run.as_dict()
     record = read_json(folder / "provenance.json")
     assert {"code", "data", "versions", "device", "seconds", "commit"} <= record.keys()
     metrics = pd.read_csv(folder / "metrics.csv")
@@ -133,13 +134,13 @@ def test_run_folder_is_complete(smoke_data, tmp_path):
         and info["dt"] == 0.2
         and info["shape"] == [16, 32, 32]
     )
-    assert window_frames(config) == 16 + config["coefficients"]["horizon"]
+    assert run.window_frames == 16 + run.coefficients["horizon"]
 
 
 def test_names_are_checked_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="unknown system 'shear'; valid: active_matter, shear_flow, rayleigh_benard"):
         resolve("shear", "mae")
-    with pytest.raises(ValueError, match="preset paper reads The Well: pass data_dir"):
+    with pytest.raises(ValueError, match="preset paper does not simulate shear_flow: pass data_dir"):
         ensure_data(resolve("shear_flow", "mae", preset="paper"))
     with pytest.raises(ValueError, match="no coefficient ratoi"):
         pretrain(resolve("shear_flow", "mae", preset="smoke", coefficients={"ratoi": 0.5}), tmp_path, tmp_path)
@@ -156,7 +157,7 @@ def test_a_random_run_reports_how_much_its_features_vary(smoke_data, tmp_path):
     [
         ({"recipe": {"warmup": -3}}, "warmup must be a share"),
         ({"recipe": {"foo": 1}}, "recipe has no foo"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps, lr, accumulate and clip_norm must be positive"),
     ],
 )
 def test_recipes_are_checked(wrong, message):
@@ -166,14 +167,43 @@ def test_recipes_are_checked(wrong, message):
 
 def test_seeds_and_objectives_share_what_they_should(smoke_data, tmp_path):
     "Two seeds give two encoders; the random encoder of a seed is where the training of that seed starts."
-    from physrep.training.run import build
-
-    a, b = (
-        build(resolve("shear_flow", "mae", preset="smoke", seed=s), (16, 32, 32), 4).encoder.state_dict()
-        for s in (0, 1)
-    )
+    a, b = (build(resolve("shear_flow", "mae", preset="smoke", seed=s)).encoder.state_dict() for s in (0, 1))
     assert any(not torch.equal(a[k], b[k]) for k in a)
     random = load_encoder(
         pretrain(resolve("shear_flow", "random", "vit", preset="smoke"), smoke_data, tmp_path, **quiet)
     ).encoder.state_dict()
     assert all(torch.equal(a[k], random[k]) for k in a)
+
+
+def test_a_run_is_all_that_decides_numbers():
+    run = resolve("shear_flow", "mae", preset="smoke")
+    assert run.hash == resolve("shear_flow", "mae", preset="smoke", seed=3).hash
+    others = [
+        dict(lr=2e-3),
+        dict(coefficients={"ratio": 0.5}),
+        dict(encoder_config={"depth": 2}),
+        dict(recipe={"warmup": 0.3}),
+        dict(tag="x"),
+    ]
+    hashes = {resolve("shear_flow", "mae", preset="smoke", **other).hash for other in others}
+    assert len(hashes | {run.hash}) == 1 + len(others)
+    assert resolve("shear_flow", "mae", preset="smoke", recipe={"evaluations": 7}).hash == run.hash, "only watching"
+
+
+def test_the_papers_presets_scale_labels_with_the_papers_constants():
+    class Train:
+        labels = np.array([[1e4, 0.1], [1e5, 1.0], [5e5, 10.0]])
+
+    paper, laptop = (resolve("shear_flow", "mae", preset=p) for p in ("paper", "laptop"))
+    scaler = label_scaler(paper, Train)
+    assert scaler.mean.tolist() == [4.85, 2.69] and scaler.std.tolist() == [0.61, 3.38]
+    assert np.allclose(scaler.transform(Train.labels)[:, 1], (Train.labels[:, 1] - 2.69) / 3.38), "Sc is not logged"
+    assert np.allclose(scaler.low, scaler.transform(Train.labels).min(0))
+    assert np.allclose(scaler.high, scaler.transform(Train.labels).max(0))
+    assert np.allclose(label_scaler(laptop, Train).transform(Train.labels).mean(0), 0)
+
+
+def test_metrics_are_heard_as_they_are_made(smoke_data, tmp_path):
+    heard = []
+    folder = pretrain(resolve("shear_flow", "mae", preset="smoke"), smoke_data, tmp_path, on_metrics=heard.append, **quiet)
+    assert [row["step"] for row in heard] == pd.read_csv(folder / "metrics.csv").step.tolist()
