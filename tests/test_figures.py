@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,41 +10,56 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from physrep.results.figures import (
-    figure_record,
-    plot_differences,
-    plot_systems,
-    plot_systems_differences,
-    plot_table1,
-    save_figure,
-)
 from physrep.core.paths import project_root
-from physrep.core.provenance import module_digests, notebook_digest
+from physrep.core.provenance import definitions, notebook_digest
+from physrep.results.figures import figure_record, resolve_arguments, save_figure
+from physrep.results.forest import plot_differences, plot_systems_differences
+from physrep.results.panels import plot_systems, plot_table1
+from physrep.results.rows import ROWS, Row
 from physrep.results.table import over_seeds
+from physrep.training.run import resolve
 
 
 def row(**changes: object) -> dict:
     base = {
-        "system": "shear_flow", "objective": "jepa", "encoder": "convnext", "probe": "linear", "split": "test", "label": "mean", "seed": 0, "share": 1.0,
-        "metric": "mse", "value": 0.5, "low": 0.4, "high": 0.6, "n": 100, "run": "jepa-convnext/seed0",
-    }  # fmt: skip
+        "system": "shear_flow",
+        "objective": "jepa",
+        "encoder": "convnext",
+        "probe": "linear",
+        "split": "test",
+        "label": "mean",
+        "seed": 0,
+        "labelled_flows": 256,
+        "draw": 0,
+        "metric": "mse",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "n": 100,
+        "run": "jepa-convnext/seed0",
+    }
     return base | changes
 
 
 def gappy() -> pd.DataFrame:
     rows = [
-        row(), row(label="Reynolds", value=0.3), row(probe="attentive", value=0.2, low=math.nan, high=math.nan), row(split="valid", value=0.45),
-        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0), row(objective="mae", encoder="vit", share=0.1),
-        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1), row(system="active_matter", value=0.01, low=0.0),
+        row(),
+        row(label="Reynolds", value=0.3),
+        row(probe="attentive", value=0.2, low=math.nan, high=math.nan),
+        row(split="valid", value=0.45),
+        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0),
+        row(objective="mae", encoder="vit", labelled_flows=25),
+        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1),
+        row(system="active_matter", value=0.01, low=0.0),
         row(split="unseen", value=9.0, low=8.0, high=10.0),
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows)
 
 
 def test_the_figure_of_table1_with_missing_rows():
     fig = plot_table1(gappy(), "shear_flow")
     assert [ax.get_title() for ax in fig.axes] == ["mean over labels", "Reynolds"]
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["linear", "attentive", "", "kNN"]
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["linear", "attentive", "kNN", ""]
     assert fig.axes[0].get_xlim() == (0, 1.6) and "2.50" in [t.get_text() for t in fig.axes[0].texts], (
         "what lies beyond is a number at the edge"
     )
@@ -87,18 +103,38 @@ def test_a_figure_that_fails_changes_nothing(tmp_path):
     save_figure(good, tmp_path, "one", table, {})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     for fig, name, data, record, error in [
-        (bad, "one", table, {}, ValueError), (good, "one", table, {"x": object()}, TypeError), (good, "one", table, {"files": []}, ValueError), (good, "one", table, {"figure": "x"}, ValueError),
-        (good, "../x", table, {}, ValueError), (good, "two", table[:0], {}, ValueError),
-    ]:  # fmt: skip
+        (bad, "one", table, {}, ValueError),
+        (good, "one", table, {"x": object()}, TypeError),
+        (good, "one", table, {"files": []}, ValueError),
+        (good, "one", table, {"figure": "x"}, ValueError),
+        (good, "../x", table, {}, ValueError),
+        (good, "two", table[:0], {}, ValueError),
+    ]:
         with pytest.raises(error):
             save_figure(fig, tmp_path, name, data, record)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def seeded() -> pd.DataFrame:
-    rows = [row(objective=o, encoder=e, probe=p, seed=k, value=v + 0.05 * k, low=v - 0.1, high=v + 0.1, run=f"{o}-{e}/seed{k}")
-            for o, e, p, v, seeds in [("jepa", "convnext", "linear", 0.5, 3), ("jepa", "convnext", "finetune", 0.3, 3), ("statistics", "none", "linear", 0.6, 1),
-                                      ("equations", "none", "oracle", 0.15, 1)] for k in range(seeds)]  # fmt: skip
+    rows = [
+        row(
+            objective=o,
+            encoder=e,
+            probe=p,
+            seed=k,
+            value=v + 0.05 * k,
+            low=v - 0.1,
+            high=v + 0.1,
+            run=f"{o}-{e}/seed{k}",
+        )
+        for o, e, p, v, seeds in [
+            ("jepa", "convnext", "linear", 0.5, 3),
+            ("jepa", "convnext", "finetune", 0.3, 3),
+            ("statistics", "none", "linear", 0.6, 1),
+            ("equations", "none", "oracle", 0.15, 1),
+        ]
+        for k in range(seeds)
+    ]
     return over_seeds(pd.DataFrame(rows))
 
 
@@ -140,10 +176,15 @@ def difference(**changes: object) -> dict:
 
 
 def test_differences_that_touch_zero_are_hollow():
-    df = pd.DataFrame([
-        difference(), difference(probe="knn", high=0.01), difference(objective="mae", encoder="vit", difference=0.1, low=0.05, high=0.2), difference(reference="statistics"),
-        difference(label="Reynolds", difference=-9.0, low=-9.0, high=-9.0),
-    ])  # fmt: skip
+    df = pd.DataFrame(
+        [
+            difference(),
+            difference(probe="knn", high=0.01),
+            difference(objective="mae", encoder="vit", difference=0.1, low=0.05, high=0.2),
+            difference(reference="statistics"),
+            difference(label="Reynolds", difference=-9.0, low=-9.0, high=-9.0),
+        ]
+    )
     fig = plot_differences(df, "shear_flow")
     assert [ax.get_title().split("\n")[0] for ax in fig.axes] == [
         "difference from random weights",
@@ -193,14 +234,31 @@ TITLES = ["Active matter", "Shear flow", "Rayleigh-Benard convection"]
 
 
 def three_systems() -> pd.DataFrame:
-    "The linear probe is the best of every frozen encoder, JEPA's on shear flow, MAE's on active matter, random weights on convection; fine-tuned and supervised are better still."
+    """The linear probe is the best of every frozen encoder: JEPA's on shear flow, MAE's on active matter, that of random
+    weights on convection. Fine-tuned and supervised encoders are better still."""
     best = {"shear_flow": "jepa", "active_matter": "mae", "rayleigh_benard": "random"}
     value = {"linear": 0.5, "knn": 0.7, "finetune": 0.05}
-    return pd.DataFrame([
-        row(system=s, objective=o, encoder=e, probe=p, split=split, value=v, low=0.8 * v, high=1.2 * v, run=f"{o}-{e}/seed0")
-        for s, winner in best.items() for o, e in METHODS for split in ("test", "unseen") for p in (("linear",) if e == "none" else ("linear", "knn", "finetune"))
-        for v in [0.2 if o == winner and p == "linear" else 0.1 if o == "supervised" else value[p]] if (s, o) != ("rayleigh_benard", "disco")
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            row(
+                system=s,
+                objective=o,
+                encoder=e,
+                probe=p,
+                split=split,
+                value=v,
+                low=0.8 * v,
+                high=1.2 * v,
+                run=f"{o}-{e}/seed0",
+            )
+            for s, winner in best.items()
+            for o, e in METHODS
+            for split in ("test", "unseen")
+            for p in (("linear",) if e == "none" else ("linear", "knn", "finetune"))
+            for v in [0.2 if o == winner and p == "linear" else 0.1 if o == "supervised" else value[p]]
+            if (s, o) != ("rayleigh_benard", "disco")
+        ]
+    )
 
 
 def no_number_overlaps(fig: Figure) -> bool:
@@ -220,7 +278,7 @@ def test_all_systems_side_by_side():
         ["0.20", "random weights ConvNeXt, linear"],
     ]
     bold = [t.get_text() for t in fig.axes[1].texts if t.get_fontweight() == "bold"]
-    assert bold == ["0.05", "0.05", "0.05", "0.10", "0.05", "0.50", "0.50"], "the best of each method"
+    assert bold == ["0.05", "0.05", "0.10", "0.05", "0.05", "0.50", "0.50"], "the best of each method"
     assert [t.get_text() for t in fig.axes[2].texts].count("–") == 3, "not measured"
     higher = plot_systems(three_systems().assign(metric="r2"), "r2")
     assert [t.get_text() for t in higher.axes[1].texts if t.get_bbox_patch() is not None] == [
@@ -228,8 +286,13 @@ def test_all_systems_side_by_side():
         "JEPA ConvNeXt, kNN",
     ], "of r2 the highest is best"
     assert len(plot_systems(gappy()).axes) == 2 and len(plot_systems(seeded()).axes) == 1
-    for bad, message in [(three_systems().query("split != 'test' or system != 'shear_flow'"), "'shear_flow' and metric 'mse' on split test"),
-                         (three_systems()[:0], "without rows"), (three_systems().assign(system="shear"), "shear")]:  # fmt: skip
+    for bad, message in [
+        (
+            three_systems().query("split != 'test' or system != 'shear_flow'"),
+            "'shear_flow' and metric 'mse' on split test",
+        ),
+        (three_systems()[:0], "without rows"),
+    ]:
         with pytest.raises(ValueError, match=message):
             plot_systems(bad)
 
@@ -257,8 +320,20 @@ def test_differences_of_all_systems_side_by_side():
 
 
 def test_pictures_of_sixty_lines_stay_small(tmp_path):
-    methods = [("jepa", "convnext"), ("jepa", "vit"), ("mae", "vit"), ("next_frame", "vit"), ("disco", "disco"), ("autoencoder", "convnext"), ("mpp", "avit"),
-               ("supervised", "convnext"), ("supervised", "vit"), ("random", "convnext"), ("random", "vit"), ("mine", "own")]  # fmt: skip
+    methods = [
+        ("jepa", "convnext"),
+        ("jepa", "vit"),
+        ("mae", "vit"),
+        ("next_frame", "vit"),
+        ("disco", "disco"),
+        ("autoencoder", "convnext"),
+        ("mpp", "avit"),
+        ("supervised", "convnext"),
+        ("supervised", "vit"),
+        ("random", "convnext"),
+        ("random", "vit"),
+        ("mine", "own"),
+    ]
     lines = [
         dict(objective=o, encoder=e, probe=p)
         for o, e in methods
@@ -266,14 +341,33 @@ def test_pictures_of_sixty_lines_stay_small(tmp_path):
     ]
     errors = np.random.default_rng(0).uniform(0.1, 0.9, (60, 2, 3, 3))  # line, split, label, seed
     rows = [
-        row(**line, split=split, label=label, seed=seed, value=v, low=0.85 * v, high=1.2 * v, run=f"{line['objective']}-{line['encoder']}/seed{seed}")
-        for line, by_split in zip(lines, errors) for split, by_label in zip(("test", "unseen"), by_split)
-        for label, by_seed in zip(("mean", "Reynolds", "Schmidt"), by_label) for seed, v in enumerate(by_seed)
-    ]  # fmt: skip
+        row(
+            **line,
+            split=split,
+            label=label,
+            seed=seed,
+            value=v,
+            low=0.85 * v,
+            high=1.2 * v,
+            run=f"{line['objective']}-{line['encoder']}/seed{seed}",
+        )
+        for line, by_split in zip(lines, errors)
+        for split, by_label in zip(("test", "unseen"), by_split)
+        for label, by_seed in zip(("mean", "Reynolds", "Schmidt"), by_label)
+        for seed, v in enumerate(by_seed)
+    ]
     apart = [
-        difference(**line, reference=reference, difference=d, low=d - 0.1, high=d + 0.1, text=f"{d:.2f} [{d - 0.1:.2f}, {d + 0.1:.2f}]")
-        for line, pair in zip(lines, np.random.default_rng(1).normal(0, 0.3, (60, 2))) for reference, d in zip(("random", "statistics"), pair)
-    ]  # fmt: skip
+        difference(
+            **line,
+            reference=reference,
+            difference=d,
+            low=d - 0.1,
+            high=d + 0.1,
+            text=f"{d:.2f} [{d - 0.1:.2f}, {d + 0.1:.2f}]",
+        )
+        for line, pair in zip(lines, np.random.default_rng(1).normal(0, 0.3, (60, 2)))
+        for reference, d in zip(("random", "statistics"), pair)
+    ]
     for name, fig, table in [
         ("table1", plot_table1(over_seeds(pd.DataFrame(rows)), "shear_flow"), rows),
         ("differences", plot_differences(pd.DataFrame(apart), "shear_flow"), apart),
@@ -285,31 +379,90 @@ def test_pictures_of_sixty_lines_stay_small(tmp_path):
 
 
 def test_a_record_says_what_made_the_figure():
+    long = resolve("shear_flow", "jepa", "convnext", "smoke", steps=9, tag="long")
     record = figure_record(
         "05_table1",
-        ["results"],
+        ["results.table"],
         preset="smoke",
         parameters={"preset": "smoke"},
-        runs=np.array(["b", "a", "b"]),
+        runs=["b/seed0", "a", "b/seed0", long.with_seed(1), long],
         data={"shear_flow": {"test": "00"}},
         note="x",
     )
-    assert (
-        record["code"] == module_digests("results")
-        and set(record["code"]) >= {"results", "scores", "systems"}
-        and "figures" not in record["code"]
-    )
+    modules = sorted({"results.table", *long.modules})
+    entries = ["convnext", "jepa", "shear_flow"]
+    assert (record["modules"], record["entries"]) == (modules, entries)
+    assert record["definitions"] == definitions(*modules, entries=entries)
+    assert "over_seeds" in record["definitions"] and "save_figure" not in record["definitions"]
     assert record["notebook_digest"] == notebook_digest(project_root() / "nbs" / "05_table1.ipynb")
-    assert (
-        record["runs"] == ["a", "b"]
-        and record["note"] == "x"
-        and record["device"].startswith("cpu")
-        and json.dumps(record)
+    assert record["runs"] == ["a", "b/seed0", f"{long.name}/seed0", f"{long.name}/seed1"]
+    assert record["configs"] == {long.name: resolve_arguments(long)} and record["configs"][long.name]["tag"] == "long"
+    assert record["note"] == "x" and record["device"].startswith("cpu") and json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "modules", "options", "error", "message"),
+    [
+        ("05_tabel1", ["results.table"], {}, FileNotFoundError, "05_tabel1"),
+        ("05_table1", ["resluts"], {}, ValueError, "no module 'resluts'"),
+        ("05_table1", ["results.table"], {"preset": "lap"}, ValueError, "unknown preset 'lap'"),
+        ("05_table1", ["results.table"], {"data": {"test": "00aa"}}, ValueError, "data of test must be .* by split"),
+    ],
+)
+def test_a_record_of_what_is_not_there_is_refused(notebook, modules, options, error, message):
+    with pytest.raises(error, match=message):
+        figure_record(notebook, modules, **{"preset": "smoke"} | options)
+
+
+def test_a_run_is_recorded_by_what_differs_from_its_preset():
+    usual = resolve("shear_flow", "mae", "vit", "smoke", seed=3)
+    about = {"system": "shear_flow", "objective": "mae", "encoder": "vit", "preset": "smoke"}
+    assert resolve_arguments(usual) == about
+    changes = {
+        "tag": "other",
+        "coefficients": {"ratio": 0.5},
+        "encoder_config": {"depth": 3},
+        "recipe": {"lr": 0.5, "betas": [0.8, 0.9]},
+    }
+    run = resolve(**about, **changes)
+    assert resolve_arguments(run) == about | changes and resolve(**about, **changes).name == run.name != usual.name
+    with pytest.raises(ValueError, match="is not what its preset says .*; give its name as text"):
+        resolve_arguments(replace(usual, clip=replace(usual.clip, stride=7)))
+
+
+def test_rows_of_ones_own_have_their_own_look_and_place():
+    rows = (*ROWS, Row("frozen", "my_package.dino:make_encoder", "DINO base", "#123456", "^"))
+    df = pd.DataFrame(
+        [
+            row(),
+            row(objective="frozen", encoder="make_encoder"),
+            row(objective="aaa", encoder="own"),
+            row(objective="constant", encoder="none", probe="constant"),
+        ]
     )
-    for arguments, options, error, message in [
-        (("05_tabel1", ["results"]), {}, FileNotFoundError, "05_tabel1"), (("05_table1", ["resluts"]), {}, ValueError, "no module 'resluts'"),
-        (("05_table1", ["results"]), {"preset": "lap"}, ValueError, "unknown preset 'lap'"), (("05_table1", ["results"]), {"data": {"test": "00"}}, ValueError, "test"),
-        (("05_table1", ["results"]), {"data": {"shear_flow": "00"}}, ValueError, "by split"),
-    ]:  # fmt: skip
-        with pytest.raises(error, match=message):
-            figure_record(*arguments, **{"preset": "smoke"} | options)
+    [ax] = plot_table1(df, "shear_flow", rows=rows).axes
+    names = {t.get_text(): t.get_color() for t in ax.texts}
+    assert list(names) == ["JEPA ConvNeXt", "DINO base", "aaa own", "constant"]
+    assert names["DINO base"] == "#123456" and names["aaa own"] == "#882255"
+    assert {line.get_marker() for line in ax.lines} >= {"^", "s", "v"}
+    apart = pd.DataFrame([difference(objective="frozen", encoder="make_encoder"), difference()])
+    forest = plot_differences(apart, "shear_flow", rows=rows)
+    assert [t.get_text() for t in forest.axes[0].texts if t.get_fontweight() == "bold"] == [
+        "JEPA ConvNeXt",
+        "DINO base",
+    ]
+
+
+def test_a_system_of_ones_own_is_drawn():
+    df = pd.DataFrame([row(system="pendulum", label=name) for name in ("length", "mean")])
+    assert [ax.get_title() for ax in plot_table1(df, "pendulum").axes] == ["mean over labels", "length"]
+    both = pd.concat([df, pd.DataFrame([row(run="x")])])
+    assert [ax.get_title() for ax in plot_systems(both).axes] == ["Shear flow", "pendulum"]
+
+
+def test_differences_of_several_numbers_of_labelled_flows_are_not_one_figure():
+    apart = pd.DataFrame([difference(), difference(probe="knn", labelled_flows=16)])
+    with pytest.raises(ValueError, match="several labelled_flows or draws of shear_flow: 16, 256; select one"):
+        plot_differences(apart, "shear_flow")
+    systems = pd.DataFrame([difference(), difference(system="active_matter", labelled_flows=64)])
+    assert len(plot_systems_differences(systems).axes) == 2, "another system has another number of flows"

@@ -1,8 +1,9 @@
-"""Every way in which a figure can stop being what it was: its files, the code, the notebook, the configurations, the data."""
+"""Every way in which a figure can stop being what it was: its files, code, notebook, configurations and data."""
 
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,13 +11,13 @@ import pytest
 from matplotlib.figure import Figure
 
 import physrep.results.verify
-from physrep.results.figures import figure_record, save_figure
-from physrep.training.presets import get_preset
 from physrep.core.files import read_json, write_json
-from physrep.core.provenance import module_digests
-from physrep.training.run import resolve, run_folder
-from physrep.results.verify import main, verify
+from physrep.core.provenance import provenance
 from physrep.data.sets import find_files, fingerprint
+from physrep.results.figures import figure_record, save_figure
+from physrep.results.verify import check_current, is_current, main, verify
+from physrep.training.presets import PRESETS, get_preset
+from physrep.training.run import resolve
 
 TABLE = pd.DataFrame({"x": [1.0, 2.0]})
 
@@ -24,11 +25,9 @@ TABLE = pd.DataFrame({"x": [1.0, 2.0]})
 def draw(folder: Path, name: str = "one", **options) -> Path:
     fig = Figure(figsize=(2, 1))
     fig.subplots().plot(TABLE.x)
-    run = run_folder(resolve("shear_flow", "mae", "vit", "smoke"), folder)
-    defaults = dict(
-        preset="smoke", runs=[f"{run.parent.name}/{run.name}", "constant", "statistics"], data={"shear_flow": {}}
-    )
-    return save_figure(fig, folder, name, TABLE, figure_record("05_table1", ["results"], **defaults | options))
+    runs = [resolve("shear_flow", "mae", "vit", "smoke").path, "constant", "statistics"]
+    defaults = dict(preset="smoke", runs=runs, data={"shear_flow": {}})
+    return save_figure(fig, folder, name, TABLE, figure_record("05_table1", ["results.table"], **defaults | options))
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -65,31 +64,42 @@ def test_a_byte_of_a_file(tmp_path, kind):
     assert state(tmp_path) == ("broken", f"one.{kind} is missing")
 
 
-def test_a_module_that_changed_is_named(tmp_path, monkeypatch):
+def test_a_definition_that_changed_is_named(tmp_path, monkeypatch):
     draw(tmp_path)
-    digests = module_digests("results")
+    now = read_json(tmp_path / "one.json")["definitions"]
+    gone = {name: digest for name, digest in now.items() if name != "over_seeds"}
+    other = gone | {"score": "0" * 12, "extra": "1" * 12}
+    monkeypatch.setattr(physrep.results.verify, "definitions", lambda *names, entries: other)
+    assert state(tmp_path) == ("stale", "code changed: score; code no longer used: over_seeds; code new: extra")
     monkeypatch.setattr(
-        physrep.results.verify, "module_digests", lambda *names: digests | {"scores": "0" * 16, "extra": "1" * 16}
+        physrep.results.verify, "definitions", lambda *names, entries: now | {f"f{k:02}": "" for k in range(20)}
     )
-    assert state(tmp_path) == ("stale", "module scores changed; module extra is new")
+    assert state(tmp_path)[1] == "code new: f00, f01, f02, f03, f04, f05, f06, f07 and 12 more"
     monkeypatch.undo()
     edit(tmp_path, modules=["gone"])
-    assert state(tmp_path) == ("stale", "physrep has no module 'gone'")
+    assert state(tmp_path)[0] == "stale" and "no module 'gone'" in state(tmp_path)[1]
 
 
-def test_a_module_outside_of_those_used_does_not_matter(tmp_path):
+def test_a_definition_outside_of_those_used_does_not_matter(tmp_path):
     draw(tmp_path)
-    assert "figures" not in read_json(tmp_path / "one.json")["code"] and state(tmp_path) == ("current", "")
+    found = read_json(tmp_path / "one.json")["definitions"]
+    assert "plot_table1" not in found and "pretrain" not in found and state(tmp_path) == ("current", "")
+
+
+def test_only_the_entries_of_tables_that_were_used_matter(tmp_path):
+    run = resolve("shear_flow", "mae", "vit", "smoke")
+    draw(tmp_path, runs=[run])
+    record = read_json(tmp_path / "one.json")
+    assert record["entries"] == ["mae", "shear_flow", "vit"] and record["configs"].keys() == {run.name}
+    assert any("'mae'" in name for name in record["definitions"])
+    assert not any("'jepa'" in name or "'convnext'" in name for name in record["definitions"])
 
 
 def test_presets_are_in_the_record_and_not_among_the_modules(tmp_path):
     draw(tmp_path)
     record = read_json(tmp_path / "one.json")
-    assert (
-        "presets" not in module_digests("evaluate")
-        and "presets" not in record["code"]
-        and record["probing"] == get_preset("smoke").probing()
-    )
+    assert not any("PRESETS" in name for name in record["definitions"])
+    assert record["probing"] == get_preset("smoke").probing()
     edit(tmp_path, probing=record["probing"] | {"epochs": 99})
     assert state(tmp_path) == ("stale", f"preset smoke: epochs 99 then, {record['probing']['epochs']} now")
     edit(tmp_path, probing=record["probing"], scope=record["scope"] | {"seeds": [0, 1, 2]})
@@ -105,24 +115,29 @@ def test_the_notebook(tmp_path):
 
 
 def test_configurations_by_the_presets_defaults_and_by_their_arguments(tmp_path):
-    asked = {"system": "shear_flow", "objective": "jepa", "preset": "smoke", "tag": "long", "steps": 9}
-    long = run_folder(resolve(**asked), tmp_path).parent.name
-    draw(tmp_path, configs={long: asked}, runs=[f"{long}/seed0", f"{long}/seed1"])
+    asked = {"system": "shear_flow", "objective": "jepa", "preset": "smoke", "tag": "long"}
+    long = resolve(**asked, steps=9)
+    draw(tmp_path, runs=[long, long.with_seed(1)])
     assert state(tmp_path) == ("current", "")
-    edit(tmp_path, configs={long: asked | {"steps": 10}})
-    assert (
-        state(tmp_path)[0] == "stale"
-        and f"run {long} is jepa-convnext-long-" in state(tmp_path)[1]
-        and state(tmp_path)[1].count("configuration changed") == 1
-    )
+    edit(tmp_path, configs={long.name: asked | {"steps": 10}})
+    assert state(tmp_path)[0] == "stale" and f"run {long.name} is jepa-convnext-long-" in state(tmp_path)[1]
+    assert state(tmp_path)[1].count("configuration changed") == 1
     edit(tmp_path, configs={}, runs=["jepa-convnext-0123abcd/seed0", "jepa-convnext-0123abcd/seed1"])
-    assert (
-        state(tmp_path)[1].startswith("run jepa-convnext-0123abcd is jepa-convnext-") and ";" not in state(tmp_path)[1]
-    )
+    why = state(tmp_path)[1]
+    assert why.startswith("run jepa-convnext-0123abcd is jepa-convnext-") and ";" not in why
     edit(tmp_path, runs=["jepb-convnext-0123abcd/seed0"])
     assert "cannot be configured today: unknown objective 'jepb'" in state(tmp_path)[1]
     edit(tmp_path, runs=["jepa-convnext-0123abcd/seed0"], preset="smoky")
     assert "unknown preset 'smoky'" in state(tmp_path)[1]
+
+
+def test_a_preset_that_changed_changes_its_runs(tmp_path, monkeypatch):
+    "What a run does not say itself is the preset's: if that changes, the run has another name today."
+    draw(tmp_path, runs=[resolve("shear_flow", "mae", "vit", "smoke", coefficients={"ratio": 0.5})])
+    smoke = get_preset("smoke")
+    mae = smoke.objectives["mae"] | {"decoder_depth": 3}
+    monkeypatch.setitem(PRESETS, "smoke", replace(smoke, objectives={**smoke.objectives, "mae": mae}))
+    assert state(tmp_path)[0] == "stale" and "its configuration changed" in state(tmp_path)[1]
 
 
 def test_data_are_compared_where_they_are(tmp_path, smoke_data):
@@ -145,17 +160,20 @@ def test_records_that_are_missing_torn_or_of_another_kind(tmp_path):
     record = tmp_path / "one.json"
     whole = record.read_text()
     record.unlink()
-    assert state(tmp_path) == ("broken", "no record: nobody knows what made it")
+    assert state(tmp_path) == ("broken", "no record: what made it is unknown")
     for text, message in [
         (whole[:-9], "is not JSON"),
         ("[1]", "does not have files"),
-        ('{"code": "ab"}', "does not have files, modules"),
+        ('{"code": "ab"}', "does not have files"),
     ]:
         record.write_text(text)
         assert state(tmp_path)[0] == "broken" and message in state(tmp_path)[1]
     record.write_text(whole)
-    edit(tmp_path, code="0123456789abcdef")
-    assert state(tmp_path) == ("broken", "the record does not have code by module: draw the figure again")
+    old = {k: v for k, v in read_json(record).items() if k not in ("definitions", "entries")}
+    write_json(record, old)
+    assert state(tmp_path) == ("stale", "the record does not have entries, definitions: draw the figure again")
+    (tmp_path / "one.csv").unlink()
+    assert state(tmp_path)[0] == "broken" and "one.csv is missing; the record does not" in state(tmp_path)[1]
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     with pytest.raises(FileNotFoundError, match="no figures in"):
@@ -181,3 +199,24 @@ def test_committed_figures_are_the_files_that_were_written_with_their_records():
     found = verify()
     assert {"table1", "table1_differences", "resolution", "machines", "tuning", "ablations"} <= set(found.figure)
     assert found[found.state == "broken"].why.tolist() == []
+
+
+def test_results_of_todays_code_and_of_another(tmp_path):
+    made = {"config": {"preset": "smoke"}, "probing": get_preset("smoke").probing()}
+    now = provenance("results.table", entries=("vit",))
+    path = tmp_path / "seed0" / "result.json"
+    assert not is_current(path)
+    for content, current in [
+        ({**made, "provenance": now}, True),
+        ({**made, "provenance": now | {"code": "0" * 16}}, False),
+        ({**made, "provenance": now | {"modules": ["gone"]}}, False),
+        ({**made, "provenance": {"code": now["code"]}}, False),
+        ({**made, "provenance": now, "probing": {**made["probing"], "epochs": 99}}, False),
+        ({**made, "provenance": now, "config": {"preset": "a preset of one's own"}}, True),
+        ({}, True),
+    ]:
+        write_json(path, {"rows": [], **content})
+        assert is_current(path) == current, content
+    write_json(path, {"rows": [], **made, "provenance": now | {"code": "0" * 16}})
+    with pytest.raises(ValueError, match="results of other code than today's in .*seed0"):
+        check_current([tmp_path])
