@@ -1,4 +1,4 @@
-"Encoders: the fast depthwise convolution against Conv3d in many shapes, mixed precision, errors, configurations, names."
+"Encoders: the fast depthwise convolution against Conv3d in many shapes, precision, errors, configurations, names."
 
 import json
 import sys

@@ -11,10 +11,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from physrep.core.randomness import sample_seeds
 from physrep.models.convnext import ConvNeXt
 from physrep.models.vit import ViT
 from physrep.objectives.jepa import JEPA, check_chunks, vicreg_loss
-from physrep.core.randomness import sample_seeds
 from physrep.physics.systems import get_system
 
 SYSTEM, SHAPE = get_system("shear_flow"), (4, 16, 16)

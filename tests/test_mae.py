@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from physrep.models.convnext import ConvNeXt
-from physrep.models.vit import ViT, patchify
 from physrep.models.heads import cell_of
+from physrep.models.vit import ViT, patchify
 from physrep.objectives.mae import MAE, patch_statistics, pixel_mask, tube_mask
 from physrep.objectives.methods import build_objective
 from physrep.physics.systems import get_system

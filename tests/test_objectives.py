@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
+from physrep.core.randomness import sample_seeds
 from physrep.models.convnext import ConvNeXt
-from physrep.models.vit import ViT
 from physrep.models.heads import AttentiveHead, ConvDecoder, ConvPredictor, LinearHead, MLPHead, TransformerDecoder
+from physrep.models.vit import ViT
 from physrep.objectives.jepa import JEPA
 from physrep.objectives.mae import MAE
 from physrep.objectives.methods import (
@@ -19,7 +20,6 @@ from physrep.objectives.methods import (
     short_name,
 )
 from physrep.objectives.supervised import RandomEncoder, Supervised
-from physrep.core.randomness import sample_seeds
 from physrep.physics.systems import get_system
 
 SHEAR, SHAPE = get_system("shear_flow"), (8, 16, 16)
@@ -137,10 +137,18 @@ def test_misfits_are_refused_before_the_first_step(name, encoder):
 @pytest.mark.parametrize(
     "name, wrong",
     [
-        ("jepa", dict(target="teacher")), ("jepa", dict(horizon=0)), ("jepa", dict(momentum=2.0)), ("jepa", dict(variance=-1.0)), ("jepa", dict(chunks=0)),
-        ("mae", dict(ratio=1.0)), ("mae", dict(ratio=0.0)), ("mae", dict(target_norm="batch")), ("mae", dict(patch=(2, 8, 8))), ("supervised", dict(head="deep")),
+        ("jepa", dict(target="teacher")),
+        ("jepa", dict(horizon=0)),
+        ("jepa", dict(momentum=2.0)),
+        ("jepa", dict(variance=-1.0)),
+        ("jepa", dict(chunks=0)),
+        ("mae", dict(ratio=1.0)),
+        ("mae", dict(ratio=0.0)),
+        ("mae", dict(target_norm="batch")),
+        ("mae", dict(patch=(2, 8, 8))),
+        ("supervised", dict(head="deep")),
     ],
-)  # fmt: skip
+)
 def test_wrong_coefficients_are_refused(name, wrong):
     value = next(iter(wrong.values()))
     with pytest.raises(ValueError, match=str(value).replace("(", r"\(").replace(")", r"\)")):
@@ -298,7 +306,10 @@ def test_every_objective_takes_an_encoder_of_another_package(outside, objective)
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("jeppa", "unknown objective 'jeppa'; valid: jepa, mae, supervised, random, or \"my_package.module:name\""),
+        (
+            "jeppa",
+            "unknown objective 'jeppa'; valid: jepa, mae, supervised, random, frozen, or \"my_package.module:name\"",
+        ),
         ("lab/losses:Means", "is not of the form"),
         ("lab.loses:Means", "module lab.loses cannot be imported"),
         ("lab.losses:Meens", "lab.losses has no 'Meens'; it has: .*Means"),

@@ -108,12 +108,6 @@ class LoadedEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(info["mean"]), persistent=False)  # `info` has them already
         self.register_buffer("std", torch.tensor(info["std"]), persistent=False)
 
-    @property
-    def normaliser(self):
-        "Deprecated: write `Normaliser(encoder.mean, encoder.std)`, with `Normaliser` of `physrep.data.scaling`."
-        scaling = importlib.import_module("physrep.data.scaling")
-        return scaling.Normaliser(self.mean, self.std)
-
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         "Physical fields `(b, c, ...)` to the normalised ones that `forward` takes."
         shape = (1, -1) + (1,) * (x.ndim - 2)

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from torch import nn
 
-from ..models.heads import ConvPredictor, batch_fields, check_fit
 from ..core.randomness import generator, randn_samples
+from ..models.heads import ConvPredictor, batch_fields, check_fit
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/jepa.ipynb #8e21b4a2

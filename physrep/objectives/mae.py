@@ -12,16 +12,17 @@ from einops import rearrange, repeat
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..models.vit import sincos_positions, token_grid, unpatchify
-from ..models.heads import ConvDecoder, TransformerDecoder, batch_fields, cell_of, check_fit
 from ..core.randomness import rand_samples
+from ..models.heads import ConvDecoder, TransformerDecoder, batch_fields, cell_of, check_fit
+from ..models.vit import sincos_positions, token_grid, unpatchify
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/mae.ipynb #a175079a
 def tube_mask(seeds: torch.Tensor, grid: tuple[int, int, int], ratio: float) -> torch.Tensor:
     """Mask `(b, n)`, True where hidden, over the patches of `grid` (t', h', w'): one spatial mask for all frames.
 
-    Patches are in (t h w) order. Sample i's mask depends on `seeds[i]` only. ValueError if no patch or every patch would be hidden."""
+    Patches are in (t h w) order. Sample i's mask depends on `seeds[i]` only.
+    ValueError if no patch or every patch would be hidden."""
     t, h, w = grid
     hidden = round(ratio * h * w)
     if not 0 < hidden < h * w:

@@ -23,7 +23,9 @@ class Supervised(nn.Module):
 
     ValueError for an unknown head, and for channels or a shape that the encoder does not take."""
 
-    default_encoder, encoders, trains = "convnext", ("convnext", "vit"), True
+    default_encoder = "convnext"
+    encoders = ("convnext", "vit")
+    trains = True
 
     def __init__(
         self,
@@ -68,7 +70,9 @@ class Supervised(nn.Module):
 class RandomEncoder(nn.Module):
     "An encoder as it is initialised. It is not trained: `forward` raises RuntimeError."
 
-    default_encoder, encoders, trains = "convnext", ("convnext", "vit"), False
+    default_encoder = "convnext"
+    encoders = ("convnext", "vit")
+    trains = False
 
     def __init__(self, encoder: nn.Module, *, system: System, shape: tuple[int, int, int]):
         super().__init__()
