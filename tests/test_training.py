@@ -192,6 +192,7 @@ def test_a_run_is_all_that_decides_numbers():
 
 def test_the_papers_presets_scale_labels_with_the_papers_constants():
     class Train:
+        root = "data"
         labels = np.array([[1e4, 0.1], [1e5, 1.0], [5e5, 10.0]])
 
     paper, laptop = (resolve("shear_flow", "mae", preset=p) for p in ("paper", "laptop"))

@@ -428,7 +428,7 @@ def predict_windows(
     "What the saved probes of a finished run predict `(n, n_labels)`, physical, by probe."
     folder = run.folder(run_dir)
     encoder = _encoder_of(run, run_dir, device)
-    fitted = {name: load_probe(folder / f"probe-{name}.safetensors") for name in probes}
+    fitted = {name: load_probe(folder / f"probe-{name}.safetensors", device=device) for name in probes}
     scaler = fitted[probes[0]].scaler
     options = dict(size=run.clip.size, device=device, scratch=folder, progress=False)
     features = features_of(encoder, windows, scaler, **options)

@@ -268,7 +268,7 @@ def label_scaler(run: Run, train: Windows) -> LabelScaler:
     """The scaling of a run's labels: fitted on the windows of `train`, with the paper's mean and std where the preset
     takes
     the paper's labels. ValueError for a label that does not vary."""
-    scaler = LabelScaler.fit(run.system, train.labels)
+    scaler = LabelScaler.fit(run.system, train.labels, source=train.root)
     constants = dict(run.system.paper)
     if not run.preset.paper_labels or "label_mean" not in constants:
         return scaler
