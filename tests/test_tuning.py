@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from physrep.core.paths import project_root
+from physrep.experiments.tuning import MARGIN, PARTS, WALKS, merge, plot_walks, run_walk
 from physrep.training.presets import PRESETS, get_preset
-from physrep.training.run import resolve
-from physrep.experiments.tuning import MARGIN, PARTS, WALKS, merge, run_walk
+from physrep.training.run import Run, resolve
 
 LOG = pd.read_csv(project_root() / "figures" / "tuning.csv")
 
@@ -37,7 +37,8 @@ def test_committed_log_is_that_of_the_walk(row):
 @pytest.mark.parametrize("row", WALKS, ids="-".join)
 def test_laptop_recipe_is_the_last_kept_trial(row):
     log = trials(row)
-    best, shipped = json.loads(log[log.kept].iloc[-1].config), resolve("shear_flow", *row, "laptop")
+    best = json.loads(log[log.kept].iloc[-1].config)
+    shipped = resolve("shear_flow", *row, "laptop").as_dict()
     assert {part: shipped[part] for part in PARTS} == best
 
 
@@ -48,9 +49,9 @@ def test_every_row_had_the_same_number_of_trials_and_windows():
     assert {r["steps"] * r["batch_size"] for r in recipes} == {usual.steps * usual.batch_size}
 
 
-def made_up(config: dict, data_dir, run_dir) -> dict:
+def made_up(run: Run, data_dir, run_dir) -> dict:
     "Likes a small learning rate, by less than the margin."
-    return {"score": 0.4 + config["recipe"]["lr"], "valid": {}, "seconds": 1.0, "parameters": 1}
+    return {"score": 0.4 + run.recipe.lr, "valid": {}, "seconds": 1.0, "parameters": 1}
 
 
 def test_changes_within_the_noise_are_not_kept(tmp_path):
@@ -62,11 +63,11 @@ def test_changes_within_the_noise_are_not_kept(tmp_path):
 def test_an_interrupted_walk_goes_on_where_it_was(tmp_path):
     calls = []
 
-    def killed(config, data_dir, run_dir):
-        calls.append(config)
+    def killed(run, data_dir, run_dir):
+        calls.append(run)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return made_up(config, data_dir, run_dir)
+        return made_up(run, data_dir, run_dir)
 
     arguments = ("shear_flow", ("mae", "vit"), "laptop", "", tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -92,9 +93,8 @@ def test_a_walk_does_not_depend_on_the_recipes_that_it_ends_at(tmp_path, monkeyp
     assert before == run_walk(*arguments, tmp_path / "b", trial=made_up, changes=2, say=lambda text: None)
 
 
-def test_committed_record_has_the_code_of_the_trials_and_the_probes_of_today():
+def test_committed_record_has_the_probes_of_today():
     record = json.loads((project_root() / "figures" / "tuning.json").read_text())
-    assert "several" not in record["code"].values() and "presets" not in record["code"]
     assert record["probing"] == get_preset("laptop").probing()
 
 
@@ -102,8 +102,8 @@ def test_supervised_rows_wait_for_the_encoder_and_take_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="takes the encoder that mae-vit chose: run that walk first"):
         run_walk("shear_flow", ("supervised", "vit"), "laptop", "", tmp_path, trial=made_up)
 
-    def far(config, data_dir, run_dir):
-        return made_up(config, data_dir, run_dir) | {"score": 0.4 - 1e-5 * config["encoder_config"]["temperature"]}
+    def far(run, data_dir, run_dir):
+        return made_up(run, data_dir, run_dir) | {"score": 0.4 - 1e-5 * run.encoder_config["temperature"]}
 
     run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=far, say=lambda text: None)
     log = run_walk(
@@ -125,6 +125,26 @@ def test_a_log_of_another_walk_is_refused(tmp_path):
         ValueError, match=r"trial 0 \(base\) is not that of this walk \(base\): its hash differs; delete the file"
     ):
         run_walk(*arguments, trial=made_up)
+
+
+def test_a_trial_of_other_code_is_refused(tmp_path):
+    arguments = ("shear_flow", ("mae", "vit"), "laptop", "", tmp_path)
+    log = run_walk(*arguments, trial=made_up, changes=1, say=lambda text: None)
+    path = next(tmp_path.rglob("shear_flow-mae-vit.json"))
+    path.write_text(path.read_text().replace(log[1]["code"]["update"], "0123456789ab"))
+    with pytest.raises(ValueError, match=r"trial 0 \(base\) .* its code differs; delete the file"):
+        run_walk(*arguments, trial=made_up)
+
+
+def test_the_line_of_the_best_changes_at_trials_that_were_kept():
+    kept = [True, False, True, False]
+    table = pd.DataFrame({"trial": range(4), "kept": kept, "score": [0.6, 0.9, 0.4, 0.5], "change": list("abcd")})
+    fig = plot_walks(table.assign(objective="mae", encoder="vit"))
+    best, threshold = fig.axes[0].lines[:2]
+    # the points of a step that goes down at the old score, and at the height of a kept trial to the new one
+    assert best.get_drawstyle() == threshold.get_drawstyle() == "steps-pre"
+    assert best.get_xdata().tolist() == [0.6, 0.6, 0.4, 0.4] and best.get_ydata().tolist() == [0, -1, -2, -3]
+    assert threshold.get_xdata() == pytest.approx(best.get_xdata() - MARGIN) and threshold.get_linestyle() == ":"
 
 
 def test_a_preset_of_another_size_has_no_walk(tmp_path):
