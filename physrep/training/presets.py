@@ -54,12 +54,13 @@ class Preset:
         )
 
     def coefficients(self, objective: str, encoder: str) -> Mapping:
-        """The coefficients of an objective on an encoder; those of the class itself for an objective from outside the
-        package. ValueError, with the names that there are, for any other."""
+        """The coefficients of an objective on an encoder; none where nothing is trained, or for an objective from
+        outside
+        the package, which has defaults of its own. ValueError, with the names that there are, for any other."""
         for key in (f"{objective}-{encoder}", objective):
             if key in self.objectives:
                 return self.objectives[key]
-        if ":" in objective:
+        if ":" in objective or objective in ("random", "frozen"):
             return {}
         raise ValueError(
             f"preset {self.name} has no coefficients for {objective}-{encoder}; it has {', '.join(self.objectives)}"
@@ -145,7 +146,6 @@ _LAPTOP_OBJECTIVES = {
     "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=32, decoder_depth=1),
     "supervised-convnext": dict(head="mlp"),
     "supervised-vit": dict(head="linear"),
-    "random": {},
 }
 _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
 
@@ -226,7 +226,6 @@ _GPU = Preset(
         "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # not tuned at this size
         "mae": dict(ratio=0.75, patch=(2, 8, 8)),
         "supervised": {},
-        "random": {},
     },
     train={
         "jepa": Recipe(steps=1500, batch_size=16, lr=1e-3, precision="bfloat16"),
@@ -245,7 +244,6 @@ _PAPER = Preset(
         "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, chunks=5),
         "mae": dict(ratio=0.9, patch=(2, 16, 16)),
         "supervised": {},
-        "random": {},
     },
     train={
         # 6 epochs of about 32k windows at 256 windows an update
