@@ -234,7 +234,7 @@ TITLES = ["Active matter", "Shear flow", "Rayleigh-Benard convection"]
 
 
 def three_systems() -> pd.DataFrame:
-    """The linear probe is the best of every frozen encoder: JEPA's on shear flow, MAE's on active matter, that of random
+    """The linear probe is the best of every frozen encoder: of JEPA on shear flow, MAE on active matter, and random
     weights on convection. Fine-tuned and supervised encoders are better still."""
     best = {"shear_flow": "jepa", "active_matter": "mae", "rayleigh_benard": "random"}
     value = {"linear": 0.5, "knn": 0.7, "finetune": 0.05}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from physrep.data.scaling import LabelScaler
-from physrep.training.run import resolve, system_of
+from physrep.physics.systems import get_system
 from physrep.probing.scores import (
     METRICS,
     _spread,
@@ -18,7 +18,7 @@ from physrep.probing.scores import (
     score_difference,
     score_seeds,
 )
-from physrep.physics.systems import get_system
+from physrep.training.run import resolve
 
 SYSTEM = get_system("shear_flow")
 
@@ -142,7 +142,7 @@ def test_equal_seeds_add_nothing_and_different_seeds_widen_the_interval():
 
 
 def test_the_interval_of_seeds_on_certain_groups_is_that_of_the_drawn_means():
-    "Errors that are the same in every window: groups bring no chance, and the draws are means of three values with replacement."
+    "Errors that are the same in every window: groups bring no chance, and a draw is a mean of three values."
     u = np.random.default_rng(0).uniform(-1, 1, (30, 2))
     u -= u.mean(0)
     truth, groups = 10 ** (u + [5, 0]), np.arange(30)
@@ -213,7 +213,7 @@ def test_plain_labels_below_zero_are_drawn():
     "The paper takes no logarithm of the Prandtl number, and a probe of it may say a negative one."
     import matplotlib.pyplot as plt
 
-    system = system_of(resolve("rayleigh_benard", "random", preset="paper"))
+    system = resolve("rayleigh_benard", "random", preset="paper").system
     truth = np.array([[0.1, 1e6], [1.0, 1e8], [5.0, 1e10]])
     fig = plot_predictions(truth - [0.3, 0.0], truth, system, half_width=np.array([0.5, 0.5]))
     fig.canvas.draw()

@@ -1,0 +1,146 @@
+"""Rows: what is said of one, rows of one's own from a file, their names, looks and order, and their folders."""
+
+import pandas as pd
+import pytest
+
+from physrep.models.encoders import ENCODERS
+from physrep.objectives.methods import OBJECTIVES
+from physrep.results.rows import (
+    ROWS,
+    Row,
+    color_of,
+    marker_of,
+    read_rows,
+    row_folders,
+    row_order,
+    run_of,
+    systems_of,
+    title_of,
+)
+from physrep.training.presets import get_preset
+from physrep.training.run import resolve, system_folder
+
+
+def written(folder, text):
+    (folder / "rows.yaml").write_text(text)
+    return folder / "rows.yaml"
+
+
+def test_every_row_of_the_table_can_be_trained_or_is_a_baseline():
+    for row in ROWS:
+        if row.kind == "baseline":
+            assert row.encoder == "none" and row.objective not in OBJECTIVES
+        else:
+            assert row.objective in OBJECTIVES and row.encoder in ENCODERS
+            assert run_of(row, "shear_flow", "laptop").name == resolve("shear_flow", *row.pair, "laptop").name
+    assert [row.kind == "baseline" for row in ROWS] == sorted(row.kind == "baseline" for row in ROWS), "baselines last"
+    with pytest.raises(ValueError, match="row constant has no run: it is of kind baseline"):
+        run_of(ROWS[-1], "shear_flow", "laptop")
+
+
+def test_what_waits_longest_starts_first():
+    cost = {row.pair: row.cost for row in ROWS}
+    assert cost["jepa", "convnext"] == cost["random", "convnext"] == max(cost.values())
+    assert cost["supervised", "vit"] > cost["mae", "vit"] > cost["random", "vit"]
+
+
+def test_rows_of_ones_own_are_read_with_what_they_change(tmp_path):
+    path = written(
+        tmp_path,
+        """
+rows:
+  - {objective: jepa, encoder: vit, tag: near, coefficients: {horizon: 2}, recipe: {steps: 7}, finetuned: true}
+  - {objective: "my.losses:Mine", encoder: convnext, title: Mine, color: red, marker: "*"}
+  - {objective: frozen, encoder: "my.dino:make_encoder", kind: frozen}
+  - {objective: rival.v2, predictions: {shear_flow: deep/rival.csv, active_matter: /x.csv}}
+""",
+    )
+    jepa, mine, dino, rival = read_rows(path)
+    assert (jepa.kind, jepa.finetuned, jepa.recipe) == ("trained", True, {"steps": 7})
+    run = run_of(jepa, "shear_flow", "smoke", seed=1)
+    assert run.coefficients["horizon"] == 2 and run.recipe.steps == 7 and run.tag == "near" and run.seed == 1
+    assert mine.pair == ("Mine", "convnext") and title_of(*mine.pair, rows=(mine,)) == "Mine"
+    assert dino.kind == "frozen" and dino.pair == ("frozen", "make_encoder")
+    assert rival.kind == "predictions" and rival.encoder == "none"
+    assert rival.predictions == {"shear_flow": str(tmp_path / "deep" / "rival.csv"), "active_matter": "/x.csv"}
+    assert len({jepa, mine, dino, rival}) == 4, "a row can be a key"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("7", "a row is a mapping of fields, got 7"),
+        (
+            "{objective: jepa, encoder: vit, colour: red}",
+            "unknown field colour; valid: objective, encoder, title, color",
+        ),
+        ("{objective: jepa}", "encoder missing; a row has an objective and an encoder"),
+        ("{title: x}", "objective and encoder missing"),
+        ("{objective: jepb, encoder: vit}", "unknown objective 'jepb'; valid: jepa, mae"),
+        ("{objective: jepa, encoder: vti}", "unknown encoder 'vti'; valid: convnext, vit"),
+        ("{objective: jepa, encoder: 'x.y'}", "unknown encoder 'x.y'"),
+        ("{objective: jepa, encoder: vit, color: reddish}", "color 'reddish' is none; write for example '#E69F00'"),
+        ("{objective: jepa, encoder: vit, marker: '%'}", "marker '%' is none of matplotlib's"),
+        ("{objective: jepa, encoder: vit, finetuned: 1}", "finetuned must be bool, got 1"),
+        ("{objective: jepa, encoder: vit, cost: true}", "cost must be int, got True"),
+        ("{objective: jepa, encoder: vit, recipe: 3}", "recipe must be a mapping, got 3"),
+        ("{objective: jepa, encoder: vit, kind: frozen}", "kind is 'frozen'; with this objective it is 'trained'"),
+        ("{objective: mae, encoder: vit}", "there is a row mae-vit already"),
+        ("{objective: 'a/b', predictions: {shear_flow: x.csv}}", "objective names the predictions: .* got 'a/b'"),
+        ("{objective: jepa, predictions: {shear_flow: x.csv}}", "objective names the predictions"),
+        ("{objective: statistics, predictions: {shear_flow: x.csv}}", "there is a row statistics-none already"),
+    ],
+)
+def test_rows_that_are_wrong_are_named(tmp_path, entry, message):
+    path = written(tmp_path, f"rows:\n  - {{objective: jepa, encoder: vit, tag: good}}\n  - {entry}\n")
+    with pytest.raises(ValueError, match=message) as error:
+        read_rows(path)
+    assert str(error.value).startswith(f"{path}, row 2: ")
+
+
+@pytest.mark.parametrize("text", ["", "rows: 3", "[1]", "rows: []\nmore: 1", "row: []", "rows: [", "\x00"])
+def test_files_that_are_no_rows_are_named(tmp_path, text):
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        read_rows(path)
+    assert str(path) in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no file .*gone.yaml; it holds `rows:`"):
+        read_rows(tmp_path / "gone.yaml")
+    assert read_rows(written(tmp_path, "rows: []")) == ()
+
+
+def test_order_titles_and_looks_of_unknown_rows():
+    df = pd.DataFrame(
+        [row.pair for row in ROWS[::-1]] + [("zz", "own"), ("aa", "own")], columns=["objective", "encoder"]
+    )
+    assert row_order(df) == [*(row.pair for row in ROWS[:6]), ("aa", "own"), ("zz", "own"), *(r.pair for r in ROWS[6:])]
+    mine = (*ROWS, Row("zz", "own", "Mine", "#123456", "^"))
+    assert row_order(df, mine)[6:8] == [("zz", "own"), ("aa", "own")]
+    assert (title_of("zz", "own"), title_of("zz", "own", rows=mine)) == ("zz own", "Mine")
+    assert (color_of("zz", "own"), color_of("zz", "own", mine)) == ("#882255", "#123456")
+    assert (marker_of("own", "zz"), marker_of("own", "zz", mine)) == ("v", "^")
+    assert title_of("my.losses:Mine", "vit") == "Mine ViT"
+
+
+def test_folders_of_a_preset(tmp_path):
+    rival = Row("rival", predictions={"shear_flow": "x.csv"}, kind="predictions")
+    with pytest.raises(FileNotFoundError, match="no results yet of jepa-convnext-.*; `make reproduce PRESET=smoke`"):
+        row_folders("smoke", tmp_path, ["shear_flow"])
+    smoke = get_preset("smoke")
+    for system in ("shear_flow", "active_matter"):
+        places = [run_of(row, system, smoke, seed).folder(tmp_path) for row in ROWS[:6] for seed in smoke.seeds]
+        places += [system_folder(smoke, system, tmp_path) / row.objective for row in (*ROWS[6:], rival)]
+        for folder in places:
+            folder.mkdir(parents=True)
+            (folder / "result.json").touch()
+    assert len(row_folders("smoke", tmp_path, ["shear_flow"])) == 6 * 2 + 3
+    found = row_folders(smoke, tmp_path, ["shear_flow", "active_matter"], (*ROWS, rival))
+    assert len(found) == 2 * 15 + 1, "the file is of one system"
+
+
+def test_systems_that_are_simulated_or_there(tmp_path):
+    assert systems_of(get_preset("smoke"), tmp_path) == get_preset("smoke").systems
+    with pytest.raises(
+        FileNotFoundError, match="preset paper reads The Well, but .* holds none of .*; pass DATA=<folder>"
+    ):
+        systems_of(get_preset("paper"), tmp_path)
