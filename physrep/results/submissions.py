@@ -100,7 +100,7 @@ def _read_table(path: Path) -> tuple[_Header, list[tuple[int, dict[str, str]]]]:
         table.append((number, dict(zip(names, (text.strip() for text in row)))))
     return _read_header(path, lines), table
 
-# %% ../../nbs/results/submissions.ipynb #2a22e4c3
+# %% ../../nbs/results/submissions.ipynb #ae6a9055
 def _count(text: str, below: int | None = None) -> int:
     "A number from 0; ValueError that says what is right."
     if not re.fullmatch(r"\d+", text) or (below is not None and int(text) >= below):
@@ -114,7 +114,7 @@ def _label(text: str, system: System) -> int:
         raise ValueError(f"{system.name} has {', '.join(system.label_names)}")
     return system.label_names.index(text)
 
-
+# %% ../../nbs/results/submissions.ipynb #5daa5013
 def _value(text: str, label: int, system: System) -> float:
     "A physical value; ValueError for what cannot be one."
     about = system.labels[label]
@@ -288,7 +288,7 @@ def _with_text(df: pd.DataFrame, value: str) -> pd.DataFrame:
     numbers = zip(df[value], df.low, df.high)
     return df.assign(text=[interval_text(*three) for three in numbers]).reset_index(drop=True)
 
-# %% ../../nbs/results/submissions.ipynb #5b70f9fb
+# %% ../../nbs/results/submissions.ipynb #a46de298
 def compare_csv(
     path: str | Path,
     *runs: str | Path | Predictions,  # ours: folders or files, of as many methods as there are
