@@ -127,7 +127,7 @@ def marker_of(encoder: str, objective: str | None = None, rows: Sequence[Row] = 
     row = _find(objective, encoder, rows) or _find(None, encoder, rows) or Row("")
     return row.marker
 
-# %% ../../nbs/results/rows.ipynb #e2081ae7
+# %% ../../nbs/results/rows.ipynb #83ca1b72
 PROBE_ORDER = tuple(PROBE_TITLES)
 SPLIT_ORDER = ("valid", "test", "unseen")
 
@@ -143,7 +143,10 @@ def row_order(measured: pd.DataFrame | Sequence[object], rows: Sequence[Row] = R
         pairs = set(zip(measured.objective, measured.encoder))
     else:
         pairs = {(m.objective, m.encoder) for m in measured}
-    place = {row.pair: (row.kind == "baseline", i) for i, row in enumerate(rows)}
+    place = {}
+    for i, row in enumerate(rows):
+        for pair in (row.pair, (row.objective, row.encoder)):
+            place.setdefault(pair, (row.kind == "baseline", i))
     return sorted(pairs, key=lambda pair: (*place.get(pair, (False, len(rows))), pair))
 
 # %% ../../nbs/results/rows.ipynb #bace79c7
