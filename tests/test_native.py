@@ -13,17 +13,17 @@ from the_well.data import WellDataset
 
 from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.data.sets import find_files, find_folder
+from physrep.data.well import WellFile
 from physrep.data.windows import Windows
+from physrep.data.write import write_stats, write_well
 from physrep.models.pretrained import load_encoder
+from physrep.physics.systems import SYSTEMS, get_system
 from physrep.results.rows import systems_of
 from physrep.training.loop import Recipe
 from physrep.training.presets import PRESETS, get_preset
 from physrep.training.pretrain import pretrain
 from physrep.training.run import resolve
-from physrep.physics.systems import SYSTEMS, get_system
-from physrep.data.well import WellFile
-from physrep.data.sets import find_files, find_folder
-from physrep.data.write import write_stats, write_well
 
 FRAMES = 4
 ROOT = Path(__file__).resolve().parent.parent

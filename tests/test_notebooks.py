@@ -183,13 +183,17 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
     for name in BASELINES:
         score_baseline(name, run, smoke_data, runs)
     common = ("-p", "preset", "smoke", "-p", "run_dir", str(runs), "-p", "only", only)
-    table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, "-p", "systems", "shear_flow", cwd=ROOT)
+    table = papermill(
+        "nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, "-p", "systems", "shear_flow", cwd=ROOT
+    )
     assert table.returncode != 0 and "no results yet of supervised-vit" in table.stderr
     missing = ("-p", "objective", "supervised", "-p", "encoder", "vit", "-p", "seeds", "0 1")
     missing += ("-p", "data_dir", str(smoke_data))
     probe = papermill("nbs/04_probe.ipynb", str(tmp_path / "p.ipynb"), *common[:4], *missing, cwd=ROOT)
     assert probe.returncode == 0, probe.stderr[-3000:]
-    table = papermill("nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, "-p", "systems", "shear_flow", cwd=ROOT)
+    table = papermill(
+        "nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, "-p", "systems", "shear_flow", cwd=ROOT
+    )
     assert table.returncode == 0, table.stderr[-3000:]
     names = ("table1", "table1_shear_flow", "table1_differences", "table1_differences_statistics")
     figures = {f.name for f in (runs / "smoke" / "figures").iterdir()}

@@ -5,7 +5,6 @@ import pytest
 
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
-from physrep.probing.features import Features
 from physrep.experiments.regimes import (
     REGIMES,
     later,
@@ -14,11 +13,13 @@ from physrep.experiments.regimes import (
     regime_labels,
     regime_rows,
     regime_targets,
+    state_now,
+    state_parameters,
+    state_statistics,
 )
-from physrep.physics.regimes import defect_charges, defect_count
-from physrep.experiments.regimes import state_now, state_parameters, state_statistics
-from physrep.physics.regimes import wall_nusselt, wave_energy
+from physrep.physics.regimes import defect_charges, defect_count, wall_nusselt, wave_energy
 from physrep.physics.systems import SYSTEMS, get_system
+from physrep.probing.features import Features
 
 
 def noise(system, b=2, t=3, grid=(12, 16), seed=0):

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # an encoder and an objective of a user's own package
-OWN_PACKAGE = '''
+OWN_PACKAGE = """
 import torch
 
 
@@ -38,7 +38,7 @@ class MeanField(torch.nn.Module):
         x = batch["fields"]
         prediction = self.head(self.encoder(x).mean(1))
         return {"loss": self.scale * (prediction - x.mean((2, 3, 4))).square().mean()}
-'''
+"""
 OWN_ROWS = """
 rows:
   - {objective: frozen, encoder: "own_package:make_bands", title: bands}
@@ -105,8 +105,8 @@ def test_few_rows_are_the_same_to_the_byte(few_rows_twice):
 def test_rows_of_ones_own_stand_in_the_table(few_rows_twice):
     table = pd.read_csv(few_rows_twice[0] / "smoke" / "figures" / "table1.csv")
     own = table[table.split == "test"].groupby(["objective", "encoder"]).probe.agg(set)
-    assert own["frozen", "own_package:make_bands"] == {"linear", "knn", "attentive"}
-    assert own["own_package:MeanField", "vit"] == {"linear", "knn", "attentive"}
+    assert own["frozen", "make_bands"] == {"linear", "knn", "attentive"}
+    assert own["MeanField", "vit"] == {"linear", "knn", "attentive"}
     assert {("mae", "vit"), ("random", "vit"), ("statistics", "none")} <= set(own.index)
     pictures = (few_rows_twice[0] / "smoke" / "figures" / "table1.svg").read_text()
     assert "#e69f00" in pictures, "the colour that the file asks for"

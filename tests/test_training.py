@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from physrep.models.pretrained import load_encoder
 from physrep.core.files import read_json
+from physrep.models.pretrained import load_encoder
+from physrep.training.loop import TimeUp, TrainingDiverged
 from physrep.training.pretrain import pretrain
 from physrep.training.run import build, ensure_data, label_scaler, resolve
-from physrep.training.loop import TimeUp, TrainingDiverged
 
 ROOT = Path(__file__).resolve().parent.parent
 quiet = dict(progress=False, say=lambda text: None)
@@ -206,5 +206,7 @@ def test_the_papers_presets_scale_labels_with_the_papers_constants():
 
 def test_metrics_are_heard_as_they_are_made(smoke_data, tmp_path):
     heard = []
-    folder = pretrain(resolve("shear_flow", "mae", preset="smoke"), smoke_data, tmp_path, on_metrics=heard.append, **quiet)
+    folder = pretrain(
+        resolve("shear_flow", "mae", preset="smoke"), smoke_data, tmp_path, on_metrics=heard.append, **quiet
+    )
     assert [row["step"] for row in heard] == pd.read_csv(folder / "metrics.csv").step.tolist()

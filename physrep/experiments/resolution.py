@@ -85,6 +85,6 @@ def refined_differences(
                 "a": errors[0][key],
                 "b": errors[1][key],
             }
-            text = interval_text(*numbers.values(), digits=3)
+            text = interval_text(row["value"], row["low"], row["high"], digits=3)
             rows.append({**about, **numbers, "n": len(refined), "text": text})
     return pd.DataFrame(rows)

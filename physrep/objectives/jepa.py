@@ -64,7 +64,7 @@ def vicreg_loss(
     samples. Bardes et al., "VICReg" (2022), eqs. 1-6."""
     if prediction.ndim != 2 or prediction.shape != target.shape:
         raise ValueError(f"expected two (n, d) of one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}")
-    check_chunks(*prediction.shape, chunks)
+    check_chunks(len(prediction), prediction.shape[1], chunks)
     if order is not None and order.shape != prediction.shape[:1]:
         raise ValueError(f"order must be a permutation of the {len(prediction)} rows, got shape {tuple(order.shape)}")
     with torch.autocast(prediction.device.type, enabled=False):  # autocast would do the matrix product in bfloat16

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -184,7 +185,7 @@ class Scored:
     truth: dict[str, np.ndarray]  # split -> (n, n_labels) physical
     chosen: dict[str, dict]  # what selection on valid chose, by probe
     path: Path  # the file of the rows
-    probes: dict[str, object]
+    probes: dict[str, Any]
 
 # %% ../../nbs/probing/evaluate.ipynb #4338581a
 def window_flows(windows: Windows) -> np.ndarray:
@@ -206,7 +207,7 @@ def write_scores(
     seed: int = 0,
     run: str = "",  # default: the name of the folder, with its parent's if it is a `seed<k>`
     result: str = "result.json",
-    probes: Mapping[str, object] | None = None,
+    probes: Mapping[str, Any] | None = None,
     **extra: object,  # JSON-able, into the result
 ) -> Scored:
     "Scores predictions and writes `result.json` and `predictions.safetensors` into `folder`."
@@ -332,7 +333,7 @@ def own_encoder(run: Run, device: str = "cpu") -> Reader:
     The result is any callable from clips `(b, c, t, h, w)` to tokens. Its clips are normalised with the training
     statistics
     of the data, or physical if it has an attribute `normalised = False`. ValueError for what is not callable."""
-    make = load_object(run.encoder, ENCODERS)
+    make: Any = load_object(run.encoder, ENCODERS)
     offered = {"system": run.system, "shape": run.clip_shape, "in_channels": run.system.n_channels}
     arguments = inspect.signature(make).parameters
     encoder = make(**{k: v for k, v in offered.items() if k in arguments}, **run.encoder_config)
@@ -392,8 +393,8 @@ def score_run(
         predictions,
         windows,
         scaler,
-        objective=run.objective,
-        encoder=run.encoder,
+        objective=run.row[0],
+        encoder=run.row[1],
         seed=run.seed,
         run=run.path,
         result="result.json" if set(FROZEN) <= set(probes) else f"result-{'-'.join(probes)}.json",

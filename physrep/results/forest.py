@@ -7,6 +7,7 @@ __all__ = ['is_clear', 'plot_differences', 'plot_systems_differences']
 
 # %% ../../nbs/results/forest.ipynb #56b71084
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from .panels import METRIC_AXES, figure_lines, name_lines, shade_methods, system
 from .rows import ROWS, Row, color_of, marker_of, ordered, title_of
 
 # %% ../../nbs/results/forest.ipynb #a14cd045
-def is_clear(row: object) -> bool:
+def is_clear(row: Any) -> bool:
     "Whether the interval, and the difference of every seed where they are known, are on one side of zero."
     side = int(row.low > 0) - int(row.high < 0)
     seeds = getattr(row, "by_seed", ())

@@ -10,6 +10,7 @@ __all__ = ['METRIC_AXES', 'GAP', 'Line', 'figure_lines', 'draw_line', 'name_line
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -62,7 +63,7 @@ def _heights(lines: Sequence[Line]) -> dict[tuple[str, str], list[float]]:
     return heights
 
 # %% ../../nbs/results/panels.ipynb #907cf1ad
-def _mark(ax: Axes, r: object, y: float, limit: float, look: dict, number: bool) -> None:
+def _mark(ax: Axes, r: Any, y: float, limit: float, look: dict, number: bool) -> None:
     "The mark of one row of the table; an arrowhead at the edge, with the number if it is nowhere else."
     if r.value <= limit:
         ax.plot(r.value, y, look.pop("marker"), **look)

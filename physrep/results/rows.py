@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -137,7 +138,7 @@ def ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def row_order(measured: pd.DataFrame | Sequence[object], rows: Sequence[Row] = ROWS) -> list[tuple[str, str]]:
+def row_order(measured: pd.DataFrame | Sequence[Any], rows: Sequence[Row] = ROWS) -> list[tuple[str, str]]:
     "The different (objective, encoder) of a table, or of what has the two as attributes, in the order of `rows`."
     if isinstance(measured, pd.DataFrame):
         pairs = set(zip(measured.objective, measured.encoder))

@@ -80,8 +80,8 @@ class Run:
         "`(t, h, w)` of what the encoder sees."
         if self.clip.size:
             return (self.clip.frames, self.clip.size, self.clip.size)
-        grid = (self.data.store_grid,) * 2 if self.simulated else self.data.grid
-        return (self.clip.frames, *grid)
+        h, w = (self.data.store_grid,) * 2 if isinstance(self.data, SimPreset) else self.data.grid
+        return (self.clip.frames, h, w)
 
     @cached_property
     def window_frames(self) -> int:
@@ -125,7 +125,12 @@ class Run:
     @property
     def name(self) -> str:
         "`<objective>-<encoder>[-tag]-<hash>`: all seeds of a configuration."
-        return "-".join(filter(None, (short_name(self.objective), short_name(self.encoder), self.tag, self.hash)))
+        return "-".join(filter(None, (*self.row, self.tag, self.hash)))
+
+    @property
+    def row(self) -> tuple[str, str]:
+        "(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`."
+        return short_name(self.objective), short_name(self.encoder)
 
     @property
     def path(self) -> str:
