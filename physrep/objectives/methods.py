@@ -10,7 +10,8 @@ import inspect
 
 from torch import nn
 
-from ..models.encoders import ENCODERS, encoder_module, load_object, short_name, split_name
+from ..core.places import load_object, split_name
+from ..models.encoders import ENCODERS, encoder_module
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/methods.ipynb #f5bb207f

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..core.places import load_object
+
 # %% ../../nbs/physics/systems.ipynb #84e128cd
 @dataclass(frozen=True)
 class Field:
@@ -188,7 +190,13 @@ SYSTEMS = {
 
 # %% ../../nbs/physics/systems.ipynb #cee8910b
 def get_system(name: str) -> System:
-    "The system of that name; ValueError with the valid names otherwise."
-    if name not in SYSTEMS:
-        raise ValueError(f"unknown system {name!r}; valid: {', '.join(SYSTEMS)}")
-    return SYSTEMS[name]
+    """The system of that name, or of your own by its place, `my_package.module:SYSTEM`. ValueError with the valid names
+    otherwise."""
+    if name in SYSTEMS:
+        return SYSTEMS[name]
+    if ":" not in name:
+        raise ValueError(f"unknown system {name!r}; valid: {', '.join(SYSTEMS)}, or my_package.module:SYSTEM")
+    found = load_object(name, {}, "system")
+    if not isinstance(found, System):
+        raise ValueError(f"system {name!r} is a {type(found).__name__}; a physrep.physics.systems.System was expected")
+    return found

@@ -20,12 +20,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.places import load_object
 from ..core.provenance import provenance
 from ..data.batches import Batches
 from ..data.leakage import find_flows
 from ..data.scaling import LabelScaler, Normaliser
 from ..data.windows import Windows
-from ..models.encoders import ENCODERS, load_object
+from ..models.encoders import ENCODERS
 from ..models.pretrained import LoadedEncoder, load_encoder
 from ..physics.systems import System
 from .features import Features, cache_path, cached, encoder_digest, extract, features_key

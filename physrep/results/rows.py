@@ -17,8 +17,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from ..core.places import short_name, split_name
 from ..data.sets import find_files
-from ..models.encoders import ENCODERS, short_name, split_name
+from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES
 from ..training.presets import Preset, get_preset
 from ..training.run import Run, resolve, system_folder

@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core.files import atomic_path
 from ..physics.systems import System
-from ..probing.records import Predictions, read_predictions, write_predictions, write_result
+from ..probing.records import Predictions, write_predictions, write_result
 from ..probing.scores import score
 from .comparison import check_metric, compare, interval_text, predictions_in, read_methods, summarise
 

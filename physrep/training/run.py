@@ -18,15 +18,16 @@ import numpy as np
 import torch
 
 from ..core.paths import default_data_dir, project_root
+from ..core.places import short_name
 from ..core.randomness import seed_for
 from ..data.generate import SOLVERS, SimPreset, make_dataset
 from ..data.scaling import LabelScaler
 from ..data.sets import find_files
 from ..data.well import WellFile
 from ..data.windows import Windows, check_disjoint
-from ..models.encoders import build_encoder, encoder_module, short_name
+from ..models.encoders import build_encoder, encoder_module
 from ..objectives.methods import build_objective, check_pair, objective_class, objective_module
-from ..physics.systems import System, get_system
+from ..physics.systems import SYSTEMS, System, get_system
 from .loop import Recipe
 from .presets import Preset, get_preset
 
@@ -114,6 +115,8 @@ class Run:
             "clip": asdict(self.clip),
             "data": asdict(self.data),
         }
+        if self.system.name not in SYSTEMS:  # one of your own: what it is decides numbers, too
+            config["definition"] = asdict(self.system)
         return json.loads(json.dumps(config))
 
     @property
