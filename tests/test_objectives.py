@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from physrep.core.places import short_name
 from physrep.core.randomness import sample_seeds
 from physrep.models.convnext import ConvNeXt
 from physrep.models.heads import AttentiveHead, ConvDecoder, ConvPredictor, LinearHead, MLPHead, TransformerDecoder
@@ -17,7 +18,6 @@ from physrep.objectives.methods import (
     check_pair,
     objective_class,
     objective_module,
-    short_name,
 )
 from physrep.objectives.supervised import RandomEncoder, Supervised
 from physrep.physics.systems import get_system
