@@ -8,6 +8,7 @@ __all__ = ['WANTED', 'SHIPPED', 'save_encoder', 'LoadedEncoder', 'model_folder',
 # %% ../../nbs/models/pretrained.ipynb #529ae45c
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..core.files import atomic_path
 from .encoders import build_encoder
-from ..physics.systems import System, get_system
+from ..physics.systems import SYSTEMS, System, get_system, system_from
 
 # %% ../../nbs/models/pretrained.ipynb #1f5e559a
 def _channel_numbers(values: torch.Tensor, name: str, system: System) -> list[float]:
@@ -55,6 +56,7 @@ def save_encoder(
         "dt": dt,
         "mean": _channel_numbers(mean, "mean", system),
         "std": _channel_numbers(std, "std", system),
+        **({} if system.name in SYSTEMS else {"definition": asdict(system)}),
         **extra,
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
@@ -103,7 +105,7 @@ class LoadedEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
         self.info = info
-        self.system = get_system(info["system"])
+        self.system = system_from(info["definition"]) if "definition" in info else get_system(info["system"])
         self.dim = encoder.dim
         self.register_buffer("mean", torch.tensor(info["mean"]), persistent=False)  # `info` has them already
         self.register_buffer("std", torch.tensor(info["std"]), persistent=False)

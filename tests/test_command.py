@@ -1,0 +1,158 @@
+"""Doors: the command `physrep`, and systems, objectives, encoders, presets and predictions of one's own through it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from physrep.data.scaling import LabelScaler
+from physrep.data.write import write_stats, write_well
+from physrep.experiments.command import main, notebook_parameters, stage_path
+from physrep.physics.systems import Field, Label, System, get_system
+from physrep.probing.evaluate import probe_splits, score_run
+from physrep.training.presets import PRESETS
+from physrep.training.pretrain import pretrain
+from physrep.training.run import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = '''
+import torch
+
+from physrep.physics.systems import Field, Label, System
+
+WAVES = System(
+    name="waves",
+    title="Waves",
+    fields=(Field("height", 0, "h"), Field("velocity", 1, "u")),
+    labels=(Label("speed", log=True, paper_log=True, latex="c"),),
+)
+
+
+def make_bands(system, shape):
+    "A token a frame; wants physical fields, does its own preprocessing."
+
+    def bands(x):
+        assert x.shape[1:] == (system.n_channels, *shape)
+        return torch.cat([x.mean((3, 4)), x.square().mean((3, 4)).add(1e-9).log()], 1).transpose(1, 2).repeat(1, 1, 4)
+
+    bands.normalised = False
+    return bands
+
+
+class MeanField(torch.nn.Module):
+    "Predicts the mean of each field."
+
+    def __init__(self, encoder, *, system, shape):
+        super().__init__()
+        self.encoder, self.head = encoder, torch.nn.Linear(encoder.dim, system.n_channels)
+
+    def forward(self, batch):
+        return {"loss": (self.head(self.encoder(batch["fields"]).mean(1)) - batch["fields"].mean((2, 3, 4))).square().mean()}
+'''
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    "A folder with a module of the user's own and data of its system: waves on a grid of 64x48, 3 channels, one label."
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_waves.py").write_text(OWN)
+    system = System("waves", "Waves", (Field("height"), Field("velocity", 1)), (Label("speed", True, True),))
+    x, y = np.meshgrid(np.arange(64) / 64, np.arange(48) / 64, indexing="ij")
+    time = np.arange(24) * 0.1
+    for split, n in {"train": 3, "valid": 2, "test": 2}.items():
+        for speed in (0.5, 1.0, 2.0):
+            rng = np.random.default_rng([int(10 * speed), n])
+            phase = rng.uniform(0, 2 * np.pi, (n, 1, 1, 1)) - 2 * np.pi * speed * time[:, None, None]
+            height = np.sin(2 * np.pi * x + phase) + 0.1 * rng.normal(size=(n, 1, 64, 48))
+            velocity = np.stack([speed * height, 0.1 * np.cos(2 * np.pi * y + phase)], -1)
+            path = folder / "data" / "waves" / "data" / split / f"waves_speed_{speed}.hdf5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fields = {"height": height.astype(np.float32), "velocity": velocity.astype(np.float32)}
+            write_well(path, system, fields, {"speed": speed}, time=time, box=(1.0, 0.75))
+    write_stats(folder / "data" / "waves", system)
+    return folder
+
+
+@pytest.fixture
+def importable(own, monkeypatch) -> Path:
+    monkeypatch.syspath_prepend(str(own))
+    return own
+
+
+def physrep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    "Runs the command in a folder whose modules can be imported."
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}", "PHYSREP_ROOT": str(ROOT)}
+    command = [sys.executable, "-m", "physrep.experiments.command", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_system_of_ones_own_is_read_at_every_preset(preset, importable, tmp_path):
+    small = dict(encoder_config={"dim": 16, "depth": 1, "heads": 2}, steps=1, batch_size=2, recipe={"accumulate": 1})
+    small["recipe"]["precision"] = "float32"
+    data = importable / "data"
+    run = resolve("own_waves:WAVES", "mae", "vit", preset, data_dir=data, **small)
+    assert run.clip_shape == (16, 64, 48) and run.crop is None and not run.simulated
+    assert resolve(get_system("own_waves:WAVES"), "mae", "vit", preset, data_dir=data, **small).hash == run.hash
+    pretrain(run, data, tmp_path, progress=False, say=lambda text: None)
+    windows = probe_splits(run, data)
+    assert set(windows) == {"train", "valid", "test"} and windows["train"].shape == (3, 16, 64, 48)
+    if preset == "smoke":
+        scored = score_run(run, data, tmp_path, progress=False)
+        assert {row["label"] for row in scored.rows} == {"speed", "mean"}
+        assert {row["system"] for row in scored.rows} == {"waves"}
+
+
+def test_what_a_system_of_ones_own_lacks_is_said(importable, tmp_path):
+    with pytest.raises(ValueError, match="preset laptop does not simulate waves: pass data_dir"):
+        resolve("own_waves:WAVES", "mae", "vit", "laptop")
+    with pytest.raises(ValueError, match="system 'own_waves:MeanField' is a type"):
+        get_system("own_waves:MeanField")
+    labels = np.full((4, 1), 2.0)
+    with pytest.raises(ValueError, match="all labels? speed of waves in .*here are equal"):
+        LabelScaler.fit(get_system("own_waves:WAVES"), labels, source=tmp_path / "here")
+
+
+def test_a_preset_and_an_objective_of_ones_own_by_command(own):
+    (own / "short.yaml").write_text("base: smoke\nseeds: [0]\ntrain:\n  mae: {steps: 2, batch_size: 4, lr: 0.001}\n")
+    where = ("--data-dir", "data", "--run-dir", "runs", "--preset", "short.yaml", "--system", "own_waves:WAVES")
+    done = physrep(own, "pretrain", "--objective", "own_waves:MeanField", *where)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (folder,) = (own / "runs" / "short" / "waves").glob("MeanField-vit-*/seed0")
+    assert len(pd.read_csv(folder / "metrics.csv")) == 2
+    assert "executed notebook: runs/short/notebooks/pretrain-WAVES-MeanField.ipynb" in done.stdout
+    done = physrep(own, "probe", "own_waves:make_bands", *where)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (result,) = (own / "runs" / "short" / "waves").glob("frozen-make_bands-*/seed0/result.json")
+    done = physrep(own, "compare", "theirs.csv", "--template", "--reference", str(result.parent))
+    assert done.returncode == 0, done.stderr
+    lines = (own / "theirs.csv").read_text().splitlines()
+    assert lines[0].startswith("# physrep benchmark ") and "system waves split test" in lines[0]
+    filled = [line.replace(",speed,,", ",speed,1.0,") for line in lines]
+    (own / "theirs.csv").write_text("\n".join(filled) + "\n")
+    done = physrep(own, "compare", "theirs.csv", "--reference", str(result.parent))
+    assert done.returncode == 0 and "difference from ours" in done.stdout, done.stderr
+    (own / "theirs.csv").write_text("\n".join(["# physrep benchmark 0000 system waves split test", *filled[1:]]) + "\n")
+    done = physrep(own, "compare", "theirs.csv", "--reference", str(result.parent))
+    assert done.returncode == 1 and "not comparable" in done.stderr
+
+
+def test_help_shows_the_parameters_of_the_notebook(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    text = capsys.readouterr().out
+    for parameter in notebook_parameters(stage_path("03_pretrain")):
+        assert f"--{parameter.name}" in text, parameter.name
+    assert main([]) == 0 and main(["pretain"]) == 2
+    assert "unknown command 'pretain'; valid: simulate, pretrain, probe, compare" in capsys.readouterr().err
+
+
+def test_errors_of_a_stage_are_shown_and_end_with_1(tmp_path):
+    done = physrep(tmp_path, "pretrain", "--objective", "mea", "--preset", "smoke", "--run-dir", str(tmp_path / "runs"))
+    assert done.returncode == 1 and "unknown objective 'mea'; valid: jepa" in done.stderr
