@@ -19,11 +19,12 @@ import torch
 
 from ..core.files import read_json, write_json
 from ..core.paths import project_root
+from ..core.places import short_name
 from ..core.provenance import provenance
 from ..core.randomness import seed_for
 from ..data.batches import Batches
 from ..data.windows import Windows
-from ..models.encoders import build_encoder, short_name
+from ..models.encoders import build_encoder
 from ..models.pretrained import LoadedEncoder, read_encoder, save_encoder
 from ..objectives.methods import build_objective
 from ..physics.systems import Field, System, get_system

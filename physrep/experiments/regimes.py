@@ -191,7 +191,7 @@ def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
     for (when, probe, split), a in found.items():
         system = a.scaler.system
         threshold = REGIMES[system.name].threshold + REGIMES[system.name].offset
-        about = {"when": when, "probe": probe, "split": split}
+        about: dict[str, object] = {"when": when, "probe": probe, "split": split}
         about |= {"auc": _auc(a.predictions, a.truth, threshold), "above": float((a.truth > threshold).mean())}
         alone = [score_seeds([p], a.truth, a.groups, system, a.scaler, n_bootstrap=0) for p in a.predictions]
         for i, row in enumerate(score_seeds(a.predictions, a.truth, a.groups, system, a.scaler)):
