@@ -19,6 +19,7 @@ from physrep.data.generate import SOLVERS
 from physrep.experiments.tuning import ENCODER_FROM, WALKS, log_path
 from physrep.experiments.variants import VARIANTS
 from physrep.physics.systems import get_system
+from physrep.probing.baselines import baselines_for
 from physrep.results.rows import chosen_rows, read_rows, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
@@ -89,7 +90,6 @@ SIM_WORKERS = max(1, workflow.cores // max(1, len(PRESET.sims)))
 SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))} if len(PRESET.seeds) > 1 else {"seed": PRESET.seeds[0]}
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "frozen")]
-BASELINES = [row.objective for row in TABLE_ROWS if row.kind == "baseline"]
 PREDICTED = [row for row in TABLE_ROWS if row.kind == "predictions"]
 SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked in SYSTEMS.values()}) == 1
 RESULTS, OF_ROW, REFINED = [], {}, []
@@ -127,7 +127,7 @@ PLACES = [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"data_dir": MORE / "data
 for system, runs_in, about in PLACES:
     asked = SYSTEMS[system]
     inputs, tag, into = (simulated(system), "", RESULTS) if runs_in is None else ([MORE / "data" / system / "stats.yaml"], "leak_free_", LEAKAGE)
-    baselines = [baseline_folder(b, system, PRESET, runs_in) / "result.json" for b in BASELINES]
+    baselines = [baseline_folder(b, system, PRESET, runs_in) / "result.json" for b in baselines_for(get_system(asked))]
     into += baselines
     rule:
         name: f"probe_{tag}{system}_baselines"

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-# the top of nbs/ is what a reader runs: stages and experiments have parameters, index and tutorials have none
-STAGES = [p.stem for p in ALL if p.parent.name == "nbs" and p.stem != "index" and not p.stem.startswith("11_tutorial")]
+# the top of nbs/ is what a reader runs: stages and experiments have parameters, index, glossary and tutorials have none
+STAGES = [p.stem for p in ALL if p.parent.name == "nbs" and p.stem not in ("index", "glossary", "11_tutorial_row")]
 
 
 def papermill(*arguments: str, **options) -> subprocess.CompletedProcess:

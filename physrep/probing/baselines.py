@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'measure', 'predict_constant', 'statistics_features', 'predict_statistics', 'predict_equations',
-           'score_baseline']
+           'baselines_for', 'score_baseline']
 
 # %% ../../nbs/probing/baselines.ipynb #b730193a
 import math
@@ -17,8 +17,9 @@ import torch
 from ..core.provenance import provenance
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
-from ..physics.oracle import equation_oracle
+from ..physics.oracle import ORACLES, equation_oracle
 from ..physics.statistics import summary_statistics
+from ..physics.systems import System
 from .evaluate import Scored, probe_splits, write_scores
 from .features import Features
 from .frozen import fit_probe
@@ -75,6 +76,11 @@ def predict_equations(windows: Mapping[str, Windows], scaler: LabelScaler) -> tu
 
 # %% ../../nbs/probing/baselines.ipynb #f789269e
 BASELINES = {"constant": predict_constant, "statistics": predict_statistics, "equations": predict_equations}
+
+
+def baselines_for(system: System) -> list[str]:
+    "The baselines that a system has: the equations only where physrep knows them."
+    return [name for name in BASELINES if name != "equations" or system.name in ORACLES]
 
 
 def score_baseline(

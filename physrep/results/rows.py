@@ -21,6 +21,8 @@ from ..core.places import short_name, split_name
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES
+from ..physics.systems import get_system
+from ..probing.baselines import baselines_for
 from ..training.presets import Preset, get_preset
 from ..training.run import Run, resolve, system_folder
 
@@ -41,7 +43,7 @@ class Row:
     coefficients: dict = field(default_factory=dict, hash=False)  # of the objective, over the preset's
     encoder_config: dict = field(default_factory=dict, hash=False)  # of the encoder, over the preset's
     recipe: dict = field(default_factory=dict, hash=False)  # of the training recipe, over the preset's
-    predictions: dict = field(default_factory=dict, hash=False)  # system -> CSV of `comparison.predictions_from_csv`
+    predictions: dict = field(default_factory=dict, hash=False)  # system -> CSV of `submissions.predictions_from_csv`
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -267,6 +269,8 @@ def _folders_of(
 ) -> list[Path]:
     "The folders of a row's results for a system: one a seed, or a single one for a row without a run."
     if row.kind == "predictions" and system not in row.predictions:
+        return []
+    if row.kind == "baseline" and row.objective not in baselines_for(get_system(system)):
         return []
     if row.kind in ("baseline", "predictions"):
         return [system_folder(preset, system, run_dir) / row.objective]
