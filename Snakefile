@@ -180,21 +180,21 @@ SHOWN = {"systems": ",".join(SYSTEMS.values())}
 rule table1:
     input: RESULTS
     output: figures("table1", "table1_differences", "table1_differences_statistics", *[f"table1_{s}" for s in SYSTEMS])
-    params: code=stage("05_table1", "results.figures", "results.comparison", "training.cost") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
+    params: code=stage("05_table1", "results.panels", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # the same flows at twice the resolution, read by the same encoders and probes
 rule resolution:
     input: RESULTS + REFINED
     output: figures("resolution")
-    params: code=stage("05b_resolution", "experiments.resolution", "results.figures") + PROBING, command=papermill("05b_resolution", "resolution", **SHOWN)
+    params: code=stage("05b_resolution", "experiments.resolution", "experiments.refinement", "results.forest") + PROBING, command=papermill("05b_resolution", "resolution", **SHOWN)
     shell: "{params.command}"
 
 # one encoder for all systems, and encoders that read another
 rule across:
     input: [result for row in ACROSS for result in OF_ROW.get(row, [])]
     output: figures("across")
-    params: code=stage("08c_across_systems", "experiments.across", "results.figures") + PROBING, command=papermill("08c_across_systems", "across", **SHOWN)
+    params: code=stage("08c_across_systems", "experiments.transfer") + PROBING, command=papermill("08c_across_systems", "across", **SHOWN)
     threads: JOB_THREADS
     priority: 5
     shell: "{params.command}"
@@ -203,14 +203,14 @@ rule across:
 rule leakage:
     input: RESULTS + LEAKAGE
     output: figures("leakage")
-    params: code=stage("05d_leakage", "results.comparison", "results.figures") + PROBING, command=papermill("05d_leakage", "leakage", system=(LEAK_FREE or [None])[0])
+    params: code=stage("05d_leakage", "experiments.leak_free") + PROBING, command=papermill("05d_leakage", "leakage", system=(LEAK_FREE or [None])[0])
     shell: "{params.command}"
 
 # a second thing to ask all encoders
 rule regimes:
     input: RESULTS
     output: figures("regimes")
-    params: code=stage("08d_regimes", "experiments.regimes", "results.figures") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN)
+    params: code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN)
     threads: JOB_THREADS
     priority: 1  # the longest of the last
     shell: "{params.command}"
@@ -220,7 +220,7 @@ FIRST = next(iter(SYSTEMS))
 rule machines:
     input: RESULTS
     output: figures("machines")
-    params: code=stage("05c_machines", "experiments.machines", "results.figures") + PROBING, command=papermill("05c_machines", "machines", system=FIRST)
+    params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=FIRST)
     threads: workflow.cores
     shell: "{params.command}"
 
@@ -247,14 +247,14 @@ for name, seed, done in VARIED:
         name: f"ablate_{name}_seed{seed}"
         input: simulated(FIRST)
         output: touch(done)
-        params: code=stage("08b_ablations", "experiments.variants", "probing.evaluate") + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=FIRST, variants=name, seed=seed, draw=False)
+        params: code=stage("08b_ablations", "experiments.ablations") + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=FIRST, variants=name, seed=seed, draw=False)
         threads: JOB_THREADS
         shell: "{params.command}"
 
 rule ablations:
     input: RESULTS + [done for *_, done in VARIED]
     output: figures("ablations")
-    params: code=stage("08b_ablations", "experiments.variants", "results.figures"), command=papermill("08b_ablations", "ablations", system=FIRST)
+    params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=FIRST)
     shell: "{params.command}"
 
 rule simulated:
