@@ -259,6 +259,18 @@ def test_upside_down_commutes_with_the_solver():
         apply_symmetry(fields, np.array([[0, 0]]), np.array([[False, True]]), walls, heights**2)
 
 
+@pytest.mark.parametrize("mirror", [[True, False], [False, True], [True, True]])
+def test_a_mirror_image_of_the_shear_flow_stays_a_flow_of_the_set(mirror):
+    "The tracer starts as a copy of the velocity along x, in every flow of the set and in every mirror image."
+    fields = simulate(400.0, 1.0, [3], grid=32, n_frames=2, frame_dt=0.2, dtype=torch.float64)
+    x = np.concatenate(
+        [fields["tracer"][:, None], fields["pressure"][:, None], np.moveaxis(fields["velocity"], -1, 1)], 1
+    )
+    assert np.abs(x[0, 0, 0] - x[0, 2, 0]).max() < 1e-9 < np.abs(x[0, 0, 0]).max()
+    y = apply_symmetry(torch.from_numpy(x), np.array([[5, 11]]), np.array([mirror]), SHEAR).numpy()
+    assert np.abs(y[0, 0, 0] - y[0, 2, 0]).max() < 1e-9
+
+
 def test_symmetry_draws_cover_the_group_and_depend_on_the_sample_only():
     seeds = sample_seeds(0, 0, 0, list(range(200)))
     shifts, mirrors = symmetry_draws(seeds, SHEAR, (32, 32))

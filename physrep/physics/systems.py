@@ -167,6 +167,7 @@ SYSTEMS = {
         fields=(Field("tracer", 0, "s"), Field("pressure", 0, "p"), Field("velocity", 1, r"\mathbf{u}")),
         labels=(Label("Reynolds", log=True, paper_log=True, latex="Re", aliases=("Rayleigh",)), _SCHMIDT),
         mirror_axes=(0, 1),
+        odd_scalars=((0, "tracer"),),  # flows of the set start with s = u; s -> -s is a symmetry of the equation
         group=("Reynolds",),
         native=(256, 512),
         paper=_paper(crop=((0, 256), (0, 256)), size=224, stride=4, label_mean=(4.85, 2.69), label_std=(0.61, 3.38)),
