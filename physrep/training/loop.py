@@ -211,9 +211,12 @@ class MetricsLog:
 
 # %% ../../nbs/training/loop.ipynb #b6fdb5cb
 def evaluation_steps(recipe: Recipe) -> set[int]:
-    "The updates after which held-out windows are looked at."
-    every = max(1, recipe.steps // max(1, recipe.evaluations))
-    return {1, recipe.steps, *range(every, recipe.steps + 1, every)}
+    """The updates after which held-out windows are looked at: as many as the recipe says, evenly from the first to the
+    last; only the last if it says one."""
+    count = min(recipe.evaluations, recipe.steps)
+    if count == 1:
+        return {recipe.steps}
+    return {1 + round(k * (recipe.steps - 1) / (count - 1)) for k in range(count)} if count else set()
 
 
 def _evaluated(objective: nn.Module, evaluate: Callable[[], dict], recipe: Recipe, device: torch.device) -> dict:
