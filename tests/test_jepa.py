@@ -73,10 +73,16 @@ def test_order_matters_only_between_chunks():
 
 def test_one_side():
     p, z = 0.5 * torch.randn(64, 5), torch.randn(64, 5)
-    one, two, swapped = vicreg_loss(p, z, both_sides=False), vicreg_loss(p, z), vicreg_loss(z, p, both_sides=False)
+    one, two, other = vicreg_loss(p, z, regularised=p), vicreg_loss(p, z), vicreg_loss(p, z, regularised=z)
     for term in ("variance", "covariance"):
-        assert torch.allclose(one[term] + swapped[term], two[term])
+        assert torch.allclose(one[term] + other[term], two[term])
     assert torch.equal(one["invariance"], two["invariance"])
+    with pytest.raises(ValueError, match=r"regularised must be \(64, 5\) as well, got \(64, 4\)"):
+        vicreg_loss(p, z, regularised=z[:, :4])
+    order = torch.randperm(64)
+    shuffled = vicreg_loss(p, z, regularised=p + z, order=order, chunks=3)["covariance"]
+    parts = [vicreg_loss(p[i], z[i], regularised=(p + z)[i])["covariance"] for i in order.tensor_split(3)]
+    assert torch.allclose(shuffled, torch.stack(parts).mean())
 
 
 def test_against_numpy_covariance_and_gradient_at_collapse():
@@ -133,10 +139,14 @@ def test_forward_is_vicreg_on_the_two_windows(name, target):
     assert set(parts) == {"loss", "invariance", "variance", "covariance"}
     assert [k for k, v in parts.items() if v.requires_grad] == ["loss"]
     context, later = batch["fields"][:, :, :4], batch["fields"][:, :, 3:]
-    p, z = model.predictor(model.encoder(context), model.grid), model.encoder(later)
-    p, z = p.flatten(0, 1), z.flatten(0, 1)
-    by_hand = vicreg_loss(p, z, invariance=2, variance=40, covariance=2, both_sides=target == "shared")
-    assert torch.allclose(parts["loss"], by_hand["loss"])
+    c, z = model.encoder(context), model.encoder(later)
+    c, p, z = (tokens.flatten(0, 1) for tokens in (c, model.predictor(c, model.grid), z))
+    loss = 2 * (p - z).square().mean()
+    off = ~torch.eye(12, dtype=bool)
+    for side in (p, z) if target == "shared" else (c,):  # the written formula
+        loss = loss + 40 * torch.relu(1 - (side.var(0) + 1e-4).sqrt()).mean() / 2
+        loss = loss + 2 * torch.cov(side.T)[off].square().sum() / 12
+    assert torch.allclose(parts["loss"], loss, rtol=1e-5)
 
 
 def test_gradient_of_the_encoder():
@@ -259,3 +269,22 @@ def test_unknown_option_and_wrong_fields_are_refused():
         model({"fields": torch.zeros(2, 4, 4, 16, 16), "seeds": torch.arange(2)})
     with pytest.raises(ValueError, match="a larger batch"):
         model(batch_of(model, n=1))
+
+
+@pytest.mark.parametrize("target", ("shared", "stopgrad", "ema"))
+def test_variance_and_covariance_hold_the_encoder(target):
+    model = jepa(target=target, invariance=0.0)
+    model(batch_of(model))["loss"].backward()
+    held = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.predictor.parameters()]
+    assert any(held) == (target == "shared")
+    assert all(p.grad.abs().sum() > 0 for p in model.encoder.parameters() if p.ndim > 1)
+
+
+def test_a_predictor_that_spreads_cannot_hide_a_collapsed_encoder():
+    model = jepa(target="stopgrad")
+    batch = batch_of(model)
+    healthy = model(batch)["variance"]
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.mul_(0.0)
+    assert model(batch)["variance"] > 0.49 > 0.0 and model(batch)["variance"] >= healthy

@@ -56,7 +56,7 @@ def vicreg_loss(
     chunks: int = 1,
     order: torch.Tensor | None = None,  # (n,) permutation of the rows before they are split into chunks
     eps: float = 1e-4,
-    both_sides: bool = True,  # False: variance and covariance of the prediction only, for a target without gradient
+    regularised: torch.Tensor | None = None,  # (n, d): what variance and covariance act on; None: both of the above
 ) -> dict[str, torch.Tensor]:
     """VICReg on features `(n, d)`, in float32: mean over chunks of the written formula.
 
@@ -64,18 +64,19 @@ def vicreg_loss(
     samples. Bardes et al., "VICReg" (2022), eqs. 1-6."""
     if prediction.ndim != 2 or prediction.shape != target.shape:
         raise ValueError(f"expected two (n, d) of one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}")
+    if regularised is not None and regularised.shape != prediction.shape:
+        raise ValueError(f"regularised must be {tuple(prediction.shape)} as well, got {tuple(regularised.shape)}")
     check_chunks(len(prediction), prediction.shape[1], chunks)
     if order is not None and order.shape != prediction.shape[:1]:
         raise ValueError(f"order must be a permutation of the {len(prediction)} rows, got shape {tuple(order.shape)}")
     with torch.autocast(prediction.device.type, enabled=False):  # autocast would do the matrix product in bfloat16
-        p, z = prediction.float(), target.float()
+        rows = [z.float() for z in (prediction, target, regularised) if z is not None]
         if order is not None:
-            order = order.to(p.device)
-            p, z = p[order], z[order]
-        pairs = list(zip(p.tensor_split(chunks), z.tensor_split(chunks)))
-        sides = [pair if both_sides else pair[:1] for pair in pairs]
+            rows = [z[order.to(z.device)] for z in rows]
+        split = list(zip(*(z.tensor_split(chunks) for z in rows)))  # of each chunk: prediction, target, regularised
+        sides = [chunk if regularised is None else chunk[2:] for chunk in split]
         parts = {
-            "invariance": torch.stack([(a - b).square().mean() for a, b in pairs]).mean(),
+            "invariance": torch.stack([(chunk[0] - chunk[1]).square().mean() for chunk in split]).mean(),
             "variance": torch.stack([sum(_variance(s, eps) for s in side) for side in sides]).mean(),
             "covariance": torch.stack([sum(_covariance(s) for s in side) for side in sides]).mean(),
         }
@@ -145,13 +146,19 @@ class WindowPrediction(nn.Module):
         t = self.shape[0]
         return x[:, :, :t], x[:, :, self.horizon : self.horizon + t]
 
-    def features(self, context: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Predicted and target tokens, both `(b, n, d)`; the target has a gradient only if the encoder is shared."
-        predicted = self.predictor(self.encoder(context), self.grid)
+    def tokens(self, context: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        "Context, predicted and target tokens, all `(b, n, d)`; the last have a gradient only if the encoder is shared."
+        encoded = self.encoder(context)
+        predicted = self.predictor(encoded, self.grid)
         if self.target == "shared":
-            return predicted, self.encoder(target)
+            return encoded, predicted, self.encoder(target)
         with torch.no_grad():
-            return predicted, self.encoder(target) if self.target_encoder is None else self.target_encoder(target)
+            true = self.encoder(target) if self.target_encoder is None else self.target_encoder(target)
+        return encoded, predicted, true
+
+    def features(self, context: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Predicted and target tokens, both `(b, n, d)`."
+        return self.tokens(context, target)[1:]
 
     def after_step(self) -> None:
         "Moves the target encoder towards the encoder (`target='ema'`); to be called after every update of the weights."
@@ -213,10 +220,10 @@ class JEPA(WindowPrediction):
         if self.noise and self.training:
             context = _add_noise(context, self.noise, batch["seeds"], "jepa context")
             target = _add_noise(target, self.noise, batch["seeds"], "jepa target")
-        predicted, true = (z.flatten(0, 1) for z in self.features(context, target))
+        encoded, predicted, true = (z.flatten(0, 1) for z in self.tokens(context, target))
         order = _row_order(len(true), batch["seeds"], self.chunks)
-        both = self.target == "shared"
-        parts = vicreg_loss(predicted, true, chunks=self.chunks, order=order, both_sides=both, **self.weights)
+        regularised = None if self.target == "shared" else encoded
+        parts = vicreg_loss(predicted, true, chunks=self.chunks, order=order, regularised=regularised, **self.weights)
         return {name: value if name == "loss" else value.detach() for name, value in parts.items()}
 
     def show(self, batch: dict) -> Figure:
