@@ -1,6 +1,7 @@
 """JEPA beyond its notebook: precision, chunks, both encoders, resuming, and what is refused."""
 
 import copy
+import math
 
 import matplotlib
 
@@ -184,13 +185,13 @@ def updates(model: JEPA, optimizer: torch.optim.Optimizer, steps: range) -> list
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.after_step()
+        model.after_step(step + 1, 5)
         losses.append(loss.item())
     return losses
 
 
 def test_resumed_run_with_moving_average_is_the_same_run():
-    options = {"target": "ema", "momentum": 0.5, "noise": 0.1, "chunks": 2}
+    options = {"target": "ema", "momentum": 0.5, "momentum_end": 0.9, "noise": 0.1, "chunks": 2}
     model = jepa(**options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = updates(model, optimizer, range(3))
@@ -206,7 +207,7 @@ def test_resumed_run_with_moving_average_is_the_same_run():
 
 @pytest.mark.parametrize("momentum", (0.0, 1.0))
 def test_extreme_momentum(momentum):
-    model = jepa(target="ema", momentum=momentum)
+    model = jepa(target="ema", momentum=momentum, momentum_end=momentum)
     start = [p.clone() for p in model.encoder.parameters()]
     updates(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(1))
     want = model.encoder.parameters() if momentum == 0 else start
@@ -216,7 +217,7 @@ def test_extreme_momentum(momentum):
 def test_nothing_to_do_after_a_step_without_a_moving_average():
     model = jepa(target="stopgrad")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    model.after_step()
+    model.after_step(1, 10)
     assert not any(k.startswith("target_encoder") for k in before)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
@@ -248,6 +249,7 @@ def test_show_of_a_perfect_prediction():
         ({"target": "teacher"}, "'teacher'; valid: shared, stopgrad, ema"),
         ({"horizon": 0}, "horizon must be at least 1"),
         ({"momentum": 1.1}, "momentum must lie in"),
+        ({"momentum": 0.9, "momentum_end": 0.8}, r"momentum_end must lie in \[momentum, 1\] = \[0.9, 1\], got 0.8"),
         ({"covariance": -1.0}, "covariance must not be negative, got -1.0"),
         ({"noise": float("nan")}, "noise must not be negative, got nan"),
         ({"chunks": 0}, "chunks must be at least 1"),
@@ -288,3 +290,21 @@ def test_a_predictor_that_spreads_cannot_hide_a_collapsed_encoder():
         for p in model.encoder.parameters():
             p.mul_(0.0)
     assert model(batch)["variance"] > 0.49 > 0.0 and model(batch)["variance"] >= healthy
+
+
+def test_momentum_rises_on_a_cosine_and_depends_on_the_step_alone():
+    model, steps, m0 = jepa(target="ema", momentum=0.5), 8, 0.5
+    average = [p.clone() for p in model.encoder.parameters()]
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for p in model.encoder.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        before = [p.clone() for p in model.target_encoder.parameters()]
+        model.after_step(step, steps)
+        m = 1 - (1 - m0) * (1 + math.cos(math.pi * step / steps)) / 2  # the written formula
+        average = [m * a + (1 - m) * p.detach() for a, p in zip(average, model.encoder.parameters())]
+        assert all(torch.allclose(a, p, atol=1e-6) for a, p in zip(average, model.target_encoder.parameters()))
+    assert all(torch.equal(a, p) for a, p in zip(before, model.target_encoder.parameters()))  # at the end it stands
+    for wrong in (0, 9):
+        with pytest.raises(ValueError, match=f"from 1 to 8, got {wrong}"):
+            model.after_step(wrong, steps)

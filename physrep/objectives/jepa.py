@@ -7,6 +7,7 @@ __all__ = ['TARGETS', 'check_chunks', 'vicreg_loss', 'WindowPrediction', 'JEPA']
 
 # %% ../../nbs/objectives/jepa.ipynb #e01f026a
 import copy
+import math
 
 import matplotlib.pyplot as plt
 import torch
@@ -87,7 +88,9 @@ def vicreg_loss(
 TARGETS = ("shared", "stopgrad", "ema")
 
 
-def _check_options(*, target: str, horizon: int, momentum: float, chunks: int, **non_negative: float) -> None:
+def _check_options(
+    *, target: str, horizon: int, momentum: float, momentum_end: float, chunks: int, **non_negative: float
+) -> None:
     "ValueError for options out of range, with the value and the range."
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; valid: {', '.join(TARGETS)}")
@@ -95,6 +98,8 @@ def _check_options(*, target: str, horizon: int, momentum: float, chunks: int, *
         raise ValueError(f"horizon must be at least 1 frame (None: the length of the clip), got {horizon}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+    if not momentum <= momentum_end <= 1:
+        raise ValueError(f"momentum_end must lie in [momentum, 1] = [{momentum}, 1], got {momentum_end}")
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
     for name, value in non_negative.items():
@@ -102,6 +107,13 @@ def _check_options(*, target: str, horizon: int, momentum: float, chunks: int, *
             raise ValueError(f"{name} must not be negative, got {value}")
 
 # %% ../../nbs/objectives/jepa.ipynb #d832422d
+def _momentum_at(step: int, steps: int, start: float, end: float) -> float:
+    "Momentum after update `step` (from 1) of `steps`: a cosine from `start` to `end`. ValueError for a step outside."
+    if not 0 < step <= steps:
+        raise ValueError(f"after_step takes the number of updates done, from 1 to {steps}, got {step}")
+    return end - (end - start) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 @torch.no_grad()
 def _move_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
     "Moves the parameters of `average` towards those of `module`, in place; buffers are copied."
@@ -127,6 +139,7 @@ class WindowPrediction(nn.Module):
         horizon: int,  # frames between the starts of the two windows
         target: str,
         momentum: float,
+        momentum_end: float = 1.0,
     ):
         super().__init__()
         self.grid = check_fit(encoder, system, shape)
@@ -135,7 +148,7 @@ class WindowPrediction(nn.Module):
         self.horizon = horizon
         self.frames = shape[0] + horizon
         self.target = target
-        self.momentum = momentum
+        self.momentum, self.momentum_end = momentum, momentum_end
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False) if target == "ema" else None
@@ -160,10 +173,11 @@ class WindowPrediction(nn.Module):
         "Predicted and target tokens, both `(b, n, d)`."
         return self.tokens(context, target)[1:]
 
-    def after_step(self) -> None:
-        "Moves the target encoder towards the encoder (`target='ema'`); to be called after every update of the weights."
+    def after_step(self, step: int, steps: int) -> None:
+        "Moves the target encoder towards the encoder (`target='ema'`); to be called after update `step` of `steps`."
         if self.target_encoder is not None:
-            _move_average(self.target_encoder, self.encoder, self.momentum)
+            momentum = _momentum_at(step, steps, self.momentum, self.momentum_end)
+            _move_average(self.target_encoder, self.encoder, momentum)
 
 # %% ../../nbs/objectives/jepa.ipynb #9a8ad0d1
 def _add_noise(clip: torch.Tensor, std: float, seeds: torch.Tensor, name: str) -> torch.Tensor:
@@ -198,7 +212,8 @@ class JEPA(WindowPrediction):
         chunks: int = 1,  # the loss is the mean over this many chunks of shuffled positions
         horizon: int | None = None,  # frames between the starts of the two windows; None: t
         target: str = "shared",  # 'shared', 'stopgrad' or 'ema'
-        momentum: float = 0.996,  # of the moving average, for target='ema'
+        momentum: float = 0.996,  # of the moving average at the start, for target='ema'
+        momentum_end: float = 1.0,  # and at the end of the training
         noise: float = 0.0,  # standard deviation of white noise on both clips, in training mode
         predictor_hidden: int | None = None,  # width inside the predictor; None: 2 d
         predictor_scale: float = 1e-6,  # of its residual branch at the start; 1e-6 shuts it for hundreds of updates
@@ -206,11 +221,10 @@ class JEPA(WindowPrediction):
     ):
         horizon = shape[0] if horizon is None else horizon
         weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
-        _check_options(target=target, horizon=horizon, momentum=momentum, chunks=chunks, noise=noise, **weights)
+        average = {"target": target, "momentum": momentum, "momentum_end": momentum_end}
+        _check_options(horizon=horizon, chunks=chunks, noise=noise, **average, **weights)
         predictor = ConvPredictor(encoder.dim, predictor_hidden, layer_scale=predictor_scale, time_kernel=time_kernel)
-        super().__init__(
-            encoder, predictor, system=system, shape=shape, horizon=horizon, target=target, momentum=momentum
-        )
+        super().__init__(encoder, predictor, system=system, shape=shape, horizon=horizon, **average)
         self.noise, self.chunks = noise, chunks
         self.weights = weights
 

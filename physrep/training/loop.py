@@ -164,7 +164,7 @@ def update(
     if not math.isfinite(size):  # a step that was far too long: found here, it is never saved
         raise TrainingDiverged(_diverged("norm of the weights", size, step, lr, batch))
     if hasattr(objective, "after_step"):  # e.g. the moving average of a target encoder
-        objective.after_step()
+        objective.after_step(step + 1, recipe.steps)
     return {"lr": lr, **sums, "grad_norm": norm}
 
 # %% ../../nbs/training/loop.ipynb #79449fae
