@@ -172,6 +172,9 @@ def test_grid_errors(encoder, fits):
         (dict(method="fft"), "banded"),
         (dict(stem_kernel=(1, 2, 2), stem_stride=(1, 4, 4)), "skipped"),
         (dict(stem_stride=(1, 4)), "three of them"),
+        (dict(init="xavier"), "unknown init 'xavier'; valid: trunc_normal, fan_in"),
+        (dict(stem_norm="layer"), "unknown stem_norm 'layer'; valid: patch, group, none"),
+        (dict(down_norm=None), "unknown down_norm None; valid: patch, group, none"),
     ],
 )
 def test_convnext_rejects(wrong, message):
@@ -315,3 +318,69 @@ def test_short_names_fit_into_folder_names():
 def test_names_of_the_package():
     assert {name: encoder_module(name) for name in ENCODERS} == {"convnext": "models.convnext", "vit": "models.vit"}
     assert split_name("vit", ENCODERS) == ("physrep.models.vit", "ViT")
+
+
+# the start of a narrow encoder
+
+NARROW = dict(widths=(48, 96), depths=(2, 2), stem_kernel=(4, 4, 4), stem_stride=(4, 4, 4), strides=((2, 1, 1),))
+
+
+def narrow(**options) -> ConvNeXt:
+    torch.manual_seed(0)
+    return ConvNeXt(4, **NARROW, **options)
+
+
+def test_the_defaults_are_the_papers():
+    plain, named = narrow(), narrow(init="trunc_normal", stem_norm="patch", down_norm="patch")
+    assert all(torch.equal(p, named.state_dict()[k]) for k, p in plain.state_dict().items())
+    assert all(m.weight.std() < 0.03 for m in plain.modules() if isinstance(m, nn.Linear | nn.Conv3d))
+
+
+def test_fan_in_keeps_the_size_of_what_passes():
+    for module in narrow(init="fan_in").modules():
+        if isinstance(module, nn.Linear | nn.Conv3d | DepthwiseConv3d):
+            inputs = module.weight[0].numel()
+            assert abs(module.weight.std() * inputs**0.5 - 1) < 0.05 and not module.bias.any()
+            assert module.weight.abs().max() * inputs**0.5 <= 2 / 0.8796
+    layer = narrow(init="fan_in").stages[0][0].fc1
+    assert abs(layer(torch.randn(5000, 48)).std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("init, scale, low, high", [("trunc_normal", 0.1, 0, 0.03), ("fan_in", 1.0, 0.3, 1.0)])
+def test_share_of_the_stream_that_a_block_changes(init, scale, low, high):
+    encoder = narrow(init=init, layer_scale=scale)
+    with torch.no_grad():
+        x = encoder.stem(torch.randn(2, 4, 16, 32, 32))
+        for i, stage in enumerate(encoder.stages):
+            for block in stage:
+                y = block(x)
+                assert low < (y - x).std() / x.std() < high
+                x = y
+            x = encoder.downs[i](x) if i < len(encoder.downs) else x
+
+
+def amplitude_change(**norms) -> float:
+    "Relative change of a token when the input of its own patch is doubled."
+    encoder, x = narrow(init="fan_in", layer_scale=1.0, **norms), torch.randn(2, 4, 16, 32, 32)
+    twice = x.clone()
+    twice[:, :, 8:16, 8:12, 8:12] *= 2
+    with torch.no_grad():
+        a, b = (encoder(clip)[:, (8 + 2) * 8 + 2] for clip in (x, twice))
+    return float((b - a).norm() / a.norm())
+
+
+def test_amplitude_of_a_patch_reaches_its_token():
+    assert amplitude_change() < 1e-3, "the paper's norm hides it"
+    for stem_norm in ("none", "group"):
+        assert 0.05 < amplitude_change(stem_norm=stem_norm) < amplitude_change(stem_norm=stem_norm, down_norm="none")
+
+
+@pytest.mark.parametrize("norm", ["patch", "group", "none"])
+def test_norms_round_trip(norm):
+    encoder = narrow(init="fan_in", stem_norm=norm, down_norm=norm)
+    again = ConvNeXt(**json.loads(json.dumps(encoder.config)))
+    again.load_state_dict(encoder.state_dict())
+    x = torch.randn(1, 4, 16, 16, 16)
+    assert again.config == encoder.config and torch.equal(again(x), encoder(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (encoder(x).float() - again(x)).norm() < 0.1 * again(x).norm()
