@@ -9,16 +9,19 @@ PRESET ?= laptop
 DATA ?=
 SYSTEM ?=
 ROWS ?=
+ONLY ?=
 NOTEBOOKS ?=
 CONSTRAINTS ?= constraints.txt
 CORES ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)' 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
-DRAWN := runs/$(PRESET)/figures
+# a preset of your own is the path of a .yaml file, and is called after it
+NAME := $(basename $(notdir $(PRESET)))
+DRAWN := runs/$(NAME)/figures
 # the committed figures are those of the laptop preset
-FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(PRESET))
+FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
 READY := $(VENV)/.ready
-CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)")
+CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)")
 SNAKE = $(BIN)/python -m snakemake $(TARGET) --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
 KEEP = echo "== the committed figures are as they were; make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/"
@@ -36,7 +39,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PRESET=smoke|laptop|gpu|paper|native (now: $(PRESET))   DATA=<folder of The Well's data>   CORES=$(CORES)"
-	@echo "  SYSTEM=<name of one system>   ROWS=<rows.yaml, rows of your own>   NOTEBOOKS=<names, for make notebooks>"
+	@echo "  SYSTEM=<name of one system>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   NOTEBOOKS=<names, for make notebooks>"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
 
@@ -53,7 +56,7 @@ $(READY): settings.ini setup.py constraints.txt
 reproduce: $(READY)  ## simulate, pretrain, probe, draw every table and figure, and compare them with the committed ones
 	@echo "== preset $(PRESET): simulate -> pretrain -> probe -> figures, $(CORES) jobs at a time; what is done already is kept"
 	@$(SNAKE) </dev/null
-	@echo "== done: $$(ls $(DRAWN)/*.png | wc -l) figure(s) with their data (png, svg, csv, json) in $(DRAWN)/, executed notebooks in runs/$(PRESET)/notebooks/"
+	@echo "== done: $$(ls $(DRAWN)/*.png | wc -l) figure(s) with their data (png, svg, csv, json) in $(DRAWN)/, executed notebooks in runs/$(NAME)/notebooks/"
 	@$(COMPARE)
 	@$(KEEP)
 

@@ -19,7 +19,7 @@ from physrep.training.pretrain import pretrain
 from physrep.training.run import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = '''
+OWN = """
 import torch
 
 from physrep.physics.systems import Field, Label, System
@@ -51,8 +51,9 @@ class MeanField(torch.nn.Module):
         self.encoder, self.head = encoder, torch.nn.Linear(encoder.dim, system.n_channels)
 
     def forward(self, batch):
-        return {"loss": (self.head(self.encoder(batch["fields"]).mean(1)) - batch["fields"].mean((2, 3, 4))).square().mean()}
-'''
+        prediction = self.head(self.encoder(batch["fields"]).mean(1))
+        return {"loss": (prediction - batch["fields"].mean((2, 3, 4))).square().mean()}
+"""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Files as The Well publishes them: native grids and layouts, against its own reader; large files; the paper's crops."""
+"""Files as The Well publishes them: native grids and layouts against its own reader, large files, the paper's crops."""
 
 import re
 import subprocess
@@ -29,13 +29,25 @@ FRAMES = 4
 ROOT = Path(__file__).resolve().parent.parent
 # grid, parameters as in a published file, a second pair, and coordinates as published
 NATIVE = {
-    "active_matter": ((256, 256), {"L": 10.0, "zeta": 11.0, "alpha": -2.0}, {"L": 10.0, "zeta": 3.0, "alpha": -1.0}, {"x": np.linspace(0, 10, 256, False), "y": np.linspace(0, 10, 256, False)}),
-    "shear_flow": ((256, 512), {"Reynolds": 1e5, "Schmidt": 2.0}, {"Reynolds": 1e4, "Schmidt": 0.1}, {"x": np.linspace(0, 1, 256, False), "y": np.linspace(0, 1, 512, False)}),
+    "active_matter": (
+        (256, 256),
+        {"L": 10.0, "zeta": 11.0, "alpha": -2.0},
+        {"L": 10.0, "zeta": 3.0, "alpha": -1.0},
+        {"x": np.linspace(0, 10, 256, False), "y": np.linspace(0, 10, 256, False)},
+    ),
+    "shear_flow": (
+        (256, 512),
+        {"Reynolds": 1e5, "Schmidt": 2.0},
+        {"Reynolds": 1e4, "Schmidt": 0.1},
+        {"x": np.linspace(0, 1, 256, False), "y": np.linspace(0, 1, 512, False)},
+    ),
     "rayleigh_benard": (
-        (512, 128), {"Rayleigh": 1e9, "Prandtl": 5.0}, {"Rayleigh": 1e6, "Prandtl": 0.1},
+        (512, 128),
+        {"Rayleigh": 1e9, "Prandtl": 5.0},
+        {"Rayleigh": 1e6, "Prandtl": 0.1},
         {"x": np.linspace(0, 4, 512, False), "y": (1 - np.cos(np.pi * (np.arange(128) + 0.5) / 128)) / 2},
     ),
-}  # fmt: skip
+}
 
 
 def publish(root, name: str, n: int = 2):

@@ -1,4 +1,4 @@
-"""The notebooks: metadata that papermill and nbdev need, parameters, and the stages through papermill at preset smoke."""
+"""The notebooks: what papermill and nbdev need, parameters, links, and the stages through papermill at preset smoke."""
 
 import ast
 import os
@@ -117,7 +117,8 @@ def test_pretrain_with_an_output_path(smoke_data, tmp_path):
 
 
 def test_pretrain_piped_makes_missing_data(tmp_path):
-    "`papermill nbs/03_pretrain.ipynb -p objective ... | cat`: the executed notebook on standard output, data made on the way."
+    """`papermill nbs/03_pretrain.ipynb -p objective ... | cat`: the executed notebook on standard output, data made on
+    the way."""
     source = (ROOT / "nbs" / "03_pretrain.ipynb").read_bytes()
     done = papermill(
         "nbs/03_pretrain.ipynb",

@@ -1,4 +1,4 @@
-"""The smoke preset twice, as `make reproduce` runs it: the same numbers, to the byte. A few rows here, the whole in `make test-all`."""
+"""The smoke preset twice, as `make reproduce` runs it: the same to the byte. A few rows; the whole in `make test-all`."""
 
 import os
 import shutil
@@ -42,7 +42,8 @@ class MeanField(torch.nn.Module):
 OWN_ROWS = """
 rows:
   - {objective: frozen, encoder: "own_package:make_bands", title: bands}
-  - {objective: "own_package:MeanField", encoder: vit, coefficients: {scale: 2.0}, recipe: {lr: 0.002}, color: "#E69F00"}
+  - {objective: "own_package:MeanField", encoder: vit, coefficients: {scale: 2.0}, recipe: {lr: 0.002}, color:
+  "#E69F00"}
 """
 
 
@@ -113,7 +114,8 @@ def test_rows_of_ones_own_stand_in_the_table(few_rows_twice):
 
 
 def test_a_job_that_runs_again_does_not_cost_the_encoder(few_rows_twice):
-    "The stage has changed: Snakemake runs it again, and training finds what it needs. Snakemake deletes declared outputs before a job."
+    """The stage has changed: Snakemake runs it again, and training finds what it needs. Snakemake deletes declared
+    outputs before a job."""
     root = few_rows_twice[1].parent
     stamp = root / "runs" / "smoke" / "finished" / "shear_flow-mae-vit"
     encoders = {

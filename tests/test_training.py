@@ -22,7 +22,8 @@ from physrep.training.run import build, ensure_data, label_scaler, resolve
 ROOT = Path(__file__).resolve().parent.parent
 quiet = dict(progress=False, say=lambda text: None)
 
-# Trains in another process. In the third save it stops in the middle: after the temporary file is written, before it is renamed.
+# Trains in another process. In the third save it stops in the middle: after the temporary file is written, before it is
+# renamed.
 CHILD = """
 import os, sys, time, torch
 torch.set_num_threads(1)
