@@ -57,7 +57,7 @@ def test_exported_cells_have_one_idea(path):
             tree = ast.parse(cell.source)
             defined = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
             assert len(defined) <= 3, f"a cell defines {', '.join(defined)}"
-            assert len(cell.source.splitlines()) <= 75, f"a cell of {len(cell.source.splitlines())} lines: {defined}"
+            assert len(cell.source.splitlines()) <= 60, f"a cell of {len(cell.source.splitlines())} lines: {defined}"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "nbs")))

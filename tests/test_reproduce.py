@@ -1,4 +1,4 @@
-"""The smoke preset twice, as `make reproduce` runs it: the same to the byte. A few rows; the whole in `make test-all`."""
+"""The smoke preset twice, as `make reproduce` runs it: the same to the byte. Few rows; the whole in `make test-all`."""
 
 import os
 import shutil
