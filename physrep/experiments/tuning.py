@@ -79,7 +79,9 @@ _STEM4 = dict(
     stem_stride=(4, 4, 4),
     strides=((2, 1, 1),),
     kernel_size=7,
+    init="fan_in",
     layer_scale=0.1,
+    stem_norm="none",
 )
 _JEPA_BASE = dict(
     invariance=1.0,

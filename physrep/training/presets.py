@@ -131,7 +131,9 @@ _LAPTOP_ENCODERS = {
         stem_stride=(4, 4, 4),
         strides=((2, 1, 1),),
         kernel_size=7,
+        init="fan_in",  # the paper's std of 0.02 would make a block 0.2 % of its stream at these widths
         layer_scale=0.1,  # 1e-6, as for long trainings, keeps the blocks shut for all of a short one
+        stem_norm="none",  # a norm right after the stem hides the amplitude of every patch
     ),
     "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
 }
