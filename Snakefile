@@ -2,7 +2,8 @@
 # Results are written below runs/ (git-ignored); `make figures` copies figures from there.
 #
 # A job runs again if its output is missing, or if its parameters, an input, or the digest of the code that it uses have
-# changed. Digests are of syntax trees: words, pictures of other jobs and commits change nothing.
+# changed. Digests are of syntax trees: words, pictures of other jobs and commits change nothing. A stage that has changed
+# runs again too, but finds finished data and encoders as they are; a probe costs, so there only the library counts.
 #
 # config: preset (a name or a .yaml file), data (a folder), systems (comma-separated), rows (a rows.yaml with rows of your own),
 # only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there)
@@ -133,7 +134,7 @@ for system, runs_in, about in PLACES:
         name: f"probe_{tag}{system}_baselines"
         input: inputs
         output: baselines
-        params: code=stage("04_probe", "probing.baselines", entries=(system,)) + PROBING, command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
+        params: code=code_digest("probing.baselines", entries=(system,)) + PROBING, command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
         shell: "{params.command}"
 
     for row in PREDICTED if runs_in is None else []:  # someone else's predictions, in a file
@@ -167,7 +168,7 @@ for system, runs_in, about in PLACES:
             output: results
             threads: JOB_THREADS
             priority: row.cost if row.pair in ACROSS else 0
-            params: code=stage("04_probe", "probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"})
+            params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"})
             shell: "{params.command}"
 
 

@@ -190,7 +190,7 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
     assert table.returncode != 0 and "no results yet of supervised-vit" in table.stderr
     missing = ("-p", "objective", "supervised", "-p", "encoder", "vit", "-p", "seeds", "0 1")
     missing += ("-p", "data_dir", str(smoke_data))
-    probe = papermill("nbs/04_probe.ipynb", str(tmp_path / "p.ipynb"), *common[:4], *missing, cwd=ROOT)
+    probe = papermill("nbs/04_probe.ipynb", str(tmp_path / "p.ipynb"), *common[:6], *missing, cwd=ROOT)
     assert probe.returncode == 0, probe.stderr[-3000:]
     table = papermill(
         "nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, "-p", "systems", "shear_flow", cwd=ROOT

@@ -257,6 +257,6 @@ def load_joint(path: str | Path, system: str, device: str | torch.device = "cpu"
         raise ValueError(f"{path} was trained on {', '.join(info['systems'])}, not on {system!r}")
     known = get_system(system)
     reads = info["channels"]
-    own = {k: v for k, v in info.items() if k != "systems"}
+    own = {k: v for k, v in info.items() if k not in ("systems", "definition")}
     own |= {"system": system, "channels": known.channels, "reads": reads, **info["systems"][system]}
     return LoadedEncoder(Translated(network, reads, known), own).to(device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSUMPTIONS', 'OTHER_EQUATIONS', 'POWER', 'FRAME_RADIUS', 'MIN_FRAMES', 'MIN_POINTS', 'METHODS', 'DIFFUSIVITIES',
-           'ORACLES', 'SHORT_RADIUS', 'ROUNDS', 'ALIGNMENTS', 'ACTIVITIES', 'Assumptions', 'assumptions',
+           'ORACLES', 'SHORT_RADIUS', 'ROUNDS', 'ALIGNMENTS', 'ACTIVITIES', 'Assumptions', 'assumptions', 'has_oracle',
            'equation_oracle']
 
 # %% ../../nbs/physics/oracle.ipynb #c80a91ac
@@ -257,6 +257,11 @@ def _shear_flow_oracle(
 ORACLES: dict[str, Callable[..., np.ndarray]] = {"shear_flow": _shear_flow_oracle}
 
 # %% ../../nbs/physics/oracle.ipynb #f08d79f6
+def has_oracle(system: System) -> bool:
+    "Whether physrep knows the equations of a system."
+    return system.name in ORACLES
+
+
 def equation_oracle(
     fields: np.ndarray | torch.Tensor,  # (b, c, t, h, w), physical
     *,

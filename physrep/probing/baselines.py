@@ -17,7 +17,7 @@ import torch
 from ..core.provenance import provenance
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
-from ..physics.oracle import ORACLES, equation_oracle
+from ..physics.oracle import equation_oracle, has_oracle
 from ..physics.statistics import summary_statistics
 from ..physics.systems import System
 from .evaluate import Scored, probe_splits, write_scores
@@ -80,7 +80,7 @@ BASELINES = {"constant": predict_constant, "statistics": predict_statistics, "eq
 
 def baselines_for(system: System) -> list[str]:
     "The baselines that a system has: the equations only where physrep knows them."
-    return [name for name in BASELINES if name != "equations" or system.name in ORACLES]
+    return [name for name in BASELINES if name != "equations" or has_oracle(system)]
 
 
 def score_baseline(

@@ -21,8 +21,8 @@ from ..core.places import short_name, split_name
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES
+from ..physics.oracle import has_oracle
 from ..physics.systems import get_system
-from ..probing.baselines import baselines_for
 from ..training.presets import Preset, get_preset
 from ..training.run import Run, resolve, system_folder
 
@@ -270,7 +270,7 @@ def _folders_of(
     "The folders of a row's results for a system: one a seed, or a single one for a row without a run."
     if row.kind == "predictions" and system not in row.predictions:
         return []
-    if row.kind == "baseline" and row.objective not in baselines_for(get_system(system)):
+    if row.objective == "equations" and not has_oracle(get_system(system)):
         return []
     if row.kind in ("baseline", "predictions"):
         return [system_folder(preset, system, run_dir) / row.objective]

@@ -43,6 +43,26 @@ class Numbers:
     seeds: tuple[int, ...] = (0,)
     systems: tuple[str, ...] = ("shear_flow", "rayleigh_benard", "active_matter")
 
+    def probing(self) -> dict:
+        "What decides how encoders are probed, JSON-able: it belongs to every score."
+        frozen = {
+            "stride": self.probe_stride,
+            "epochs": self.probe_epochs,
+            "lr": self.probe_lr,
+            "batch_size": self.probe_batch,
+        }
+        return frozen | ({"finetune_epochs": self.finetune_epochs} if self.finetune_epochs else {})
+
+    def scope(self) -> dict:
+        """What else decides the numbers of a figure and is in no run's configuration, JSON-able: it belongs to every
+        figure."""
+        return {
+            "seeds": list(self.seeds),
+            "systems": list(self.systems),
+            "refined": dict(self.refined),
+            "paper_labels": self.paper_labels,
+        }
+
 # %% ../../nbs/training/presets.ipynb #7daeeeeb
 @dataclass(frozen=True)
 class Preset(Numbers):
@@ -78,26 +98,6 @@ class Preset(Numbers):
         if ":" in encoder:
             return {}
         raise ValueError(f"preset {self.name} has no encoder {encoder!r}; it has {', '.join(self.encoders)}")
-
-    def probing(self) -> dict:
-        "What decides how encoders are probed, JSON-able: it belongs to every score."
-        frozen = {
-            "stride": self.probe_stride,
-            "epochs": self.probe_epochs,
-            "lr": self.probe_lr,
-            "batch_size": self.probe_batch,
-        }
-        return frozen | ({"finetune_epochs": self.finetune_epochs} if self.finetune_epochs else {})
-
-    def scope(self) -> dict:
-        """What else decides the numbers of a figure and is in no run's configuration, JSON-able: it belongs to every
-        figure."""
-        return {
-            "seeds": list(self.seeds),
-            "systems": list(self.systems),
-            "refined": dict(self.refined),
-            "paper_labels": self.paper_labels,
-        }
 
     def sim(self, system: str) -> SimPreset:
         "What is simulated for a system; ValueError where the preset does not simulate it."
