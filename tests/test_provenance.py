@@ -69,6 +69,7 @@ def package(tmp_path, monkeypatch) -> Path:
     for name, text in FILES.items():
         (folder / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(physrep.core.provenance, "TABLES_OF", {"physrep", "shapes"})  # it stands for physrep
     importlib.invalidate_caches()
     return folder
 
@@ -315,3 +316,24 @@ def test_cells_of_a_notebook_that_are_no_python(tmp_path):
     (tmp_path / "a.ipynb").write_text("[1]")
     with pytest.raises(ValueError, match="is no notebook"):
         notebook_digest(tmp_path / "a.ipynb")
+
+
+def test_a_changed_plot_is_no_changed_run(package):
+    "Functions that return a Figure or are given Axes draw; they decide no number."
+    before = digest()
+    with open(package / "train.py", "a") as f:
+        f.write("\n\ndef show(x) -> Figure:\n    return draw(x)\n\n\ndef _panel(ax: Axes, x):\n    ax.plot(x)\n")
+    assert digest() == before
+    with open(package / "train.py", "a") as f:
+        f.write("\n\ndef scale(x):\n    return 2 * x\n")
+    assert digest() != before
+
+
+def test_a_plot_counts_where_drawing_is_the_work():
+    assert "plot_table1" in definitions("results.panels") and "plot_metrics" not in definitions("training.pretrain")
+    assert "pretrain" in definitions("training.pretrain")
+
+
+def test_a_table_of_ones_own_counts_whole(package, monkeypatch):
+    monkeypatch.setattr(physrep.core.provenance, "TABLES_OF", {"physrep"})
+    assert digest() == digest(entries=["one"]), "a dictionary of that name may hold anything"

@@ -205,6 +205,16 @@ def test_the_papers_presets_scale_labels_with_the_papers_constants():
     assert np.allclose(label_scaler(laptop, Train).transform(Train.labels).mean(0), 0)
 
 
+def test_labels_of_the_paper_make_another_run():
+    from dataclasses import replace
+
+    from physrep.training.presets import get_preset
+
+    plain = resolve("shear_flow", "supervised", "vit", "smoke")
+    paper = resolve("shear_flow", "supervised", "vit", replace(get_preset("smoke"), paper_labels=True))
+    assert plain.hash != paper.hash and [label.log for label in paper.system.labels] == [True, False]
+
+
 def test_metrics_are_heard_as_they_are_made(smoke_data, tmp_path):
     heard = []
     folder = pretrain(

@@ -95,6 +95,7 @@ def score_baseline(
     names."""
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; valid: {', '.join(BASELINES)}")
+    record = provenance("probing.baselines", entries=(run.system.name,))  # of the code that runs
     windows = windows or probe_splits(run, data_dir)
     scaler = label_scaler(run, windows["train"])
     predictions, probes = BASELINES[name](windows, scaler)
@@ -102,6 +103,6 @@ def score_baseline(
     made = dict(
         config=run.as_dict(),
         probing=run.preset.probing(),
-        provenance=provenance("probing.baselines", entries=(run.system.name,)),
+        provenance=record,
     )
     return write_scores(folder, predictions, windows, scaler, objective=name, encoder="none", probes=probes, **made)

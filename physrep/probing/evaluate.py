@@ -250,6 +250,7 @@ def score_encoder(
 ) -> Scored:
     "Probes a frozen encoder as every row of the table is probed, and writes its rows."
     scaler = scaler or LabelScaler.fit(windows["train"].system, windows["train"].labels)
+    record = provenance("probing.evaluate", *modules, device=device, entries=(scaler.system.name,))
     options = {"scratch": folder, **reading}
     probed = probe_encoder(
         encoder, windows, scaler, get_preset(preset), probes=probes, seed=seed, device=device, **options
@@ -266,7 +267,7 @@ def score_encoder(
         seed=seed,
         run=run,
         probes=probed.probes,
-        provenance=provenance("probing.evaluate", *modules, device=device, entries=(scaler.system.name,)),
+        provenance=record,
     )
 
 # %% ../../nbs/probing/evaluate.ipynb #24800124
@@ -368,6 +369,7 @@ def score_run(
     if unknown := sorted(set(probes) - set(PROBES)):
         raise ValueError(f"unknown probe {', '.join(map(repr, unknown))}; valid: {', '.join(PROBES)}")
     started = time.monotonic()
+    record = provenance(*run.modules, "probing.evaluate", device=device, entries=run.entries)  # of the code that runs
     folder = run.folder(run_dir)
     encoder = _encoder_of(run, run_dir, device)
     windows = windows or probe_splits(run, data_dir)
@@ -402,7 +404,7 @@ def score_run(
         probes=fitted,
         config=run.as_dict(),
         probing=run.preset.probing(),
-        provenance=provenance(*run.modules, "probing.evaluate", device=device, entries=run.entries),
+        provenance=record,
         seconds=round(time.monotonic() - started, 1),
         parameters=sum(p.numel() for p in encoder.parameters()),
     )

@@ -122,6 +122,8 @@ class Run(Setup):
         }
         if self.system.name not in SYSTEMS:  # one of your own: what it is decides numbers, too
             config["definition"] = asdict(self.system)
+        if self.preset.paper_labels:  # transforms and constants of the labels are the paper's
+            config["paper_labels"] = {label.name: label.log for label in self.system.labels}
         return json.loads(json.dumps(config))
 
     @property
