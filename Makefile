@@ -39,7 +39,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PRESET=smoke|laptop|gpu|paper|native (now: $(PRESET))   DATA=<folder of The Well's data>   CORES=$(CORES)"
-	@echo "  SYSTEM=<name of one system>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   NOTEBOOKS=<names, for make notebooks>"
+	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   NOTEBOOKS=<names, for make notebooks>"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
 

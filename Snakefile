@@ -2,11 +2,13 @@
 # Results are written below runs/ (git-ignored); `make figures` copies figures from there.
 #
 # A job runs again if its output is missing, or if its parameters, an input, or the digest of the code that it uses have
-# changed. Digests are of syntax trees: words, pictures of other jobs and commits change nothing. A stage that has changed
-# runs again too, but finds finished data and encoders as they are; a probe costs, so there only the library counts.
+# changed. Digests are of syntax trees: words, pictures of other jobs and commits change nothing. The notebook counts where it
+# draws a figure that is kept; where data, encoders or probes are made only the library counts, and what it draws is a look.
 #
 # config: preset (a name or a .yaml file), data (a folder), systems (comma-separated), rows (a rows.yaml with rows of your own),
 # only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there)
+import contextlib
+import hashlib
 import json
 import shlex
 import sys
@@ -17,11 +19,12 @@ import torch
 from physrep.core.paths import default_data_dir, project_root
 from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
+from physrep.data.sets import find_files
 from physrep.experiments.tuning import ENCODER_FROM, WALKS, log_path
 from physrep.experiments.variants import VARIANTS
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
-from physrep.results.rows import chosen_rows, read_rows, row_name, run_of, systems_of
+from physrep.results.rows import Row, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
 
@@ -35,12 +38,23 @@ TABLE_ROWS = (*chosen_rows(ONLY), *(read_rows(config["rows"]) if config.get("row
 WITH_ROWS = ({"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}) | ({"only": ONLY} if ONLY else {})
 NAMED = [name for name in str(config.get("systems") or "").split(",") if name]
 SYSTEMS = {get_system(name).name: name for name in NAMED or systems_of(PRESET, DATA)}  # name in tables -> as it was asked for
+FIRST = next(iter(SYSTEMS))
+# what a system of your own has no entry for is left out: twins, a regime's measure, more resolution, transfer
+BUILT_IN = all(system in SOLVERS for system in SYSTEMS)
+READS = any(system not in PRESET.sims for system in SYSTEMS)  # files that nobody simulates
 PROBING = str(PRESET.probing())
 
 
 def stage(name, *modules, entries=()):
-    "What a job of this notebook depends on, besides its inputs."
+    "What a figure of this notebook depends on, besides its inputs."
     return notebook_digest(ROOT / "nbs" / f"{name}.ipynb") + code_digest(*modules, entries=entries)
+
+
+def given_to_papermill(name, value):
+    "A parameter as an option of papermill: text stays text, e.g. a tag `2`."
+    if isinstance(value, dict):
+        return f"-y {shlex.quote(json.dumps({name: value}))}"
+    return f"{'-r' if isinstance(value, str | Path) else '-p'} {name} {shlex.quote(str(value))}"
 
 
 def papermill(name, out, folder=OUT, **parameters):
@@ -48,12 +62,8 @@ def papermill(name, out, folder=OUT, **parameters):
     goes to a log beside the notebook that it makes, progress bars to the terminal too, one line at a time; of a job that fails
     the end of the log is shown."""
     preset = Path(ASKED).resolve() if ASKED.endswith((".yaml", ".yml")) else ASKED
-    given = {"preset": preset} | ({"data_dir": DATA} if config.get("data") else {}) | parameters
-    values = " ".join(
-        f"-y {shlex.quote(json.dumps({k: v}))}" if isinstance(v, dict) else f"-p {k} {shlex.quote(str(v))}"
-        for k, v in given.items()
-        if v is not None
-    )
+    given = {"preset": preset} | ({"data_dir": DATA} if config.get("data") or READS else {}) | parameters
+    values = " ".join(given_to_papermill(k, v) for k, v in given.items() if v is not None)
     target, python, source = (
         shlex.quote(str(p)) for p in (folder / "notebooks" / out, sys.executable, ROOT / "nbs" / f"{name}.ipynb")
     )
@@ -65,16 +75,28 @@ def papermill(name, out, folder=OUT, **parameters):
 
 
 def simulated(system):
-    "The file that is written last when a system is simulated; nothing for data that are read as they are."
-    return [DATA / system / "stats.yaml"] if system in PRESET.sims else []
+    "The file that is written last when a system is simulated; for data that are read as they are, those files."
+    if system in PRESET.sims:
+        return [DATA / system / "stats.yaml"]
+    found = []
+    for split in ("train", "valid", "test"):
+        with contextlib.suppress(FileNotFoundError):
+            found += find_files(DATA, get_system(SYSTEMS[system]), split)
+    return found
 
 
-def finished(name, files):
-    """The stamp of a job that keeps or replaces `files` itself. Snakemake deletes declared outputs before a job; an encoder
-    that may have cost days is better put aside by the training that takes its place. No stamp where a file is missing."""
-    if not all(f.is_file() for f in files):
-        (OUT / "finished" / name).unlink(missing_ok=True)
-    return OUT / "finished" / name
+def finished(stamp, there):
+    """The stamp of a job that keeps or replaces its files itself. Snakemake deletes declared outputs before a job; an encoder
+    that may have cost days is better put aside by the training that takes its place. No stamp where files are not `there`."""
+    if not there:
+        stamp.unlink(missing_ok=True)
+    return stamp
+
+
+def definition(run):
+    "What a system of your own is, as a digest; nothing for those that physrep has."
+    text = json.dumps(run.as_dict().get("definition"), sort_keys=True)
+    return "" if text == "null" else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def row_values(row):
@@ -87,8 +109,7 @@ def row_values(row):
 JOB_THREADS = workflow.cores // 2 + 1 if torch.cuda.is_available() else 1
 # systems are simulated side by side: no core waits while one of them starts or ends
 SIM_WORKERS = max(1, workflow.cores // max(1, len(PRESET.sims)))
-# several seeds are text; one alone would be read as a number
-SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))} if len(PRESET.seeds) > 1 else {"seed": PRESET.seeds[0]}
+SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))}
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "frozen")]
 PREDICTED = [row for row in TABLE_ROWS if row.kind == "predictions"]
@@ -97,7 +118,7 @@ RESULTS, OF_ROW, REFINED = [], {}, []
 
 for system, asked in SYSTEMS.items():
     if system in PRESET.sims:
-        solver = stage("00_simulate", "data.generate", SOLVERS[system], entries=(system,))
+        solver = code_digest("data.generate", SOLVERS[system], entries=(system,))
         rule:
             name: f"simulate_{system}"
             output: simulated(system)
@@ -115,13 +136,14 @@ for system, asked in SYSTEMS.items():
             shell: "{params.command}"
 
 # The rows of a system: once on its data; The Well's shear flow once more on splits without leaks, with runs of its own.
-LEAK_FREE = [system for system in SYSTEMS if system not in PRESET.sims and get_system(SYSTEMS[system]).group]
+LEAK_FREE = [s for s in SYSTEMS if s in SOLVERS and s not in PRESET.sims and get_system(SYSTEMS[s]).group]
 MORE, LEAKAGE = ROOT / "runs" / "leak_free", []
 for system in LEAK_FREE:
     rule:
         name: f"leak_free_{system}"
+        input: simulated(system)
         output: MORE / "data" / system / "stats.yaml"
-        params: code=stage("00h_leak_free", "data.leakage"), command=papermill("00h_leak_free", f"{system}-leak-free", MORE, preset=None, system=SYSTEMS[system], data_dir=DATA, out_dir=MORE / "data")
+        params: code=code_digest("data.leakage"), command=papermill("00h_leak_free", f"{system}-leak-free", MORE, preset=None, system=SYSTEMS[system], data_dir=DATA, out_dir=MORE / "data")
         shell: "{params.command}"
 
 PLACES = [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"data_dir": MORE / "data", "run_dir": MORE}) for s in LEAK_FREE]
@@ -131,17 +153,17 @@ for system, runs_in, about in PLACES:
     baselines = [baseline_folder(b, system, PRESET, runs_in) / "result.json" for b in baselines_for(get_system(asked))]
     into += baselines
     rule:
-        name: f"probe_{tag}{system}_baselines"
+        name: f"probe_{tag}{system}_baselines".replace("-", "_")
         input: inputs
         output: baselines
-        params: code=code_digest("probing.baselines", entries=(system,)) + PROBING, command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
+        params: code=code_digest("probing.baselines", entries=(system,)) + PROBING + definition(run_of(ENCODED[0], asked, PRESET, 0, DATA)), command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
         shell: "{params.command}"
 
     for row in PREDICTED if runs_in is None else []:  # someone else's predictions, in a file
         if system in row.predictions:
             RESULTS.append(baseline_folder(row.objective, system, PRESET) / "result.json")
             rule:
-                name: f"compare_{system}_{row.objective}"
+                name: f"compare_{system}_{row.objective}".replace("-", "_")
                 input: csv=row.predictions[system], reference=baselines[0]
                 output: RESULTS[-1]
                 params: command=f"{shlex.quote(sys.executable)} -m physrep.experiments.command compare"
@@ -157,18 +179,18 @@ for system, runs_in, about in PLACES:
             rule:
                 name: f"pretrain_{name}".replace("-", "_")
                 input: inputs
-                output: touch(finished(name, trained))
-                params: code=stage("03_pretrain", *runs[0].modules, entries=runs[0].entries), command=papermill("03_pretrain", f"{name}-pretrain", **values)
+                output: touch(finished(OUT / "finished" / name, all(f.is_file() for f in trained)))
+                params: code=code_digest(*runs[0].modules, entries=runs[0].entries), command=papermill("03_pretrain", f"{name}-pretrain", **values)
                 threads: JOB_THREADS
                 priority: row.cost  # long jobs first, and what the longest waits for
                 shell: "{params.command}"
         rule:
             name: f"probe_{name}".replace("-", "_")
-            input: OUT / "finished" / name if row.kind == "trained" else inputs
+            input: inputs + ([OUT / "finished" / name] if row.kind == "trained" else [])
             output: results
             threads: JOB_THREADS
             priority: row.cost if row.pair in ACROSS else 0
-            params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"})
+            params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, finetuned=row.finetuned, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"})
             shell: "{params.command}"
 
 
@@ -177,11 +199,12 @@ def figures(*names):
 
 
 SHOWN = {"systems": ",".join(SYSTEMS.values())}
+DIFFERENCES = {"random": "table1_differences", "statistics": "table1_differences_statistics"}
 
 rule table1:
     input: RESULTS
-    output: figures("table1", "table1_differences", "table1_differences_statistics", *[f"table1_{s}" for s in SYSTEMS])
-    params: code=stage("05_table1", "results.panels", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
+    output: figures("table1", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
+    params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.panels", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # the same flows at twice the resolution, read by the same encoders and probes
@@ -204,7 +227,7 @@ rule across:
 rule leakage:
     input: RESULTS + LEAKAGE
     output: figures("leakage")
-    params: code=stage("05d_leakage", "experiments.leak_free") + PROBING, command=papermill("05d_leakage", "leakage", system=(LEAK_FREE or [None])[0])
+    params: code=stage("05d_leakage", "experiments.leak_free") + PROBING, command=papermill("05d_leakage", "leakage", system=SYSTEMS[(LEAK_FREE or [FIRST])[0]], only=ONLY or None)
     shell: "{params.command}"
 
 # a second thing to ask all encoders
@@ -217,58 +240,57 @@ rule regimes:
     shell: "{params.command}"
 
 # `make machines`: one row again, with other threads and other instructions
-FIRST = next(iter(SYSTEMS))
 rule machines:
     input: RESULTS
     output: figures("machines")
-    params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=FIRST)
+    params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST])
     threads: workflow.cores
     shell: "{params.command}"
 
 # `make tune`: a job per row of the table; what has been tried already is in its log
-TUNED = {row: log_path(FIRST, row, PRESET.name) for row in WALKS}
+TUNED = {row: log_path(SYSTEMS[FIRST], row, PRESET.name) for row in WALKS}
 for row, log in TUNED.items():
+    run = run_of(Row(*row), SYSTEMS[FIRST], PRESET, 0, DATA)
     rule:
         name: f"tune_{'_'.join(row)}"
         input: ([f"{TUNED[ENCODER_FROM[row]]}.done"] if row in ENCODER_FROM else []) + simulated(FIRST)
-        output: touch(f"{log}.done")
-        params: command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=FIRST, rows="-".join(row), draw=False)
+        output: touch(finished(Path(f"{log}.done"), log.is_file()))
+        params: code=code_digest("experiments.tuning", *run.modules, entries=run.entries) + PROBING, command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=SYSTEMS[FIRST], rows="-".join(row), draw=False)
         shell: "{params.command}"
 
 rule tuning:
     input: [f"{log}.done" for log in TUNED.values()]
     output: figures("tuning")
-    params: code=stage("08a_tuning", "experiments.tuning"), command=papermill("08a_tuning", "tuning", system=FIRST)
+    params: code=stage("08a_tuning", "experiments.tuning"), command=papermill("08a_tuning", "tuning", system=SYSTEMS[FIRST])
     shell: "{params.command}"
 
 # `make ablations`: a job per variant and seed
 VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS for seed in PRESET.seeds]
 for name, seed, done in VARIED:
+    run = run_of(Row(*VARIANTS[name]), SYSTEMS[FIRST], PRESET, seed, DATA)
+    probed = (OUT / FIRST).glob(f"{'-'.join(run.row)}-{name}-*/seed{seed}/result.json")
     rule:
         name: f"ablate_{name}_seed{seed}"
         input: simulated(FIRST)
-        output: touch(done)
-        params: code=stage("08b_ablations", "experiments.ablations") + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=FIRST, variants=name, seed=seed, draw=False)
+        output: touch(finished(done, any(probed)))
+        params: code=code_digest("experiments.ablations", *run.modules, entries=run.entries) + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=SYSTEMS[FIRST], variants=name, seed=seed, draw=False)
         threads: JOB_THREADS
         shell: "{params.command}"
 
 rule ablations:
     input: RESULTS + [done for *_, done in VARIED]
     output: figures("ablations")
-    params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=FIRST)
+    params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
     shell: "{params.command}"
 
 rule simulated:
     input: [simulated(system) for system in SYSTEMS]
-
-# what a system of your own has no entry for is left out: a regime's measure, more resolution, other systems on the same grid
-BUILT_IN = all(system in SOLVERS for system in SYSTEMS)
 
 rule all:
     default_target: True
     input:
         rules.table1.output,
         rules.regimes.output if BUILT_IN and not ONLY else [],
-        rules.across.output if len(SYSTEMS) > 1 and SAME_GRID and not ONLY else [],
+        rules.across.output if BUILT_IN and len(SYSTEMS) > 1 and SAME_GRID and not ONLY else [],
         rules.resolution.output if len(REFINED) == len(SYSTEMS) and not ONLY else [],
         rules.leakage.output if LEAK_FREE else [],

@@ -8,9 +8,11 @@ from physrep.objectives.methods import OBJECTIVES
 from physrep.results.rows import (
     ROWS,
     Row,
+    chosen_rows,
     color_of,
     marker_of,
     read_rows,
+    references_of,
     row_folders,
     row_order,
     run_of,
@@ -82,6 +84,10 @@ rows:
         ("{objective: jepa, encoder: vit, color: reddish}", "color 'reddish' is none; write for example '#E69F00'"),
         ("{objective: jepa, encoder: vit, marker: '%'}", "marker '%' is none of matplotlib's"),
         ("{objective: jepa, encoder: vit, finetuned: 1}", "finetuned must be bool, got 1"),
+        (
+            "{objective: frozen, encoder: 'm:e', finetuned: true}",
+            "finetuned is true, but an encoder of objective frozen is only probed",
+        ),
         ("{objective: jepa, encoder: vit, cost: true}", "cost must be int, got True"),
         ("{objective: jepa, encoder: vit, recipe: 3}", "recipe must be a mapping, got 3"),
         ("{objective: jepa, encoder: vit, kind: frozen}", "kind is 'frozen'; with this objective it is 'trained'"),
@@ -136,6 +142,30 @@ def test_folders_of_a_preset(tmp_path):
     assert len(row_folders("smoke", tmp_path, ["shear_flow"])) == 6 * 2 + 3
     found = row_folders(smoke, tmp_path, ["shear_flow", "active_matter"], (*ROWS, rival))
     assert len(found) == 2 * 15 + 1, "the file is of one system"
+
+
+def test_what_a_few_rows_can_be_compared_with():
+    assert references_of(ROWS) == ["random", "statistics"]
+    assert references_of(chosen_rows("mae-vit,random-vit")) == ["random", "statistics"]
+    for few in ("mae-vit", "random-vit", "mae-vit,random-convnext"):
+        assert references_of(chosen_rows(few)) == ["statistics"], few
+    assert references_of(chosen_rows("mae-vit")[:1]) == []
+
+
+def test_folders_of_a_system_of_ones_own_have_its_name(tmp_path, monkeypatch):
+    (tmp_path / "my_ripples.py").write_text(
+        "from physrep.physics.systems import Field, Label, System\n"
+        "RIPPLES = System('ripples', 'Ripples', (Field('h'),), (Label('c', True, True),))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rival = Row("rival", predictions={"ripples": "x.csv"}, kind="predictions")
+    for name in ("statistics", "constant", "rival"):
+        (tmp_path / "smoke" / "ripples" / name).mkdir(parents=True)
+        (tmp_path / "smoke" / "ripples" / name / "result.json").touch()
+    found = row_folders("smoke", tmp_path, ["my_ripples:RIPPLES"], (*ROWS[6:], rival))
+    assert [str(f.relative_to(tmp_path)) for f in found] == [
+        f"smoke/ripples/{n}" for n in ("statistics", "constant", "rival")
+    ]
 
 
 def test_systems_that_are_simulated_or_there(tmp_path):
