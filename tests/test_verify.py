@@ -14,6 +14,7 @@ import physrep.results.verify
 from physrep.core.files import read_json, write_json
 from physrep.core.provenance import provenance
 from physrep.data.sets import find_files, fingerprint
+from physrep.probing.evaluate import probe_splits
 from physrep.results.figures import figure_record, save_figure
 from physrep.results.verify import check_current, is_current, main, verify
 from physrep.training.presets import PRESETS, get_preset
@@ -220,3 +221,48 @@ def test_results_of_todays_code_and_of_another(tmp_path):
     write_json(path, {"rows": [], **made, "provenance": now | {"code": "0" * 16}})
     with pytest.raises(ValueError, match="results of other code than today's in .*seed0"):
         check_current([tmp_path])
+
+
+def test_a_preset_of_a_file_is_compared_where_it_is_given(tmp_path):
+    "By its name nobody finds it: such a result counts as current only as long as nobody brings the preset."
+    (tmp_path / "mine.yaml").write_text("base: smoke\nprobe_epochs: 3\n")
+    before = get_preset(tmp_path / "mine.yaml")
+    now = provenance("results.table", entries=("vit",))
+    path = tmp_path / "seed0" / "result.json"
+    write_json(path, {"rows": [], "config": {"preset": "mine"}, "probing": before.probing(), "provenance": now})
+    assert is_current(path) and is_current(path, before)
+    check_current([path.parent], before)
+    (tmp_path / "mine.yaml").write_text("base: smoke\nprobe_epochs: 4\n")
+    after = get_preset(tmp_path / "mine.yaml")
+    assert is_current(path) and not is_current(path, after)
+    with pytest.raises(ValueError, match="results of other code than today's in .*seed0"):
+        check_current([path.parent], after)
+
+
+def test_a_result_on_other_data_is_not_current(tmp_path, smoke_data):
+    run = resolve("shear_flow", "mae", "vit", "smoke")
+    windows = probe_splits(run, smoke_data)
+    data = {split: one.fingerprint() for split, one in windows.items()}
+    made = {"config": run.as_dict(), "probing": run.preset.probing(), "provenance": provenance("results.table")}
+    path = tmp_path / "result.json"
+    for held, current in [(data, True), (data | {"valid": "0" * 16}, False), ({"test": data["test"]}, False)]:
+        write_json(path, {"rows": [], "data": held, **made})
+        assert is_current(path, run.preset, windows) == current and is_current(path, run.preset)
+
+
+def test_data_of_a_preset_of_a_file_are_looked_for_by_its_name(tmp_path, smoke_data, monkeypatch):
+    (tmp_path / "root" / "data").mkdir(parents=True)
+    shutil.copytree(smoke_data, tmp_path / "root" / "data" / "mine")
+    (tmp_path / "mine.yaml").write_text("base: smoke\n")
+    preset = str(tmp_path / "mine.yaml")
+    files = find_files(smoke_data, "shear_flow", "test")
+    for held, why in [(fingerprint(files), []), ("0" * 16, ["data of shear_flow, split test, are no"])]:
+        draw(tmp_path / "figures", preset=preset, runs=[], data={"shear_flow": {"test": held}})
+        place = physrep.results.verify._data_place
+        monkeypatch.setattr(physrep.results.verify, "default_data_dir", lambda name: tmp_path / "root" / "data" / name)
+        assert place(preset) == tmp_path / "root" / "data" / "mine"
+        [line] = verify(tmp_path / "figures").itertuples()
+        monkeypatch.undo()
+        assert line.unchecked == [] and [text[:38] for text in line.why] == why
+    (tmp_path / "mine.yaml").unlink()
+    assert state(tmp_path / "figures")[0] == "stale" and "no preset file" in state(tmp_path / "figures")[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from .variants import VARIANTS, variant_run
-from ..probing.evaluate import FROZEN, score_run
+from ..probing.evaluate import FROZEN, probe_splits, score_run
 from ..probing.records import read_predictions
 from ..results.comparison import compare, interval_text
 from ..results.verify import is_current
@@ -34,10 +34,11 @@ def train_variants(
 ) -> dict[str, list[Run]]:
     "The finished and probed runs of each variant, one a seed. ValueError for an unknown variant."
     runs = {name: [variant_run(name, system, preset, seed=k) for k in seeds] for name in names}
+    windows = probe_splits(runs[names[0]][0], data_dir)  # the same for all
     for run in (run for variant in runs.values() for run in variant):
         folder = pretrain(run, data_dir, run_dir, device=device, progress=progress)
-        if not is_current(folder / "result.json"):
-            score_run(run, data_dir, run_dir, probes=FROZEN, device=device, progress=progress)
+        if not is_current(folder / "result.json", run.preset, windows):
+            score_run(run, data_dir, run_dir, probes=FROZEN, windows=windows, device=device, progress=progress)
         print(f"{run.tag}, seed {run.seed}: {run.name}")
     return runs
 

@@ -45,7 +45,10 @@ class Parameter:
 
 def _mapping(text: str) -> dict:
     "A mapping written as YAML, e.g. `{variance: 40}`."
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a mapping such as '{{variance: 40}}', got {text!r}")
     return value

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from ..core.paths import project_root
 from ..models.pretrained import load_encoder
-from ..probing.evaluate import FROZEN, PROBES, score_run
+from ..probing.evaluate import FROZEN, PROBES, probe_splits, score_run
 from ..probing.records import read_predictions, read_results
 from ..results.figures import using_style
 from ..results.rows import ROWS, color_of, title_of
@@ -83,7 +83,7 @@ def run_under(
     run = resolve(**asked)
     # not below the runs of the preset: they would be seeds twice
     place = Path(run_dir or project_root() / "runs") / "machines" / run.preset.name / name.replace(" ", "_")
-    if not is_current(run.folder(place) / "result.json"):
+    if not is_current(run.folder(place) / "result.json", run.preset, probe_splits(run, data_dir)):
         words = [sys.executable, "-m", "physrep.experiments.machines", json.dumps(dict(asked)), data_dir, place]
         words += ["--probes", ",".join(probes_of(run)), "--device", device]
         words += ["--threads", environment.get("OMP_NUM_THREADS", "1")]

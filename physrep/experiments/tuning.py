@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'Change', 'WALKS', 'ENCODER_FROM', 'TUNING_SEED', 'TUNED_PRESETS', 'MARGIN', 'Walk', 'merge', 'trial_run',
-           'run_trial', 'log_path', 'best_trial', 'run_walk', 'tuning_table', 'plot_walks']
+           'run_trial', 'log_path', 'last_kept', 'run_walk', 'tuning_table', 'plot_walks']
 
 # %% ../../nbs/experiments/tuning.ipynb #68dc5ddb
 import contextlib
@@ -72,17 +72,7 @@ def _recipe(**values) -> dict[str, dict]:
     return {"recipe": values}
 
 # %% ../../nbs/experiments/tuning.ipynb #296d137b
-_STEM4 = dict(
-    widths=(48, 96),
-    depths=(2, 2),
-    stem_kernel=(4, 4, 4),
-    stem_stride=(4, 4, 4),
-    strides=((2, 1, 1),),
-    kernel_size=7,
-    init="fan_in",
-    layer_scale=0.1,
-    stem_norm="none",
-)
+_STEM4 = get_preset("laptop").encoder_config("convnext")
 _JEPA_BASE = dict(
     invariance=1.0,
     variance=25.0,
@@ -115,7 +105,7 @@ _JEPA = Walk(
 )
 
 # %% ../../nbs/experiments/tuning.ipynb #2ab567d8
-_TUBE4 = dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0)
+_TUBE4 = {**get_preset("laptop").encoder_config("vit"), "temperature": 30.0}  # which the walk changes
 _MAE_BASE = dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2)
 _MAE = Walk(
     base=_coefficients(**_MAE_BASE) | _encoder(**_TUBE4) | _recipe(batch_size=16, lr=2e-3, weight_decay=0.005),
@@ -197,7 +187,7 @@ def log_path(system: str, row: tuple[str, str], preset: str, run_dir: str | Path
     return Path(run_dir or project_root() / "runs") / preset / "tuning" / f"{system}-{'-'.join(row)}.json"
 
 
-def best_trial(log: Sequence[dict]) -> dict:
+def last_kept(log: Sequence[dict]) -> dict:
     "The trial that a walk ends at: the last one that was kept."
     return [t for t in log if t["kept"]][-1]
 
@@ -215,7 +205,7 @@ def _start(system: str, row: tuple[str, str], preset: str, run_dir: str | Path |
             f"{'-'.join(row)} takes the encoder that {'-'.join(other)} chose: run that walk first "
             f"({path} has {len(log)} of {WALKS[other].n_trials} trials)"
         )
-    return merge(walk.base, {"encoder_config": best_trial(log)["change"]["encoder_config"]})
+    return merge(walk.base, {"encoder_config": last_kept(log)["change"]["encoder_config"]})
 
 # %% ../../nbs/experiments/tuning.ipynb #64893943
 def _made_by(run: Run, data_dir: str | Path) -> dict:
@@ -276,7 +266,7 @@ def run_walk(
             _check_logged(path, entry, title, made)
         else:
             found = trial(run, data_dir, path.parent / "runs")
-            kept = not log or found["score"] < best_trial(log)["score"] - MARGIN
+            kept = not log or found["score"] < last_kept(log)["score"] - MARGIN
             what = {"config": run.as_dict(), "change": json.loads(json.dumps(tried))}
             entry = {"trial": len(log), "title": title, "kept": kept, **what, **made, **found}
             text = f"score {found['score']:.3f} {'kept' if kept else ''} ({found['seconds']:.0f} s)"

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..physics.systems import SYSTEMS, get_system
+from ..probing.evaluate import FROZEN
 from .figures import using_style
 from .rows import PROBE_ORDER, ROWS, Row, color_of, marker_of, ordered, row_order, title_of
 from .table import PAPER, PAPER_NOTE, labels_in, select_rows
@@ -166,7 +167,6 @@ def _draw_legend(
     fig.legend(*zip(*items), loc="outside lower center", ncol=columns, handletextpad=0.4, columnspacing=1.2)
 
 # %% ../../nbs/results/panels.ipynb #5fcdd0d9
-_FROZEN = ("linear", "knn", "attentive")  # probes that leave the encoder as it was pretrained
 _Key = tuple[str, str, str]  # objective, encoder, probe
 
 
@@ -176,7 +176,7 @@ def best_lines(measured: pd.DataFrame, metric: str) -> tuple[list[_Key], _Key | 
     error = -test.value if metric == "r2" else test.value
     lines = list(zip(test.objective, test.encoder, test.probe))
     each = [lines[i] for i in error.groupby([test.objective, test.encoder]).idxmin()]
-    frozen = error[test.probe.isin(_FROZEN) & (test.encoder != "none") & (test.objective != "supervised")]
+    frozen = error[test.probe.isin(FROZEN) & (test.encoder != "none") & (test.objective != "supervised")]
     return each, (lines[frozen.idxmin()] if len(frozen) else None)
 
 

@@ -20,8 +20,9 @@ from ..core.files import read_json
 from ..core.paths import default_data_dir, project_root
 from ..core.provenance import definitions, notebook_digest
 from ..data.sets import find_files, fingerprint
+from ..data.windows import Windows
 from ..physics.systems import SYSTEMS
-from ..training.presets import get_preset
+from ..training.presets import Preset, get_preset
 from ..training.run import resolve
 
 # %% ../../nbs/results/verify.ipynb #f6230d53
@@ -155,6 +156,14 @@ _NEEDED = (
 )
 
 
+def _data_place(preset: str) -> Path:
+    "The data of a preset, by its name or file; of a file that is gone, those of its name."
+    try:
+        return default_data_dir(get_preset(preset).name)
+    except (ValueError, FileNotFoundError):
+        return default_data_dir(Path(preset).stem)
+
+
 def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
     "The line of one figure."
     path = folder / f"{name}.json"
@@ -171,7 +180,7 @@ def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
     if missing := [key for key in _NEEDED if key not in record]:
         stale, unchecked = [f"the record does not have {', '.join(missing)}: draw the figure again"], []
     else:
-        place = Path(data_dir or default_data_dir(record["preset"]))
+        place = Path(data_dir or _data_place(record["preset"]))
         data, unchecked = _changed_data(record, place)
         stale = _changed_code(record) + _changed_runs(record, place) + _changed_preset(record) + data
     state = "broken" if broken else "stale" if stale else "current"
@@ -193,30 +202,37 @@ def verify(folder: str | Path = "figures", data_dir: str | Path | None = None) -
     return pd.DataFrame([_verify_one(folder, name, data_dir) for name in names])
 
 # %% ../../nbs/results/verify.ipynb #3b6948ea
-def _same_probing(found: Mapping) -> bool:
-    "Whether the preset of a result probes as it did; True for a preset that has no name here."
+def _same_probing(found: Mapping, preset: Preset | None) -> bool:
+    "Whether the preset of a result probes as it did; True for one that is not given and has no name here."
     try:
-        preset = get_preset(found["config"]["preset"])
+        preset = preset or get_preset(found["config"]["preset"])
     except (ValueError, FileNotFoundError):
         return True
     return found.get("probing") == json.loads(json.dumps(preset.probing()))
 
 
-def is_current(result: str | Path) -> bool:
-    """Whether a result file of a run or baseline is there and was made by today's code; rows of one's own, which do not
-    hold what made them, count as current."""
+def is_current(
+    result: str | Path,
+    preset: Preset | None = None,  # of the run: one from a file cannot be found by its name
+    windows: Mapping[str, Windows] | None = None,  # that the run would be probed on, from `probe_splits`
+) -> bool:
+    """Whether a result file of a run or baseline is there and was made by today's code, as the preset probes, on the
+    data of these windows; rows of one's own, which do not hold what made them, count as current."""
     if not Path(result).is_file():
         return False
     found = read_json(result)
     if "config" not in found or "provenance" not in found:
         return True
-    return _same_probing(found) and provenance.is_current(found["provenance"])
+    if windows and found.get("data") != {split: one.fingerprint() for split, one in windows.items()}:
+        return False
+    return _same_probing(found, preset) and provenance.is_current(found["provenance"])
 
 
-def check_current(folders: Sequence[str | Path]) -> None:
-    "ValueError that lists the run folders whose results were made by other code than today's."
+def check_current(folders: Sequence[str | Path], preset: Preset | None = None) -> None:
+    """ValueError that lists the run folders whose results were made by other code than today's, or probed in another
+    way than their preset (found by its name unless it is given) says today."""
     files = [f for folder in folders for f in sorted(Path(folder).rglob("result.json"))]
-    if old := [str(f.parent) for f in files if not is_current(f)]:
+    if old := [str(f.parent) for f in files if not is_current(f, preset)]:
         raise ValueError(f"results of other code than today's in {', '.join(old)}; `make reproduce` makes them anew")
 
 # %% ../../nbs/results/verify.ipynb #7b1fb413

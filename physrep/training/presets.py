@@ -9,6 +9,8 @@ __all__ = ['PRESETS', 'Numbers', 'Preset', 'get_preset', 'read_preset']
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -292,45 +294,102 @@ def get_preset(name: str | Path | Preset) -> Preset:
     raise ValueError(f"unknown preset {str(name)!r}; valid: {', '.join(PRESETS)}, or the path of a .yaml file")
 
 # %% ../../nbs/training/presets.ipynb #7328d529
-def _built(cls: type, values: Mapping, where: str) -> object:
-    "An instance of a dataclass from a mapping; ValueError that names the place, and unknown or missing fields."
+def _text(kind: Any) -> str:
+    "What a field of this annotation holds, in the words of YAML."
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_text, inner))
+    if get_origin(kind) is tuple:
+        return (
+            f"a list of {_text(inner[0])}, not empty" if ... in inner else f"a list of {len(inner)} {_text(inner[0])}"
+        )
+    if get_origin(kind) is Mapping:
+        return f"a mapping to {_text(inner[1])}"
+    return {NoneType: "null", Mapping: "a mapping"}.get(kind, kind.__name__)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    "Whether a value is what an annotation says. A list is a tuple, an int is a float; a bool is no number."
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if get_origin(kind) is tuple:
+        size = max(1, len(value)) if isinstance(value, (list, tuple)) and ... in inner else len(inner)
+        return isinstance(value, (list, tuple)) and len(value) == size and all(_fits(v, inner[0]) for v in value)
+    if get_origin(kind) is Mapping:
+        return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    kinds = (int, float) if kind is float else kind
+    return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+
+
+def _built(cls: type, values: Mapping, where: str) -> Any:
+    "An instance of a dataclass from a mapping; ValueError that names the place, and unknown, missing or wrong fields."
+    known = get_type_hints(cls)
+    names = ", ".join(name for name in known if name != "name")  # that of a preset is no field of its file
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a mapping of {', '.join(f.name for f in fields(cls))}, got {values!r}")
-    known = [f.name for f in fields(cls)]
-    if unknown := sorted(map(str, set(values) - set(known))):
-        raise ValueError(f"{where} has no field {', '.join(unknown)}; it has: {', '.join(known)}")
+        raise ValueError(f"{where} must be a mapping of {names}, got {values!r}")
+    if unknown := sorted(str(name) for name in values if name not in known):
+        raise ValueError(f"{where} has no field {', '.join(unknown)}; it has: {names}")
+    for name, value in values.items():
+        if not _fits(value, known[name]):
+            hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) and "e" in value else ""
+            raise ValueError(f"{where}: {name} must be {_text(known[name])}, got {value!r}{hint}")
     try:
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
+# %% ../../nbs/training/presets.ipynb #5d3e81aa
+_MAPPINGS = ("sims", "train", "encoders", "objectives")
 
-def read_preset(path: str | Path) -> Preset:
-    """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
-    (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`,
-    `train`,
-    `encoders` and `objectives` are merged one by one. The name is that of the file unless it gives one.
 
-    Raises FileNotFoundError, or ValueError that names the file and the field that is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no preset file {path}; valid names: {', '.join(PRESETS)}")
+def _given(path: Path) -> dict:
+    "What a preset file holds; ValueError, with the file, for a name that is taken, or what is no preset."
+    if path.stem in PRESETS:
+        raise ValueError(
+            f"{path} is called like a preset of the library, and would have its data and runs; call it something else"
+        )
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold a mapping with the fields of a preset, got {given!r:.60}")
-    base = get_preset(given.pop("base")) if "base" in given else None
+    if "name" in given:
+        raise ValueError(f"{path}: a preset is called after its file, {path.stem}; remove `name`, or rename the file")
+    for name in _MAPPINGS:
+        if not isinstance(given.get(name) or {}, Mapping):
+            raise ValueError(f"{path}: {name} must be a mapping, got {given[name]!r:.60}")
+    for name, value in given.items():
+        smallest = "0 or more" if name in ("finetune_epochs", "noise") else "more than 0"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and (value < 0 or (value == 0 and smallest == "more than 0")):
+            raise ValueError(f"{path}: {name} must be {smallest}, got {value}")
+    return given
+
+
+def read_preset(path: str | Path) -> Preset:
+    """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
+    (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`,
+    `train`, `encoders` and `objectives` are merged one by one. The name is that of the file, as are the folders of its
+    data and runs: no preset of the library may have it.
+
+    Raises FileNotFoundError, or ValueError that names the file and the field that is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no preset file {path}; valid names: {', '.join(PRESETS)}")
+    given = _given(path)
+    try:
+        base = get_preset(given.pop("base")) if "base" in given else None
+    except ValueError as error:
+        raise ValueError(f"{path}: base: {error}") from error
     for name, cls in (("sims", SimPreset), ("train", Recipe)):
         if name in given:
             entries = given[name] or {}
             given[name] = {k: _built(cls, v, f"{path}: {name}.{k}") for k, v in entries.items()}
-    for name in ("sims", "train", "encoders", "objectives"):
+    for name in _MAPPINGS:
         if base or name in given:
             given[name] = {**(getattr(base, name) if base else {}), **(given.get(name) or {})}
-    for name in ("seeds", "systems"):
-        if name in given:
-            given[name] = tuple(given[name])
     inherited = {f.name: getattr(base, f.name) for f in fields(Preset)} if base else {}
-    return _built(Preset, {**inherited, "name": path.stem, "description": f"from {path.name}", **given}, str(path))
+    about = {"name": path.stem, "description": f"from {path.name}"}
+    return _built(Preset, {**inherited, **about, **given}, str(path))

@@ -1,0 +1,78 @@
+"""A preset of a file: what it takes over, what it is called, and every mistake with the file and the field."""
+
+from pathlib import Path
+
+import pytest
+
+from physrep.training.presets import PRESETS, read_preset
+
+
+def preset(folder: Path, text: str, name: str = "mine"):
+    (folder / f"{name}.yaml").write_text(text)
+    return read_preset(folder / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_the_library_hold_what_their_annotations_say(tmp_path, name):
+    "A file that changes nothing is checked as a whole, and is the same but for its name."
+    same = preset(tmp_path, f"base: {name}\n")
+    assert same.probing() == PRESETS[name].probing() and same.scope() == PRESETS[name].scope()
+    assert same.sims == PRESETS[name].sims and same.train == PRESETS[name].train and same.name == "mine"
+
+
+def test_entries_are_merged_and_lists_become_tuples(tmp_path):
+    text = (
+        "base: smoke\nseeds: [3]\nsystems: [shear_flow]\ntrain: {mae: {steps: 2, lr: 1, betas: [0.9, 0.9]}}\nsize: null"
+    )
+    mine = preset(tmp_path, text)
+    assert mine.seeds == (3,) and mine.systems == ("shear_flow",) and mine.size is None
+    assert mine.recipe("mae", "vit").betas == (0.9, 0.9) and mine.train["jepa"] == PRESETS["smoke"].train["jepa"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_name_of_the_library_is_taken(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}.yaml is called like a preset of the library"):
+        preset(tmp_path, "base: smoke\n", name)
+
+
+def test_a_file_gives_no_name(tmp_path):
+    for name in ("mine", "other"):
+        with pytest.raises(ValueError, match="mine.yaml: a preset is called after its file, mine; remove `name`"):
+            preset(tmp_path, f"base: smoke\nname: {name}\n")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("seeds: 3", "seeds must be a list of int, not empty, got 3"),
+        ("seeds: []", "seeds must be a list of int, not empty"),
+        ("seeds: [a]", "seeds must be a list of int"),
+        ("seeds: [true]", "seeds must be a list of int"),
+        ("seeds:", "seeds must be a list of int"),
+        ("systems: shear_flow", "systems must be a list of str, not empty, got 'shear_flow'"),
+        ("systems: []", "systems must be a list of str"),
+        ("train: 5", "train must be a mapping, got 5"),
+        ("sims: [shear_flow]", "sims must be a mapping"),
+        ("encoders: vit", "encoders must be a mapping"),
+        ("encoders: {vit: 4}", "encoders must be a mapping to a mapping"),
+        ("objectives: [mae]", "objectives must be a mapping"),
+        ("refined: 1", "refined must be a mapping to int"),
+        ("frames: 1.5", "frames must be int, got 1.5"),
+        ("frames: '16'", "frames must be int, got '16'"),
+        ("frames: 0", "frames must be more than 0, got 0"),
+        ("size: big", "size must be int or null, got 'big'"),
+        ("probe_epochs: true", "probe_epochs must be int, got True"),
+        ("finetune_epochs: -1", "finetune_epochs must be 0 or more, got -1"),
+        ("augment: 1", "augment must be bool, got 1"),
+        ("probe_lr: 1e-3", "probe_lr must be float, got '1e-3' .*write 1.0e-3"),
+        ("train: {mae: 3}", "train.mae must be a mapping of steps, lr"),
+        ("train: {mae: {steps: 2.5, lr: 0.1}}", "train.mae: steps must be int, got 2.5"),
+        ("train: {mae: {steps: 2, lr: 0.1, betas: 3}}", "train.mae: betas must be a list of 2 float, got 3"),
+        ("sims: {shear_flow: {grid: wide}}", "sims.shear_flow: grid must be int or a list of 2 int, got 'wide'"),
+        ("base: phone", "base: unknown preset 'phone'"),
+        ("{", "is not YAML"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file_and_field(tmp_path, line, message):
+    with pytest.raises(ValueError, match=f"mine.yaml.*{message}"):
+        preset(tmp_path, line if line.startswith(("base", "{")) else f"base: smoke\n{line}\n")
