@@ -255,7 +255,7 @@ for row, log in TUNED.items():
         name: f"tune_{'_'.join(row)}"
         input: ([f"{TUNED[ENCODER_FROM[row]]}.done"] if row in ENCODER_FROM else []) + simulated(FIRST)
         output: touch(finished(Path(f"{log}.done"), log.is_file()))
-        params: code=code_digest("experiments.tuning", *run.modules, entries=run.entries) + PROBING, command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=SYSTEMS[FIRST], rows="-".join(row), draw=False)
+        params: code=code_digest("experiments.tuning", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=SYSTEMS[FIRST], rows="-".join(row), draw=False)
         shell: "{params.command}"
 
 rule tuning:
@@ -273,7 +273,7 @@ for name, seed, done in VARIED:
         name: f"ablate_{name}_seed{seed}"
         input: simulated(FIRST)
         output: touch(finished(done, any(probed)))
-        params: code=code_digest("experiments.ablations", *run.modules, entries=run.entries) + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=SYSTEMS[FIRST], variants=name, seed=seed, draw=False)
+        params: code=code_digest("experiments.ablations", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=SYSTEMS[FIRST], variants=name, seed=seed, draw=False)
         threads: JOB_THREADS
         shell: "{params.command}"
 

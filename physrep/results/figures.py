@@ -141,7 +141,7 @@ def resolve_arguments(run: Run, preset: str | Path | None = None) -> dict:
         "recipe": _differing(asdict(run.recipe), asdict(usual.recipe)) if run.recipe else {},
     }
     changes = {name: value for name, value in changes.items() if value}
-    again = resolve(system, run.objective, run.encoder, run.preset, **changes)
+    again = replace(resolve(system, run.objective, run.encoder, run.preset, **changes), system=run.system)
     if again.name != run.name:
         raise ValueError(f"run {run.name} is not what its preset says ({again.name}); give its name as text")
     return json.loads(json.dumps(about | changes))
