@@ -152,9 +152,8 @@ _LAPTOP_OBJECTIVES = {
         predictor_hidden=96,
         predictor_scale=0.1,
     ),
-    "mae": dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=32, decoder_depth=1),
-    "supervised-convnext": dict(head="mlp"),
-    "supervised-vit": dict(head="linear"),
+    "mae": dict(ratio=0.9, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2),
+    "supervised": dict(head="linear"),
 }
 _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
 
@@ -196,8 +195,7 @@ _LAPTOP = Preset(
     train={
         "jepa": Recipe(steps=50, batch_size=32, lr=3e-3, evaluations=3),
         "mae": Recipe(steps=100, batch_size=16, lr=1e-3, weight_decay=0.005, evaluations=3),
-        "supervised-convnext": Recipe(steps=100, batch_size=16, lr=2e-3, evaluations=3),
-        "supervised-vit": Recipe(steps=100, batch_size=16, lr=2e-3, warmup=0.3, evaluations=3),
+        "supervised": Recipe(steps=100, batch_size=16, lr=2e-3, evaluations=3),
     },
     probe_epochs=12,
     probe_lr=5e-3,  # in so few epochs; 1e-3 needs about twice as many for the same error on valid
