@@ -1,6 +1,7 @@
 """Doors: the command `physrep`, and systems, objectives, encoders, presets and predictions of one's own through it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,45 @@ def test_a_preset_and_an_objective_of_ones_own_by_command(own):
     (own / "theirs.csv").write_text("\n".join(["# physrep benchmark 0000 system waves split test", *filled[1:]]) + "\n")
     done = physrep(own, "compare", "theirs.csv", "--reference", str(result.parent))
     assert done.returncode == 1 and "not comparable" in done.stderr
+
+
+def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path):
+    for name in ("nbs", "Snakefile", "settings.ini"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{own}:{ROOT}"}
+    environment.pop("PHYSREP_ROOT", None)
+    config = ["preset=smoke", "systems=own_waves:WAVES", f"data={own / 'data'}", "only=mae-vit,random-vit"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", "--quiet", "rules", "host"]
+
+    def snakemake(*options: str) -> str:
+        done = subprocess.run(
+            [*command, *options],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=1200,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    snakemake("--config", *config)
+    figures = tmp_path / "runs" / "smoke" / "figures"
+    table = pd.read_csv(figures / "table1.csv")
+    assert set(table.system) == {"waves"}
+    rows = {("mae", "vit"), ("random", "vit"), ("statistics", "none"), ("constant", "none")}
+    assert set(zip(table.objective, table.encoder)) == rows, "no equations are known"
+    assert (figures / "table1_waves.png").is_file() and (figures / "table1_differences.csv").is_file()
+    assert "Nothing to be done" in snakemake("--dry-run", "--config", *config)
+    without = snakemake("--dry-run", "--config", *config[:3], "only=mae-vit", "--until", "table1")
+    assert "table1" in without
+    changed = (own / "own_waves.py").read_text().replace('latex="c"', 'latex="v"')
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "changed" / "own_waves.py").write_text(changed)
+    environment["PYTHONPATH"] = f"{tmp_path / 'changed'}:{ROOT}"
+    again = snakemake("--dry-run", "--config", *config)
+    assert "probe_waves_baselines" in again and "pretrain_waves_mae_vit" in again, "the system is another one"
 
 
 def test_help_shows_the_parameters_of_the_notebook(capsys):
