@@ -47,11 +47,11 @@ rows:
 """
 
 
-def snakemake(folder: Path, *targets: str, **config: str) -> str:
+def snakemake(folder: Path, *targets: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> str:
     "Runs the workflow at preset smoke in `folder`; what it said."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = [f"{k}={v}" for k, v in {"preset": "smoke", **config}.items()]
-    options = ["--cores", str(cores), "--nolock", "--quiet", "rules", "host", "--config", *given]
+    options = ["--cores", str(cores), "--nolock", "--quiet", *quiet, "--config", *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}"}
     environment.pop("PHYSREP_ROOT", None)
     done = subprocess.run(
@@ -149,7 +149,7 @@ def test_what_a_change_makes_run_again(few_rows_twice):
 def test_a_tag_that_looks_like_a_number_stays_text(few_rows_twice):
     root = few_rows_twice[0].parent
     (root / "two.yaml").write_text('rows: [{objective: jepa, encoder: vit, tag: "2"}]')
-    said = snakemake(root, "--dry-run", "--printshellcmds", **FEW | {"rows": "two.yaml"})
+    said = snakemake(root, "--dry-run", "--printshellcmds", quiet=("host",), **FEW | {"rows": "two.yaml"})
     assert "-r tag 2" in said
 
 
