@@ -337,3 +337,17 @@ def test_a_plot_counts_where_drawing_is_the_work():
 def test_a_table_of_ones_own_counts_whole(package, monkeypatch):
     monkeypatch.setattr(physrep.core.provenance, "TABLES_OF", {"physrep"})
     assert digest() == digest(entries=["one"]), "a dictionary of that name may hold anything"
+
+
+def test_rows_tables_and_figures_are_in_no_digest_of_a_run():
+    "A new row of the table, another title or colour: no run and no probe depends on them."
+    from physrep.training.run import resolve
+
+    for objective, encoder in (("jepa", "convnext"), ("mae", "vit"), ("supervised", "vit"), ("random", "vit")):
+        run = resolve("shear_flow", objective, encoder, "laptop")
+        used = modules_used(*run.modules, "probing.evaluate", "probing.baselines")
+        assert "training.loop" in used and not any(m.startswith(("results", "experiments")) for m in used)
+        found = definitions(*run.modules, entries=run.entries)
+        assert not any("PRESETS" in name or "plot_" in name for name in found)
+        others = {"jepa", "mae", "supervised"} - {objective}
+        assert not any(f"['{other}']" in name for other in others for name in found), "entries of other objectives"
