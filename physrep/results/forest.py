@@ -106,8 +106,8 @@ _REFERENCES = {
 
 
 def _reference_title(reference: str) -> str:
-    "How a reference is named above a panel."
-    return _REFERENCES.get(reference, title_of(reference))
+    "How a reference is named above a panel; one of several words is its own title."
+    return _REFERENCES.get(reference, reference if " " in reference else title_of(reference))
 
 
 def plot_differences(df: pd.DataFrame, system: str, *, label: str = "mean", rows: Sequence[Row] = ROWS) -> Figure:
