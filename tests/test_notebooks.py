@@ -79,6 +79,12 @@ def test_notebook_is_clean(path):
                 assert len(image) * 3 // 4 < 200_000, "a picture is over 200 KB"
 
 
+def test_modules_that_notebooks_write_have_names_of_their_own():
+    "nbdev_test runs several notebooks in one process, where a module that was imported stays."
+    written = [name for path in ALL for name in re.findall(r'\(folder / \\"(\w+\.py)\\"\)', path.read_text("utf-8"))]
+    assert len(written) >= 4 and len(set(written)) == len(written), sorted(written)
+
+
 def test_help_lists_every_parameter():
     done = papermill(str(ROOT / "nbs" / "03_pretrain.ipynb"), "--help-notebook")
     names = "system objective encoder preset seed data_dir run_dir device steps batch_size lr resume tag"
