@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import gappy, row
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -18,42 +19,6 @@ from physrep.results.panels import plot_systems, plot_table1
 from physrep.results.rows import ROWS, Row
 from physrep.results.table import over_seeds
 from physrep.training.run import resolve
-
-
-def row(**changes: object) -> dict:
-    base = {
-        "system": "shear_flow",
-        "objective": "jepa",
-        "encoder": "convnext",
-        "probe": "linear",
-        "split": "test",
-        "label": "mean",
-        "seed": 0,
-        "labelled_flows": 256,
-        "draw": 0,
-        "metric": "mse",
-        "value": 0.5,
-        "low": 0.4,
-        "high": 0.6,
-        "n": 100,
-        "run": "jepa-convnext/seed0",
-    }
-    return base | changes
-
-
-def gappy() -> pd.DataFrame:
-    rows = [
-        row(),
-        row(label="Reynolds", value=0.3),
-        row(probe="attentive", value=0.2, low=math.nan, high=math.nan),
-        row(split="valid", value=0.45),
-        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0),
-        row(objective="mae", encoder="vit", labelled_flows=25),
-        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1),
-        row(system="active_matter", value=0.01, low=0.0),
-        row(split="unseen", value=9.0, low=8.0, high=10.0),
-    ]
-    return pd.DataFrame(rows)
 
 
 def test_the_figure_of_table1_with_missing_rows():

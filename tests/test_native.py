@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from helpers import dry_run
 from the_well.data import WellDataset
 
 from physrep.data.batches import Batches
@@ -159,21 +160,7 @@ def test_native_grids_instead_of_the_papers_crop(native, tmp_path, monkeypatch):
 def test_the_papers_graph_and_splits_without_leaks(native, tmp_path):
     "`make reproduce PRESET=paper DATA=<folder>` finds what is there, and deals the shear flow out anew."
     base, name, _ = native
-    dry = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--dry-run",
-        "--cores",
-        "1",
-        "--nolock",
-        "--quiet",
-        "host",
-        "--config",
-        "preset=paper",
-        f"data={base}",
-    ]
-    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = dry_run(preset="paper", data=str(base))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     there = {f"pretrain_{name}_jepa_convnext", f"probe_{name}_baselines", "table1"}
     there |= (
@@ -226,20 +213,7 @@ def test_the_papers_graph_and_splits_without_leaks(native, tmp_path):
 
 
 def test_a_folder_without_data_is_said_before_any_work(tmp_path):
-    dry = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--dry-run",
-        "--cores",
-        "1",
-        "--nolock",
-        "--quiet",
-        "--config",
-        "preset=paper",
-        f"data={tmp_path}",
-    ]
-    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = dry_run(preset="paper", data=str(tmp_path))
     assert (
         done.returncode != 0
         and "preset paper reads The Well, but" in done.stdout + done.stderr

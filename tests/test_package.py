@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from helpers import dry_run
 
 ROOT = Path(__file__).resolve().parent.parent
 # from the bottom: a package imports only from itself and from those before it
@@ -127,22 +128,7 @@ def test_clean_shows_first_and_deletes_nothing_unasked():
 
 def test_the_graph_of_the_laptop_preset():
     "Snakemake reads the Snakefile, and finds every stage of every row in it."
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--dry-run",
-        "--cores",
-        "1",
-        "--nolock",
-        "--forceall",
-        "--quiet",
-        "host",
-        "--config",
-        "preset=laptop",
-        "data=",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = dry_run("--forceall", preset="laptop", data="")
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-3000:]
     for system in ("shear_flow", "rayleigh_benard", "active_matter"):

@@ -7,30 +7,10 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import gappy, row
 
 from physrep.probing.records import SCHEMA, read_results, write_result
 from physrep.results.table import PAPER, over_seeds, table1, two_digits, with_all_flows
-
-
-def row(**changes: object) -> dict:
-    base = {
-        "system": "shear_flow",
-        "objective": "jepa",
-        "encoder": "convnext",
-        "probe": "linear",
-        "split": "test",
-        "label": "mean",
-        "seed": 0,
-        "labelled_flows": 256,
-        "draw": 0,
-        "metric": "mse",
-        "value": 0.5,
-        "low": 0.4,
-        "high": 0.6,
-        "n": 100,
-        "run": "jepa-convnext/seed0",
-    }
-    return base | changes
 
 
 def test_what_is_written_is_read_back_with_its_types(tmp_path):
@@ -135,21 +115,6 @@ def test_seeds_are_averaged_and_two_runs_of_one_seed_are_not():
     )
     with pytest.raises(ValueError, match="jepa-convnext/seed0, other/seed0"):
         over_seeds(pd.concat([df, pd.DataFrame([row(run="other/seed0")])]))
-
-
-def gappy() -> pd.DataFrame:
-    rows = [
-        row(),
-        row(label="Reynolds", value=0.3),
-        row(probe="attentive", value=0.2, low=math.nan, high=math.nan),
-        row(split="valid", value=0.45),
-        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0),
-        row(objective="mae", encoder="vit", labelled_flows=25),
-        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1),
-        row(system="active_matter", value=0.01, low=0.0),
-        row(split="unseen", value=9.0, low=8.0, high=10.0),
-    ]
-    return pd.DataFrame(rows)
 
 
 def test_table1_with_missing_rows():

@@ -1,0 +1,54 @@
+"""What several test files need: a row of results, and what Snakemake would do."""
+
+import math
+import subprocess
+import sys
+
+import pandas as pd
+
+from physrep.core.paths import project_root
+
+
+def row(**changes: object) -> dict:
+    "A row of a results table, with some of its values changed."
+    base = {
+        "system": "shear_flow",
+        "objective": "jepa",
+        "encoder": "convnext",
+        "probe": "linear",
+        "split": "test",
+        "label": "mean",
+        "seed": 0,
+        "labelled_flows": 256,
+        "draw": 0,
+        "metric": "mse",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "n": 100,
+        "run": "jepa-convnext/seed0",
+    }
+    return base | changes
+
+
+def gappy() -> pd.DataFrame:
+    "Rows with gaps, as a table has them while runs are missing."
+    rows = [
+        row(),
+        row(label="Reynolds", value=0.3),
+        row(probe="attentive", value=0.2, low=math.nan, high=math.nan),
+        row(split="valid", value=0.45),
+        row(objective="mine", encoder="own", probe="knn", value=2.5, low=1.5, high=3.0),
+        row(objective="mae", encoder="vit", labelled_flows=25),
+        row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1),
+        row(system="active_matter", value=0.01, low=0.0),
+        row(split="unseen", value=9.0, low=8.0, high=10.0),
+    ]
+    return pd.DataFrame(rows)
+
+
+def dry_run(*options: str, preset: str, data: str) -> subprocess.CompletedProcess:
+    "What `make reproduce PRESET=preset DATA=data` would run; `options` are Snakemake's."
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", *options]
+    command += ["--quiet", "host", "--config", f"preset={preset}", f"data={data}"]
+    return subprocess.run(command, cwd=project_root(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
