@@ -68,7 +68,7 @@ def test_a_refined_set_holds_the_same_flows():
 
 
 def test_splits_differ_in_all_that_is_drawn():
-    sim = replace(SIM, draws={s: (6, 1) for s in ("train", "valid", "test")})
+    sim = replace(SIM, draws=dict.fromkeys(("train", "valid", "test"), (6, 1)))
     drawn = [draw_parameters("shear_flow", sim, split) for split in sim.draws]
     assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
     assert drawn[0] != draw_parameters("shear_flow", replace(sim, draws={"train": (7, 1)}), "train")[:6]

@@ -257,7 +257,7 @@ FLOWS_A_CALL = {"cpu": 16, "cuda": 64}  # of a solver: more are no faster per fl
 def _batches(files: Sequence[PlannedFile], flows: int) -> list[list[PlannedFile]]:
     """Files in the order of the plan, `flows` flows or more in each batch but the last.
 
-    Batches depend on the plan alone, not on what an interruption has left: a GPU rounds differently in other batches."""
+    Batches depend on the plan alone, not on what an interruption has left: a GPU rounds differently in other ones."""
     batches, room = [], 0
     for planned in files:
         if room <= 0:
