@@ -157,7 +157,7 @@ def marker_of(encoder: str, objective: str | None = None, rows: Sequence[Row] = 
 
 # %% ../../nbs/results/rows.ipynb #83ca1b72
 PROBE_ORDER = tuple(PROBE_TITLES)
-SPLIT_ORDER = ("valid", "test", "unseen")
+SPLIT_ORDER = ("valid", "test")
 
 
 def ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:

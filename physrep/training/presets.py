@@ -39,7 +39,7 @@ class Numbers:
     probe_batch: int = 32
     finetune_epochs: int = 2  # 0: no fine-tuning
     finetune_accumulate: int = 1  # micro-batches of probe_batch, in fine-tuning
-    # split -> trajectories per pair that are simulated again at twice the resolution
+    # split -> flows of each draw that are simulated again at twice the resolution
     refined: Mapping[str, int] = field(default_factory=dict)
     paper_labels: bool = False  # label transforms and constants of the paper
     seeds: tuple[int, ...] = (0,)
@@ -110,19 +110,12 @@ class Preset(Numbers):
         return self.sims[system]
 
 # %% ../../nbs/training/presets.ipynb #6991da8c
-_SHEAR_GRID = {"Reynolds": (400.0, 800.0, 1600.0, 3200.0), "Schmidt": (0.25, 0.5, 1.0, 2.0)}
-_SHEAR = dict(grid_values=_SHEAR_GRID, grid=64, store_grid=32, frame_dt=0.2, dt=0.025)
-_CONVECTION_GRID = {"Prandtl": (0.5, 1.0, 2.0, 4.0), "Rayleigh": (1e4, 31623.0, 1e5, 316228.0, 1e6)}
-_CONVECTION = dict(grid_values=_CONVECTION_GRID, grid=(64, 40), store_grid=32, frame_dt=0.5, dt=0.01, box=(2.0, 1.0))
-_MATTER_GRID = {"alpha": (-1.0, -2.0, -3.5, -5.0), "zeta": (1.0, 2.0, 3.5, 5.0)}
-_MATTER = dict(grid_values=_MATTER_GRID, grid=48, store_grid=32, frame_dt=0.25, dt=0.05, box=(5.0, 5.0))
-
-
-def _corners(numbers: dict) -> dict:
-    "The same with the smallest and the largest value of each parameter only."
-    return numbers | {
-        "grid_values": {name: (min(values), max(values)) for name, values in numbers["grid_values"].items()}
-    }
+_SHEAR_RANGES = {"Reynolds": (400.0, 3200.0), "Schmidt": (0.25, 2.0)}
+_SHEAR = dict(ranges=_SHEAR_RANGES, grid=64, store_grid=32, frame_dt=0.2, dt=0.025)
+_CONVECTION_RANGES = {"Prandtl": (0.5, 4.0), "Rayleigh": (1e4, 1e6)}
+_CONVECTION = dict(ranges=_CONVECTION_RANGES, grid=(64, 40), store_grid=32, frame_dt=0.5, dt=0.01, box=(2.0, 1.0))
+_MATTER_RANGES = {"alpha": (-5.0, -1.0), "zeta": (1.0, 5.0)}
+_MATTER = dict(ranges=_MATTER_RANGES, grid=48, store_grid=32, frame_dt=0.25, dt=0.05, box=(5.0, 5.0))
 
 # %% ../../nbs/training/presets.ipynb #29083fa2
 _LAPTOP_ENCODERS = {
@@ -158,9 +151,7 @@ _SMOKE = Preset(
     name="smoke",
     description="a few minutes; shows that everything runs, its numbers mean nothing",
     sims={
-        system: SimPreset(
-            **_corners(numbers), counts={"train": 4, "valid": 2, "test": 2}, unseen_pairs=2, unseen_count=2, n_frames=36
-        )
+        system: SimPreset(**numbers, draws={"train": (8, 2), "valid": (4, 2), "test": (4, 2)}, n_frames=36)
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
     encoders={
@@ -185,9 +176,7 @@ _LAPTOP = Preset(
     name="laptop",
     description="two cores, no GPU: what `make reproduce` runs",
     sims={
-        system: SimPreset(
-            **numbers, counts={"train": 16, "valid": 4, "test": 4}, unseen_pairs=24, unseen_count=2, n_frames=48
-        )
+        system: SimPreset(**numbers, draws={"train": (128, 2), "valid": (32, 2), "test": (48, 2)}, n_frames=48)
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
     encoders=_LAPTOP_ENCODERS,
@@ -216,9 +205,7 @@ _GPU = Preset(
     name="gpu",
     description="one GPU: the paper's encoder on 128x128 simulations",
     sims={
-        system: SimPreset(
-            **numbers, counts={"train": 48, "valid": 6, "test": 6}, unseen_pairs=24, unseen_count=4, n_frames=48
-        )
+        system: SimPreset(**numbers, draws={"train": (384, 2), "valid": (48, 2), "test": (96, 2)}, n_frames=48)
         for system, numbers in (
             (
                 "shear_flow",
@@ -227,7 +214,7 @@ _GPU = Preset(
                     grid=128,
                     store_grid=128,
                     dt=0.00625,
-                    grid_values=_SHEAR_GRID | {"Reynolds": (400.0, 800.0, 1600.0, 3200.0, 6400.0)},
+                    ranges=_SHEAR_RANGES | {"Reynolds": (400.0, 6400.0)},
                 ),
             ),
             ("rayleigh_benard", _CONVECTION | dict(grid=(128, 128), store_grid=128, dt=0.0025)),
