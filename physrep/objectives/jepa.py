@@ -48,7 +48,7 @@ class JEPA(Composite):
         check_choices(target=(target, TARGETS))
         if horizon is not None and horizon < 1:
             raise ValueError(f"horizon must be at least 1 frame (None: the length of the clip), got {horizon}")
-        scale = {"layer_scale": predictor_scale, "time_kernel": time_kernel}
+        convolutions = {"layer_scale": predictor_scale, "time_kernel": time_kernel}
         super().__init__(
             encoder,
             system=system,
@@ -56,7 +56,7 @@ class JEPA(Composite):
             task=Window(horizon),
             target={"name": target, "momentum": momentum, "momentum_end": momentum_end},
             regulariser=VICReg(variance, covariance, chunks=chunks),
-            predictor={"kind": "conv", "width": predictor_hidden, **scale},
+            predictor={"kind": "conv", "width": predictor_hidden, **convolutions},
             weight=invariance,
             noise=noise,
         )
@@ -65,5 +65,4 @@ class JEPA(Composite):
         """`loss`, its three terms unweighted and detached, and `relative`: the invariance over that of an answer that
         copies the features of the context."""
         parts = super().forward(batch)
-        terms = {"invariance": parts["error"], "variance": parts["variance"], "covariance": parts["covariance"]}
-        return {"loss": parts["loss"], **terms, "relative": parts["relative"]}
+        return {"invariance" if name == "error" else name: part for name, part in parts.items()}
