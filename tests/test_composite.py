@@ -1,4 +1,4 @@
-"""Objectives from parts: equal to MAE and JEPA on equal weights, gradients, resuming, learning, and what is refused."""
+"""Objectives from parts: MAE and JEPA are combinations, gradients, noise, resuming, learning, and what is refused."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from physrep.core.randomness import sample_seeds
+from physrep.core.randomness import randn_samples, sample_seeds
 from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.views import ViewBatches
@@ -16,12 +16,12 @@ from physrep.models.vit import ViT, patchify
 from physrep.objectives.combinations import REGULARISERS
 from physrep.objectives.composite import AutoEncoder, Composite, Forecast, Invariance, JEPASig, MaskedJEPA
 from physrep.objectives.jepa import JEPA
-from physrep.objectives.mae import MAE, pixel_mask
+from physrep.objectives.mae import MAE
 from physrep.objectives.methods import build_objective, check_pair
 from physrep.objectives.predictors import MaskedPixels, NextPixels, places_of
 from physrep.objectives.regularisers import NoRegulariser, PooledVICReg, SIGReg, VICReg
 from physrep.objectives.targets import FeatureTarget, PixelTarget
-from physrep.objectives.tasks import Blocks, Future, Next, Nothing, Pair, Tube, Window
+from physrep.objectives.tasks import Blocks, Future, Next, Nothing, Pair, Tube, Window, pixel_mask
 from physrep.physics.systems import get_system
 from physrep.training.loop import Recipe, TimeUp, train
 from physrep.training.pretrain import pretrain
@@ -59,7 +59,7 @@ def gradients(objective: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in objective.encoder.named_parameters() if p.grad is not None}
 
 
-# today's objectives
+# the named ones that have notebooks of their own
 
 
 def assert_equal(new: Composite, old: nn.Module, batch: dict):
@@ -79,11 +79,10 @@ def test_tube_and_pixels_is_mae(name, norm, kind):
     old = MAE(encoder(name), ratio=0.75, target_norm=norm, **FIT)
     target = PixelTarget(kind, patch=PATCH)
     new = Composite(copy.deepcopy(old.encoder), task=Tube(0.75), target=target, regulariser=NoRegulariser(), **FIT)
-    new.predictor.decoder.load_state_dict(old.decoder.state_dict())
     if name == "convnext":
         with torch.no_grad():
-            old.mask_token += torch.randn_like(old.mask_token)
-            new.predictor.mask_token.copy_(old.mask_token)
+            old.predictor.mask_token += torch.randn_like(old.predictor.mask_token)
+    new.predictor.load_state_dict(old.predictor.state_dict())
     assert_equal(new, old, clips())
 
 
@@ -96,7 +95,7 @@ def test_window_and_features_with_vicreg_is_jepa(name, target):
         copy.deepcopy(old.encoder), task=Window(4), target=target, regulariser=VICReg(**weights), weight=10.0,
         predictor={"layer_scale": 0.1}, **FIT,
     )  # fmt: skip
-    new.predictor.map.load_state_dict(old.predictor.state_dict())
+    new.predictor.load_state_dict(old.predictor.state_dict())
     assert new.frames == old.frames == 12
     assert_equal(new, old, clips(12))
 
@@ -108,7 +107,7 @@ def test_moving_average_is_that_of_jepa():
         with torch.no_grad():
             objective.encoder.embed.weight += 1
         objective.after_step(3, 10)
-    assert torch.equal(old.target_encoder.embed.weight, new.target.average.embed.weight)
+    assert torch.equal(old.target.average.embed.weight, new.target.average.embed.weight)
     assert int(new.regulariser.updates) == 3
 
 
@@ -257,6 +256,25 @@ def test_views_in_a_batch_are_those_of_a_contiguous_clip():
     assert torch.equal(objective(batch)["loss"], objective(views)["loss"])
 
 
+# noise
+
+
+@pytest.mark.parametrize("parts", [dict(task="tube"), dict(task=Window(4), target="ema"), dict(task=Next(2))], ids=str)
+def test_noise_is_on_every_clip_in_training_mode_alone(parts):
+    plain, noisy = Composite(encoder(), **parts, **FIT), Composite(encoder(), noise=0.3, **parts, **FIT)
+    noisy.load_state_dict(plain.state_dict())
+    batch = clips(plain.frames)
+    by_hand = []
+    for i, x in enumerate(plain.clips(batch)):
+        by_hand.append(x + 0.3 * randn_samples(batch["seeds"], x.shape[1:], name=f"noise of view {i}"))
+    expected = plain(batch | {"views": tuple(by_hand)})
+    assert torch.equal(noisy(batch)["loss"], expected["loss"])
+    assert torch.equal(noisy(batch | {"views": plain.clips(batch)})["loss"], expected["loss"])
+    assert not torch.equal(noisy(batch | {"seeds": batch["seeds"] + 1})["loss"], expected["loss"])
+    assert torch.equal(noisy.answer(batch)[0].predicted, plain.answer(batch)[0].predicted), "what is drawn has no noise"
+    assert torch.equal(noisy.eval()(batch)["loss"], plain(batch)["loss"])
+
+
 # refused
 
 WRONG = [
@@ -302,6 +320,7 @@ def test_predictor_options_are_checked():
         (dict(task="pair", target="shared", regulariser="pooled_vicreg", predictor={"dims": (8,)}), "of its own"),
         (dict(task="pair", target="shared", regulariser="sigreg", predictor={"width": 8}), "it has: dims"),
         (dict(task="tube", weight=-1.0), "weight"),
+        (dict(task="tube", noise=-1.0), "noise must be finite and not negative"),
         (dict(task="pair", target="shared", regulariser="pooled_vicreg", weight=2.0), "weight=2.0"),
         (dict(task="tube", predictor={"patch": (4, 4, 4)}), "tubelet"),
     ):

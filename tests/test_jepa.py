@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import matplotlib
 
@@ -15,7 +16,8 @@ from matplotlib.figure import Figure
 from physrep.core.randomness import sample_seeds
 from physrep.models.convnext import ConvNeXt
 from physrep.models.vit import ViT
-from physrep.objectives.jepa import JEPA, check_chunks, vicreg_loss
+from physrep.objectives.jepa import JEPA
+from physrep.objectives.regularisers import check_chunks, vicreg_loss
 from physrep.physics.systems import get_system
 
 SYSTEM, SHAPE = get_system("shear_flow"), (4, 16, 16)
@@ -137,11 +139,12 @@ def test_forward_is_vicreg_on_the_two_windows(name, target):
     batch = batch_of(model)
     assert model.frames == 7 and model.shape == SHAPE
     parts = model(batch)
-    assert set(parts) == {"loss", "invariance", "variance", "covariance"}
+    assert set(parts) == {"loss", "invariance", "variance", "covariance", "relative"}
     assert [k for k, v in parts.items() if v.requires_grad] == ["loss"]
     context, later = batch["fields"][:, :, :4], batch["fields"][:, :, 3:]
     c, z = model.encoder(context), model.encoder(later)
-    c, p, z = (tokens.flatten(0, 1) for tokens in (c, model.predictor(c, model.grid), z))
+    c, p, z = (tokens.flatten(0, 1) for tokens in (c, model.predictor.map(c, model.predictor.grid), z))
+    assert torch.allclose(parts["relative"], (p - z).square().mean() / (c - z).square().mean(), rtol=1e-4)
     loss = 2 * (p - z).square().mean()
     off = ~torch.eye(12, dtype=bool)
     for side in (p, z) if target == "shared" else (c,):  # the written formula
@@ -158,8 +161,8 @@ def test_gradient_of_the_encoder():
         model(batch_of(model))["loss"].backward()
         grads[target] = model.encoder.stem[0].conv.weight.grad
     model = jepa()
-    context, later = model.windows(batch_of(model))
-    p = model.predictor(model.encoder(context), model.grid).detach()
+    context, later = model.clips(batch_of(model))
+    p = model.predictor(model.encoder, context)[1].detach()
     (25 * (p - model.encoder(later)).square().mean()).backward()  # through the target alone
     assert torch.equal(grads["stopgrad"], grads["ema"]) and grads["stopgrad"].norm() > 0
     assert torch.allclose(
@@ -196,7 +199,7 @@ def test_resumed_run_with_moving_average_is_the_same_run():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = updates(model, optimizer, range(3))
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    assert any(not torch.equal(a, b) for a, b in zip(model.encoder.parameters(), model.target_encoder.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(model.encoder.parameters(), model.target.average.parameters()))
     again = jepa(**options)
     again.load_state_dict(state[0])
     optimizer_again = torch.optim.AdamW(again.parameters(), lr=1e-2)
@@ -211,14 +214,14 @@ def test_extreme_momentum(momentum):
     start = [p.clone() for p in model.encoder.parameters()]
     updates(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(1))
     want = model.encoder.parameters() if momentum == 0 else start
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(want, model.target_encoder.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(want, model.target.average.parameters()))
 
 
 def test_nothing_to_do_after_a_step_without_a_moving_average():
     model = jepa(target="stopgrad")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = {k: v.clone() for k, v in model.state_dict().items() if k != "regulariser.updates"}
     model.after_step(1, 10)
-    assert not any(k.startswith("target_encoder") for k in before)
+    assert not any(k.startswith("target.average") for k in before)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
@@ -235,10 +238,13 @@ def test_show(name, shape, n):
 def test_show_of_a_perfect_prediction():
     model = jepa()
 
-    def perfect(context, target):
-        return (model.encoder(target),) * 2
+    answer = model.answer
 
-    model.features = perfect
+    def perfect(batch):
+        found, sides = answer(batch)
+        return replace(found, predicted=found.true), sides
+
+    model.answer = perfect
     titles = [ax.get_title() for ax in model.show(batch_of(model)).axes[1:4]]
     assert all(title.endswith("$R^2$ = 1.00") for title in titles)
 
@@ -248,10 +254,10 @@ def test_show_of_a_perfect_prediction():
     [
         ({"target": "teacher"}, "'teacher'; valid: shared, stopgrad, ema"),
         ({"horizon": 0}, "horizon must be at least 1"),
-        ({"momentum": 1.1}, "momentum must lie in"),
-        ({"momentum": 0.9, "momentum_end": 0.8}, r"momentum_end must lie in \[momentum, 1\] = \[0.9, 1\], got 0.8"),
-        ({"covariance": -1.0}, "covariance must not be negative, got -1.0"),
-        ({"noise": float("nan")}, "noise must not be negative, got nan"),
+        ({"momentum": 1.1}, "momentum <= momentum_end <= 1 must hold, got 1.1 and 1.0"),
+        ({"momentum": 0.9, "momentum_end": 0.8}, "must hold, got 0.9 and 0.8"),
+        ({"covariance": -1.0}, "covariance must be finite and not negative, got -1.0"),
+        ({"noise": float("nan")}, "noise must be finite and not negative, got nan"),
         ({"chunks": 0}, "chunks must be at least 1"),
         ({"shape": (4, 16, 15)}, "does not fit"),
     ],
@@ -299,12 +305,12 @@ def test_momentum_rises_on_a_cosine_and_depends_on_the_step_alone():
         with torch.no_grad():
             for p in model.encoder.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-        before = [p.clone() for p in model.target_encoder.parameters()]
+        before = [p.clone() for p in model.target.average.parameters()]
         model.after_step(step, steps)
         m = 1 - (1 - m0) * (1 + math.cos(math.pi * step / steps)) / 2  # the written formula
         average = [m * a + (1 - m) * p.detach() for a, p in zip(average, model.encoder.parameters())]
-        assert all(torch.allclose(a, p, atol=1e-6) for a, p in zip(average, model.target_encoder.parameters()))
-    assert all(torch.equal(a, p) for a, p in zip(before, model.target_encoder.parameters()))  # at the end it stands
+        assert all(torch.allclose(a, p, atol=1e-6) for a, p in zip(average, model.target.average.parameters()))
+    assert all(torch.equal(a, p) for a, p in zip(before, model.target.average.parameters()))  # at the end it stands
     for wrong in (0, 9):
         with pytest.raises(ValueError, match=f"from 1 to 8, got {wrong}"):
             model.after_step(wrong, steps)

@@ -5,9 +5,11 @@ import torch
 
 from physrep.models.convnext import ConvNeXt
 from physrep.models.heads import cell_of
-from physrep.models.vit import ViT, patchify
-from physrep.objectives.mae import MAE, patch_statistics, pixel_mask, tube_mask
+from physrep.models.vit import ViT, patchify, unpatchify
+from physrep.objectives.mae import MAE
 from physrep.objectives.methods import build_objective
+from physrep.objectives.targets import patch_statistics
+from physrep.objectives.tasks import pixel_mask, tube_mask
 from physrep.physics.systems import get_system
 
 SHEAR, SHAPE = get_system("shear_flow"), (4, 16, 16)
@@ -33,6 +35,13 @@ def batch(b: int = 4, shape=SHAPE, channels: int = 4) -> dict:
 NAMES = ("vit", "fine", "even", "coarse")
 
 
+def predict(model: MAE, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    "Predicted fields `(b, c, t, h, w)` of clips of which the patches of `mask (b, n)` are hidden."
+    predictor = model.predictor
+    patches = predictor(model.encoder, x, ~mask)[1]
+    return unpatchify(patches, predictor.patch, x.shape[1], predictor.patch_grid)
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.9])
 def test_ratio_is_exact_and_tubes_are_tubes(ratio):
     mask = tube_mask(torch.arange(20), (3, 5, 7), ratio).view(20, 3, 35)
@@ -56,7 +65,7 @@ def test_loss_is_the_mean_over_masked_patches(name, target_norm):
     model, data = MAE(encoder(name), system=SHEAR, shape=SHAPE, ratio=0.5, target_norm=target_norm), batch()
     mask = tube_mask(data["seeds"], (2, 4, 4), 0.5)
     with torch.no_grad():
-        y, y_hat = patchify(data["fields"], (2, 4, 4)), patchify(model.predict(data["fields"], mask), (2, 4, 4))
+        y, y_hat = patchify(data["fields"], (2, 4, 4)), patchify(predict(model, data["fields"], mask), (2, 4, 4))
         errors = []
         for b, n in mask.nonzero().tolist():
             pixels, predicted = y[b, n].view(-1, 4), y_hat[b, n].view(-1, 4)  # the pixels of a patch, its channels
@@ -85,11 +94,11 @@ def test_nothing_is_read_from_behind_the_mask(name):
     mask = tube_mask(data["seeds"], (2, 4, 4), 0.5)
     hidden = pixel_mask(mask, (2, 4, 4), (2, 4, 4))
     with torch.no_grad():
-        seen = model.predict(data["fields"], mask)
-        assert torch.equal(seen, model.predict(torch.where(hidden, torch.nan, data["fields"]), mask))
-        assert not torch.equal(seen, model.predict(torch.where(hidden, data["fields"], 0.0), mask))
+        seen = predict(model, data["fields"], mask)
+        assert torch.equal(seen, predict(model, torch.where(hidden, torch.nan, data["fields"]), mask))
+        assert not torch.equal(seen, predict(model, torch.where(hidden, data["fields"], 0.0), mask))
     visible = data["fields"].clone().requires_grad_()
-    torch.where(hidden, model.predict(visible, mask), 0.0).sum().backward()
+    torch.where(hidden, predict(model, visible, mask), 0.0).sum().backward()
     assert (visible.grad.abs() * hidden).max() == 0 and visible.grad.abs().max() > 0
 
 
@@ -123,8 +132,8 @@ def test_show(name, target_norm):
     axes = [ax for ax in fig.axes if ax.images]
     rows = [axes[i : i + 3] for i in range(0, 12, 3)]
     assert fig.get_suptitle() == "velocity_y" and [row[0].get_ylabel() for row in rows] == [
-        "input",
-        "masked",
+        "truth",
+        "shown",
         "prediction",
         "error",
     ]
@@ -132,7 +141,7 @@ def test_show(name, target_norm):
     truth = data["fields"][1, 3, 3]
     hidden = masked.isnan()
     assert torch.equal(shown, truth) and hidden.float().mean() == 0.75 and torch.equal(filled[~hidden], truth[~hidden])
-    assert torch.allclose(error, filled - truth, atol=1e-5)
+    assert torch.equal(error.isnan(), ~hidden) and torch.allclose(error[hidden], (filled - truth)[hidden], atol=1e-5)
 
 
 def test_patch_targets_are_blind_to_offset_and_scale():
@@ -150,9 +159,11 @@ def test_cells_and_patch_of_a_convnext():
     for name, cell in (("fine", (1, 2, 2)), ("even", (2, 4, 4)), ("coarse", (4, 8, 8))):
         model = MAE(encoder(name), system=SHEAR, shape=SHAPE)
         assert (
-            model.decoder.cell == cell == cell_of(SHAPE, model.grid) and model.patch == (2, 4, 4) and model.frames == 4
+            model.predictor.decoder.cell == cell == cell_of(SHAPE, model.predictor.grid)
+            and model.predictor.patch == (2, 4, 4)
+            and model.frames == 4
         )
-    assert MAE(encoder("even"), system=SHEAR, shape=SHAPE, patch=[1, 8, 8]).patch_grid == (
+    assert MAE(encoder("even"), system=SHEAR, shape=SHAPE, patch=[1, 8, 8]).predictor.patch_grid == (
         4,
         2,
         2,
@@ -165,9 +176,9 @@ def test_cells_and_patch_of_a_convnext():
     [
         (dict(patch=(2, 8, 8)), "tubelet of the encoder"),
         (dict(patch=(4, 4)), "three positive ints"),
-        (dict(ratio=0.0), "hides no patch"),
-        (dict(ratio=1.0), "hides every patch"),
-        (dict(ratio=0.99), "choose a ratio from 0.0625 to 0.938"),
+        (dict(ratio=0.0), "must lie between 0 and 1, got 0.0"),
+        (dict(ratio=1.0), "must lie between 0 and 1, got 1.0"),
+        (dict(ratio=0.99), "hides every patch.*choose a ratio from 0.0625 to 0.938"),
         (dict(target_norm="layer"), "valid: none, patch"),
         (dict(shape=(3, 16, 16)), "t must be a multiple of 2"),
         (dict(system=get_system("active_matter")), "takes 4 channels"),
@@ -195,5 +206,5 @@ def test_wrong_batches():
         model(data | {"fields": data["fields"][:, :, :2]})
     uneven = torch.zeros(4, 32, dtype=torch.bool)
     uneven[0, :2] = True
-    with pytest.raises(ValueError, match="same number of patches"):
-        model.predict(data["fields"], uneven)
+    with pytest.raises(ValueError, match="same number of places"):
+        predict(model, data["fields"], uneven)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from physrep.objectives.jepa import vicreg_loss
+from physrep.core.randomness import generator
 from physrep.objectives.regularisers import (
     NoRegulariser,
     PooledVICReg,
@@ -17,9 +17,11 @@ from physrep.objectives.regularisers import (
     distance_to_normal,
     epps_pulley,
     quadrature,
+    spread,
     squared_covariance,
     unit_columns,
     variance_hinge,
+    vicreg_loss,
 )
 
 
@@ -157,11 +159,24 @@ def test_vicreg_is_the_loss_of_jepa(chunks):
     assert torch.equal(one["loss"], jepa["loss"])
 
 
-def test_statistics_agree_with_those_of_jepa():
-    z = 0.5 * torch.randn(50, 7)
-    parts = vicreg_loss(z, z, regularised=z)
-    assert torch.equal(variance_hinge(z), parts["variance"])
-    assert torch.equal(squared_covariance(z), parts["covariance"])
+def test_chunks_are_shuffled_in_an_order_that_depends_on_the_step():
+    regulariser, z = VICReg(40, 2, chunks=4, seed=3), torch.randn(60, 5)
+    regulariser.after_step(7, 10)
+    order = torch.randperm(60, generator=generator("vicreg order", 3, 7))
+    by_hand = [literal_vicreg(z[i]) for i in order.split(15)]
+    parts = regulariser(z)
+    assert parts["variance"] == pytest.approx(sum(v for v, _ in by_hand) / 4, rel=1e-4)
+    assert parts["covariance"] == pytest.approx(sum(c for _, c in by_hand) / 4, rel=1e-4)
+    assert torch.equal(regulariser(z, step=7)["loss"], parts["loss"])
+    assert not torch.equal(regulariser(z, step=8)["loss"], parts["loss"])
+
+
+def test_spread_sums_its_sides_and_keeps_float64():
+    z, y = torch.randn(40, 4, dtype=torch.float64), 0.1 * torch.randn(40, 4, dtype=torch.float64)
+    both, one, other = spread([z, y]), spread([z]), spread([y])
+    for term in ("variance", "covariance"):
+        assert both[term].dtype == torch.float64 and torch.allclose(both[term], one[term] + other[term])
+    assert spread([z.bfloat16()])["covariance"].dtype == torch.float32
 
 
 def test_vicreg_gradients_in_float64():

@@ -8,7 +8,6 @@ import torch
 
 from physrep.core.randomness import sample_seeds
 from physrep.data.views import View
-from physrep.objectives.mae import pixel_mask, tube_mask
 from physrep.objectives.tasks import (
     MULTI_BLOCK,
     TASKS,
@@ -22,6 +21,8 @@ from physrep.objectives.tasks import (
     interpolate_hidden,
     make_task,
     persistence,
+    pixel_mask,
+    tube_mask,
 )
 
 SHAPE, GRID, PATCH = (16, 32, 32), (4, 8, 8), (4, 4, 4)

@@ -169,15 +169,23 @@ class BatchMaker:
         x = self.windows.read(indices, out=self._buffer)
         return x.to(self.device) if self.device.type != "cpu" else x
 
-    def make(self, indices: np.ndarray, seeds: torch.Tensor, *, plain: bool = False) -> dict[str, torch.Tensor]:
-        "One batch of these windows: symmetry, resize, normalise, noise (`plain`: only resize and normalise)."
-        x = self._read(indices)
+    def finished(
+        self, x: torch.Tensor, *, symmetry: torch.Tensor, noise: torch.Tensor, plain: bool = False
+    ) -> torch.Tensor:
+        """Physical clips `(b, c, t, h, w)` as the model sees them: symmetry, resize, normalise, noise.
+
+        `symmetry` and `noise` are the seeds `(b,)` that each is drawn from; `plain` leaves both out."""
+        w = self.windows
         if self.augment and not plain:
-            w = self.windows
-            x = apply_symmetry(x, *symmetry_draws(seeds, w.system, x.shape[-2:], w.whole), w.system, w.positions)
+            x = apply_symmetry(x, *symmetry_draws(symmetry, w.system, x.shape[-2:], w.whole), w.system, w.positions)
         x = self.normaliser(resize(x, self.size))
         if self.noise and not plain:
-            x = x + self.noise * randn_samples(seeds, tuple(x.shape[1:]), name="noise", device=self.device)
+            x = x + self.noise * randn_samples(noise, tuple(x.shape[1:]), name="noise", device=self.device)
+        return x
+
+    def make(self, indices: np.ndarray, seeds: torch.Tensor, *, plain: bool = False) -> dict[str, torch.Tensor]:
+        "One batch of these windows: symmetry, resize, normalise, noise (`plain`: only resize and normalise)."
+        x = self.finished(self._read(indices), symmetry=seeds, noise=seeds, plain=plain)
         labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
         return {"fields": x, "labels": labels.to(self.device), "seeds": seeds}
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..core.randomness import rand_samples, randn_samples, seed_for
-from .batches import Batches, BatchMaker, apply_symmetry, resize, symmetry_draws
+from ..core.randomness import rand_samples, seed_for
+from .batches import Batches
 from .windows import Windows
 
 # %% ../../nbs/data/views.ipynb #a17427d9
@@ -154,21 +154,6 @@ def _seeds_of_view(seeds: torch.Tensor, view: int) -> torch.Tensor:
     "Seeds `(b,)` of what is drawn for one view alone."
     return torch.tensor([seed_for("view", view, s) for s in seeds.tolist()], dtype=torch.int64)
 
-# %% ../../nbs/data/views.ipynb #f2db257c
-def _finished(
-    maker: BatchMaker, x: torch.Tensor, *, symmetry: torch.Tensor, noise: torch.Tensor, plain: bool
-) -> torch.Tensor:
-    """Physical clips `(b, c, t, h, w)` as the model sees them, in the steps of `BatchMaker.make`.
-
-    `symmetry` and `noise` are the seeds `(b,)` that each is drawn from; `plain` leaves both out."""
-    w = maker.windows
-    if maker.augment and not plain:
-        x = apply_symmetry(x, *symmetry_draws(symmetry, w.system, x.shape[-2:], w.whole), w.system, w.positions)
-    x = maker.normaliser(resize(x, maker.size))
-    if maker.noise and not plain:
-        x = x + maker.noise * randn_samples(noise, tuple(x.shape[1:]), name="noise", device=maker.device)
-    return x
-
 # %% ../../nbs/data/views.ipynb #5329e3a0
 class _PlacedViews(Batches):
     "The windows that have all views, and where each view lies."
@@ -219,7 +204,7 @@ class ViewBatches(_PlacedViews):
     def make(self, indices: np.ndarray, seeds: torch.Tensor, *, plain: bool = False) -> dict:
         "One batch of these windows (`plain`: without symmetries and noise)."
         x = self._read(indices)
-        clip = _finished(self, x[:, :, : self._shared], symmetry=seeds, noise=seeds, plain=plain)
+        clip = self.finished(x[:, :, : self._shared], symmetry=seeds, noise=seeds, plain=plain)
         views = []
         for i, view in enumerate(self.views):
             if view.start is not None and not view.own_symmetry:
@@ -228,7 +213,7 @@ class ViewBatches(_PlacedViews):
             own = _seeds_of_view(seeds, i)
             apart = self._cut(x, i, indices, seeds)
             symmetry = own if view.own_symmetry else seeds
-            views.append(_finished(self, apart, symmetry=symmetry, noise=own, plain=plain))
+            views.append(self.finished(apart, symmetry=symmetry, noise=own, plain=plain))
         labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
         return {"fields": views[0], "views": tuple(views), "labels": labels.to(self.device), "seeds": seeds}
 

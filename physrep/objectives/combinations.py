@@ -10,10 +10,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .jepa import TARGETS
 from .predictors import check_options, make_predictor
 from .regularisers import NoRegulariser, PooledVICReg, Projector, Regulariser, SIGReg, VICReg
-from .targets import KINDS, FeatureTarget, PixelTarget, Whitening, check_choices
+from .targets import KINDS, TARGETS, FeatureTarget, PixelTarget, Whitening, check_choices
 from .tasks import Future, Next, Nothing, Pair, Task, Window, make_task
 
 # %% ../../nbs/objectives/combinations.ipynb #c35f2d9c

@@ -17,8 +17,7 @@ from torch import nn
 
 from ..models.heads import ConvDecoder, ConvPredictor, TransformerDecoder, cell_of, check_fit
 from ..models.vit import patchify, sincos_positions, token_grid
-from .mae import pixel_mask
-from .tasks import Next, Task, Window
+from .tasks import Next, Task, Window, pixel_mask
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/predictors.ipynb #5f7fba13
