@@ -119,11 +119,20 @@ def pretrain(
     with filelock.FileLock(folder / ".lock"):
         record = provenance(*run.modules, device=session.device, entries=run.entries, data=data)
         if not claim(folder, run.as_dict(), record, session.resume, say):
-            _pretrain(run, windows, folder, record, session)
+            options = dict(frames=run.clip.frames, stride=run.preset.probe_stride)
+            probed = load_splits(run, data_dir, ("train", "valid"), **options)
+            _pretrain(run, windows, probed, folder, record, session)
     return folder
 
 # %% ../../nbs/training/pretrain.ipynb #e32e24ef
-def _pretrain(run: Run, windows: Mapping[str, Windows], folder: Path, record: dict, session: Session) -> None:
+def _pretrain(
+    run: Run,
+    windows: Mapping[str, Windows],
+    probed: Mapping[str, Windows],  # of the online probe, the same for every objective
+    folder: Path,
+    record: dict,
+    session: Session,
+) -> None:
     "Trains and saves the encoder of a claimed folder; the time is recorded even if it fails."
     batches = training_batches(run, windows, session.device)
     objective = build(run).to(session.device)
@@ -132,7 +141,9 @@ def _pretrain(run: Run, windows: Mapping[str, Windows], folder: Path, record: di
     started = time.monotonic()
     save = partial(_save, run, batches["train"].normaliser, float(windows["train"].files[0].dt))
     last = run.recipe.steps if run.recipe else 0
-    watch = Watch(batches, folder, run.system.label_names, last=last, keep=partial(_keep, save, folder))
+    plain = training_batches(replace(run, objective="random", recipe=None), probed, session.device)
+    keep = partial(_keep, save, folder)
+    watch = Watch(plain, batches["valid"], folder, run.system.label_names, last=last, keep=keep)
     try:
         fit(objective, run.recipe, batches, folder, session, watch=watch)
     finally:

@@ -10,6 +10,7 @@ __all__ = ['PENALTIES', 'LEAST_RANK', 'LEAST_STD', 'collapse_measures', 'evaluat
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -107,12 +108,14 @@ def shortcomings(row: Mapping[str, float]) -> list[str]:
 class Watch:
     """Measures finished encoders and writes `curve.csv` into `folder`: a row for each, by the number of updates.
 
-    `batches` are those of `train` and `valid` (`physrep.data.batches`). `keep(encoder, step)` gets every encoder of the
-    curve but the untrained and the last one."""
+    `plain` are batches of single clips of `train` and `valid`, the same for every objective, for the online probe.
+    `asked` are batches of held-out windows as the objective takes them, for its gate. `keep(encoder, step)` gets every
+    encoder of the curve but the untrained and the last one."""
 
     def __init__(
         self,
-        batches: Mapping,
+        plain: Mapping,
+        asked: Any,
         folder: Path,
         names: tuple[str, ...],  # of the labels
         *,
@@ -121,7 +124,8 @@ class Watch:
         keep: Callable[[nn.Module, int], None] | None = None,
         last: int = 0,  # updates of the whole run
     ):
-        self.batches = batches
+        self.plain = plain
+        self.asked = asked
         self.path = Path(folder) / "curve.csv"
         self.names = names
         self.windows = windows
@@ -132,12 +136,12 @@ class Watch:
     def __call__(self, objective: nn.Module, step: int) -> None:
         "Measures an objective after `step` updates; it must be in evaluation mode."
         train, valid = (
-            pooled(objective.encoder, self.batches[split].evaluation(self.at_once, limit=n), objective.shape[0])
+            pooled(objective.encoder, self.plain[split].evaluation(self.at_once, limit=n), objective.shape[0])
             for split, n in zip(("train", "valid"), self.windows)
         )
         row = {"step": step, **online_probe(train, valid, self.names), **collapse_measures(torch.from_numpy(valid[0]))}
         if objective.trains:
-            row |= gate_measures(objective, self.batches["valid"].evaluation(self.at_once, limit=self.windows[1]))
+            row |= gate_measures(objective, self.asked.evaluation(self.at_once, limit=self.windows[1]))
         rows = read_metrics(self.path) if self.path.is_file() else []
         rows = sorted([*(r for r in rows if r["step"] != step), row], key=lambda r: r["step"])
         with atomic_path(self.path) as temporary:
