@@ -179,7 +179,8 @@ class BatchMaker:
         if self.noise and not plain:
             x = x + self.noise * randn_samples(seeds, tuple(x.shape[1:]), name="noise", device=self.device)
         labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
-        return {"fields": x, "labels": labels.to(self.device), "seeds": seeds}
+        flow = torch.as_tensor(self.windows.index[indices, 0])
+        return {"fields": x, "labels": labels.to(self.device), "seeds": seeds, "flow": flow}
 
 # %% ../../nbs/data/batches.ipynb #3a4dcc72
 class Batches(BatchMaker):
