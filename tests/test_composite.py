@@ -13,10 +13,19 @@ from physrep.data.views import ViewBatches
 from physrep.data.windows import Windows
 from physrep.models.convnext import ConvNeXt
 from physrep.models.vit import ViT, patchify
+from physrep.objectives.autoencoder import AutoEncoder
 from physrep.objectives.combinations import REGULARISERS
-from physrep.objectives.composite import AutoEncoder, Composite, Forecast, Invariance, JEPASig, MaskedJEPA
+from physrep.objectives.composite import Composite
+from physrep.objectives.forecast import Forecast
+from physrep.objectives.invariance import Invariance
 from physrep.objectives.jepa import JEPA
+<<<<<<< HEAD
 from physrep.objectives.mae import MAE
+=======
+from physrep.objectives.jepa_sigreg import JEPASig
+from physrep.objectives.mae import MAE, pixel_mask
+from physrep.objectives.masked_jepa import MaskedJEPA
+>>>>>>> 013b1e95c50809dee90e9060fb43994b77b56c17
 from physrep.objectives.methods import build_objective, check_pair
 from physrep.objectives.predictors import MaskedPixels, NextPixels, places_of
 from physrep.objectives.regularisers import NoRegulariser, PooledVICReg, SIGReg, VICReg
@@ -426,22 +435,22 @@ def test_whitening_survives_a_resume(smoke_data, tmp_path):
 @pytest.mark.parametrize("cls", NAMED)
 @pytest.mark.parametrize("name", ["vit", "convnext"])
 def test_named_methods_go_through_the_door(cls, name):
-    place = f"physrep.objectives.composite:{cls.__name__}"
+    place = f"{cls.__module__}:{cls.__name__}"
     assert check_pair(place, name) == name
     run = resolve("shear_flow", place, name, preset="smoke")
     objective = build(run)
     assert isinstance(objective, cls) and run.row == (cls.__name__, name) and run.recipe.steps == 6
     assert run.window_frames == objective.frames == (20 if cls is JEPASig else 16)
-    assert "objectives.composite" in run.modules
+    assert cls.__module__.removeprefix("physrep.") in run.modules
     with pytest.raises(ValueError, match="no coefficient speed; it has"):
         build_objective(place, encoder(), speed=1, **FIT)
 
 
 def test_pretrain_serves_contiguous_methods_and_says_what_a_pair_needs(smoke_data, tmp_path):
     quiet = dict(progress=False, say=lambda line: None)
-    run = resolve("shear_flow", "physrep.objectives.composite:MaskedJEPA", preset="smoke", steps=1, batch_size=2)
+    run = resolve("shear_flow", "physrep.objectives.masked_jepa:MaskedJEPA", preset="smoke", steps=1, batch_size=2)
     assert (pretrain(run, smoke_data, tmp_path, **quiet) / "encoder.safetensors").is_file()
-    run = resolve("shear_flow", "physrep.objectives.composite:Invariance", preset="smoke", steps=1, batch_size=2)
+    run = resolve("shear_flow", "physrep.objectives.invariance:Invariance", preset="smoke", steps=1, batch_size=2)
     with pytest.raises(ValueError, match="ViewBatches"):
         pretrain(run, smoke_data, tmp_path, **quiet)
 

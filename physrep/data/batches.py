@@ -187,7 +187,8 @@ class BatchMaker:
         "One batch of these windows: symmetry, resize, normalise, noise (`plain`: only resize and normalise)."
         x = self.finished(self._read(indices), symmetry=seeds, noise=seeds, plain=plain)
         labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
-        return {"fields": x, "labels": labels.to(self.device), "seeds": seeds}
+        flow = torch.as_tensor(self.windows.index[indices, 0])
+        return {"fields": x, "labels": labels.to(self.device), "seeds": seeds, "flow": flow}
 
 # %% ../../nbs/data/batches.ipynb #3a4dcc72
 class Batches(BatchMaker):

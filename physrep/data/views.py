@@ -215,7 +215,8 @@ class ViewBatches(_PlacedViews):
             symmetry = own if view.own_symmetry else seeds
             views.append(self.finished(apart, symmetry=symmetry, noise=own, plain=plain))
         labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
-        return {"fields": views[0], "views": tuple(views), "labels": labels.to(self.device), "seeds": seeds}
+        found = {"fields": views[0], "views": tuple(views), "labels": labels.to(self.device), "seeds": seeds}
+        return found | {"flow": torch.as_tensor(self.windows.index[indices, 0])}
 
     def _cut(self, x: torch.Tensor, view: int, indices: np.ndarray, seeds: torch.Tensor) -> torch.Tensor:
         "Physical fields of a view: from the windows `x` that were read, or read by themselves."

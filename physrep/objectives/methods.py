@@ -17,7 +17,12 @@ from ..physics.systems import System
 # %% ../../nbs/objectives/methods.ipynb #f5bb207f
 OBJECTIVES = {
     "jepa": "physrep.objectives.jepa:JEPA",
+    "jepa_ema": "physrep.objectives.masked_jepa:MaskedJEPA",
+    "jepa_sigreg": "physrep.objectives.jepa_sigreg:JEPASig",
     "mae": "physrep.objectives.mae:MAE",
+    "forecast": "physrep.objectives.forecast:Forecast",
+    "invariance": "physrep.objectives.invariance:Invariance",
+    "autoencoder": "physrep.objectives.autoencoder:AutoEncoder",
     "supervised": "physrep.objectives.supervised:Supervised",
     "random": "physrep.objectives.supervised:RandomEncoder",
     "frozen": "physrep.objectives.supervised:RandomEncoder",  # an encoder of your own that is only probed

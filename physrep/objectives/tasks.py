@@ -279,21 +279,34 @@ class Window(Task):
 class Pair(Task):
     """The second view is another window of the trajectory without a frame of the first, under a symmetry of its own.
 
-    `of` names the controls: see `PARTNERS` of `physrep.data.views`. ValueError for options that no view has."""
+    `of` names the controls: see `PARTNERS` of `physrep.data.views`; "labels" uses labels, so it is an upper bound.
+    ValueError for options that no view has, and for a share `shown` outside (0, 1]."""
 
     gap: int = 0  # frames that lie at least between the two
     of: str = "trajectory"
+    shown: float = 1.0  # share of the tokens of each view that an encoder with tubelets computes; others see them all
 
     name: ClassVar[str] = "pair"
     question: ClassVar[str] = "what do two windows of one trajectory have in common?"
     trivial: ClassVar[str] = "retrieval by chance"
 
     def __post_init__(self):
+        if not 0 < self.shown <= 1:
+            raise ValueError(f"shown of task 'pair' is a share of the tokens, above 0 and at most 1; got {self.shown}")
         self.views((1, 1, 1))  # raises for options that contradict themselves
 
     def views(self, shape):
         other = View(shape[0], offset=None, gap=self.gap, own_symmetry=True, of=self.of)
         return View(shape[0]), other
+
+    def n_shown(self, tokens: int) -> int:
+        "How many tokens are shown of a view of so many: at least one."
+        return max(1, round(self.shown * tokens))
+
+    def places(self, seeds: torch.Tensor, view: int, tokens: int) -> torch.Tensor:
+        "Indices `(b, k)` of the shown tokens of view 0 or 1, in order: another random subset for each sample and view."
+        order = rand_samples(seeds, (tokens,), name=f"pair view {view}").argsort(dim=1)
+        return order[:, : self.n_shown(tokens)].sort(dim=1).values
 
 
 @dataclass(frozen=True)
