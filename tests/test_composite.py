@@ -19,13 +19,9 @@ from physrep.objectives.composite import Composite
 from physrep.objectives.forecast import Forecast
 from physrep.objectives.invariance import Invariance
 from physrep.objectives.jepa import JEPA
-<<<<<<< HEAD
-from physrep.objectives.mae import MAE
-=======
 from physrep.objectives.jepa_sigreg import JEPASig
-from physrep.objectives.mae import MAE, pixel_mask
+from physrep.objectives.mae import MAE
 from physrep.objectives.masked_jepa import MaskedJEPA
->>>>>>> 013b1e95c50809dee90e9060fb43994b77b56c17
 from physrep.objectives.methods import build_objective, check_pair
 from physrep.objectives.predictors import MaskedPixels, NextPixels, places_of
 from physrep.objectives.regularisers import NoRegulariser, PooledVICReg, SIGReg, VICReg
