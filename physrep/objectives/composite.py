@@ -61,8 +61,9 @@ class Parts(nn.Module):
         pixels = dict(patch=getattr(self.predictor, "patch", None), channels=system.n_channels, size=self.shape[1:])
         self.target = as_target(target, encoder, **pixels)
         self.n_tokens = math.prod(check_fit(encoder, system, self.shape))
-        partial = isinstance(self.task, Pair) and hasattr(encoder, "tubelet")
-        self.n_shown = self.task.n_shown(self.n_tokens) if partial else self.n_tokens  # of each view of a pair
+        self.n_shown = self.n_tokens  # of each view of a pair
+        if isinstance(self.task, Pair) and hasattr(encoder, "tubelet"):
+            self.n_shown = self.task.n_shown(self.n_tokens)
         _check_built(self)
 
     def clips(self, batch: dict) -> tuple[torch.Tensor, ...]:
@@ -78,7 +79,7 @@ class Parts(nn.Module):
 
     def places(self, batch: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         "Tokens `(b, k)` of each view of a pair that are computed; None: all, as in eval mode and without tubelets."
-        if not self.training or self.n_shown == self.n_tokens:
+        if not isinstance(self.task, Pair) or not self.training or self.n_shown == self.n_tokens:
             return None, None
         _check_seeds(batch)
         seeds, device = batch["seeds"], batch["fields"].device

@@ -141,7 +141,8 @@ def _pretrain(
     started = time.monotonic()
     save = partial(_save, run, batches["train"].normaliser, float(windows["train"].files[0].dt))
     last = run.recipe.steps if run.recipe else 0
-    plain = training_batches(replace(run, objective="random", recipe=None), probed, session.device)
+    single = replace(run, objective="random", coefficients={}, recipe=None)  # it asks for nothing but clips
+    plain = training_batches(single, probed, session.device)
     keep = partial(_keep, save, folder)
     watch = Watch(plain, batches["valid"], folder, run.system.label_names, last=last, keep=keep)
     try:
