@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data tune ablations machines figures verify test test-all lint format notebooks readme weights models clean
+.PHONY: help setup reproduce data tune ablations machines bench figures verify test test-all lint format notebooks readme weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -81,6 +81,12 @@ machines: $(READY)  ## one row again with other threads and instructions: how fa
 	@$(SNAKE) </dev/null
 	@$(COMPARE) machines
 	@$(KEEP)
+
+bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else
+	@mkdir -p runs/$(NAME)/notebooks
+	@$(BIN)/python -m papermill nbs/10_benchmarks.ipynb runs/$(NAME)/notebooks/benchmarks.ipynb --no-progress-bar -p preset $(PRESET) \
+	  $(if $(SYSTEM),-p system $(SYSTEM)) $(if $(ONLY),-p objectives "$(ONLY)") $(if $(DATA),-p data_dir "$(DATA)") < /dev/null
+	@$(BIN)/python -m physrep.experiments.benchmarks $(DRAWN)/benchmarks.csv
 
 figures:  ## copy the figures that PRESET's runs have drawn over the committed ones
 	@ls $(DRAWN)/*.png >/dev/null 2>&1 || { echo "no figures in $(DRAWN)/; make reproduce$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) draws them"; exit 1; }

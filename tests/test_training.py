@@ -221,3 +221,40 @@ def test_metrics_are_heard_as_they_are_made(smoke_data, tmp_path):
         resolve("shear_flow", "mae", preset="smoke"), smoke_data, tmp_path, on_metrics=heard.append, **quiet
     )
     assert [row["step"] for row in heard] == pd.read_csv(folder / "metrics.csv").step.tolist()
+
+
+def test_the_attention_of_a_vit_is_counted_as_the_products_that_it_is():
+    "The kernel and plain matrix products: equal forwards; backwards the kernel computes the weights once more."
+    from unittest import mock
+
+    from physrep.models import vit
+    from physrep.training.cost import count_flops, example_batch
+
+    def products(q, k, v):
+        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+    run = resolve("shear_flow", "supervised", "vit", "laptop")
+    objective = build(run)
+    batch = example_batch(run, objective, 2)
+    counts = []
+    for attention in (vit.F.scaled_dot_product_attention, products):
+        with mock.patch.object(vit.F, "scaled_dot_product_attention", attention):
+            forward = count_flops(lambda: objective(batch))
+            counts.append((forward, count_flops(lambda: objective(batch)["loss"].backward())))
+    (forward, both), (forward_products, both_products) = counts
+    tokens = 4 * 8 * 8
+    once = run.encoder_config["depth"] * 2 * 2 * tokens**2 * run.encoder_config["dim"]
+    assert forward == forward_products > 2 * once
+    assert both == both_products + once
+
+
+@pytest.mark.parametrize("objective", ["Invariance", "Forecast"])
+def test_the_cost_of_an_objective_with_views_is_counted(objective):
+    from physrep.training.cost import cost, example_batch
+
+    run = resolve("shear_flow", f"physrep.objectives.composite:{objective}", "vit", "smoke")
+    model = build(run)
+    batch = example_batch(run, model, 3)
+    assert [len(x) for x in batch["views"]] == [3] * len(model.views)
+    assert [x.shape[2] for x in batch["views"]] == [view.frames for view in model.views]
+    assert cost(run)["train"] > cost(run)["encode"] > 0

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+TIMES = ("benchmarks",)  # tables of how fast a machine is: no two runs agree
 NUMBERS = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf", re.I)
 
 
@@ -91,7 +92,7 @@ def report(new: Path, old: Path, names: tuple[str, ...] = ()) -> str:
     "The numbers of two folders of figures, as one block of text."
 
     def tables(folder: Path) -> list[str]:
-        return sorted(p.stem for p in folder.glob("*.csv") if not names or p.stem in names)
+        return sorted(p.stem for p in folder.glob("*.csv") if (p.stem in names if names else p.stem not in TIMES))
 
     here, there = tables(new), tables(old)
     if not here:

@@ -33,6 +33,7 @@ SHOWN = {
     "08b_ablations": "ablations",
     "08c_across_systems": "across",
     "08d_regimes": "regimes",
+    "10_benchmarks": "benchmarks",
 }
 SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
 
