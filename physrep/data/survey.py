@@ -31,29 +31,35 @@ def split_table(splits: Mapping[str, Windows]) -> pd.DataFrame:
 
 # %% ../../nbs/data/survey.ipynb #fe9b76a7
 def corner_trajectories(w: Windows) -> list[int]:
-    "A trajectory for each combination of the smallest and largest value of the labels that the set has."
-    ends = [(column.min(), column.max()) for column in w.labels.T]
-    corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, len(ends))
-    found = [np.flatnonzero((w.labels == corner).all(1)) for corner in corners]
-    return [int(k[0]) for k in found if len(k)]
+    """The trajectory that is nearest to each combination of the smallest and largest value of the labels, each once.
+
+    Distances are in label targets over their range, so values of a grid and values drawn at random both do."""
+    targets = np.stack([label.transform(v) for label, v in zip(w.system.labels, w.labels.T)], axis=1)
+    low = targets.min(axis=0)
+    place = (targets - low) / np.maximum(targets.max(axis=0) - low, 1e-12)
+    corners = np.stack(np.meshgrid(*[(0.0, 1.0)] * place.shape[1], indexing="ij"), -1).reshape(-1, place.shape[1])
+    nearest = [int(np.square(place - corner).sum(axis=1).round(9).argmin()) for corner in corners]
+    return list(dict.fromkeys(nearest))
 
 
 def plot_corners(w: Windows, n_times: int = 4) -> Figure:
-    """The first field of the system for the trajectories of `corner_trajectories`, over time: a colour scale of its own
-    for
-    each row, time below the pictures of the first row, x to the right."""
+    """The first field of the system for the trajectories of `corner_trajectories`, over time.
+
+    A colour scale of its own for each row, times above the first row, x to the right."""
     chosen = corner_trajectories(w)
     system = w.system
-    fig = Figure(figsize=(1.75 * n_times, 1.75 * len(chosen)), layout="constrained")
+    h, w_points = w.files[0].grid
+    height = 1.75 * min(1.0, max(0.4, w_points / h)) + 0.1
+    fig = Figure(figsize=(1.75 * n_times, height * len(chosen) + 0.4), layout="constrained")
     axes = fig.subplots(len(chosen), n_times, squeeze=False)
-    for row, k in zip(axes, chosen):
+    for i_row, (row, k) in enumerate(zip(axes, chosen)):
         file, i = w.files[w.trajectories[k][0]], w.trajectories[k][1]
         frames = np.linspace(0, file.n_frames - 1, n_times).astype(int)
         images = [file.window(i, int(frame), 1)[0, 0].T for frame in frames]
         low, high = np.quantile(images, (0.005, 0.995))
         for ax, frame, image in zip(row, frames, images):
             ax.imshow(image, origin="lower", cmap="RdBu_r", vmin=low, vmax=high)
-            ax.set(xticks=[], yticks=[], title=f"t = {frame * file.dt:.1f}" if row is axes[0] else "")
+            ax.set(xticks=[], yticks=[], title=f"t = {frame * file.dt:.1f}" if i_row == 0 else "")
         values = (f"{label.name} {value:g}" for label, value in zip(system.labels, w.labels[k]))
         row[0].set_ylabel(", ".join(values), fontsize=7)
     fig.suptitle(f"{system.title}: {system.channels[0]}")
