@@ -21,7 +21,7 @@ from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
 from physrep.data.sets import find_files
 from physrep.experiments.tuning import ENCODER_FROM, WALKS, log_path
-from physrep.experiments.variants import VARIANTS
+from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
 from physrep.results.rows import Row, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
@@ -203,8 +203,8 @@ DIFFERENCES = {"random": "table1_differences", "statistics": "table1_differences
 
 rule table1:
     input: RESULTS
-    output: figures("table1", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
-    params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.panels", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
+    output: figures("table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
+    params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # the same flows at twice the resolution, read by the same encoders and probes
@@ -267,8 +267,8 @@ rule tuning:
 # `make ablations`: a job per variant and seed
 VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS for seed in PRESET.seeds]
 for name, seed, done in VARIED:
-    run = run_of(Row(*VARIANTS[name]), SYSTEMS[FIRST], PRESET, seed, DATA)
-    probed = (OUT / FIRST).glob(f"{'-'.join(run.row)}-{name}-*/seed{seed}/result.json")
+    run = variant_run(name, SYSTEMS[FIRST], PRESET, seed=seed, data_dir=DATA)
+    probed = (OUT / FIRST).glob(f"{'-'.join(filter(None, (*run.row, run.tag)))}-*/seed{seed}/result.json")
     rule:
         name: f"ablate_{name}_seed{seed}"
         input: simulated(FIRST)

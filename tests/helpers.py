@@ -42,7 +42,6 @@ def gappy() -> pd.DataFrame:
         row(objective="mae", encoder="vit", labelled_flows=25),
         row(objective="constant", encoder="none", probe="constant", value=1.0, low=0.9, high=1.1),
         row(system="active_matter", value=0.01, low=0.0),
-        row(split="unseen", value=9.0, low=8.0, high=10.0),
     ]
     return pd.DataFrame(rows)
 

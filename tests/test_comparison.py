@@ -237,7 +237,7 @@ def test_what_cannot_be_compared_is_refused_naming_both(tmp_path):
     for options, message in [
         ({}, "no probe in common"),
         ({"probe": "linear"}, "mae-vit-0123abcd has knn"),
-        ({"split": "unseen"}, "no split 'unseen'; it has test"),
+        ({"split": "valid"}, "no split 'valid'; it has test"),
         ({"metric": "rmse"}, "unknown metric 'rmse'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -258,7 +258,7 @@ def test_runs_on_other_fields_are_refused_where_both_say_so(tmp_path):
     for same in (
         run(tmp_path / "b", "mae", "vit"),
         run(tmp_path / "c", "mae", "vit", data={"test": "00aa"}),
-        run(tmp_path / "d", "mae", "vit", data={"unseen": "00dd"}),
+        run(tmp_path / "d", "mae", "vit", data={"valid": "00dd"}),
     ):
         assert len(compare(m, same)) == len(compare(silent, same))
     with pytest.raises(
@@ -340,14 +340,14 @@ def test_summaries_of_a_whole_table_take_seconds(tmp_path):
         predictions = {
             (f"p{k}", split): SCALER.inverse(SCALER.clip(z + np.random.default_rng([seed, k]).normal(size=z.shape)))
             for k in range(8)
-            for split in ("test", "unseen")
+            for split in ("test", "valid")
         }
         where = tmp_path / f"jepa-vit-0123abcd/seed{seed}/predictions.safetensors"
         write_predictions(
             where,
             predictions,
-            dict(test=truth, unseen=truth),
-            dict(test=groups, unseen=groups),
+            dict(test=truth, valid=truth),
+            dict(test=groups, valid=groups),
             system="shear_flow",
             objective="jepa",
             encoder="vit",

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from physrep.core.randomness import sample_seeds
 from physrep.data.batches import Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
-from physrep.data.generate import make_dataset
+from physrep.data.generate import FLOWS_A_CALL, _batches, draw_parameters, make_dataset, make_files, plan
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
@@ -32,7 +33,65 @@ SIM = get_preset("smoke").sim("shear_flow")
 
 
 def fingerprints(folder):
-    return {s: Windows(folder, SHEAR, s, frames=2).fingerprint() for s in ("train", "valid", "test", "unseen")}
+    return {s: Windows(folder, SHEAR, s, frames=2).fingerprint() for s in ("train", "valid", "test")}
+
+
+@pytest.mark.parametrize("preset", ["smoke", "laptop", "gpu"])
+@pytest.mark.parametrize("system", ["shear_flow", "rayleigh_benard", "active_matter"])
+def test_draws_are_continuous_stratified_and_in_one_split(system, preset):
+    sim = get_preset(preset).sim(system)
+    files = plan(system, sim)
+    assert plan(system, replace(sim, n_frames=99)) == files, "draws depend on names, numbers and ranges alone"
+    for split, (number, flows) in sim.draws.items():
+        own = [f for f in files if f.split == split]
+        assert len(own) == number and all(len(f.seeds) == flows for f in own)
+        for label in get_system(system).labels:
+            low, high = sim.ranges[label.name]
+            values = np.array([f.parameters[label.name] for f in own])
+            assert low <= values.min() and values.max() <= high and len(set(values)) == number
+            start, end = label.transform([low, high])
+            places = number * (np.sort(label.transform(values)) - start) / (end - start) - np.arange(number)
+            assert -1e-2 < places.min() and places.max() < 1 + 1e-2, "one in each stratum, to six digits"
+            assert 0.2 < places.std() < 0.4 or number < 10, "not at a fixed place of the stratum: no hidden grid"
+    assert (
+        len({tuple(f.parameters.values()) for f in files}) == len({f.path(Path(), system) for f in files}) == len(files)
+    )
+    assert len({seed for f in files for seed in f.seeds}) == sim.n_trajectories
+    values = [value for f in files for value in f.parameters.items()]
+    assert len(set(values)) > 0.99 * len(values), "not even single values repeat, but by rounding"
+
+
+def test_a_refined_set_holds_the_same_flows():
+    files = {tuple(f.parameters.items()): f.seeds for f in plan("shear_flow", SIM) if f.split == "test"}
+    refined = plan("shear_flow", SIM.refined({"test": 1}))
+    assert {tuple(f.parameters.items()): f.seeds for f in refined} == {p: seeds[:1] for p, seeds in files.items()}
+
+
+def test_splits_differ_in_all_that_is_drawn():
+    sim = replace(SIM, draws=dict.fromkeys(("train", "valid", "test"), (6, 1)))
+    drawn = [draw_parameters("shear_flow", sim, split) for split in sim.draws]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    assert drawn[0] != draw_parameters("shear_flow", replace(sim, draws={"train": (7, 1)}), "train")[:6]
+    assert drawn[0] == draw_parameters("shear_flow", replace(sim, draws={"train": (6, 5)}), "train")
+
+
+@pytest.mark.parametrize("system", ["shear_flow", "rayleigh_benard", "active_matter"])
+def test_files_made_together_are_those_made_alone(system, tmp_path):
+    sim = replace(get_preset("smoke").sim(system), n_frames=4)
+    some = plan(system, sim)[:3]
+    for path, planned in zip(make_files(some, system, sim, tmp_path / "together"), some):
+        [alone] = make_files([planned], system, sim, tmp_path / "alone")
+        for i in range(2):
+            one, two = (WellFile(p, get_system(system)).window(i, 0, 4) for p in (path, alone))
+            assert np.array_equal(one, two)
+        assert WellFile(path, get_system(system)).labels == planned.parameters
+
+
+def test_batches_hold_every_file_once():
+    files = plan("shear_flow", SIM)
+    batches = _batches(files, FLOWS_A_CALL["cpu"])
+    assert sum(batches, []) == files and [sum(len(f.seeds) for f in b) for b in batches] == [16, 16]
+    assert [len(b) for b in _batches(files, 1)] == [1] * len(files) and _batches([], 4) == []
 
 
 def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
@@ -48,7 +107,7 @@ def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     files = list(tmp_path.rglob("*.hdf5"))
-    assert 0 < len(files) < 14 and not (tmp_path / "shear_flow" / "stats.yaml").exists()
+    assert 0 < len(files) < 16 and not (tmp_path / "shear_flow" / "stats.yaml").exists()
     (tmp_path / "shear_flow" / "data" / "train" / ".left.1.tmp").write_bytes(b"half a file")
     make_dataset("shear_flow", SIM, tmp_path, workers=1, progress=False)
     assert not list(tmp_path.rglob("*.tmp"))
@@ -56,7 +115,7 @@ def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
 
 
 def test_two_processes_make_the_same_data(tmp_path):
-    sim = replace(SIM, counts={"train": 2, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=4)
+    sim = replace(SIM, draws={"train": (9, 2), "valid": (2, 1), "test": (1, 2)}, n_frames=4)
     one, two = (
         make_dataset("shear_flow", sim, tmp_path / "1", workers=1, progress=False),
         make_dataset("shear_flow", sim, tmp_path / "2", workers=2, progress=False),
@@ -65,8 +124,8 @@ def test_two_processes_make_the_same_data(tmp_path):
 
 
 def test_out_of_time_is_an_error_that_can_be_resumed(tmp_path):
-    sim = replace(SIM, counts={"train": 1, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=3)
-    with pytest.raises(TimeoutError, match="of 13 files of .* are done; call it again"):
+    sim = replace(SIM, draws={"train": (8, 2), "valid": (2, 1), "test": (2, 1)}, n_frames=3)
+    with pytest.raises(TimeoutError, match=": 8 of 12 files of .* are done; call it again"):
         make_dataset("shear_flow", sim, tmp_path, workers=1, minutes=1e-6, progress=False)
     make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
 
@@ -81,22 +140,16 @@ def test_out_of_time_is_an_error_that_can_be_resumed(tmp_path):
 )
 def test_time_steps_of_preset_gpu_hold_for_its_fastest_flows(system, pair, tmp_path):
     sim = get_preset("gpu").sim(system)
-    assert all(value in sim.grid_values[name] for name, value in pair.items())
-    sim = replace(
-        sim,
-        grid_values={name: (value,) for name, value in pair.items()},
-        counts={"train": 2},
-        unseen_pairs=0,
-        unseen_count=0,
-        n_frames=24,
-    )
+    assert all(value in sim.ranges[name] for name, value in pair.items())
+    corner = {name: (value,) for name, value in pair.items()}
+    sim = replace(sim, draws={}, grid_values=corner, counts={"train": 2}, n_frames=24)
     make_dataset(system, sim, tmp_path, workers=1, progress=False)  # raises SimulationBlewUp otherwise
 
 
 def test_new_code_makes_the_data_anew(tmp_path):
     from physrep.core.files import read_json, write_json
 
-    sim = replace(SIM, counts={"train": 1, "valid": 1, "test": 1}, unseen_pairs=1, unseen_count=1, n_frames=3)
+    sim = replace(SIM, draws={"train": (2, 1), "valid": (1, 1), "test": (1, 1)}, n_frames=3)
     folder = make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
     before = fingerprints(folder)
     victim = sorted((folder / "data/train").iterdir())[0]
@@ -111,11 +164,10 @@ def test_planted_leak_is_found(tmp_path, smoke_data):
     folder = tmp_path / "shear_flow"
     shutil.copytree(smoke_data / "shear_flow", folder)
     source = sorted((folder / "data" / "train").glob("*.hdf5"))[0]
-    (folder / "data" / "test" / source.name).unlink()
     shutil.copy(source, folder / "data" / "test" / source.name)
     splits = [Windows(folder, SHEAR, s, frames=16, stride=8) for s in ("train", "test")]
     with pytest.raises(
-        ValueError, match="4 of 10 trajectories of 'test' have an initial condition that 'train' has too"
+        ValueError, match="2 of 10 trajectories of 'test' have an initial condition that 'train' has too"
     ):
         check_disjoint(*splits)
 
@@ -397,11 +449,11 @@ def test_a_value_that_is_not_finite_is_found_when_it_is_read(tmp_path, smoke_dat
     folder = shutil.copytree(smoke_data / "shear_flow", tmp_path / "shear_flow")
     path = sorted((folder / "data" / "train").glob("*.hdf5"))[1]
     with h5py.File(path, "r+") as f:
-        f["t1_fields/velocity"][2, 20, 5, 7, 1] = value
-        f["t0_fields/tracer"][2, 21, 0, 0] = -value  # later: the first frame is named
+        f["t1_fields/velocity"][1, 20, 5, 7, 1] = value
+        f["t0_fields/tracer"][1, 21, 0, 0] = -value  # later: the first frame is named
     w = Windows(tmp_path, SHEAR, "train", frames=4, stride=4, crop=((0, 16), (0, 16)), in_memory=in_memory)
-    message = f"{path}: NaN or infinity in velocity_y of trajectory 2, frame 20"
-    k = w.trajectories.index((1, 2))
+    message = f"{path}: NaN or infinity in velocity_y of trajectory 1, frame 20"
+    k = w.trajectories.index((1, 1))
     place = int(np.flatnonzero((w.index == (k, 20)).all(1))[0])
     scaler = LabelScaler.fit(SHEAR, w.labels)
     batches = Batches(w, batch_size=4, normaliser=Normaliser.identity(SHEAR), scaler=scaler)

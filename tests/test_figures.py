@@ -218,7 +218,7 @@ def three_systems() -> pd.DataFrame:
             )
             for s, winner in best.items()
             for o, e in METHODS
-            for split in ("test", "unseen")
+            for split in ("valid", "test")
             for p in (("linear",) if e == "none" else ("linear", "knn", "finetune"))
             for v in [0.2 if o == winner and p == "linear" else 0.1 if o == "supervised" else value[p]]
             if (s, o) != ("rayleigh_benard", "disco")
@@ -317,7 +317,7 @@ def test_pictures_of_sixty_lines_stay_small(tmp_path):
             run=f"{line['objective']}-{line['encoder']}/seed{seed}",
         )
         for line, by_split in zip(lines, errors)
-        for split, by_label in zip(("test", "unseen"), by_split)
+        for split, by_label in zip(("valid", "test"), by_split)
         for label, by_seed in zip(("mean", "Reynolds", "Schmidt"), by_label)
         for seed, v in enumerate(by_seed)
     ]

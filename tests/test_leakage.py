@@ -200,7 +200,7 @@ def test_from_the_command_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "not finite" in out and "velocity_x" in out and "trajectories with a twin" in out
     assert (
-        main(["shear_flow", str(tmp_path), "--split", "unseen"]) == 1 and "splits with files" in capsys.readouterr().out
+        main(["shear_flow", str(tmp_path), "--split", "tset"]) == 1 and "splits with files" in capsys.readouterr().out
     )
     assert main(["shear", str(tmp_path)]) == 1 and "unknown system 'shear'" in capsys.readouterr().out
 

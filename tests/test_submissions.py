@@ -15,7 +15,7 @@ GRID = np.array([(re, sc) for re in (400.0, 800.0, 1600.0, 3200.0) for sc in (0.
 SCALER = LabelScaler.fit(get_system("shear_flow"), GRID)
 GROUPS = np.repeat(np.arange(16), 3)
 TRUTH = GRID[GROUPS]
-DATA = {"test": "00aa", "unseen": "00bb"}
+DATA = {"test": "00aa", "valid": "00bb"}
 
 
 def guess(seed: int, error: float) -> np.ndarray:
@@ -26,7 +26,7 @@ def guess(seed: int, error: float) -> np.ndarray:
 def our_run(folder, objective="jepa", seed=0, error=0.5, data=DATA, **extra):
     where = folder / f"{objective}-vit-0123abcd" / f"seed{seed}" / "predictions.safetensors"
     about = dict(system="shear_flow", objective=objective, encoder="vit", seed=seed, scaler=SCALER, labelled_flows=64)
-    splits = ("test", "unseen")
+    splits = ("test", "valid")
     predictions = {("linear", split): guess(seed + 7, error) for split in splits}
     return write_predictions(
         where, predictions, dict.fromkeys(splits, TRUTH), dict.fromkeys(splits, GROUPS), data=data, **about | extra
@@ -66,10 +66,10 @@ def test_a_filled_in_template_is_a_run(tmp_path, reference):
 def test_columns_in_another_order_seeds_and_splits(tmp_path, reference):
     lines = [
         "# physrep benchmark 00aa split test",
-        "# physrep benchmark 00bb split unseen",
+        "# physrep benchmark 00bb split valid",
         "seed,value,label,window,split",
     ]
-    for split in ("test", "unseen"):
+    for split in ("test", "valid"):
         for seed in (0, 3):
             for window, values in enumerate(guess(seed, 0.4)):
                 lines += [
@@ -78,10 +78,10 @@ def test_columns_in_another_order_seeds_and_splits(tmp_path, reference):
                 ]
     (tmp_path / "a.csv").write_text("\n".join(lines[:3] + lines[:2:-1]))
     first, second = predictions_from_csv(tmp_path / "a.csv", reference, name="rival")
-    assert (first.info["seed"], second.info["seed"]) == (0, 3) and set(first.truth) == {"test", "unseen"}
-    np.testing.assert_array_equal(second.predictions["submitted", "unseen"], guess(3, 0.4))
+    assert (first.info["seed"], second.info["seed"]) == (0, 3) and set(first.truth) == {"test", "valid"}
+    np.testing.assert_array_equal(second.predictions["submitted", "valid"], guess(3, 0.4))
     (tmp_path / "b.csv").write_text("\n".join([lines[0], *lines[2:]]))
-    with pytest.raises(ValueError, match="does not say which data it is of; ours are 00bb.*00bb split unseen"):
+    with pytest.raises(ValueError, match="does not say which data it is of; ours are 00bb.*00bb split valid"):
         predictions_from_csv(tmp_path / "b.csv", reference)
 
 
@@ -102,7 +102,7 @@ def test_lines_that_are_wrong_are_named(tmp_path, reference):
         (2, "window,label,value,group", "unknown columns group; valid: window, label, value, split, seed, probe, flow"),
         (1, good[0].replace("shear_flow", "active_matter"), "is of system active_matter, .* of shear_flow"),
         (1, good[0].replace("00aa", "00ab"), "is of data 00ab, .* of 00aa .split 'test'.: not comparable"),
-        (1, good[0].replace("split test", "split valid"), "column split: got ''; our predictions have test, unseen"),
+        (1, good[0].replace("split test", "split train"), "column split: got ''; our predictions have test, valid"),
     ]:
         (tmp_path / "a.csv").write_text("\n".join([*good[: line - 1], text, *good[line:]]))
         with pytest.raises(ValueError, match=message) as error:
@@ -172,7 +172,7 @@ def test_comparison_with_all_our_runs(tmp_path):
     direct = compare(mine, tmp_path / "runs" / "jepa-vit-0123abcd", probe=("submitted", "linear"), n_bootstrap=200)
     expected = apart.query("second == 'jepa-vit-0123abcd'").difference
     assert direct.query("metric == 'mse'").difference.tolist() == expected.tolist()
-    other = write_windows_csv(reference, tmp_path / "u.csv", "unseen")
+    other = write_windows_csv(reference, tmp_path / "u.csv", "valid")
     scores, _ = compare_csv(a_users_notebook(other, tmp_path / "v.csv", guess(1, 0.1)), reference, metric="r2")
     assert scores.value.iloc[-1] > 0.9, "the split of the header"
     with pytest.raises(ValueError, match="unknown metric 'rmse'; valid: mse"):

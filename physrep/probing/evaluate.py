@@ -39,7 +39,7 @@ from ..training.pretrain import restore
 from ..training.run import Run, label_scaler, load_splits
 
 # %% ../../nbs/probing/evaluate.ipynb #c4d81dd8
-SPLITS = ("train", "valid", "test", "unseen")
+SPLITS = ("train", "valid", "test")
 FROZEN = ("linear", "knn", "attentive")  # probes of frozen features
 PROBES = (*FROZEN, "finetune")
 # numbers in a batch of clips: the paper's encoder then takes about 50 GB, and no tensor has 2**31 elements
@@ -47,9 +47,8 @@ _AT_ONCE = 2**28
 
 # %% ../../nbs/probing/evaluate.ipynb #5c40a39c
 def probe_splits(run: Run, data_dir: str | Path, splits: Sequence[str] = SPLITS) -> dict[str, Windows]:
-    "The windows that are probed, of every split that the data have (data that are read have no `unseen`)."
-    there = tuple(s for s in splits if run.simulated or s != "unseen")
-    return load_splits(run, data_dir, there, frames=run.clip.frames, stride=run.preset.probe_stride)
+    "The windows that are probed, of each of these splits."
+    return load_splits(run, data_dir, splits, frames=run.clip.frames, stride=run.preset.probe_stride)
 
 # %% ../../nbs/probing/evaluate.ipynb #e57a51d3
 def normaliser_for(encoder: torch.nn.Module, windows: Windows, given: Normaliser | None = None) -> Normaliser:

@@ -37,7 +37,7 @@ SCHEMA: dict[str, tuple[type, str]] = {
         str,
         "what reads the features: linear, knn, attentive; head (a supervised run's own), finetune; oracle, constant",
     ),
-    "split": (str, "split that is scored: valid (used to select, optimistic), test, unseen (parameters off the grid)"),
+    "split": (str, "split that is scored: valid (used to select, optimistic) or test"),
     "label": (str, "name of the label, or mean: the average over the labels of the system"),
     "seed": (int, "initialisation, order of the windows and probe, at fixed data"),
     "labelled_flows": (int, "number of labelled training flows that the probe was given"),

@@ -79,15 +79,14 @@ def _mark(ax: Axes, r: Any, y: float, limit: float, look: dict, number: bool) ->
 def draw_line(
     ax: Axes, measured: pd.DataFrame, y: float, limit: float, number: bool = True, rows: Sequence[Row] = ROWS
 ) -> None:
-    """One line of the figure: test with interval and seeds, unseen; beyond `limit` an arrowhead at the edge, with the
-    number if that is nowhere else."""
+    """One line of the figure: test with interval and seeds; beyond `limit` an arrowhead at the edge, with the number if
+    that is nowhere else."""
     for r in measured.itertuples():
-        test = r.split == "test"
         color = color_of(r.objective, r.encoder, rows)
-        look = {"mec": "white", "alpha": 1.0, "zorder": 4} if test else {"mec": "none", "alpha": 0.32, "zorder": 2}
-        look |= {"marker": marker_of(r.encoder, r.objective, rows), "color": color, "ms": 5.2, "mew": 0.5}
-        _mark(ax, r, y, limit, look, number and test)
-        if not test or r.value > limit:
+        marker = marker_of(r.encoder, r.objective, rows)
+        look = {"marker": marker, "color": color, "mec": "white", "ms": 5.2, "mew": 0.5, "zorder": 4}
+        _mark(ax, r, y, limit, look, number)
+        if r.value > limit:
             continue
         if r.low == r.low:
             ax.plot([r.low, min(r.high, limit)], [y, y], color=color, lw=1.6, solid_capstyle="butt", zorder=3)
@@ -142,8 +141,6 @@ def _legend_items(measured: pd.DataFrame) -> list[tuple[Line2D, str]]:
     items = [(Line2D([], [], lw=1.6, **dot), f"test, 95 % interval over flows{' and seeds' if several else ''}")]
     if several:
         items.append((Line2D([], [], color="#555555", marker=".", ms=3.2, ls=""), "its seeds"))
-    if "unseen" in set(measured.split):
-        items.append((Line2D([], [], ls="", alpha=0.32, mec="none", **dot), "unseen parameters"))
     return items
 
 
@@ -222,8 +219,8 @@ def drawn_rows(df: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
     if metric not in METRIC_AXES:
         raise ValueError(f"unknown metric {metric!r}; valid: {', '.join(METRIC_AXES)}")
     measured = select_rows(df, system, metric)
-    measured = measured[measured.split.isin(["test", "unseen"]) & measured.value.notna()]
-    if "test" not in set(measured.split):
+    measured = measured[(measured.split == "test") & measured.value.notna()]
+    if not len(measured):
         raise ValueError(f"no rows of system {system!r} and metric {metric!r} on split test")
     return measured
 
@@ -283,8 +280,8 @@ def draw_panels(panels: Sequence[Panel], metric: str, *, numbers: bool = False, 
 def plot_table1(df: pd.DataFrame, system: str, metric: str = "mse", rows: Sequence[Row] = ROWS) -> Figure:
     """Every method and probe of one system on `test` with 95 % intervals: mean over labels, then each label.
 
-    `df` is a summary (of `comparison.summarise` or `table.over_seeds`) or plain results. `unseen` is pale, the paper
-    hollow. `rows` say order, titles and colours; what was not measured is left out. ValueError for an unknown metric, a
+    `df` is a summary (of `comparison.summarise` or `table.over_seeds`) or plain results. The paper's
+    numbers are hollow. `rows` say order, titles and colours; what was not measured is left out. ValueError for an unknown metric, a
     system without rows on test, or several variants of a row.
     """
     measured = drawn_rows(df, system, metric)

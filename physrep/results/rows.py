@@ -45,6 +45,7 @@ class Row:
     encoder_config: dict = field(default_factory=dict, hash=False)  # of the encoder, over the preset's
     recipe: dict = field(default_factory=dict, hash=False)  # of the training recipe, over the preset's
     predictions: dict = field(default_factory=dict, hash=False)  # system -> CSV of `submissions.predictions_from_csv`
+    main: bool = True  # whether `make reproduce` runs it without being asked
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -55,9 +56,21 @@ class Row:
 # fmt: off
 ROWS: tuple[Row, ...] = (
     Row("jepa", "convnext", "JEPA ConvNeXt", "#0072B2", "s", finetuned=True, cost=4),
-    Row("mae", "vit", "MAE ViT", "#D55E00", "o", finetuned=True, cost=1),
-    Row("supervised", "convnext", "supervised ConvNeXt", "#009E73", "s", cost=2),
-    Row("supervised", "vit", "supervised ViT", "#009E73", "o", cost=2),
+    Row("jepa", "vit", "JEPA ViT", "#0072B2", "o", cost=3),
+    Row("jepa_ema", "vit", "masked JEPA ViT", "#56B4E9", "o", cost=3),
+    Row("mae", "vit", "MAE ViT", "#D55E00", "o", finetuned=True, cost=3),
+    Row("forecast", "vit", "forecast ViT", "#E69F00", "o", cost=3),
+    Row("invariance", "vit", "invariance ViT", "#CC79A7", "o", cost=3),
+    Row("supervised", "vit", "supervised ViT", "#009E73", "o", cost=3),
+    Row("jepa_sigreg", "vit", "JEPA with SIGReg ViT", "#332288", "o", cost=2, main=False),
+    Row("autoencoder", "vit", "autoencoder ViT", "#8C6D31", "o", cost=2, main=False),
+    Row("jepa_ema", "convnext", "masked JEPA ConvNeXt", "#56B4E9", "s", cost=2, main=False),
+    Row("jepa_sigreg", "convnext", "JEPA with SIGReg ConvNeXt", "#332288", "s", cost=2, main=False),
+    Row("mae", "convnext", "MAE ConvNeXt", "#D55E00", "s", cost=2, main=False),
+    Row("forecast", "convnext", "forecast ConvNeXt", "#E69F00", "s", cost=2, main=False),
+    Row("invariance", "convnext", "invariance ConvNeXt", "#CC79A7", "s", cost=2, main=False),
+    Row("autoencoder", "convnext", "autoencoder ConvNeXt", "#8C6D31", "s", cost=2, main=False),
+    Row("supervised", "convnext", "supervised ConvNeXt", "#009E73", "s", cost=2, main=False),
     Row("random", "convnext", "random weights ConvNeXt", "#7A7A7A", "s", finetuned=True, cost=4, kind="random"),
     Row("random", "vit", "random weights ViT", "#7A7A7A", "o", finetuned=True, kind="random"),
     Row("statistics", "none", "summary statistics", "#6A3D9A", "D", kind="baseline"),
@@ -73,14 +86,16 @@ def row_name(row: Row) -> str:
 
 
 def chosen_rows(only: str = "", rows: Sequence[Row] = ROWS) -> tuple[Row, ...]:
-    """The rows named in `only`, comma-separated (`mae-vit,random-vit`), and the baselines; all rows if it is empty.
-    ValueError for an unknown name, with the valid ones."""
+    """The rows named in `only`, comma-separated (`mae-vit,random-vit`), and the baselines; the main rows if it is
+    empty, every one for `all`. ValueError for an unknown name, with the valid ones."""
     if not only:
+        return tuple(row for row in rows if row.main)
+    if only == "all":
         return tuple(rows)
     names = only.split(",")
     valid = [row_name(row) for row in rows if row.kind != "baseline"]
     if unknown := [name for name in names if name not in valid]:
-        raise ValueError(f"unknown row {', '.join(unknown)}; valid: {', '.join(valid)}")
+        raise ValueError(f"unknown row {', '.join(unknown)}; valid: all, {', '.join(valid)}")
     return tuple(row for row in rows if row.kind == "baseline" or row_name(row) in names)
 
 
@@ -142,7 +157,7 @@ def marker_of(encoder: str, objective: str | None = None, rows: Sequence[Row] = 
 
 # %% ../../nbs/results/rows.ipynb #83ca1b72
 PROBE_ORDER = tuple(PROBE_TITLES)
-SPLIT_ORDER = ("valid", "test", "unseen")
+SPLIT_ORDER = ("valid", "test")
 
 
 def ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -21,10 +22,12 @@ from ..core.files import atomic_path, read_json, write_json
 from ..core.provenance import provenance
 from ..data.batches import Batches
 from ..data.scaling import Normaliser
+from ..data.views import ViewBatches
 from ..data.windows import Windows
 from ..models.pretrained import save_encoder
-from .loop import Recipe, evaluate_objective, load_checkpoint, make_optimizer, read_metrics, train
+from .loop import Recipe, load_checkpoint, make_optimizer, read_metrics, train
 from .run import Run, build, label_scaler, load_splits
+from .watch import Watch, evaluate_objective
 
 # %% ../../nbs/training/pretrain.ipynb #d6efcdbd
 def claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable[[str], None]) -> bool:
@@ -40,7 +43,7 @@ def claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable[
     if old and (stale or not resume):
         why = f"its {' and '.join(stale)} changed" if stale else "resume is off"
         say(f"training {folder.parent.name}/{folder.name} anew: {why}")
-        for name in ("encoder.safetensors", "metrics.csv"):
+        for name in ("encoder.safetensors", "metrics.csv", "curve.csv"):
             if (folder / name).is_file():  # an encoder may have cost days: the one before stays
                 (folder / name).replace(folder / f"old-{name}")
         (folder / "checkpoint" / "last.safetensors").unlink(missing_ok=True)
@@ -75,7 +78,8 @@ def training_windows(run: Run, data_dir: str | Path) -> dict[str, Windows]:
 
 
 def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cpu") -> dict[str, Batches]:
-    "Batches of `train` (symmetries and noise as the run has them) and of `valid` (plain)."
+    """Batches of `train` (symmetries and noise as the run has them) and of `valid` (plain), with the views that the
+    objective asks for. ValueError for trajectories without room for them."""
     options = dict(
         normaliser=Normaliser.load(windows["train"].root, run.system),
         scaler=label_scaler(run, windows["train"]),
@@ -86,9 +90,10 @@ def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cp
     size = run.recipe.batch_size if run.recipe else 1
     parts = run.recipe.accumulate if run.recipe else 1
     changed = dict(augment=run.clip.augment, noise=run.clip.noise)
+    make = partial(ViewBatches, views=run.views) if run.views else Batches
     return {
-        "train": Batches(windows["train"], batch_size=size, accumulate=parts, **changed, **options),
-        "valid": Batches(windows["valid"], batch_size=size // parts, **options),
+        "train": make(windows["train"], batch_size=size, accumulate=parts, **changed, **options),
+        "valid": make(windows["valid"], batch_size=size // parts, **options),
     }
 
 # %% ../../nbs/training/pretrain.ipynb #afcd4c3b
@@ -125,24 +130,37 @@ def _pretrain(run: Run, windows: Mapping[str, Windows], folder: Path, record: di
     record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
     before = read_json(folder / "provenance.json")["seconds"]
     started = time.monotonic()
+    save = partial(_save, run, batches["train"].normaliser, float(windows["train"].files[0].dt))
+    last = run.recipe.steps if run.recipe else 0
+    watch = Watch(batches, folder, run.system.label_names, last=last, keep=partial(_keep, save, folder))
     try:
-        fit(objective, run.recipe, batches, folder, session)
+        fit(objective, run.recipe, batches, folder, session, watch=watch)
     finally:
         write_json(folder / "provenance.json", {**record, "seconds": round(before + time.monotonic() - started, 1)})
-    normaliser = batches["train"].normaliser
+    save(folder / "encoder.safetensors", objective.encoder)
+
+
+def _save(run: Run, normaliser: Normaliser, dt: float, path: Path, encoder: torch.nn.Module) -> None:
+    "Writes an encoder of a run with all that is needed to use it."
+    path.parent.mkdir(exist_ok=True)
     save_encoder(
-        folder / "encoder.safetensors",
-        objective.encoder,
+        path,
+        encoder,
         run.encoder,
         system=run.system,
         mean=normaliser.mean,
         std=normaliser.std,
         shape=run.clip_shape,
-        dt=float(windows["train"].files[0].dt),
+        dt=dt,
         objective=run.objective,
         preset=run.preset.name,
         seed=run.seed,
     )
+
+
+def _keep(save: Callable[[Path, torch.nn.Module], None], folder: Path, encoder: torch.nn.Module, step: int) -> None:
+    "Saves an encoder of the learning curve."
+    save(folder / "curve" / f"{step}.safetensors", encoder)
 
 # %% ../../nbs/training/pretrain.ipynb #bfbcbf07
 def fit(
@@ -152,13 +170,16 @@ def fit(
     folder: Path,
     session: Session,
     *,
+    watch: Watch | None = None,  # gets the encoders of the learning curve
     limit: int = 96,
 ) -> None:
-    """Trains an objective on `batches['train']`, watched on `limit` windows of `batches['valid']`. Writes metrics and
-    checkpoints into the folder."""
+    """Trains an objective on `batches['train']`, watched on `limit` windows of `batches['valid']`. Writes metrics,
+    checkpoints and, with a `watch`, the learning curve into the folder."""
     valid = batches["valid"]
     if recipe is None:
         measures = evaluate_objective(objective.eval(), valid.evaluation(32, limit=128))
+        if watch:
+            watch(objective, 0)
         with atomic_path(folder / "metrics.csv") as temporary:
             pd.DataFrame([{"step": 0, **measures}]).to_csv(temporary, index=False)
         return
@@ -168,6 +189,7 @@ def fit(
         recipe,
         folder,
         evaluate=lambda: evaluate_objective(objective, valid.evaluation(limit=limit)),
+        finished=watch,
         device=session.device,
         resume=session.resume,
         minutes=session.minutes,

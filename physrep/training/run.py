@@ -85,9 +85,20 @@ class Setup:
         return (self.clip.frames, h, w)
 
     @cached_property
+    def _asked(self) -> tuple[int, tuple]:
+        objective = build(self)
+        return objective.frames, tuple(getattr(objective, "views", ()))
+
+    @property
     def window_frames(self) -> int:
         "Frames of a training window: a clip, or a clip and what is to be predicted of it."
-        return build(self).frames
+        return self._asked[0]
+
+    @property
+    def views(self) -> tuple:
+        "The `View`s of a sample that the objective asks for by themselves; none if it cuts them from one window."
+        views = self._asked[1]
+        return views if any(v.start is None or v.own_symmetry for v in views) else ()
 
     @property
     def modules(self) -> tuple[str, ...]:
