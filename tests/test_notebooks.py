@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ALL = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 # the top of nbs/ is what a reader runs: stages and experiments have parameters, index, glossary and tutorials have none
-STAGES = [p.stem for p in ALL if p.parent.name == "nbs" and p.stem not in ("index", "glossary", "11_tutorial_row")]
+OTHERS = ("index", "glossary", "11_tutorial_row", "11_tutorial_objective", "11_tutorial_system")
+STAGES = [p.stem for p in ALL if p.parent.name == "nbs" and p.stem not in OTHERS]
 
 
 def papermill(*arguments: str, **options) -> subprocess.CompletedProcess:

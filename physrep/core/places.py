@@ -7,6 +7,7 @@ __all__ = ['split_name', 'short_name', 'load_object']
 
 # %% ../../nbs/core/places.ipynb #8bdab07d
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 
@@ -48,8 +49,8 @@ def load_object(name: str, table: Mapping[str, str], kind: str = "encoder") -> o
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n))]
-            there = ", ".join(public) or "nothing callable"
+            public = [n for n, value in vars(found).items() if not n.startswith("_") and not inspect.ismodule(value)]
+            there = ", ".join(public) or "nothing"
             raise ValueError(f"{kind} {name!r}: {module_name} has no {attribute!r}; it has: {there}")
         found = getattr(found, part)
     return found
