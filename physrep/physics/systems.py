@@ -36,7 +36,7 @@ class Label:
     "A parameter of the equations that a probe is asked for."
 
     name: str
-    log: bool  # probe log10 of it (its grid is geometric)
+    log: bool  # probe log10 of it (its values are spread evenly in it)
     paper_log: bool  # what the paper does
     latex: str = ""
     aliases: tuple[str, ...] = ()  # other names under which files carry it
