@@ -301,7 +301,9 @@ def _best_probe(m: Method, split: str) -> str:
     "The probe of a method with the smallest error on valid; ValueError for several without predictions on valid."
     names = m.probes(split)
     if len(names) > 1 and (missing := [p for p in names if p not in m.probes("valid")]):
-        raise ValueError(f"{m.name} has no predictions on valid of {', '.join(missing)}, so none of its probes is chosen")
+        raise ValueError(
+            f"{m.name} has no predictions on valid of {', '.join(missing)}, so none of its probes is chosen"
+        )
     return min(names, key=lambda p: np.mean(_by_seed(m, p, "valid")["mean", "mse"])) if len(names) > 1 else names[0]
 
 
