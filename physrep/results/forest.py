@@ -83,6 +83,7 @@ def _forest(
     height = {line.key: line.y for line in lines}
     metric = measured.metric.iloc[0]
     better = "worse" if metric == "r2" else "better"
+    axis = f"{METRIC_AXES[metric]}{what}".replace(", ", ",\n" if len(titles) > 2 else ", ", 1)
     with using_style():
         fig = Figure(figsize=(9, 1.55 + 0.165 * (1 - lines[-1].y)), layout="constrained")
         fig.get_layout_engine().set(w_pad=0.08)  # between the numbers of a panel and the next one
@@ -90,7 +91,7 @@ def _forest(
         for ax, (name, title) in zip(axes, titles.items()):
             _draw_differences(ax, measured[measured[by] == name], height, rows)
             ax.set_title(title)
-            ax.set_xlabel(f"{METRIC_AXES[metric]}{what}\n(left of zero is {better})")
+            ax.set_xlabel(f"{axis}\n(left of zero is {better})")
         shade_methods(axes, lines)
         name_lines(axes[0], lines, rows)
         if len(axes) > 2:
@@ -123,7 +124,7 @@ def plot_differences(df: pd.DataFrame, system: str, *, label: str = "mean", rows
         there = "; ".join(sorted({f"{s}, {name}" for s, name in zip(df.system, df.label)})) or "none"
         raise ValueError(f"no differences of system {system!r}, label {label!r}; there are: {there}")
     references = dict.fromkeys(measured.reference)
-    titles = {reference: f"difference from {_reference_title(reference)}" for reference in references}
+    titles = {reference: f"difference from\n{_reference_title(reference)}" for reference in references}
     named = "mean over labels" if label == "mean" else label
     return _forest(measured, "reference", titles, f", {named}, {measured.split.iloc[0]}", rows)
 
