@@ -24,7 +24,7 @@ from physrep.experiments.tuning import ENCODER_FROM, WALKS, log_path
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
-from physrep.results.rows import Row, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
+from physrep.results.rows import CONTROLS, Row, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
 
@@ -199,7 +199,7 @@ def figures(*names):
 
 
 SHOWN = {"systems": ",".join(SYSTEMS.values())}
-DIFFERENCES = {"random": "table1_differences", "statistics": "table1_differences_statistics"}
+DIFFERENCES = {"random": "table1_differences", **{c: f"table1_differences_{c}" for c in CONTROLS}}
 
 rule table1:
     input: RESULTS

@@ -330,6 +330,33 @@ def test_differences_find_the_counterparts(tmp_path):
         differences([tmp_path / "jepa-convnext-0123abcd"])
 
 
+def test_a_control_is_compared_with_by_the_probe_that_is_best_on_valid(tmp_path):
+    rng = np.random.default_rng(0)
+    errors = {
+        "linear": {"valid": 0.5, "test": 0.1},
+        "knn": {"valid": 0.9, "test": 0.9},
+        "kernel": dict(valid=0.2, test=0.4),
+    }
+    z = SCALER.transform(TRUTH)
+    predictions = {
+        (probe, split): SCALER.inverse(SCALER.clip(z + error * rng.normal(size=z.shape)))
+        for probe, by in errors.items()
+        for split, error in by.items()
+    }
+    truths = dict.fromkeys(("valid", "test"), TRUTH)
+    about = {"system": "shear_flow", "objective": "spectra", "encoder": "none", "seed": 0, "labelled_flows": 256}
+    path = tmp_path / "spectra" / "predictions.safetensors"
+    groups = dict.fromkeys(truths, GROUPS)
+    write_predictions(path, predictions, truths, groups, scaler=SCALER, **about, run="spectra")
+    run(tmp_path, "jepa", "convnext", probes=("linear", "attentive"))
+    df = differences(tmp_path, n_bootstrap=50)
+    assert {(r.probe, r.reference_probe) for r in df.itertuples()} == {("linear", "kernel"), ("attentive", "kernel")}
+    only_test = {k: v for k, v in predictions.items() if k[1] == "test"}
+    write_predictions(path, only_test, {"test": TRUTH}, {"test": GROUPS}, scaler=SCALER, **about, run="spectra")
+    with pytest.raises(ValueError, match="spectra has no predictions on valid of linear, knn, kernel, so none"):
+        differences(tmp_path)
+
+
 def test_summaries_of_a_whole_table_take_seconds(tmp_path):
     "20 methods with four probes and two splits of 288 windows take below 60 s on one core; here a tenth of them."
     import time

@@ -115,6 +115,14 @@ def test_seeds_are_dots_and_the_baselines_are_rows():
     )
     vertical = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
     assert vertical == [0.6], "what summary statistics score goes through the panel"
+    better = summary[summary.objective == "statistics"].assign(probe="kernel", value=0.4)
+    controls = [better, better.assign(objective="spectra", value=0.2), better.assign(objective="spectra", probe="knn")]
+    for metric, expected in (("mse", [0.4, 0.2]), ("r2", [0.6, 0.4])):
+        fig = plot_table1(pd.concat([summary, *controls]).assign(metric=metric), "shear_flow", metric)
+        dotted = [line for line in fig.axes[0].lines if line.get_linestyle() == ":"]
+        assert [line.get_xdata()[0] for line in dotted] == expected, "the best probe of each control"
+        assert "statistics + spectra, best probe" in [t.get_text() for t in fig.legends[0].get_texts()]
+    fig = plot_table1(summary, "shear_flow")
     assert [t.get_text() for t in fig.legends[0].get_texts()][:2] == [
         "test, 95 % interval over flows and seeds",
         "its seeds",
@@ -151,7 +159,7 @@ def test_differences_that_touch_zero_are_hollow():
         ]
     )
     fig = plot_differences(df, "shear_flow")
-    assert [ax.get_title().split("\n")[0] for ax in fig.axes] == [
+    assert [" ".join(ax.get_title().split("\n")[:2]) for ax in fig.axes] == [
         "difference from random weights",
         "difference from summary statistics",
     ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.neighbors import KNeighborsRegressor
 
 from physrep.core.files import read_tensors, write_tensors
@@ -93,6 +94,32 @@ def test_knn_probe_is_scikit_learns(sets):
     assert np.allclose(probe.predict_z(test), reference.predict((test.pooled.numpy() - mean) * scale))
 
 
+def test_kernel_probe_is_scikit_learns_with_every_window_and_near_it_with_half_of_them():
+    rng = np.random.default_rng(0)
+
+    def bent(n: int) -> Features:
+        u = rng.uniform(-1, 1, (n, 2))
+        x = np.concatenate([np.cos(3 * u), np.sin(3 * u), u[:, :1] * u[:, 1:]], axis=1)
+        return Features(torch.from_numpy(x[:, None]).float(), 10 ** (u**2 + [5, 0]), np.arange(n))
+
+    train, valid, test = bent(200), bent(60), bent(60)
+    scaler = LabelScaler.fit(SYSTEM, train.labels)
+    probe = fit_probe("kernel", train, valid, scaler)
+    mean, scale = standardiser(train.pooled.numpy())
+    reference = KernelRidge(alpha=200 * probe.chosen["lambda"], kernel="rbf", gamma=probe.chosen["gamma"])
+    y = scaler.transform(train.labels)
+    reference.fit((train.pooled.numpy() - mean) * scale, y - y.mean(0))
+    expected = reference.predict((test.pooled.numpy() - mean) * scale) + y.mean(0)
+    assert np.allclose(probe.predict_z(test), expected, atol=1e-3)
+    error = squared_error(probe.predict_z(test), test.labels, scaler)
+    assert error < 0.05 * squared_error(fit_probe("linear", train, valid, scaler).predict_z(test), test.labels, scaler)
+    few = [fit_probe("kernel", train, valid, scaler, seed=s, landmarks=100) for s in (0, 0, 1)]
+    assert few[0].arrays["landmarks"].shape == (100, 5)
+    assert np.array_equal(few[0].predict(test), few[1].predict(test))
+    assert not np.array_equal(few[0].predict(test), few[2].predict(test))
+    assert squared_error(few[0].predict_z(test), test.labels, scaler) < 0.05
+
+
 def test_constant_predicts_the_training_mean_of_the_logarithm_and_scores_one_on_train(sets):
     train, valid, _, scaler = sets
     prediction = fit_probe("constant", train, valid, scaler).predict(train)
@@ -150,7 +177,7 @@ def test_dead_features_do_not_matter(sets):
             torch.cat([f.tokens.float(), torch.full_like(f.tokens[:, :, :8], value).float()], 2), f.labels, f.groups
         )
 
-    for name in ("linear", "knn"):
+    for name in ("linear", "knn", "kernel"):
         probe = fit_probe(name, with_dead(train, 0.1), with_dead(valid, 0.1), scaler)
         plain = fit_probe(name, train, valid, scaler)
         assert np.allclose(probe.predict(with_dead(test, 5.0)), plain.predict(test), rtol=1e-3)
@@ -176,7 +203,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_errors_name_what_is_wrong(sets):
     train, valid, test, scaler = sets
-    with pytest.raises(ValueError, match="unknown probe 'ridge'; valid: constant, linear, knn, attentive"):
+    with pytest.raises(ValueError, match="unknown probe 'ridge'; valid: constant, linear, knn, kernel, attentive"):
         fit_probe("ridge", train, valid, scaler)
     with pytest.raises(ValueError, match="16 and 8 channels"):
         fit_probe("linear", train, make(1, dim=8), scaler)
@@ -274,7 +301,7 @@ def test_files_that_are_no_probe_are_named(sets, tmp_path):
             load_probe(path)
     write_tensors(path, {"tokens": torch.zeros(2)}, {"split": "train"})
     with pytest.raises(
-        ValueError, match="p.safetensors holds no probe; a probe is one of constant, linear, knn, attentive"
+        ValueError, match="p.safetensors holds no probe; a probe is one of constant, linear, knn, kernel, attentive"
     ):
         load_probe(path)
     other = replace(SYSTEM, labels=tuple(replace(label, name=label.name + "2") for label in SYSTEM.labels))

@@ -139,16 +139,16 @@ def test_folders_of_a_preset(tmp_path):
         for folder in places:
             folder.mkdir(parents=True)
             (folder / "result.json").touch()
-    assert len(row_folders("smoke", tmp_path, ["shear_flow"])) == 6 * 2 + 3
+    assert len(row_folders("smoke", tmp_path, ["shear_flow"])) == 6 * 2 + 4
     found = row_folders(smoke, tmp_path, ["shear_flow", "active_matter"], (*ROWS, rival))
-    assert len(found) == 2 * 15 + 1, "the file is of one system"
+    assert len(found) == 2 * 16 + 1, "the file is of one system"
 
 
 def test_what_a_few_rows_can_be_compared_with():
-    assert references_of(ROWS) == ["random", "statistics"]
-    assert references_of(chosen_rows("mae-vit,random-vit")) == ["random", "statistics"]
+    assert references_of(ROWS) == ["random", "statistics", "spectra"]
+    assert references_of(chosen_rows("mae-vit,random-vit")) == ["random", "statistics", "spectra"]
     for few in ("mae-vit", "random-vit", "mae-vit,random-convnext"):
-        assert references_of(chosen_rows(few)) == ["statistics"], few
+        assert references_of(chosen_rows(few)) == ["statistics", "spectra"], few
     assert references_of(chosen_rows("mae-vit")[:1]) == []
 
 
@@ -159,12 +159,12 @@ def test_folders_of_a_system_of_ones_own_have_its_name(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     rival = Row("rival", predictions={"ripples": "x.csv"}, kind="predictions")
-    for name in ("statistics", "constant", "rival"):
+    for name in ("statistics", "spectra", "constant", "rival"):
         (tmp_path / "smoke" / "ripples" / name).mkdir(parents=True)
         (tmp_path / "smoke" / "ripples" / name / "result.json").touch()
     found = row_folders("smoke", tmp_path, ["my_ripples:RIPPLES"], (*ROWS[6:], rival))
     assert [str(f.relative_to(tmp_path)) for f in found] == [
-        f"smoke/ripples/{n}" for n in ("statistics", "constant", "rival")
+        f"smoke/ripples/{n}" for n in ("statistics", "spectra", "constant", "rival")
     ]
 
 

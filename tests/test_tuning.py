@@ -7,11 +7,23 @@ import pandas as pd
 import pytest
 
 from physrep.core.paths import project_root
-from physrep.experiments.tuning import MARGIN, PARTS, WALKS, merge, plot_walks, run_walk
+from physrep.experiments.tuning import (
+    MARGIN,
+    PARTS,
+    TUNING_SEED,
+    UNTRAINED,
+    WALKS,
+    merge,
+    plot_walks,
+    run_trial,
+    run_walk,
+    trial_run,
+)
 from physrep.training.presets import PRESETS, get_preset
 from physrep.training.run import Run, resolve
 
 LOG = pd.read_csv(project_root() / "figures" / "tuning.csv")
+TRAINED = [row for row, walk in WALKS.items() if walk.trains]
 
 
 def trials(row: tuple[str, str]) -> pd.DataFrame:
@@ -21,11 +33,11 @@ def trials(row: tuple[str, str]) -> pd.DataFrame:
 @pytest.mark.parametrize("row", WALKS, ids="-".join)
 def test_committed_log_is_that_of_the_walk(row):
     log = trials(row)
-    assert log.change.tolist() == ["base", *(title for title, _ in WALKS[row].changes)]
+    assert log.change.tolist() == [title for title, _ in WALKS[row].trials()]
     best, walked = merge(WALKS[row].base, {}), None
-    for (_, t), (title, change) in zip(log.iterrows(), [("base", {}), *WALKS[row].changes]):
+    for (_, t), (title, change) in zip(log.iterrows(), WALKS[row].trials()):
         tried, config = merge(best, change), json.loads(t.config)
-        for part in PARTS:
+        for part in ("encoder_config",) if title == UNTRAINED or not WALKS[row].trains else PARTS:
             wanted = json.loads(json.dumps(tried[part]))
             assert {k: config[part][k] for k in wanted} == wanted, f"{title}: {part}"
         better = walked is None or t.score < walked - MARGIN
@@ -34,7 +46,7 @@ def test_committed_log_is_that_of_the_walk(row):
             best, walked = tried, t.score
 
 
-@pytest.mark.parametrize("row", WALKS, ids="-".join)
+@pytest.mark.parametrize("row", TRAINED, ids="-".join)
 def test_laptop_recipe_is_the_last_kept_trial(row):
     log = trials(row)
     best = json.loads(log[log.kept].iloc[-1].config)
@@ -44,20 +56,51 @@ def test_laptop_recipe_is_the_last_kept_trial(row):
 
 def test_every_row_had_the_same_number_of_trials_and_windows():
     assert LOG.groupby(["objective", "encoder"]).size().nunique() == 1
-    recipes = [json.loads(c)["recipe"] for c in LOG.config]
+    recipes = [recipe for c in LOG.config if (recipe := json.loads(c)["recipe"])]  # none where nothing is trained
     usual = get_preset("laptop").recipe("jepa", "convnext")
     assert {r["steps"] * r["batch_size"] for r in recipes} == {usual.steps * usual.batch_size}
 
 
 def made_up(run: Run, data_dir, run_dir) -> dict:
-    "Likes a small learning rate, by less than the margin."
+    "Likes training, and a small learning rate, by less than the margin."
+    if run.recipe is None:
+        return {"score": 0.9, "valid": {}, "seconds": 0.0, "parameters": 1}
     return {"score": 0.4 + run.recipe.lr, "valid": {}, "seconds": 1.0, "parameters": 1}
 
 
 def test_changes_within_the_noise_are_not_kept(tmp_path):
     log = run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=made_up, say=lambda text: None)
-    assert [t["title"] for t in log if t["kept"]] == ["base"]
+    assert [t["title"] for t in log if t["kept"]] == [UNTRAINED, "base"]
     assert len(log) == WALKS["mae", "vit"].n_trials
+
+
+def test_a_walk_begins_with_its_own_encoder_before_training_and_may_end_there(tmp_path):
+    seen = []
+
+    def useless(run, data_dir, run_dir):
+        seen.append(run)
+        return {"score": 0.5 - 0.9 * MARGIN * (run.recipe is not None), "valid": {}, "seconds": 1.0, "parameters": 1}
+
+    log = run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=useless, say=lambda text: None)
+    assert [t["title"] for t in log if t["kept"]] == [UNTRAINED]
+    assert [run.objective for run in seen[:3]] == ["random", "mae", "mae"]
+    assert seen[0].recipe is None and seen[0].seed == seen[1].seed == TUNING_SEED
+    assert seen[0].encoder_config == seen[1].encoder_config
+
+
+def test_random_weights_choose_a_shape_and_a_seed_without_training(tmp_path, smoke_data):
+    row = ("random", "vit")
+    walk = WALKS[row]
+    assert walk.n_trials == WALKS["mae", "vit"].n_trials and walk.trials()[0] == ("base", {})
+    titles = dict(walk.changes)
+    run = trial_run("shear_flow", row, "smoke", merge(merge(walk.base, titles["width 128"]), titles["seed 102"]))
+    assert (run.seed, run.encoder_config["dim"], run.recipe) == (102, 128, None)
+    log = run_walk("shear_flow", row, "smoke", smoke_data, tmp_path, changes=1, say=lambda text: None)
+    assert [t["title"] for t in log] == ["base", "width 128"] and log[1]["parameters"] > 2 * log[0]["parameters"]
+    assert set(log[0]["valid"]) == {"linear", "knn", "attentive"} and not log[0]["config"]["recipe"]
+    assert not list(tmp_path.rglob("checkpoint")), "nothing is trained"
+    again = run_trial(run.with_seed(TUNING_SEED), smoke_data, tmp_path / "again")
+    assert again["valid"] == log[1]["valid"], "a trial is what its configuration says"
 
 
 def test_an_interrupted_walk_goes_on_where_it_was(tmp_path):
@@ -103,7 +146,8 @@ def test_supervised_rows_wait_for_the_encoder_and_take_it(tmp_path):
         run_walk("shear_flow", ("supervised", "vit"), "laptop", "", tmp_path, trial=made_up)
 
     def far(run, data_dir, run_dir):
-        return made_up(run, data_dir, run_dir) | {"score": 0.4 - 1e-5 * run.encoder_config["temperature"]}
+        trained = 0.0 if run.recipe is None else 0.1
+        return made_up(run, data_dir, run_dir) | {"score": 0.5 - trained - 1e-5 * run.encoder_config["temperature"]}
 
     run_walk("shear_flow", ("mae", "vit"), "laptop", "", tmp_path, trial=far, say=lambda text: None)
     log = run_walk(
@@ -122,7 +166,7 @@ def test_a_log_of_another_walk_is_refused(tmp_path):
     path = next(tmp_path.rglob("shear_flow-mae-vit.json"))
     path.write_text(path.read_text().replace('"hash": "', '"hash": "x', 1))
     with pytest.raises(
-        ValueError, match=r"trial 0 \(base\) is not that of this walk \(base\): its hash differs; delete the file"
+        ValueError, match=rf"trial 0 \({UNTRAINED}\) is not that of this walk \({UNTRAINED}\): its hash differs; delete"
     ):
         run_walk(*arguments, trial=made_up)
 
@@ -132,7 +176,7 @@ def test_a_trial_of_other_code_is_refused(tmp_path):
     log = run_walk(*arguments, trial=made_up, changes=1, say=lambda text: None)
     path = next(tmp_path.rglob("shear_flow-mae-vit.json"))
     path.write_text(path.read_text().replace(log[1]["code"]["update"], "0123456789ab"))
-    with pytest.raises(ValueError, match=r"trial 0 \(base\) .* its code differs; delete the file"):
+    with pytest.raises(ValueError, match=rf"trial 0 \({UNTRAINED}\) .* its code differs; delete the file"):
         run_walk(*arguments, trial=made_up)
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from ..core.paths import project_root
 from ..models.pretrained import load_encoder
-from ..probing.evaluate import FROZEN, PROBES, probe_splits, score_run
+from ..probing.evaluate import FROZEN, probe_splits, score_run
 from ..probing.records import read_predictions, read_results
 from ..results.figures import using_style
 from ..results.rows import ROWS, color_of, title_of
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def probes_of(run: Run) -> tuple[str, ...]:
     "The probes of the row of Table 1 that a run belongs to."
     row = next((row for row in ROWS if row.pair == (run.objective, run.encoder)), None)
-    return PROBES if row and row.finetuned else FROZEN
+    return (*FROZEN, "finetune") if row and row.finetuned else FROZEN
 
 
 def run_under(

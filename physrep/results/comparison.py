@@ -20,7 +20,7 @@ from ..data.scaling import LabelScaler
 from ..physics.systems import System
 from ..probing.records import Predictions, read_predictions
 from ..probing.scores import METRICS, difference_seeds, score, score_seeds
-from .rows import PROBE_ORDER, SPLIT_ORDER, ordered, row_order
+from .rows import CONTROLS, PROBE_ORDER, SPLIT_ORDER, ordered, row_order
 from .table import SUMMARY, spread, without_seed
 
 # %% ../../nbs/results/comparison.ipynb #014edfdd
@@ -288,7 +288,7 @@ def compare(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/results/comparison.ipynb #df206ed8
-REFERENCES = ("random", "statistics")  # objectives of the rows that the others are compared with
+REFERENCES = ("random", *CONTROLS)  # objectives of the rows that the others are compared with
 
 
 def interval_text(value: float, low: float, high: float, digits: int = 2) -> str:
@@ -297,19 +297,25 @@ def interval_text(value: float, low: float, high: float, digits: int = 2) -> str
     return value if low == "nan" else f"{value} [{low}, {high}]"
 
 
+def _best_probe(m: Method, split: str) -> str:
+    "The probe of a method with the smallest error on valid; ValueError for several without predictions on valid."
+    names = m.probes(split)
+    if len(names) > 1 and (missing := [p for p in names if p not in m.probes("valid")]):
+        raise ValueError(
+            f"{m.name} has no predictions on valid of {', '.join(missing)}, so none of its probes is chosen"
+        )
+    return min(names, key=lambda p: np.mean(_by_seed(m, p, "valid")["mean", "mse"])) if len(names) > 1 else names[0]
+
+
 def _reference(
     m: Method, probe: str, methods: Sequence[Method], objective: str, split: str
 ) -> tuple[Method, str] | None:
-    """The row of that objective to compare with, and its probe: of the same backbone and probe if it has a backbone;
-    None if there is none."""
+    """The row of that objective to compare with, and its probe: of the same backbone and probe if it has a backbone,
+    else the best on valid; None if there is none."""
     task = (m.system.name, m.labelled_flows, m.draw)
-    same = [r for r in methods if (r.system.name, r.labelled_flows, r.draw) == task]
-    found = [
-        (r, p)
-        for r in same
-        for p in r.probes(split)
-        if r.objective == objective and (r.encoder == "none" or (r.encoder, p) == (m.encoder, probe))
-    ]
+    same = [r for r in methods if (r.system.name, r.labelled_flows, r.draw) == task and r.objective == objective]
+    found = [(r, probe) for r in same if r.encoder == m.encoder != "none" and probe in r.probes(split)]
+    found += [(r, _best_probe(r, split)) for r in same if r.encoder == "none" and r.probes(split)]
     if len(found) > 1:
         there = ", ".join(f"{r.name} ({p})" for r, p in found)
         raise ValueError(
@@ -339,8 +345,8 @@ def differences(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Every method's paired difference from its references: the random encoder (same backbone and probe), and summary
-    statistics.
+    """Every method's paired difference from its references: the random encoder (same backbone and probe), and the
+    controls (their probe that is best on valid).
 
     One row for each method, probe, reference and label (and their mean), with `text` for a table, e.g.
     `-0.12 [-0.15, -0.09]`, and `by_seed`: each seed minus the same seed of the reference, or minus its mean if that has

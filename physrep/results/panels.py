@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from ..physics.systems import SYSTEMS, get_system
 from ..probing.evaluate import FROZEN
 from .figures import using_style
-from .rows import PROBE_ORDER, ROWS, Row, color_of, marker_of, ordered, row_order, title_of
+from .rows import CONTROLS, PROBE_ORDER, ROWS, Row, color_of, marker_of, ordered, row_order, title_of
 from .table import PAPER, PAPER_NOTE, labels_in, select_rows
 
 # %% ../../nbs/results/panels.ipynb #5550d4e1
@@ -151,9 +151,9 @@ def _draw_legend(
     items = _legend_items(measured)
     if paper:
         items.append((Line2D([], [], color="k", marker="D", ms=5.2, ls="", mfc="none"), PAPER_NOTE))
-    if "statistics" in set(measured.objective):
-        look = {"color": color_of("statistics", None, rows), "lw": 1.0, "ls": ":"}
-        items.append((Line2D([], [], **look), "summary statistics"))
+    for control in ordered(set(measured.objective) & set(CONTROLS), CONTROLS):
+        look = {"color": color_of(control, None, rows), "lw": 1.0, "ls": ":"}
+        items.append((Line2D([], [], **look), f"{title_of(control, 'none', rows=rows)}, best probe"))
     if constant is not None:
         items.append((Line2D([], [], color="k", lw=0.8, ls=(0, (4, 3))), "a constant"))
     if numbers:
@@ -237,15 +237,18 @@ def _paper(measured: pd.DataFrame, metric: str) -> dict[_Key, float]:
 def _draw_panel(
     ax: Axes, panel: Panel, lines: Sequence[Line], limit: float, metric: str, numbers: bool, rows: Sequence[Row]
 ) -> None:
-    "All lines of a panel, what summary statistics and a constant score, and the paper's numbers."
+    "All lines of a panel, what the controls and a constant score, and the paper's numbers."
     measured = panel.measured
     for line in lines:
         here = (measured.objective == line.objective) & (measured.encoder == line.encoder)
         draw_line(ax, measured[here & (measured.probe == line.probe)], line.y, limit, not numbers, rows)
         if line.key in panel.paper:
             ax.plot(panel.paper[line.key], line.y, "D", mfc="none", mec="k", ms=5.2, mew=1.0, zorder=5)
-    for value in measured[(measured.objective == "statistics") & (measured.split == "test")].value:
-        ax.axvline(value, color=color_of("statistics", None, rows), lw=1.0, ls=":", zorder=1)
+    for control in CONTROLS:
+        values = measured[(measured.objective == control) & (measured.split == "test")].value
+        if len(values):
+            best = values.max() if metric == "r2" else values.min()
+            ax.axvline(best, color=color_of(control, None, rows), lw=1.0, ls=":", zorder=1)
     if metric in _OF_CONSTANT:
         ax.axvline(_OF_CONSTANT[metric], color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)
     ax.set_title(panel.title, pad=20 if numbers else None)
