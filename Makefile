@@ -65,13 +65,13 @@ data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
 tune: TARGET = tuning
-tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, about half an hour of one core
+tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
 	@$(SNAKE) </dev/null
 	@$(COMPARE) tuning
 	@$(KEEP)
 
 ablations: TARGET = ablations
-ablations: $(READY)  ## variants of rows of Table 1 (equal compute, circular padding), some minutes after `make reproduce`
+ablations: $(READY)  ## variants of rows of Table 1 (SIGReg, blocks, controls of invariance, backbones), twenty minutes after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) ablations
 	@$(KEEP)

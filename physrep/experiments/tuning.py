@@ -84,42 +84,32 @@ def _recipe(**values) -> dict[str, dict]:
 
 # %% ../../nbs/experiments/tuning.ipynb #296d137b
 _STEM4 = get_preset("laptop").encoder_config("convnext")
-_JEPA_BASE = dict(
-    invariance=1.0,
-    variance=25.0,
-    covariance=1.0,
-    chunks=1,
-    horizon=4,
-    target="shared",
-    momentum=0.99,
-    noise=0.1,
-    predictor_hidden=96,
-    predictor_scale=0.1,
-)
+_START = dict(batch_size=16, lr=1e-3, warmup=0.02, weight_decay=0.05)
+_JEPA_BASE = dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, noise=0.1, predictor_scale=0.1)
 _JEPA = Walk(
-    base=_coefficients(**_JEPA_BASE) | _encoder(**_STEM4) | _recipe(batch_size=32, lr=3e-3),
+    base=_coefficients(**_JEPA_BASE) | _encoder(**_STEM4) | _recipe(**_START),
     changes=[
         ("EMA target", _coefficients(target="ema")),
-        ("invariance 5", _coefficients(invariance=5.0)),
+        ("invariance 10", _coefficients(invariance=10.0)),
         ("invariance 25", _coefficients(invariance=25.0)),
         ("horizon 8", _coefficients(horizon=8)),
-        ("horizon 16", _coefficients(horizon=16)),
-        ("horizon 2", _coefficients(horizon=2)),
-        ("covariance 4", _coefficients(covariance=4.0)),
-        ("lr 1e-3", _recipe(lr=1e-3)),
+        ("horizon 4", _coefficients(horizon=4)),
+        ("narrow predictor", _coefficients(predictor_hidden=64)),
+        ("covariance 8", _coefficients(covariance=8.0)),
+        ("lr 2e-3", _recipe(lr=2e-3)),
         ("no noise", _coefficients(noise=0.0)),
-        ("lr 6e-3", _recipe(lr=6e-3)),
+        ("lr 5e-4", _recipe(lr=5e-4)),
         ("weight decay 0.005", _recipe(weight_decay=0.005)),
-        ("warm-up 0.3", _recipe(warmup=0.3)),
-        ("batch 16", _recipe(batch_size=16)),
+        ("decay over half", _recipe(decay=0.5)),
+        ("batch 8", _recipe(batch_size=8)),
     ],
 )
 
 # %% ../../nbs/experiments/tuning.ipynb #2ab567d8
 _TUBE4 = {**get_preset("laptop").encoder_config("vit"), "temperature": 30.0}  # which the walk changes
-_MAE_BASE = dict(ratio=0.75, patch=(4, 4, 4), target_norm="none", decoder_width=64, decoder_depth=2)
+_MAE_BASE = dict(ratio=0.75, patch=(4, 4, 4), decoder_width=64, decoder_depth=2)
 _MAE = Walk(
-    base=_coefficients(**_MAE_BASE) | _encoder(**_TUBE4) | _recipe(batch_size=16, lr=2e-3, weight_decay=0.005),
+    base=_coefficients(**_MAE_BASE) | _encoder(**_TUBE4) | _recipe(**(_START | dict(batch_size=8, lr=2e-3))),
     changes=[
         ("lr 4e-3", _recipe(lr=4e-3)),
         ("lr 1e-3", _recipe(lr=1e-3)),
@@ -127,19 +117,19 @@ _MAE = Walk(
         ("ratio 0.9", _coefficients(ratio=0.9)),
         ("patch-normalised target", _coefficients(target_norm="patch")),
         ("decoder 32 wide, 1 deep", _coefficients(decoder_width=32, decoder_depth=1)),
-        ("batch 8", _recipe(batch_size=8)),
-        ("weight decay 0.05", _recipe(weight_decay=0.05)),
+        ("batch 16", _recipe(batch_size=16)),
+        ("weight decay 0.005", _recipe(weight_decay=0.005)),
         ("positions of temperature 1e4", _encoder(temperature=10000.0)),
         ("weight decay 0.2", _recipe(weight_decay=0.2)),
         ("clip norm 0.3", _recipe(clip_norm=0.3)),
-        ("warm-up 0.02", _recipe(warmup=0.02)),
-        ("lr 8e-3", _recipe(lr=8e-3)),
+        ("warm-up 0.1", _recipe(warmup=0.1)),
+        ("decay over half", _recipe(decay=0.5)),
     ],
 )
 
 # %% ../../nbs/experiments/tuning.ipynb #138fa56d
 _SUPERVISED = Walk(
-    base=_coefficients(head="linear") | _recipe(batch_size=16, lr=2e-3),
+    base=_coefficients(head="linear") | _recipe(**(_START | dict(lr=2e-3))),
     changes=[
         ("MLP head", _coefficients(head="mlp")),
         ("attentive head", _coefficients(head="attentive")),
@@ -149,11 +139,11 @@ _SUPERVISED = Walk(
         ("batch 32", _recipe(batch_size=32)),
         ("weight decay 0.2", _recipe(weight_decay=0.2)),
         ("weight decay 0.005", _recipe(weight_decay=0.005)),
-        ("warm-up 0.3", _recipe(warmup=0.3)),
+        ("warm-up 0.1", _recipe(warmup=0.1)),
         ("beta2 0.999", _recipe(betas=(0.9, 0.999))),
         ("clip norm 0.3", _recipe(clip_norm=0.3)),
         ("clip norm 5", _recipe(clip_norm=5.0)),
-        ("warm-up 0.02", _recipe(warmup=0.02)),
+        ("decay over half", _recipe(decay=0.5)),
     ],
 )
 # whose encoder a walk takes
