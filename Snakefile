@@ -268,7 +268,7 @@ rule tuning:
 VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS for seed in PRESET.seeds]
 for name, seed, done in VARIED:
     run = variant_run(name, SYSTEMS[FIRST], PRESET, seed=seed, data_dir=DATA)
-    probed = (OUT / FIRST).glob(f"{'-'.join(filter(None, (*run.row, run.tag)))}-*/seed{seed}/result.json")
+    probed = (OUT / FIRST).glob(f"{'-'.join(run.row)}-*/seed{seed}/result.json")
     rule:
         name: f"ablate_{name}_seed{seed}"
         input: simulated(FIRST)

@@ -43,7 +43,8 @@ def test_every_row_of_the_table_can_be_trained_or_is_a_baseline():
 def test_what_waits_longest_starts_first():
     cost = {row.pair: row.cost for row in ROWS}
     assert cost["jepa", "convnext"] == cost["random", "convnext"] == max(cost.values())
-    assert cost["supervised", "vit"] > cost["mae", "vit"] > cost["random", "vit"]
+    assert cost["jepa", "convnext"] > cost["mae", "vit"] > cost["forecast", "convnext"] > cost["random", "vit"]
+    assert {row.cost for row in ROWS if not row.main} == {2}, "what is run when it is asked for"
 
 
 def test_rows_of_ones_own_are_read_with_what_they_change(tmp_path):
@@ -119,9 +120,11 @@ def test_order_titles_and_looks_of_unknown_rows():
     df = pd.DataFrame(
         [row.pair for row in ROWS[::-1]] + [("zz", "own"), ("aa", "own")], columns=["objective", "encoder"]
     )
-    assert row_order(df) == [*(row.pair for row in ROWS[:6]), ("aa", "own"), ("zz", "own"), *(r.pair for r in ROWS[6:])]
+    encoded = [row.pair for row in ROWS if row.kind != "baseline"]
+    baselines = [row.pair for row in ROWS if row.kind == "baseline"]
+    assert row_order(df) == [*encoded, ("aa", "own"), ("zz", "own"), *baselines]
     mine = (*ROWS, Row("zz", "own", "Mine", "#123456", "^"))
-    assert row_order(df, mine)[6:8] == [("zz", "own"), ("aa", "own")]
+    assert row_order(df, mine)[len(encoded) :][:2] == [("zz", "own"), ("aa", "own")]
     assert (title_of("zz", "own"), title_of("zz", "own", rows=mine)) == ("zz own", "Mine")
     assert (color_of("zz", "own"), color_of("zz", "own", mine)) == ("#882255", "#123456")
     assert (marker_of("own", "zz"), marker_of("own", "zz", mine)) == ("v", "^")
@@ -133,15 +136,17 @@ def test_folders_of_a_preset(tmp_path):
     with pytest.raises(FileNotFoundError, match="no results yet of jepa-convnext-.*; `make reproduce PRESET=smoke`"):
         row_folders("smoke", tmp_path, ["shear_flow"])
     smoke = get_preset("smoke")
+    encoded = [row for row in chosen_rows() if row.kind != "baseline"]
+    without = [row for row in chosen_rows() if row.kind == "baseline"]
     for system in ("shear_flow", "active_matter"):
-        places = [run_of(row, system, smoke, seed).folder(tmp_path) for row in ROWS[:6] for seed in smoke.seeds]
-        places += [system_folder(smoke, system, tmp_path) / row.objective for row in (*ROWS[6:], rival)]
+        places = [run_of(row, system, smoke, seed).folder(tmp_path) for row in encoded for seed in smoke.seeds]
+        places += [system_folder(smoke, system, tmp_path) / row.objective for row in (*without, rival)]
         for folder in places:
             folder.mkdir(parents=True)
             (folder / "result.json").touch()
-    assert len(row_folders("smoke", tmp_path, ["shear_flow"])) == 6 * 2 + 4
-    found = row_folders(smoke, tmp_path, ["shear_flow", "active_matter"], (*ROWS, rival))
-    assert len(found) == 2 * 16 + 1, "the file is of one system"
+    assert len(row_folders("smoke", tmp_path, ["shear_flow"])) == 9 * 2 + 4
+    found = row_folders(smoke, tmp_path, ["shear_flow", "active_matter"], (*chosen_rows(), rival))
+    assert len(found) == 2 * 22 + 1, "the file is of one system"
 
 
 def test_what_a_few_rows_can_be_compared_with():
@@ -162,7 +167,8 @@ def test_folders_of_a_system_of_ones_own_have_its_name(tmp_path, monkeypatch):
     for name in ("statistics", "spectra", "constant", "rival"):
         (tmp_path / "smoke" / "ripples" / name).mkdir(parents=True)
         (tmp_path / "smoke" / "ripples" / name / "result.json").touch()
-    found = row_folders("smoke", tmp_path, ["my_ripples:RIPPLES"], (*ROWS[6:], rival))
+    baselines = [row for row in ROWS if row.kind == "baseline"]
+    found = row_folders("smoke", tmp_path, ["my_ripples:RIPPLES"], (*baselines, rival))
     assert [str(f.relative_to(tmp_path)) for f in found] == [
         f"smoke/ripples/{n}" for n in ("statistics", "spectra", "constant", "rival")
     ]

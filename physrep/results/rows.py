@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..core.places import short_name, split_name
+from ..core.places import short_name, split_name, tagged
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES
@@ -49,8 +49,9 @@ class Row:
 
     @property
     def pair(self) -> tuple[str, str]:
-        "(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`."
-        return short_name(self.objective), short_name(self.encoder)
+        """(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`, and a variant of a
+        row has its tag, `jepa.near`."""
+        return tagged(short_name(self.objective), self.tag), short_name(self.encoder)
 
 # %% ../../nbs/results/rows.ipynb #28a25a6b
 # fmt: off
@@ -83,7 +84,7 @@ ROWS: tuple[Row, ...] = (
 # %% ../../nbs/results/rows.ipynb #c405e7a1
 def row_name(row: Row) -> str:
     "A row in names of jobs and files, e.g. `mae-vit`."
-    return "-".join(filter(None, (*(part.rpartition(":")[2] for part in row.pair), row.tag)))
+    return "-".join(part.rpartition(":")[2] for part in row.pair)
 
 
 def chosen_rows(only: str = "", rows: Sequence[Row] = ROWS) -> tuple[Row, ...]:
@@ -258,7 +259,7 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
         try:
             row = _row_from(entry, path.absolute().parent)
             if row.pair in [other.pair for other in (*ROWS, *found)]:
-                raise ValueError(f"there is a row {'-'.join(row.pair)} already; a table cannot tell the two apart")
+                raise ValueError(f"there is a row {'-'.join(row.pair)} already; give yours a `tag` of its own")
         except ValueError as error:
             raise ValueError(f"{path}, row {i}: {error}") from None
         found.append(row)

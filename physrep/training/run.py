@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..core.paths import default_data_dir, project_root
-from ..core.places import short_name
+from ..core.places import short_name, tagged
 from ..core.randomness import seed_for
 from ..data.generate import SOLVERS, SimPreset, make_dataset
 from ..data.scaling import LabelScaler
@@ -145,13 +145,14 @@ class Run(Setup):
 
     @property
     def name(self) -> str:
-        "`<objective>-<encoder>[-tag]-<hash>`: all seeds of a configuration."
-        return "-".join(filter(None, (*self.row, self.tag, self.hash)))
+        "`<objective>[.tag]-<encoder>-<hash>`: all seeds of a configuration."
+        return "-".join((*self.row, self.hash))
 
     @property
     def row(self) -> tuple[str, str]:
-        "(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`."
-        return short_name(self.objective), short_name(self.encoder)
+        """(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`, and a variant has its
+        tag, `jepa.near`."""
+        return tagged(short_name(self.objective), self.tag), short_name(self.encoder)
 
     @property
     def path(self) -> str:
