@@ -1,19 +1,24 @@
-"""Methods with names: the table of them, pairs of which a share is shown, and their controls."""
+"""Methods with names: the table of them, pairs of which a share is shown, their controls, and gates."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from physrep.core.randomness import sample_seeds
+from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.views import ViewBatches
 from physrep.data.windows import Windows
 from physrep.models.convnext import ConvNeXt
-from physrep.models.vit import ViT
+from physrep.models.vit import ViT, patchify
 from physrep.objectives.composite import Composite
+from physrep.objectives.gates import answer_gate, gate_of, retrieval_gate, share_nearer
 from physrep.objectives.invariance import Invariance
 from physrep.objectives.methods import OBJECTIVES, build_objective, objective_class
-from physrep.objectives.tasks import Pair, make_task
+from physrep.objectives.targets import hidden_mean, token_loss
+from physrep.objectives.tasks import Blocks, Future, Next, Nothing, Pair, Tube, Window, interpolate_hidden, make_task
 from physrep.physics.systems import get_system
 
 SYSTEM, SHAPE = get_system("shear_flow"), (8, 16, 16)
@@ -180,3 +185,196 @@ def test_the_control_that_uses_labels_says_so():
     assert "upper bound" in Pair.__doc__
     with pytest.raises(ValueError, match="valid: trajectory, window, labels"):
         Invariance(encoder(), of="flow", **FIT)
+
+
+# gates
+
+
+def test_gate_is_own_over_the_smallest():
+    assert gate_of(1.0, {"mean": 4.0, "copy": 2.0}) == {"own": 1.0, "mean": 4.0, "copy": 2.0, "gate": 0.5}
+    assert gate_of(1.0, {"mean": 0.0})["gate"] == math.inf and math.isnan(gate_of(0.0, {"mean": 0.0})["gate"])
+    with pytest.raises(ValueError, match="at least one"):
+        gate_of(1.0, {})
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1", "smooth_l1"])
+def test_errors_of_answers_by_hand(kind):
+    true, mask = torch.randn(3, 8, 5), torch.rand(3, 8) < 0.5
+    trivial = {"mean": hidden_mean(true, mask, each=True), "copy": true.roll(1, 0)}
+    assert answer_gate(true, true, trivial, mask, kind=kind)["gate"] == 0
+    found = answer_gate(true + 1e3 * ~mask[..., None], true, trivial, mask, kind=kind)
+    assert found["own"] == 0, "what was not asked for does not count"
+    best = min(trivial, key=lambda name: found[name])
+    assert answer_gate(trivial[best].expand_as(true), true, trivial, mask, kind=kind)["gate"] == 1
+    assert answer_gate(true.roll(2, 0), true, trivial, mask, kind=kind)["own"] > found["mean"], "shuffled: no better"
+    hidden = true[mask]
+    reference = nn.functional.mse_loss(hidden.mean(0).expand_as(hidden), hidden)
+    assert kind != "mse" or found["mean"] == pytest.approx(float(reference), rel=1e-5)
+
+
+QUESTIONS = [
+    (Tube(), "values", {"mean", "interpolation"}),
+    (Tube(), "patch", {"mean", "interpolation"}),
+    (Blocks(2, 0.2), "whitened", {"mean", "interpolation"}),
+    (Future(4), "values", {"mean", "persistence"}),
+    (Next(2), "change", {"mean", "persistence"}),
+    (Nothing(), "values", {"mean"}),
+    (Tube(), "ema", {"mean"}),
+    (Future(4), "ema", {"mean"}),
+    (Window(4), "ema", {"mean", "copy"}),
+]
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("task, target, names", QUESTIONS, ids=lambda x: str(x) if not isinstance(x, set) else "")
+def test_gate_names_the_trivial_answers_of_the_question(task, target, names, backbone):
+    objective = Composite(encoder(backbone), task=task, target=target, **FIT).train()
+    batch = {"fields": torch.randn(4, 4, objective.frames, 16, 16), "seeds": sample_seeds(0, 0, 0, [0, 1, 2, 3])}
+    if target == "whitened":
+        objective.target.whitening.fit(batch["fields"])
+    state = {name: value.clone() for name, value in objective.state_dict().items()}
+    found = objective.gate(batch)
+    assert set(found) == {"own", "gate"} | names and all(type(value) is float for value in found.values())
+    assert found["gate"] == pytest.approx(found["own"] / min(found[name] for name in names))
+    assert objective.training and objective.encoder.training and objective.gate(batch) == found
+    assert all(torch.equal(value, state[name]) for name, value in objective.state_dict().items())
+    assert all(p.grad is None for p in objective.parameters())
+
+
+class Oracle(nn.Module):
+    "A predictor that answers what it is told to."
+
+    def __init__(self, predictor, answer):
+        super().__init__()
+        self.inner = predictor
+        self.answer = answer
+        self.patch = predictor.patch
+        self.patch_grid = predictor.patch_grid
+
+    def forward(self, encoder, x, shown=None):
+        return self.inner(encoder, x, shown)[0], self.answer
+
+
+@pytest.mark.parametrize("target", ["values", "patch", "whitened"])
+@pytest.mark.parametrize(
+    "task, name", [(Tube(), "interpolation"), (Blocks(2, 0.2), "interpolation"), (Future(4), "persistence")]
+)
+def test_gate_of_perfect_and_of_trivial_answers_in_the_units_of_the_target(task, name, target):
+    objective = Composite(encoder(), task=task, target=target, **FIT)
+    t, x, y = torch.meshgrid(torch.arange(8.0), torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    wave = torch.sin(2 * torch.pi * x / 16 + 0.1 * t) + 0 * y
+    fields = wave + 0.1 * torch.arange(4.0)[:, None, None, None, None] + 0.01 * torch.randn(4, 4, *SHAPE)
+    batch = {"fields": fields, "seeds": sample_seeds(0, 0, 0, [0, 1, 2, 3])}
+    if target == "whitened":
+        objective.target.whitening.fit(fields)
+    true = objective.target(fields)
+    shown = objective.masks(batch)[1]
+    if name == "interpolation":
+        guess = interpolate_hidden(fields, ~shown, (2, 4, 4), periodic=(True, True))
+    else:
+        guess = fields[:, :, 3:4].expand_as(fields)
+    predictor = objective.predictor
+    objective.predictor = Oracle(predictor, true)
+    assert objective.gate(batch)["gate"] == 0
+    objective.predictor = Oracle(predictor, objective.target(guess))
+    found = objective.gate(batch)
+    assert found["own"] == pytest.approx(found[name]) and found["gate"] >= 1 - 1e-6
+    if target == "values":
+        assert found["gate"] == pytest.approx(1), "on a smooth wave this answer is the better one"
+
+
+def test_interpolation_wraps_along_the_periodic_axes_of_the_system_alone():
+    fields = {}
+    for name in ("shear_flow", "rayleigh_benard"):
+        system = get_system(name)
+        objective = Composite(encoder(), task="tube", system=system, shape=SHAPE)
+        batch = {"fields": torch.randn(4, 4, *SHAPE), "seeds": sample_seeds(0, 0, 0, [0, 1, 2, 3])}
+        hidden, shown = objective.masks(batch)
+        periodic = tuple(b == "periodic" for b in system.boundary)
+        guess = patchify(interpolate_hidden(batch["fields"], ~shown, (2, 4, 4), periodic=periodic), (2, 4, 4))
+        expected = token_loss(guess, patchify(batch["fields"], (2, 4, 4)), hidden)
+        assert objective.gate(batch)["interpolation"] == pytest.approx(float(expected), rel=1e-5)
+        fields[name] = periodic
+    assert fields["shear_flow"] == (True, True) and fields["rayleigh_benard"] == (True, False)
+
+
+def test_a_copied_context_has_a_gate_of_one():
+    objective = Composite(encoder(), task=Window(4), target={"name": "ema", "normalise": True}, **FIT)
+    batch = {"fields": torch.randn(4, 4, 12, 16, 16), "seeds": torch.arange(4)}
+    encoded = objective.eval().answer(batch)[0].trivial
+    objective.predictor = Oracle.__new__(Oracle)
+    nn.Module.__init__(objective.predictor)
+    objective.predictor.forward = lambda enc, x, shown: (enc(x), encoded)
+    found = objective.gate(batch)
+    assert found["own"] == pytest.approx(found["copy"]) and not objective.training
+
+
+# retrieval
+
+
+def test_retrieval_by_hand():
+    first = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    assert share_nearer(first, first).fill_diagonal_(1).eq(1).all()
+    assert (share_nearer(first, 5 * first + 3) == share_nearer(first, first)).all(), "scale and mean do not count"
+    swapped = share_nearer(first, first[[1, 0, 2]])
+    assert swapped[0].tolist() == [0.5, 0.0, 0.5 if swapped[0, 2] == 0.5 else 1.0] and swapped[1, 0] == 0
+    labels, flow = torch.tensor([[1.0], [1.0], [2.0]]), torch.tensor([4, 7, 9])
+    found = retrieval_gate(first, first[[1, 0, 2]], flow, labels)
+    assert found["retrieval"] == 0 and found["pairs"] == 2 and found["gate"] == 2
+    perfect = retrieval_gate(first, first, flow, labels)
+    assert perfect == {"retrieval": 1.0, "retrieval_all": 1.0, "pairs": 2.0, "gate": 0.0}
+
+
+def test_retrieval_is_at_chance_for_what_says_nothing_of_the_trajectory():
+    flow, labels = torch.arange(200), (torch.arange(200) // 10)[:, None].expand(-1, 2).double()
+    first, second = torch.randn(2, 200, 32)
+    assert retrieval_gate(first, second, flow, labels)["gate"] == pytest.approx(1, abs=0.1)
+    assert retrieval_gate(torch.ones(200, 32), torch.ones(200, 32), flow, labels)["gate"] == 1
+    of_labels = torch.randn(20, 32)[torch.arange(200) // 10] + 0.01 * torch.randn(2, 200, 32)
+    found = retrieval_gate(*of_labels, flow, labels)
+    assert found["gate"] == pytest.approx(1, abs=0.1) and found["retrieval_all"] > 0.95
+    order = torch.randperm(200)
+    assert retrieval_gate(first[order], second[order], flow[order], labels[order]) == pytest.approx(
+        retrieval_gate(first, second, flow, labels)
+    )
+
+
+def test_windows_of_the_same_flow_are_no_others():
+    first = torch.randn(6, 8)
+    flow, labels = torch.tensor([0, 0, 0, 1, 1, 1]), torch.zeros(6, 2)
+    found = retrieval_gate(first, first, flow, labels)
+    assert found["pairs"] == 18 and found["retrieval"] == found["retrieval_all"] == 1
+    alone = retrieval_gate(first, first, torch.zeros(6), labels)
+    assert alone["pairs"] == 0 and all(math.isnan(alone[k]) for k in ("retrieval", "retrieval_all", "gate"))
+
+
+def test_gate_of_a_pair_takes_all_tokens_and_needs_flows_and_labels():
+    batch = pairs(8)
+    same = batch | {"views": (batch["views"][0],) * 2, "flow": torch.arange(8), "labels": torch.zeros(8, 2)}
+    objective = Invariance(counting(), shown=0.5, **FIT)
+    assert objective.gate(same) == {"retrieval": 1.0, "retrieval_all": 1.0, "pairs": 56.0, "gate": 0.0}
+    assert objective.encoder.asked == [None, None] and objective.training
+    for missing in ("flow", "labels"):
+        with pytest.raises(ValueError, match=f"needs {missing} in the batch"):
+            objective.gate({name: value for name, value in same.items() if name != missing})
+    different = same | {"labels": torch.arange(16.0).view(8, 2)}
+    assert math.isnan(objective.gate(different)["gate"])
+    assert Invariance(encoder(), of="labels", **FIT).gate(different)["gate"] == 0, "judged by all other flows"
+
+
+def test_batches_say_which_trajectory_a_window_is_of(smoke_data):
+    objective = Invariance(encoder(), system=SYSTEM, shape=(8, 32, 32), dims=(16, 8))
+    windows = Windows(smoke_data, SYSTEM, "valid", frames=8, stride=2)
+    scaling = dict(normaliser=Normaliser.load(smoke_data, SYSTEM), scaler=LabelScaler.fit(SYSTEM, windows.labels))
+    for batches in (
+        Batches(windows, batch_size=12, **scaling),
+        ViewBatches(windows, objective.views, batch_size=12, **scaling),
+    ):
+        batch = next(batches(0))
+        assert batch["flow"].dtype == torch.int64 and batch["flow"].shape == (12,)
+        assert torch.equal(batch["flow"], torch.as_tensor(batches.windows.index[batches.samples(0)[0], 0]))
+        expected = scaling["scaler"].transform(windows.labels)[batch["flow"]]
+        assert torch.allclose(batch["labels"].double(), torch.as_tensor(expected), atol=1e-5)
+    held_out = next(batches.evaluation(32, limit=32))
+    found = objective.gate(held_out)
+    assert found["pairs"] > 0 and 0 <= found["gate"] <= 2

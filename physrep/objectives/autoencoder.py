@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['AutoEncoder']
 
-# %% ../../nbs/objectives/autoencoder.ipynb #9b25d3a9
+# %% ../../nbs/objectives/autoencoder.ipynb #6454cd47
 from torch import nn
 
 from .composite import Composite
 from .tasks import Nothing
 from ..physics.systems import System
 
-# %% ../../nbs/objectives/autoencoder.ipynb #f4e2b726
+# %% ../../nbs/objectives/autoencoder.ipynb #aaf08894
 class AutoEncoder(Composite):
     "The clip from its own features: nothing is hidden. Hinton and Salakhutdinov (2006)."
 

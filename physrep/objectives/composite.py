@@ -18,9 +18,10 @@ from ..core.randomness import randn_samples
 from ..data.views import read_frames
 from ..models.heads import batch_fields, check_fit
 from .combinations import as_predictor, as_regulariser, as_target, as_task, check_combination, kind_of
+from .gates import answer_gate, evaluating, retrieval_gate, trivial_fields
 from .pictures import feature_figure, likeness_figure, pixel_figure
 from .regularisers import NoRegulariser, PooledVICReg, Projector, Regulariser, check_weights
-from .targets import KINDS, FeatureTarget, PixelTarget
+from .targets import KINDS, FeatureTarget, PixelTarget, hidden_mean
 from .tasks import Future, Next, Pair, Task, Window, pixel_mask
 from ..physics.systems import System
 
@@ -83,7 +84,8 @@ class Parts(nn.Module):
             return None, None
         _check_seeds(batch)
         seeds, device = batch["seeds"], batch["fields"].device
-        return tuple(self.task.places(seeds, view, self.n_tokens).to(device) for view in (0, 1))
+        first, second = (self.task.places(seeds, view, self.n_tokens).to(device) for view in (0, 1))
+        return first, second
 
 # %% ../../nbs/objectives/composite.ipynb #49ffe5ee
 def _check_built(objective: Parts) -> None:
@@ -225,9 +227,49 @@ class Composite(Parts):
         "Operations of target and regulariser in a training step on `samples` clips; see `stated_operations`."
         return stated_operations(self, samples, encode)
 
+    def gate(self, batch: dict) -> dict[str, float]:
+        """The error on a held-out batch beside those of the trivial answers, and `gate`, their ratio: 1 is no better.
+
+        See `physrep.objectives.gates`. A pair needs `flow (b,)` and `labels (b, n)` in the batch."""
+        with evaluating(self):
+            return _pair_gate(self, self.task, batch) if isinstance(self.task, Pair) else _answer_gate(self, batch)
+
     def show(self, batch: dict, *, sample: int = 0, channel: int = 0, n_frames: int = 5) -> Figure:
         "What was asked for and predicted: pixels of a sample, features of two, for `pair` the likeness of all."
         return _figure(self, batch, sample, channel, n_frames)
+
+# %% ../../nbs/objectives/composite.ipynb #0ef8bebf
+def _trivial_answers(objective: Composite, batch: dict, found: Answer) -> dict[str, torch.Tensor]:
+    "Answers without learning by name, each `(b, n, p)` or what expands to it, in the units of the target."
+    task, target = objective.task, objective.target
+    if isinstance(target, FeatureTarget):
+        copied = {} if found.trivial is None else {"copy": found.trivial}
+        return {"mean": hidden_mean(found.true, found.hidden, each=True)} | copied
+    clips = objective.clips(batch)
+    last = last_seen(task, clips[0])
+    shown = objective.masks(batch)[1]
+    axes = tuple(boundary == "periodic" for boundary in objective.system.boundary)
+    options = dict(last=last, shown=shown, patch=objective.predictor.patch, periodic=axes)
+    fields = trivial_fields(task, clips[0], clips[-1].shape[2], **options)
+    return {"mean": hidden_mean(found.true, found.hidden)} | {name: target(x, last) for name, x in fields.items()}
+
+
+def _answer_gate(objective: Composite, batch: dict) -> dict[str, float]:
+    "What `Composite.gate` returns for tasks with a predictor."
+    found = objective.answer(batch)[0]
+    trivial = _trivial_answers(objective, batch, found)
+    return answer_gate(found.predicted, found.true, trivial, found.hidden, kind=objective.target.loss)
+
+
+def _pair_gate(objective: Composite, task: Pair, batch: dict) -> dict[str, float]:
+    "What `Composite.gate` returns for the task `pair`. ValueError without `flow` and `labels`."
+    if missing := [name for name in ("flow", "labels") if name not in batch]:
+        raise ValueError(
+            f"the gate of task 'pair' needs {' and '.join(missing)} in the batch; it has {', '.join(batch)}"
+        )
+    first, second = (objective.encoder(x).float().mean(dim=1) for x in objective.clips(batch))
+    found = retrieval_gate(first, second, batch["flow"], batch["labels"])
+    return found | ({"gate": 2 * (1 - found["retrieval_all"])} if task.of == "labels" else {})
 
 # %% ../../nbs/objectives/composite.ipynb #3bbdb89e
 def _rows(objective: Composite, samples: int) -> int:

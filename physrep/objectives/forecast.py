@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Forecast']
 
-# %% ../../nbs/objectives/forecast.ipynb #f6ee69f3
+# %% ../../nbs/objectives/forecast.ipynb #ee7dc2f0
 from torch import nn
 
 from .composite import Composite
 from .tasks import Future
 from ..physics.systems import System
 
-# %% ../../nbs/objectives/forecast.ipynb #8b082cf8
+# %% ../../nbs/objectives/forecast.ipynb #1e0739aa
 class Forecast(Composite):
     "The later frames of a clip from its earlier ones, in pixels. Srivastava et al. (2015), McCabe et al. (2023)."
 

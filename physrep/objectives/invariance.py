@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Invariance']
 
-# %% ../../nbs/objectives/invariance.ipynb #c819eefe
+# %% ../../nbs/objectives/invariance.ipynb #6697b5d5
 from torch import nn
 
 from .composite import Composite
 from .tasks import Pair
 from ..physics.systems import System
 
-# %% ../../nbs/objectives/invariance.ipynb #10b95293
+# %% ../../nbs/objectives/invariance.ipynb #df60ce90
 class Invariance(Composite):
     """Equal features for two windows of one trajectory, each under a symmetry of its own, with VICReg.
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['JEPASig']
 
-# %% ../../nbs/objectives/jepa_sigreg.ipynb #8387c6a1
+# %% ../../nbs/objectives/jepa_sigreg.ipynb #e100a0ee
 from torch import nn
 
 from .composite import Composite
 from .tasks import Window
 from ..physics.systems import System
 
-# %% ../../nbs/objectives/jepa_sigreg.ipynb #cc97e36b
+# %% ../../nbs/objectives/jepa_sigreg.ipynb #419d465b
 class JEPASig(Composite):
     "Features of a later window by the encoder itself, with SIGReg on prediction and target. LeJEPA (2025)."
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['MaskedJEPA']
 
-# %% ../../nbs/objectives/masked_jepa.ipynb #a14a5f2a
+# %% ../../nbs/objectives/masked_jepa.ipynb #a61626a5
 from torch import nn
 
 from .composite import Composite
 from .targets import check_choices
 from ..physics.systems import System
 
-# %% ../../nbs/objectives/masked_jepa.ipynb #772b81a6
+# %% ../../nbs/objectives/masked_jepa.ipynb #fe981fc5
 class MaskedJEPA(Composite):
-    "Features of what is hidden, by a moving average of the encoder that sees the whole clip. Bardes et al., V-JEPA (2024)."
+    "Features of what is hidden, by a moving average of the encoder that sees everything. V-JEPA: Bardes et al. (2024)."
 
     def __init__(
         self,
