@@ -51,6 +51,29 @@ def batch_of(objective: JEPA, *, step: int = 0, n: int = 4) -> dict:
 # the loss
 
 
+class Places(torch.nn.Module):
+    "Tells the place of each token and nothing about the clip."
+
+    in_channels, dim = 4, 4
+
+    def __init__(self):
+        super().__init__()
+        self.code = torch.nn.Parameter(2 * torch.randn(32, self.dim))
+
+    def grid(self, shape):
+        return (2, 4, 4)
+
+    def forward(self, x):
+        return self.code.expand(len(x), -1, -1)
+
+
+def test_a_code_of_places_satisfies_vicreg_but_not_its_centred_form():
+    batch = batch_of(jepa())
+    plain, centred = (JEPA(Places(), system=SYSTEM, shape=SHAPE, centre=centre)(batch) for centre in (False, True))
+    assert plain["variance"] < 0.25 * centred["variance"], "tokens differ from each other, as if they told clips apart"
+    assert centred["variance"] == pytest.approx(2 * 0.5 * (1 - math.sqrt(1e-4))), "both sides are constant at a place"
+
+
 def test_statistics_are_float32_under_autocast():
     p, z = 0.8 * torch.randn(200, 8) + 3, torch.randn(200, 8) - 5
     plain = vicreg_loss(p, z)

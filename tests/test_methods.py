@@ -219,9 +219,9 @@ QUESTIONS = [
     (Future(4), "values", {"mean", "persistence"}),
     (Next(2), "change", {"mean", "persistence"}),
     (Nothing(), "values", {"mean"}),
-    (Tube(), "ema", {"mean"}),
-    (Future(4), "ema", {"mean"}),
-    (Window(4), "ema", {"mean", "copy"}),
+    (Tube(), "ema", {"mean", "place"}),
+    (Future(4), "ema", {"mean", "place"}),
+    (Window(4), "ema", {"mean", "place", "copy"}),
 ]
 
 

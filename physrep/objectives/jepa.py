@@ -43,6 +43,7 @@ class JEPA(Composite):
         predictor_hidden: int | None = None,  # width inside the predictor; None: 2 d
         predictor_scale: float = 1e-6,  # of its residual branch at the start; 1e-6 shuts it for hundreds of updates
         time_kernel: int = 1,  # token frames that the predictor mixes (odd)
+        centre: bool = False,  # VICReg takes features without their mean over the batch at each place
     ):
         check_weights(invariance=invariance, variance=variance, covariance=covariance, noise=noise)
         check_choices(target=(target, TARGETS))
@@ -59,6 +60,7 @@ class JEPA(Composite):
             predictor={"kind": "conv", "width": predictor_hidden, **convolutions},
             weight=invariance,
             noise=noise,
+            centre=centre,
         )
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ class JEPASig(Composite):
         predictor: str = "conv",  # or 'transformer'
         predictor_width: int | None = None,  # None: twice the encoder's (conv), half of it (transformer)
         predictor_scale: float = 0.1,  # of the residual branch at the start, conv only; the paper's is 1e-6
+        centre: bool = False,  # SIGReg takes features without their mean over the batch at each place
     ):
         super().__init__(
             encoder,
@@ -41,4 +42,5 @@ class JEPASig(Composite):
             regulariser={"name": "sigreg", "weight": sigreg, "slices": slices, "points": points, "t_max": t_max},
             predictor={"kind": predictor, "width": predictor_width, "layer_scale": predictor_scale},
             weight=weight,
+            centre=centre,
         )

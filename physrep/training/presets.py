@@ -135,9 +135,9 @@ _LAPTOP_ENCODERS = {
 _PREDICTOR = dict(predictor_scale=0.1)  # 1e-6, as for long trainings, keeps it shut for hundreds of updates
 _DECODER = dict(decoder_width=64, decoder_depth=2)
 _LAPTOP_OBJECTIVES = {
-    "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, noise=0.1, **_PREDICTOR),
+    "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, noise=0.1, centre=True, **_PREDICTOR),
     "jepa_ema": dict(mask="tube", ratio=0.75, momentum=0.99, predictor_depth=2),
-    "jepa_sigreg": dict(offset=16, sigreg=0.05, **_PREDICTOR),
+    "jepa_sigreg": dict(offset=16, sigreg=0.05, centre=True, **_PREDICTOR),
     "mae": dict(ratio=0.75, patch=(4, 4, 4), **_DECODER),
     "forecast": dict(frames=8, patch=(4, 4, 4), **_DECODER),
     "invariance": dict(shown=0.5, invariance=25.0, variance=25.0, covariance=1.0, dims=(128, 128, 128)),
