@@ -442,13 +442,13 @@ def test_named_methods_go_through_the_door(cls, name):
         build_objective(place, encoder(), speed=1, **FIT)
 
 
-def test_pretrain_serves_contiguous_methods_and_says_what_a_pair_needs(smoke_data, tmp_path):
+def test_pretrain_serves_contiguous_methods_and_pairs(smoke_data, tmp_path):
     quiet = dict(progress=False, say=lambda line: None)
     run = resolve("shear_flow", "physrep.objectives.masked_jepa:MaskedJEPA", preset="smoke", steps=1, batch_size=2)
     assert (pretrain(run, smoke_data, tmp_path, **quiet) / "encoder.safetensors").is_file()
     run = resolve("shear_flow", "physrep.objectives.invariance:Invariance", preset="smoke", steps=1, batch_size=2)
-    with pytest.raises(ValueError, match="ViewBatches"):
-        pretrain(run, smoke_data, tmp_path, **quiet)
+    folder = pretrain(run, smoke_data, tmp_path, **quiet)
+    assert (folder / "encoder.safetensors").is_file() and len(run.views) == 2
 
 
 def test_composite_itself_goes_through_the_door_as_data():
