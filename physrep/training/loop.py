@@ -58,7 +58,7 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, its learning rate, batches, counted in updates. Defaults are the paper's where it gives them.
+    """How to train: AdamW, learning rate, batches, counted in updates. Defaults are the paper's where it gives them.
 
     Raises ValueError for values that cannot be trained with. `evaluations` and `checkpoint_seconds` decide no number of
     the encoder: `decisive` leaves them out."""

@@ -150,8 +150,8 @@ class Run(Setup):
 
     @property
     def row(self) -> tuple[str, str]:
-        """(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`, and a variant has its
-        tag, `jepa.near`."""
+        """(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`, and a variant has
+        its tag, `jepa.near`."""
         return tagged(short_name(self.objective), self.tag), short_name(self.encoder)
 
     @property

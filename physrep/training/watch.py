@@ -70,7 +70,7 @@ def online_probe(
     valid: tuple[np.ndarray, np.ndarray],
     names: tuple[str, ...],  # of the labels
 ) -> dict[str, float]:
-    "`online` and `online_<label>`: mean squared error on valid of a ridge regression fitted on train; NaN if not finite."
+    "`online` and `online_<label>`: mean squared errors on valid of a ridge regression fitted on train, maybe NaN."
     (x, y), (x_valid, y_valid) = train, valid
     if not (np.isfinite(x).all() and np.isfinite(x_valid).all()):
         return {"online": math.nan, **{f"online_{name}": math.nan for name in names}}
