@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from physrep.core.files import read_json
 from physrep.models.pretrained import load_encoder
+from physrep.objectives.methods import OBJECTIVES
 from physrep.training.loop import TimeUp, TrainingDiverged
 from physrep.training.pretrain import pretrain
 from physrep.training.run import build, ensure_data, label_scaler, resolve
@@ -61,7 +62,36 @@ def test_killed_run_resumes_to_the_same_bits(objective, moment, smoke_data, tmp_
     resumed = pretrain(run, smoke_data, tmp_path / "killed", **quiet)
     a, b = load_file(whole / "encoder.safetensors"), load_file(resumed / "encoder.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert (whole / "metrics.csv").read_bytes() == (resumed / "metrics.csv").read_bytes()
+    for file in ("metrics.csv", "curve.csv"):
+        assert (whole / file).read_bytes() == (resumed / file).read_bytes(), file
+
+
+def test_the_learning_curve_is_of_finished_encoders(smoke_data, tmp_path):
+    "A run of 64 updates finishes encoders after 1, 4 and 16; each is that of a shorter run with the same warm-up."
+    options = dict(preset="smoke", recipe={"warmup": 1 / 32})
+    run = resolve("shear_flow", "forecast", steps=64, **options)
+    folder = pretrain(run, smoke_data, tmp_path / "long", **quiet)
+    curve = pd.read_csv(folder / "curve.csv")
+    assert curve.step.tolist() == [0, 1, 4, 16, 64]
+    assert {"online", "online_Reynolds", "online_Schmidt", "gate", "gate_persistence", "effective_rank"} <= set(curve)
+    short = resolve("shear_flow", "forecast", steps=16, preset="smoke", recipe={"warmup": 1 / 8})
+    other = pretrain(short, smoke_data, tmp_path / "short", **quiet)
+    a, b = load_file(folder / "curve" / "16.safetensors"), load_file(other / "encoder.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert load_encoder(folder / "curve" / "16.safetensors").info["objective"] == "forecast"
+    assert curve.online[3] == pd.read_csv(other / "curve.csv").online.iloc[-1]
+    random = pretrain(resolve("shear_flow", "random", "vit", preset="smoke"), smoke_data, tmp_path / "random", **quiet)
+    assert pd.read_csv(random / "curve.csv").online.tolist() == [curve.online[0]], "where it starts from"
+
+
+@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - {"random", "frozen"}))
+@pytest.mark.parametrize("encoder", ["vit", "convnext"])
+def test_every_method_trains_on_both_backbones(objective, encoder, smoke_data, tmp_path):
+    run = resolve("rayleigh_benard", objective, encoder, preset="smoke", steps=2, batch_size=4)
+    folder = pretrain(run, smoke_data, tmp_path, **quiet)
+    last = pd.read_csv(folder / "curve.csv").iloc[-1]
+    assert last.step == 2 and np.isfinite(last.online)
+    assert objective == "supervised" or np.isfinite(last.gate) or objective == "invariance"
 
 
 def test_in_pieces(smoke_data, tmp_path):
@@ -135,7 +165,7 @@ def test_run_folder_is_complete(smoke_data, tmp_path):
         and info["dt"] == 0.2
         and info["shape"] == [16, 32, 32]
     )
-    assert run.window_frames == 16 + run.coefficients["horizon"]
+    assert run.window_frames == 16 + run.coefficients["horizon"] and not run.views
 
 
 def test_names_are_checked_before_any_work(tmp_path):
