@@ -87,7 +87,7 @@ def test_the_learning_curve_is_of_finished_encoders(smoke_data, tmp_path):
 @pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - {"random", "frozen"}))
 @pytest.mark.parametrize("encoder", ["vit", "convnext"])
 def test_every_method_trains_on_both_backbones(objective, encoder, smoke_data, tmp_path):
-    run = resolve("rayleigh_benard", objective, encoder, preset="smoke", steps=2, batch_size=4)
+    run = resolve("shear_flow", objective, encoder, preset="smoke", steps=2, batch_size=4)
     folder = pretrain(run, smoke_data, tmp_path, **quiet)
     last = pd.read_csv(folder / "curve.csv").iloc[-1]
     assert last.step == 2 and np.isfinite(last.online)
