@@ -30,12 +30,12 @@ SCHEMA: dict[str, tuple[type, str]] = {
     "system": (str, "physical system, a name of `physrep.physics.systems` or one of your own"),
     "objective": (
         str,
-        "what the encoder was trained with: jepa, mae, ..., random; or a baseline: statistics, spectra, equations, constant",
+        "what the encoder was trained with: jepa, mae, ..., random; or a baseline: statistics, ..., constant",
     ),
     "encoder": (str, "backbone: convnext, vit, ...; none for a baseline without one"),
     "probe": (
         str,
-        "what reads the features: linear, knn, kernel, attentive; head (a supervised run's own), finetune; oracle, constant",
+        "what reads the features: linear, knn, kernel, attentive, finetune; head (a run's own); oracle, constant",
     ),
     "split": (str, "split that is scored: valid (used to select, optimistic), test, unseen (parameters off the grid)"),
     "label": (str, "name of the label, or mean: the average over the labels of the system"),
