@@ -281,8 +281,8 @@ def plot_table1(df: pd.DataFrame, system: str, metric: str = "mse", rows: Sequen
     """Every method and probe of one system on `test` with 95 % intervals: mean over labels, then each label.
 
     `df` is a summary (of `comparison.summarise` or `table.over_seeds`) or plain results. The paper's
-    numbers are hollow. `rows` say order, titles and colours; what was not measured is left out. ValueError for an unknown metric, a
-    system without rows on test, or several variants of a row.
+    numbers are hollow. `rows` say order, titles and colours; what was not measured is left out. ValueError for an
+    unknown metric, a system without rows on test, or several variants of a row.
     """
     measured = drawn_rows(df, system, metric)
     panels = []
