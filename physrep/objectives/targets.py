@@ -35,11 +35,7 @@ def token_loss(
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     with torch.autocast(prediction.device.type, enabled=False):
-        error = LOSSES[kind](_full(prediction), _full(target), reduction="none")
-        if mask is None:
-            return error.mean()
-        mask = _checked_mask(mask, target)
-        return torch.where(mask, error, 0.0).sum() / (mask.sum() * target.shape[2])
+        return LOSSES[kind](_full(_picked(prediction, mask)), _full(_picked(target, mask)))
 
 # %% ../../nbs/objectives/targets.ipynb #db58726c
 def _full(x: torch.Tensor) -> torch.Tensor:
@@ -47,25 +43,26 @@ def _full(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _checked_mask(mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    "A mask `(b, n)` as `(b, n, 1)` beside the tokens `(b, n, p)`; ValueError if it does not fit or hides nothing."
+def _picked(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Tokens `(1, k, p)` of `(b, n, p)` where `mask (b, n)` is True, of all samples in a row; None: all as they are.
+
+    ValueError for a mask that does not fit or hides nothing."""
+    if mask is None:
+        return tokens
     if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(
             f"the mask must be bool of shape {tuple(tokens.shape[:2])}, got {mask.dtype} of {tuple(mask.shape)}"
         )
     if not mask.any():
         raise ValueError("the mask hides no token: there is nothing to predict")
-    return mask.to(tokens.device)[..., None]
+    places = mask.flatten().nonzero()[:, 0]
+    return tokens.flatten(0, 1).index_select(0, places.to(tokens.device))[None]
 
 # %% ../../nbs/objectives/targets.ipynb #85df84ef
 def hidden_mean(target: torch.Tensor, mask: torch.Tensor | None = None, *, each: bool = False) -> torch.Tensor:
     "Mean of tokens `(b, n, p)` where `mask (b, n)` is True: one number `(1, 1, 1)`, or with `each` `(1, 1, p)`."
-    target = _full(target.detach())
-    mask = target.new_ones(()).bool() if mask is None else _checked_mask(mask, target)
-    mask = mask.expand(*target.shape[:2], 1)
     axes = (0, 1) if each else (0, 1, 2)
-    total = torch.where(mask, target, 0.0).sum(dim=axes, keepdim=True)
-    return total / (mask.sum() * (1 if each else target.shape[2]))
+    return _full(_picked(target.detach(), mask)).mean(dim=axes, keepdim=True)
 
 
 def scored(
@@ -77,9 +74,10 @@ def scored(
     kind: str = "mse",
 ) -> dict[str, torch.Tensor]:
     "`loss`, and `relative`: the loss over that of the trivial answer, without gradient."
-    loss = token_loss(prediction, target, mask, kind=kind)
+    asked = _picked(target, mask)
+    loss = token_loss(_picked(prediction, mask), asked, kind=kind)
     with torch.no_grad():
-        base = token_loss(trivial.expand_as(target), target, mask, kind=kind)
+        base = token_loss(_picked(trivial.expand_as(target), mask), asked, kind=kind)
     return {"loss": loss, "relative": loss.detach() / base.clamp_min(1e-12)}
 
 # %% ../../nbs/objectives/targets.ipynb #79946fa7
