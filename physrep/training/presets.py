@@ -132,12 +132,13 @@ _LAPTOP_ENCODERS = {
     ),
     "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
 }
-_PREDICTOR = dict(predictor_scale=0.1)  # 1e-6, as for long trainings, keeps it shut for hundreds of updates
+# as narrow as the ViT; a scale of 1e-6, as for long trainings, keeps it shut for hundreds of updates
+_PREDICTOR = dict(predictor_scale=0.1, predictor_hidden=64)
 _DECODER = dict(decoder_width=64, decoder_depth=2)
 _LAPTOP_OBJECTIVES = {
-    "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, noise=0.1, centre=True, **_PREDICTOR),
+    "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, centre=True, **_PREDICTOR),
     "jepa_ema": dict(mask="tube", ratio=0.75, momentum=0.99, predictor_depth=2),
-    "jepa_sigreg": dict(offset=16, sigreg=0.05, centre=True, **_PREDICTOR),
+    "jepa_sigreg": dict(offset=16, sigreg=0.05, centre=True, predictor_scale=0.1, predictor_width=64),
     "mae": dict(ratio=0.75, patch=(4, 4, 4), **_DECODER),
     "forecast": dict(frames=8, patch=(4, 4, 4), **_DECODER),
     "invariance": dict(shown=0.5, invariance=25.0, variance=25.0, covariance=1.0, dims=(128, 128, 128)),
@@ -182,15 +183,15 @@ _LAPTOP = Preset(
     encoders=_LAPTOP_ENCODERS,
     objectives=_LAPTOP_OBJECTIVES,
     train={
-        "jepa-convnext": _three_minutes(steps=800, batch_size=16, lr=1e-3),
-        "jepa": _three_minutes(steps=600, batch_size=16, lr=1e-3),
-        "jepa_ema": _three_minutes(steps=1800, batch_size=16, lr=1e-3),
-        "jepa_sigreg": _three_minutes(steps=500, batch_size=16, lr=1e-3),
-        "mae": _three_minutes(steps=3600, batch_size=8, lr=2e-3),
-        "forecast": _three_minutes(steps=2900, batch_size=8, lr=2e-3),
+        "jepa-convnext": _three_minutes(steps=750, batch_size=16, lr=1e-3),
+        "jepa": _three_minutes(steps=700, batch_size=16, lr=1e-3),
+        "jepa_ema": _three_minutes(steps=1700, batch_size=16, lr=1e-3),
+        "jepa_sigreg": _three_minutes(steps=550, batch_size=16, lr=1e-3),
+        "mae": _three_minutes(steps=3200, batch_size=8, lr=2e-3),
+        "forecast": _three_minutes(steps=2600, batch_size=8, lr=2e-3),
         "invariance": _three_minutes(steps=400, batch_size=64, lr=1e-3),
-        "autoencoder": _three_minutes(steps=2300, batch_size=8, lr=2e-3),
-        "supervised": _three_minutes(steps=1600, batch_size=16, lr=2e-3),
+        "autoencoder": _three_minutes(steps=2000, batch_size=8, lr=2e-3),
+        "supervised": _three_minutes(steps=1500, batch_size=16, lr=2e-3),
     },
     probe_epochs=12,
     probe_lr=5e-3,  # in so few epochs; 1e-3 needs about twice as many for the same error on valid
