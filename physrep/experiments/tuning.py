@@ -85,7 +85,8 @@ def _recipe(**values) -> dict[str, dict]:
 # %% ../../nbs/experiments/tuning.ipynb #296d137b
 _STEM4 = get_preset("laptop").encoder_config("convnext")
 _START = dict(batch_size=16, lr=1e-3, warmup=0.02, weight_decay=0.05)
-_JEPA_BASE = dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, noise=0.1, predictor_scale=0.1)
+_PREDICTOR = dict(predictor_hidden=64, predictor_scale=0.1)
+_JEPA_BASE = dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, centre=True, **_PREDICTOR)
 _JEPA = Walk(
     base=_coefficients(**_JEPA_BASE) | _encoder(**_STEM4) | _recipe(**_START),
     changes=[
@@ -94,10 +95,10 @@ _JEPA = Walk(
         ("invariance 25", _coefficients(invariance=25.0)),
         ("horizon 8", _coefficients(horizon=8)),
         ("horizon 4", _coefficients(horizon=4)),
-        ("narrow predictor", _coefficients(predictor_hidden=64)),
+        ("wide predictor", _coefficients(predictor_hidden=192)),
         ("covariance 8", _coefficients(covariance=8.0)),
         ("lr 2e-3", _recipe(lr=2e-3)),
-        ("no noise", _coefficients(noise=0.0)),
+        ("noise 0.1", _coefficients(noise=0.1)),
         ("lr 5e-4", _recipe(lr=5e-4)),
         ("weight decay 0.005", _recipe(weight_decay=0.005)),
         ("decay over half", _recipe(decay=0.5)),
