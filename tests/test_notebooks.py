@@ -58,7 +58,8 @@ def test_exported_cells_have_one_idea(path):
             tree = ast.parse(cell.source)
             defined = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
             assert len(defined) <= 3, f"a cell defines {', '.join(defined)}"
-            assert len(cell.source.splitlines()) <= 60, f"a cell of {len(cell.source.splitlines())} lines: {defined}"
+            lines = len(cell.source.splitlines()) - 1  # the first says that it is exported
+            assert lines <= 60, f"a cell of {lines} lines: {defined}"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
@@ -203,7 +204,7 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
         "nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, "-p", "systems", "shear_flow", cwd=ROOT
     )
     assert table.returncode == 0, table.stderr[-3000:]
-    names = ["table1", "table1_shear_flow", *(f"table1_differences{r}" for r in ("", "_statistics", "_spectra"))]
+    names = ["table1", "curves", "table1_shear_flow", *(f"table1_differences{r}" for r in ("", "_statistics", "_spectra"))]
     figures = {f.name for f in (runs / "smoke" / "figures").iterdir()}
     assert figures == {f"{n}.{e}" for n in names for e in ("png", "svg", "csv", "json")}
     # the same runs stand for those on splits without leaks

@@ -27,9 +27,7 @@ from ..physics.systems import System
 
 # %% ../../nbs/objectives/composite.ipynb #1ec8f6e7
 class Parts(nn.Module):
-    """The parts of an objective around an encoder, each a name, a mapping with `name` and options, or the part itself.
-
-    ValueError for parts that make no objective together, and for what does not fit encoder, system and shape."""
+    "Parts around an encoder, each a name, a mapping with `name` and options, or the part; ValueError if they do not fit."
 
     def __init__(
         self,
