@@ -204,7 +204,8 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
         "nbs/05_table1.ipynb", str(tmp_path / "t.ipynb"), *common, "-p", "systems", "shear_flow", cwd=ROOT
     )
     assert table.returncode == 0, table.stderr[-3000:]
-    names = ["table1", "curves", "table1_shear_flow", *(f"table1_differences{r}" for r in ("", "_statistics", "_spectra"))]
+    differences = (f"table1_differences{reference}" for reference in ("", "_statistics", "_spectra"))
+    names = ["table1", "curves", "table1_shear_flow", *differences]
     figures = {f.name for f in (runs / "smoke" / "figures").iterdir()}
     assert figures == {f"{n}.{e}" for n in names for e in ("png", "svg", "csv", "json")}
     # the same runs stand for those on splits without leaks

@@ -27,7 +27,7 @@ from ..physics.systems import System
 
 # %% ../../nbs/objectives/composite.ipynb #1ec8f6e7
 class Parts(nn.Module):
-    "Parts around an encoder, each a name, a mapping with `name` and options, or the part; ValueError if they do not fit."
+    "Parts around an encoder, each a name, a mapping with `name` and options, or the part; ValueError if they misfit."
 
     def __init__(
         self,

@@ -316,8 +316,8 @@ def train(
     resume: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Trains `objective` in place and returns the metrics. With `resume` it goes on from a checkpoint in `folder`; on the
-    CPU the result is bit for bit that of an undisturbed run. Raises TrainingDiverged, TimeUp when `minutes` are over."""
+    """Trains `objective` in place and returns the metrics. `resume` goes on from a checkpoint in `folder`; on the CPU
+    the result is bit for bit that of an undisturbed run. TrainingDiverged, or TimeUp when `minutes` are over."""
     folder = Path(folder)
     device = torch.device(device)
     started = time.monotonic()
