@@ -36,8 +36,11 @@ def read_curves(folders: Sequence[str | Path]) -> pd.DataFrame:
 
 # %% ../../nbs/results/curves.ipynb #c0ccf703
 def trained_table(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> pd.DataFrame:
-    """One row for each encoder at the end of its training: windows seen, gate, online error before and after, rank and
-    std of its features, and why it is not called trained (empty if it may be)."""
+    """One row for each encoder at the end of its training: windows seen, gate, online error, rank and std of its
+    features, and why it is not called trained (empty if it may be).
+
+    The gate of pairs is retrieval among all flows. `siblings` is retrieval among flows with equal parameters: features
+    that hold the parameters and nothing else of a flow are at chance there, 0.5."""
     found = []
     trained = curves[curves.windows > 0]
     for pair in row_order(trained, rows):
@@ -46,7 +49,10 @@ def trained_table(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> pd.DataFr
         ):
             last = run.sort_values("step").iloc[-1].dropna()
             row = {"system": system, "row": title_of(*pair, rows=rows), "objective": pair[0], "encoder": pair[1]}
+            if "gate_retrieval_all" in last:
+                last["gate"] = 2 * (1 - last["gate_retrieval_all"])
             row |= {"seed": seed, "windows": int(last["windows"]), "gate": last.get("gate")}
+            row |= {"siblings": last.get("gate_retrieval")}
             row |= {name: last[name] for name in ("online", "effective_rank", "feature_std")}
             found.append(row | {"not trained, because": "; ".join(shortcomings(last))})
     return pd.DataFrame(found)
