@@ -155,7 +155,10 @@ def test_pretrain_piped_makes_missing_data(tmp_path):
     "parameters,message",
     [
         (("-p", "objectiv", "mae"), "unknown parameter objectiv; this notebook has: system, objective"),
-        (("-p", "objective", "mea"), "unknown objective 'mea'; valid: jepa, mae, supervised, random, frozen"),
+        (
+            ("-p", "objective", "mea"),
+            "unknown objective 'mea'; valid: jepa, jepa_ema, jepa_sigreg, mae, forecast, invariance, ",
+        ),
         (("-p", "steps", "many"), "parameter steps must be int"),
         (("-p", "system", "acoustics"), "unknown system 'acoustics'; valid: "),
     ],

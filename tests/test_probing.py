@@ -421,6 +421,7 @@ class Amplitudes:
         self.fields[:, 2:] += (u + 1.5)[:, :, None, None, None] * np.sin(np.pi * np.arange(8) / 2)
         self.labels = 10 ** (u + [5.0, 0.0])
         self.whole, self.positions = (True, True), None
+        self.index = np.stack([np.arange(n), np.zeros(n, int)], axis=1)
 
     def __len__(self) -> int:
         return len(self.fields)

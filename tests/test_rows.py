@@ -79,7 +79,7 @@ rows:
         ),
         ("{objective: jepa}", "encoder missing; a row has an objective and an encoder"),
         ("{title: x}", "objective and encoder missing"),
-        ("{objective: jepb, encoder: vit}", "unknown objective 'jepb'; valid: jepa, mae"),
+        ("{objective: jepb, encoder: vit}", "unknown objective 'jepb'; valid: jepa, jepa_ema"),
         ("{objective: jepa, encoder: vti}", "unknown encoder 'vti'; valid: convnext, vit"),
         ("{objective: jepa, encoder: 'x.y'}", "unknown encoder 'x.y'"),
         ("{objective: jepa, encoder: vit, color: reddish}", "color 'reddish' is none; write for example '#E69F00'"),
@@ -144,7 +144,7 @@ def test_folders_of_a_preset(tmp_path):
         for folder in places:
             folder.mkdir(parents=True)
             (folder / "result.json").touch()
-    assert len(row_folders("smoke", tmp_path, ["shear_flow"])) == 9 * 2 + 4
+    assert len(row_folders("smoke", tmp_path, ["shear_flow"], chosen_rows())) == 9 * 2 + 4
     found = row_folders(smoke, tmp_path, ["shear_flow", "active_matter"], (*chosen_rows(), rival))
     assert len(found) == 2 * 22 + 1, "the file is of one system"
 

@@ -278,11 +278,11 @@ def test_the_attention_of_a_vit_is_counted_as_the_products_that_it_is():
     assert both == both_products + once
 
 
-@pytest.mark.parametrize("objective", ["Invariance", "Forecast"])
+@pytest.mark.parametrize("objective", ["invariance", "forecast"])
 def test_the_cost_of_an_objective_with_views_is_counted(objective):
     from physrep.training.cost import cost, example_batch
 
-    run = resolve("shear_flow", f"physrep.objectives.composite:{objective}", "vit", "smoke")
+    run = resolve("shear_flow", objective, "vit", "smoke")
     model = build(run)
     batch = example_batch(run, model, 3)
     assert [len(x) for x in batch["views"]] == [3] * len(model.views)
