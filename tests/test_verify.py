@@ -198,7 +198,7 @@ def test_the_command_says_why_and_fails(tmp_path):
 def test_committed_figures_are_the_files_that_were_written_with_their_records():
     "Stale is for `make verify` to say: a change of code may come before its figures. Broken never is."
     found = verify()
-    assert {"table1", "table1_differences", "curves", "resolution", "machines", "ablations"} <= set(found.figure)
+    assert {"table1", "table1_differences", "curves", "resolution", "across", "regimes"} <= set(found.figure)
     assert found[found.state == "broken"].why.tolist() == []
 
 
