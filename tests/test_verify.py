@@ -121,7 +121,7 @@ def test_configurations_by_the_presets_defaults_and_by_their_arguments(tmp_path)
     draw(tmp_path, runs=[long, long.with_seed(1)])
     assert state(tmp_path) == ("current", "")
     edit(tmp_path, configs={long.name: asked | {"steps": 10}})
-    assert state(tmp_path)[0] == "stale" and f"run {long.name} is jepa-convnext-long-" in state(tmp_path)[1]
+    assert state(tmp_path)[0] == "stale" and f"run {long.name} is jepa.long-convnext-" in state(tmp_path)[1]
     assert state(tmp_path)[1].count("configuration changed") == 1
     edit(tmp_path, configs={}, runs=["jepa-convnext-0123abcd/seed0", "jepa-convnext-0123abcd/seed1"])
     why = state(tmp_path)[1]
