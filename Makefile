@@ -29,9 +29,6 @@ CODE := nbs tests tools setup.py
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
-# glibc would give large buffers back to the kernel after every step and fault them in again: a sixth of the time of a ViT's step
-export MALLOC_MMAP_THRESHOLD_ := 4294967296
-export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export PYTHONUNBUFFERED := 1
 export TQDM_MININTERVAL := 20
 

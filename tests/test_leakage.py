@@ -11,7 +11,7 @@ from physrep.data.well import DamagedFileError, WellFile
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_well
 from physrep.physics.systems import get_system
-from physrep.probing.evaluate import window_flows
+from physrep.probing.evaluate import bootstrap_groups, window_flows
 
 BOX = {"active_matter": (10.0, 10.0), "shear_flow": (1.0, 2.0), "rayleigh_benard": (4.0, 1.0)}
 
@@ -69,6 +69,26 @@ def test_the_bootstrap_draws_twins_of_a_split_together(tmp_path, record):
     for flow, (k, _) in zip(window_flows(windows), windows.index):
         found.setdefault(int(flow), set()).add((0, 4)[windows.trajectories[k][0]] + windows.trajectories[k][1])
     assert len(found) == 12 and all(len(s) == 1 for s in found.values()), "16 trajectories, 4 of them twins"
+
+
+def test_the_bootstrap_draws_new_parameters_with_all_their_flows(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 3), ("test", 14), ("valid", 3)):
+        for k in range(number):
+            labels = {"Reynolds": 1e4 * (1 + k + (split == "test") / 2), "Schmidt": 1.0}
+            path = tmp_path / "shear_flow" / "data" / split / f"{k}.hdf5"
+            velocity = rng.normal(size=(2, 2, 8, 16, 2)).astype(np.float32)
+            write(path, "shear_flow", labels, [0, 1], velocity=velocity)
+    train, test, valid = (
+        Windows(tmp_path / "shear_flow", "shear_flow", s, frames=1) for s in ("train", "test", "valid")
+    )
+    flows, groups = window_flows(test), bootstrap_groups(test, train)
+    assert len(np.unique(flows)) == 28 and len(np.unique(groups)) == 14
+    assert all(len(np.unique(test.labels[test.index[groups == g, 0]], axis=0)) == 1 for g in groups)
+    for other, of in ((valid, train), (train, train), (test, test)):  # parameters that train has
+        assert np.array_equal(bootstrap_groups(other, of), window_flows(other))
+    few = bootstrap_groups(valid, test)
+    assert np.array_equal(few, window_flows(valid)), "3 draws of parameters are too few"
 
 
 def test_equal_velocity_at_another_reynolds_number_is_no_twin(tmp_path):

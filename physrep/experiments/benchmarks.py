@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
+from ..core.devices import keep_memory
 from ..core.places import short_name
 from ..data.batches import Batches
 from ..models.vit import patchify
@@ -223,6 +224,7 @@ def time_pieces(cases: Sequence[Case], *, repeats: int = 5, clock: Callable[[], 
     formulation at the same batch size. ValueError for a number of repeats below 1."""
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    keep_memory()  # as in training
     times: list[list[dict[str, float]]] = [[] for _ in cases]
     for k in range(repeats + 1):
         order = range(len(cases))

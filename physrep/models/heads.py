@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_fit', 'batch_fields', 'check_tokens', 'LinearHead', 'MLPHead', 'AttentiveHead', 'ConvPredictor',
-           'TransformerDecoder', 'ConvDecoder', 'cell_of']
+           'last_frame_after', 'TransformerDecoder', 'ConvDecoder', 'cell_of']
 
 # %% ../../nbs/models/heads.ipynb #7c3b83fb
 import torch
@@ -144,10 +144,23 @@ class ConvPredictor(nn.Module):
         return rearrange(self.narrow(maps), "(b t) d h w -> b (t h w) d", t=t)
 
 # %% ../../nbs/models/heads.ipynb #813626f1
+def last_frame_after(z: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    """Of tokens `(b, k, d)` of the first token frames of a grid `(t, h, w)`: `(b, t h w, d)`, the last of these frames
+    for every later one, and 0 where tokens are. ValueError for a part of a frame."""
+    frame = grid[1] * grid[2]
+    shown, rest = divmod(z.shape[1], frame)
+    if rest or not 0 < shown <= grid[0]:
+        raise ValueError(
+            f"{z.shape[1]} tokens are no whole token frames of a grid {tuple(grid)}: give a multiple of {frame}"
+        )
+    return torch.cat([torch.zeros_like(z), z[:, -frame:].repeat(1, grid[0] - shown, 1)], dim=1)
+
+
 class TransformerDecoder(nn.Module):
     """A narrow transformer from visible tokens to one vector for each place.
 
-    In: tokens `(b, k, d)`, their places `keep (b, k)` and the grid. Out: `(b, n, n_out)`.
+    In: tokens `(b, k, d)`, their places `keep (b, k)` and the grid. Out: `(b, n, n_out)`. With `from_last` the visible
+    tokens are those of the first token frames, in order, and later places start from the last of them.
     `width` is half the encoder's by default. He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022)."""
 
     def __init__(
@@ -159,9 +172,11 @@ class TransformerDecoder(nn.Module):
         depth: int = 2,
         heads: int = 2,
         temperature: float = 10000.0,
+        from_last: bool = False,
     ):
         super().__init__()
         self.temperature = temperature  # of the positions, as of the encoder's
+        self.from_last = from_last
         self.width = width or 2 * (dim // 4)  # even, for the positions
         self.embed = nn.Linear(dim, self.width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(self.width))
@@ -173,6 +188,8 @@ class TransformerDecoder(nn.Module):
         b, n = len(tokens), grid[0] * grid[1] * grid[2]
         z = self.embed(tokens)
         filled = self.mask_token.to(z.dtype).expand(b, n, -1).scatter(1, keep[:, :, None].expand(-1, -1, self.width), z)
+        if self.from_last:
+            filled = filled + last_frame_after(z, grid)
         filled = filled + sincos_positions(grid, self.width, temperature=self.temperature).to(z)
         for block in self.blocks:
             filled = block(filled)

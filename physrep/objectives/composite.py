@@ -51,8 +51,7 @@ class Parts(nn.Module):
         self.views = self.task.views(self.shape)
         self.frames = read_frames(self.views)
         self.weight = weight
-        self.noise = noise
-        self.centre = centre
+        self.noise, self.centre = noise, centre
         self.encoder = encoder
         self.regulariser = as_regulariser(regulariser, encoder.dim)
         kind = kind_of(target)
@@ -243,9 +242,10 @@ class Composite(Parts):
     def gate(self, batch: dict) -> dict[str, float]:
         """The error on a held-out batch beside those of the trivial answers, and `gate`, their ratio: 1 is no better.
 
-        See `physrep.objectives.gates`. A pair needs `flow (b,)` and `labels (b, n)` in the batch."""
+        See `physrep.objectives.gates`. Nothing if the target's spectrum is not fitted yet. A pair needs `flow (b,)` and
+        `labels (b, n)` in the batch."""
         with evaluating(self):
-            return _pair_gate(self, self.task, batch) if isinstance(self.task, Pair) else _answer_gate(self, batch)
+            return _pair_gate(self, batch) if isinstance(self.task, Pair) else _answer_gate(self, batch)
 
     def show(self, batch: dict, *, sample: int = 0, channel: int = 0, n_frames: int = 5) -> Figure:
         "What was asked for and predicted: pixels of a sample, features of two, for `pair` the likeness of all."
@@ -270,20 +270,22 @@ def _trivial_answers(objective: Composite, batch: dict, found: Answer) -> dict[s
 
 def _answer_gate(objective: Composite, batch: dict) -> dict[str, float]:
     "What `Composite.gate` returns for tasks with a predictor."
+    whitening = getattr(objective.target, "whitening", None)
+    if whitening is not None and not whitening.fitted:
+        return {}
     found = objective.answer(batch)[0]
     trivial = _trivial_answers(objective, batch, found)
     return answer_gate(found.predicted, found.true, trivial, found.hidden, kind=objective.target.loss)
 
 
-def _pair_gate(objective: Composite, task: Pair, batch: dict) -> dict[str, float]:
+def _pair_gate(objective: Composite, batch: dict) -> dict[str, float]:
     "What `Composite.gate` returns for the task `pair`. ValueError without `flow` and `labels`."
     if missing := [name for name in ("flow", "labels") if name not in batch]:
         raise ValueError(
             f"the gate of task 'pair' needs {' and '.join(missing)} in the batch; it has {', '.join(batch)}"
         )
     first, second = (objective.encoder(x).float().mean(dim=1) for x in objective.clips(batch))
-    found = retrieval_gate(first, second, batch["flow"], batch["labels"])
-    return found | ({"gate": 2 * (1 - found["retrieval_all"])} if task.of == "labels" else {})
+    return retrieval_gate(first, second, batch["flow"], batch["labels"])
 
 # %% ../../nbs/objectives/composite.ipynb #3bbdb89e
 def _rows(objective: Composite, samples: int) -> int:

@@ -29,6 +29,7 @@ class Forecast(Composite):
         decoder_width: int | None = None,  # None: half the encoder's (ViT), the encoder's (others)
         decoder_depth: int = 2,  # blocks, ViT only
         decoder_heads: int = 2,  # ViT only
+        from_last: bool = True,  # later frames start from the last shown one: see `predictors.MaskedPixels`
     ):
         super().__init__(
             encoder,
@@ -36,5 +37,11 @@ class Forecast(Composite):
             shape=shape,
             task=Future(frames),
             target={"name": target, "loss": loss},
-            predictor={"patch": patch, "width": decoder_width, "depth": decoder_depth, "heads": decoder_heads},
+            predictor={
+                "patch": patch,
+                "width": decoder_width,
+                "depth": decoder_depth,
+                "heads": decoder_heads,
+                "from_last": from_last,
+            },
         )

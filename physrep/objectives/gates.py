@@ -95,7 +95,7 @@ def retrieval_gate(
 ) -> dict[str, float]:
     """`retrieval` (equal labels, other flow), `retrieval_all` (any other flow), `pairs` (of equal labels), `gate`.
 
-    A share over no pairs is NaN: `retrieval` and `gate` if no two flows have equal labels."""
+    A share over no pairs is NaN: `retrieval` if no two flows have equal labels."""
     nearer = share_nearer(first, second).cpu()
     flow, labels = flow.cpu(), labels.cpu()
     other = flow[:, None] != flow
@@ -105,5 +105,5 @@ def retrieval_gate(
         "retrieval": found,
         "retrieval_all": anywhere,
         "pairs": float(equal.sum()),
-        "gate": 2 * (1 - found),
+        "gate": 2 * (1 - anywhere),
     }

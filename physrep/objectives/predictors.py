@@ -17,7 +17,7 @@ from torch import nn
 
 from ..models.heads import ConvDecoder, ConvPredictor, TransformerDecoder, cell_of, check_fit
 from ..models.vit import patchify, sincos_positions, token_grid
-from .tasks import Next, Task, Window, pixel_mask
+from .tasks import Future, Next, Task, Window, pixel_mask
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/predictors.ipynb #5f7fba13
@@ -57,8 +57,10 @@ class PartialEncoding(nn.Module):
         shape: tuple[int, int, int],  # (t, h, w) of the clip
         patch: tuple[int, int, int] | None = None,  # of the mask; None: the encoder's tubelet, (2, 4, 4) without one
         hides: bool = True,  # whether anything is left out at all
+        from_last: bool = False,  # without tubelets: hidden frames are filled with the last shown one
     ):
         super().__init__()
+        self.from_last = from_last
         self.grid = check_fit(encoder, system, shape)
         tubelet = getattr(encoder, "tubelet", None)
         self.drops = tubelet is not None
@@ -78,15 +80,22 @@ class PartialEncoding(nn.Module):
         return encoder(x, keep=keep), keep
 
     def masked(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        "Clips with the learned value where nothing is shown."
-        return torch.where(pixel_mask(shown, self.patch_grid, self.patch).to(x.device), x, self.mask_token.to(x.dtype))
+        "Clips with the learned value where nothing is shown, with `from_last` added to the last shown frame."
+        hidden = self.mask_token.to(x.dtype)
+        if self.from_last:
+            frames = int(shown[0].sum()) * self.patch[0] // math.prod(self.patch_grid[1:])
+            hidden = hidden + x[:, :, frames - 1 : frames]
+        return torch.where(pixel_mask(shown, self.patch_grid, self.patch).to(x.device), x, hidden)
 
 # %% ../../nbs/objectives/predictors.ipynb #ae4747b9
-def _transformer(encoder: nn.Module, n_out: int, width: int | None, depth: int, heads: int) -> TransformerDecoder:
+def _transformer(
+    encoder: nn.Module, n_out: int, width: int | None, depth: int, heads: int, from_last: bool = False
+) -> TransformerDecoder:
     "A decoder on the encoder's tokens, with the encoder's kind of positions; ValueError for an impossible width."
     sincos_positions((1, 1, 1), width or 2 * (encoder.dim // 4))  # raises for a width that has no positions
     temperature = getattr(encoder, "temperature", 10000.0)
-    return TransformerDecoder(encoder.dim, n_out, width=width, depth=depth, heads=heads, temperature=temperature)
+    options = dict(width=width, depth=depth, heads=heads, temperature=temperature, from_last=from_last)
+    return TransformerDecoder(encoder.dim, n_out, **options)
 
 
 class MaskedPixels(PartialEncoding):
@@ -103,11 +112,12 @@ class MaskedPixels(PartialEncoding):
         width: int | None = None,  # of the decoder; None: half the encoder's with tubelets, the encoder's without
         depth: int = 2,  # blocks of the decoder, with tubelets only
         heads: int = 2,  # of the decoder, with tubelets only
+        from_last: bool = False,  # hidden frames start from the last shown one, as token (with tubelets) or input
     ):
-        super().__init__(encoder, system=system, shape=shape, patch=patch, hides=hides)
+        super().__init__(encoder, system=system, shape=shape, patch=patch, hides=hides, from_last=from_last)
         channels = system.n_channels
         if self.drops:
-            self.decoder = _transformer(encoder, channels * math.prod(self.patch), width, depth, heads)
+            self.decoder = _transformer(encoder, channels * math.prod(self.patch), width, depth, heads, from_last)
         else:
             self.decoder = ConvDecoder(encoder.dim, channels, cell_of(shape, self.grid), width=width)
 
@@ -159,6 +169,7 @@ class NextPixels(nn.Module):
         width: int | None = None,  # of the decoder; None: half the encoder's with tubelets, the encoder's without
         depth: int = 2,  # blocks of the decoder, with tubelets only
         heads: int = 2,  # of the decoder, with tubelets only
+        from_last: bool = False,  # with tubelets only: places of the next frames start from the last token there
     ):
         super().__init__()
         self.grid = check_fit(encoder, system, shape)
@@ -168,7 +179,9 @@ class NextPixels(nn.Module):
         self.ahead = frames // self.patch[0]
         channels = system.n_channels
         if self.drops:
-            self.decoder = _transformer(encoder, channels * math.prod(self.patch), width, depth, heads)
+            self.decoder = _transformer(encoder, channels * math.prod(self.patch), width, depth, heads, from_last)
+        elif from_last:
+            raise ValueError("a dense decoder is given the last token at each place anyway: from_last must be False")
         else:
             width = width or encoder.dim
             self.decoder = ConvDecoder(self.grid[0] * encoder.dim, channels, (frames, *cell[1:]), width=width)
@@ -248,4 +261,6 @@ def make_predictor(
         cls = WindowFeatures
         fixed = {}
     check_options(f"the predictor of task {task.name!r}", cls, options, ("encoder", "system", "shape", *fixed))
+    if options.get("from_last") and not isinstance(task, Future | Next):
+        raise ValueError(f"from_last is for tasks that ask for later frames (future, next), not for {task.name!r}")
     return cls(encoder, system=system, shape=shape, **fixed, **options)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..core.devices import keep_memory
 from ..core.files import open_tensors, read_tensors, weights_digest, write_tensors
 from ..core.provenance import code_digest
 from ..data.windows import Windows
@@ -150,6 +151,7 @@ def extract(
 ) -> Tensor:
     """Tokens `(n, tokens, d)` on the CPU of all windows in `batches`, in their order. The encoder is left in the mode
     that it was in. ValueError for no batch or an overflow."""
+    keep_memory()
     was_training = encoder.training
     encoder.to(device).eval()
     buffer = TokenBuffer(memory_limit, Path(scratch) if scratch else None)

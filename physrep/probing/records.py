@@ -180,7 +180,7 @@ class Predictions:
     scaler: LabelScaler  # with the system, whose labels have the transforms that were used
     predictions: dict[tuple[str, str], np.ndarray]  # (probe, split) -> (n, n_labels), physical
     truth: dict[str, np.ndarray]  # split -> (n, n_labels), physical
-    groups: dict[str, np.ndarray]  # split -> (n,), windows of the same group are of the same flow
+    groups: dict[str, np.ndarray]  # split -> (n,), windows of the same group are drawn together in intervals
 
     @property
     def data(self) -> dict[str, str]:

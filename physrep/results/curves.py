@@ -49,8 +49,6 @@ def trained_table(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> pd.DataFr
         ):
             last = run.sort_values("step").iloc[-1].dropna()
             row = {"system": system, "row": title_of(*pair, rows=rows), "objective": pair[0], "encoder": pair[1]}
-            if "gate_retrieval_all" in last:
-                last["gate"] = 2 * (1 - last["gate_retrieval_all"])
             row |= {"seed": seed, "windows": int(last["windows"]), "gate": last.get("gate")}
             row |= {"siblings": last.get("gate_retrieval")}
             row |= {name: last[name] for name in ("online", "effective_rank", "feature_std")}

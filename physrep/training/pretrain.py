@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from ..core.devices import keep_memory
 from ..core.files import atomic_path, read_json, write_json
 from ..core.provenance import provenance
 from ..data.batches import Batches
@@ -134,6 +135,7 @@ def _pretrain(
     session: Session,
 ) -> None:
     "Trains and saves the encoder of a claimed folder; the time is recorded even if it fails."
+    keep_memory()
     batches = training_batches(run, windows, session.device)
     objective = build(run).to(session.device)
     record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())

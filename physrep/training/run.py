@@ -97,8 +97,7 @@ class Setup:
     @property
     def views(self) -> tuple:
         "The `View`s of a sample that the objective asks for by themselves; none if it cuts them from one window."
-        views = self._asked[1]
-        return views if any(v.start is None or v.own_symmetry for v in views) else ()
+        return self._asked[1] if any(v.start is None or v.own_symmetry for v in self._asked[1]) else ()
 
     @property
     def modules(self) -> tuple[str, ...]:
