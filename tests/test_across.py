@@ -112,7 +112,7 @@ def test_a_joint_encoder_is_loaded_for_one_of_its_systems(two, tmp_path):
     with pytest.raises(ValueError, match="load_joint"):
         load_encoder(folder)
     with pytest.raises(ValueError, match="is an encoder of shear_flow alone"):
-        load_joint("shear_flow-jepa-convnext", "shear_flow")
+        load_joint("shear_flow-forecast-vit", "shear_flow")
 
 
 def test_a_finished_joint_encoder_is_left_as_it_is(two, tmp_path):

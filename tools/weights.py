@@ -6,7 +6,7 @@ from physrep.models.pretrained import SHIPPED, load_encoder
 from physrep.probing.frozen import load_probe
 from physrep.training.run import resolve
 
-SHIPPED_ROWS = [("shear_flow", "jepa", "convnext"), ("shear_flow", "mae", "vit"), ("shear_flow", "supervised", "vit")]
+SHIPPED_ROWS = [("active_matter", "mae", "vit"), ("rayleigh_benard", "invariance", "vit"), ("shear_flow", "forecast", "vit")]
 FILES = ("encoder.safetensors", "probe-linear.safetensors", "probe-attentive.safetensors")
 
 if __name__ == "__main__":

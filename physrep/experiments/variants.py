@@ -37,6 +37,9 @@ VARIANTS: dict[str, Variant] = {
     "sigreg": Variant("SIGReg in place of VICReg", ("jepa", "vit"), objective="jepa_sigreg"),
     "blocks": Variant("blocks hidden in place of tubes", ("jepa_ema", "vit"), coefficients={"mask": "blocks"}),
     "nothing_hidden": Variant("nothing hidden: an autoencoder", ("mae", "vit"), objective="autoencoder"),
+    "mask_token": Variant(
+        "later frames start from a mask token", ("forecast", "vit"), coefficients={"from_last": False}
+    ),
     "same_window": Variant("the same window twice", ("invariance", "vit"), coefficients={"of": "window"}),
     "equal_labels": Variant("another flow, equal labels", ("invariance", "vit"), coefficients={"of": "labels"}),
     **{

@@ -167,7 +167,7 @@ SHIPPED = Path(importlib.util.find_spec("physrep").origin).resolve().parent / "w
 
 
 def model_folder(path: str | Path) -> Path:
-    """A run folder, or the folder of an encoder that comes with physrep, by its name (`shear_flow-jepa-convnext`).
+    """A run folder, or the folder of an encoder that comes with physrep, by its name (`shear_flow-forecast-vit`).
 
     FileNotFoundError, with the names that there are, if it is neither."""
     path = Path(path)

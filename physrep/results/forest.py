@@ -54,7 +54,7 @@ def _draw_differences(ax: Axes, measured: pd.DataFrame, height: Mapping, rows: S
 
 def _few_ticks(axes: Sequence[Axes]) -> None:
     "Few numbers on the axis of panels that are narrow."
-    axes[0].locator_params(axis="x", nbins=3, steps=[1, 2, 5, 10])
+    axes[0].locator_params(axis="x", nbins=3, steps=[1, 2, 4, 5, 10])
     for ax in axes:
         ax.xaxis.set_minor_locator(AutoMinorLocator(2))
         ax.grid(axis="x", which="minor")
