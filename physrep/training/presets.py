@@ -188,7 +188,7 @@ _LAPTOP = Preset(
         "jepa_ema": _three_minutes(steps=1700, batch_size=16, lr=1e-3),
         "jepa_sigreg": _three_minutes(steps=550, batch_size=16, lr=1e-3),
         "mae": _three_minutes(steps=3200, batch_size=8, lr=2e-3),
-        "forecast": _three_minutes(steps=2600, batch_size=8, lr=2e-3),
+        "forecast": _three_minutes(steps=2600, batch_size=8, lr=4e-3),
         "invariance": _three_minutes(steps=400, batch_size=64, lr=1e-3),
         "autoencoder": _three_minutes(steps=2000, batch_size=8, lr=2e-3),
         "supervised": _three_minutes(steps=1500, batch_size=16, lr=2e-3),
