@@ -106,8 +106,8 @@ def test_few_rows_are_the_same_to_the_byte(few_rows_twice):
 def test_rows_of_ones_own_stand_in_the_table(few_rows_twice):
     table = pd.read_csv(few_rows_twice[0] / "smoke" / "figures" / "table1.csv")
     own = table[table.split == "test"].groupby(["objective", "encoder"]).probe.agg(set)
-    assert own["frozen", "make_bands"] == {"linear", "knn", "attentive"}
-    assert own["MeanField", "vit"] == {"linear", "knn", "attentive"}
+    assert own["frozen", "make_bands"] == {"linear", "knn", "kernel", "attentive"}
+    assert own["MeanField", "vit"] == {"linear", "knn", "kernel", "attentive"}
     assert {("mae", "vit"), ("random", "vit"), ("statistics", "none")} <= set(own.index)
     pictures = (few_rows_twice[0] / "smoke" / "figures" / "table1.svg").read_text()
     assert "#e69f00" in pictures, "the colour that the file asks for"

@@ -18,6 +18,7 @@ from physrep.experiments.tuning import (
     run_walk,
     trial_run,
 )
+from physrep.probing.evaluate import FROZEN
 from physrep.training.presets import PRESETS, get_preset
 from physrep.training.run import Run, resolve
 
@@ -71,7 +72,7 @@ def test_random_weights_choose_a_shape_and_a_seed_without_training(tmp_path, smo
     assert (run.seed, run.encoder_config["dim"], run.recipe) == (102, 128, None)
     log = run_walk("shear_flow", row, "smoke", smoke_data, tmp_path, changes=1, say=lambda text: None)
     assert [t["title"] for t in log] == ["base", "width 128"] and log[1]["parameters"] > 2 * log[0]["parameters"]
-    assert set(log[0]["valid"]) == {"linear", "knn", "attentive"} and not log[0]["config"]["recipe"]
+    assert set(log[0]["valid"]) == set(FROZEN) and not log[0]["config"]["recipe"]
     assert not list(tmp_path.rglob("checkpoint")), "nothing is trained"
     again = run_trial(run.with_seed(TUNING_SEED), smoke_data, tmp_path / "again")
     assert again["valid"] == log[1]["valid"], "a trial is what its configuration says"
