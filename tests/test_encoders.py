@@ -290,7 +290,10 @@ def test_encoders_of_another_package(outside):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("resnet", "unknown encoder 'resnet'; valid: convnext, vit, vit_code, convnext_code, or \"my_package.module:name\""),
+        (
+            "resnet",
+            "unknown encoder 'resnet'; valid: convnext, vit, vit_code, convnext_code, or \"my_package.module:name\"",
+        ),
         ("lab/nets.py:Mean", "'lab/nets.py' is no dotted name"),
         ("lab.nets:", "'' is no dotted name"),
         ("lab.nets:Mean()", "is no dotted name"),

@@ -195,7 +195,9 @@ def context_and_asked(objective: OperatorParts, batch: dict) -> tuple[torch.Tens
     views, fit = objective.views, dict(system=objective.system, shape=objective.shape)
     if "views" in batch:
         if len(batch["views"]) != 2:
-            raise ValueError(f"the batch has {len(batch['views'])} views, wanted are 2: a clip and the frames asked for")
+            raise ValueError(
+                f"the batch has {len(batch['views'])} views, wanted are 2: a clip and the frames asked for"
+            )
         first, second = (
             batch_fields({"fields": x}, frames=view.frames, **fit) for x, view in zip(batch["views"], views)
         )

@@ -16,7 +16,7 @@ from torch import nn
 
 # %% ../../nbs/objectives/operators.ipynb #3e5a2f27
 def pad_domain(x: torch.Tensor, width: int, periodic: tuple[bool, bool]) -> torch.Tensor:
-    "Fields `(b, c, h, w)` with `width` points more at each edge: those of the other end if periodic, else the last one."
+    "Fields `(b, c, h, w)` with `width` points more at each edge: of the other end if periodic, else the last one."
     for axis, wraps in zip((-2, -1), periodic):
         sides = (0, 0, width, width) if axis == -2 else (width, width, 0, 0)
         x = F.pad(x, sides, mode="circular" if wraps else "replicate")
@@ -94,7 +94,7 @@ class Weights(nn.Module):
         self.register_buffer("scales", scales, persistent=False)
 
     def initial(self, *, still: bool = True) -> torch.Tensor:
-        "Random weights `(n,)`, each layer with its scale; with `still` those of the last layer are 0, so the operator is."
+        "Random weights `(n,)`, each layer with its scale; with `still` the last layer and so the operator are 0."
         theta = torch.randn(self.n_weights) * self.scales.cpu()
         if still:
             theta[-self.layers[-1].size :] = 0
@@ -151,9 +151,7 @@ class Operator(Weights):
                 walls.index_fill_(axis, torch.tensor([0, u.shape[axis] - 1], device=u.device), 1.0)
         return torch.cat([u, walls], dim=1)
 
-    def forward(
-        self, u: torch.Tensor, theta: torch.Tensor, modulations: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, theta: torch.Tensor, modulations: torch.Tensor | None = None) -> torch.Tensor:
         "`modulations (b, n_modulations)`: a scale and a shift of each hidden channel; 0 changes nothing."
         apply = _Applied(self, self.split(theta), modulations)
         x = apply("first", apply("in", self._input(u)))

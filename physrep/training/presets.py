@@ -132,6 +132,8 @@ _LAPTOP_ENCODERS = {
     ),
     "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
 }
+
+
 def _with_codes(encoders: Mapping[str, Mapping], code: int) -> dict[str, Mapping]:
     "Encoders and, of each, the one that gives a code of so many numbers."
     return {**encoders, **{f"{name}_code": {**config, "code": code} for name, config in encoders.items()}}
