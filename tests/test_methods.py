@@ -23,7 +23,7 @@ from physrep.physics.systems import get_system
 
 SYSTEM, SHAPE = get_system("shear_flow"), (8, 16, 16)
 FIT = dict(system=SYSTEM, shape=SHAPE)
-OPTIONS = {"forecast": {"frames": 4}}
+OPTIONS = {"forecast": {"frames": 4}, "disco": {"other": False}, "disco_film": {"other": False}}
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +47,14 @@ def pairs(b: int = 4) -> dict:
 
 
 def test_the_table_and_its_order():
-    trained = ["jepa", "jepa_ema", "jepa_sigreg", "mae", "forecast", "invariance", "autoencoder", "supervised"]
+    trained = ["jepa", "jepa_ema", "jepa_sigreg", "mae", "forecast", "invariance", "autoencoder"]
+    trained += ["disco", "disco_film", "supervised"]
     assert list(OBJECTIVES) == [*trained, "random", "frozen"]
     for name in trained:
         cls = objective_class(name)
-        assert set(cls.encoders) == {"vit", "convnext"} and cls.trains
-        assert cls.default_encoder == ("convnext" if name in ("jepa", "supervised") else "vit"), name
+        codes = {"vit_code", "convnext_code"} if name.startswith("disco") else set()
+        assert set(cls.encoders) == {"vit", "convnext"} | codes and cls.trains
+        assert codes or cls.default_encoder == ("convnext" if name in ("jepa", "supervised") else "vit"), name
 
 
 @pytest.mark.parametrize("backbone", ["vit", "convnext"])

@@ -309,7 +309,7 @@ def test_every_objective_takes_an_encoder_of_another_package(outside, objective)
         (
             "jeppa",
             "unknown objective 'jeppa'; valid: jepa, jepa_ema, jepa_sigreg, mae, forecast, invariance, autoencoder, "
-            'supervised, random, frozen, or "my_package.module:name"',
+            'disco, disco_film, supervised, random, frozen, or "my_package.module:name"',
         ),
         ("lab/losses:Means", "is not of the form"),
         ("lab.loses:Means", "module lab.loses cannot be imported"),

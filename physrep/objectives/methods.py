@@ -23,6 +23,8 @@ OBJECTIVES = {
     "forecast": "physrep.objectives.forecast:Forecast",
     "invariance": "physrep.objectives.invariance:Invariance",
     "autoencoder": "physrep.objectives.autoencoder:AutoEncoder",
+    "disco": "physrep.objectives.disco:Disco",
+    "disco_film": "physrep.objectives.disco:DiscoFilm",
     "supervised": "physrep.objectives.supervised:Supervised",
     "random": "physrep.objectives.supervised:RandomEncoder",
     "frozen": "physrep.objectives.supervised:RandomEncoder",  # an encoder of your own that is only probed

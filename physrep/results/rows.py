@@ -65,12 +65,16 @@ ROWS: tuple[Row, ...] = (
     Row("supervised", "vit", "supervised ViT", "#009E73", "o", cost=3),
     Row("jepa_sigreg", "vit", "JEPA with SIGReg ViT", "#332288", "o", cost=2, main=False),
     Row("autoencoder", "vit", "autoencoder ViT", "#8C6D31", "o", cost=2, main=False),
+    Row("disco", "vit_code", "DISCO ViT", "#88CCEE", "o", cost=2, main=False),
+    Row("disco_film", "vit_code", "DISCO with FiLM ViT", "#117733", "o", cost=2, main=False),
     Row("jepa_ema", "convnext", "masked JEPA ConvNeXt", "#56B4E9", "s", cost=2, main=False),
     Row("jepa_sigreg", "convnext", "JEPA with SIGReg ConvNeXt", "#332288", "s", cost=2, main=False),
     Row("mae", "convnext", "MAE ConvNeXt", "#D55E00", "s", cost=2, main=False),
     Row("forecast", "convnext", "forecast ConvNeXt", "#E69F00", "s", cost=2, main=False),
     Row("invariance", "convnext", "invariance ConvNeXt", "#CC79A7", "s", cost=2, main=False),
     Row("autoencoder", "convnext", "autoencoder ConvNeXt", "#8C6D31", "s", cost=2, main=False),
+    Row("disco", "convnext_code", "DISCO ConvNeXt", "#88CCEE", "s", cost=2, main=False),
+    Row("disco_film", "convnext_code", "DISCO with FiLM ConvNeXt", "#117733", "s", cost=2, main=False),
     Row("supervised", "convnext", "supervised ConvNeXt", "#009E73", "s", cost=2, main=False),
     Row("random", "convnext", "random weights ConvNeXt", "#7A7A7A", "s", finetuned=True, cost=4, kind="random"),
     Row("random", "vit", "random weights ViT", "#7A7A7A", "o", finetuned=True, kind="random"),
@@ -112,7 +116,7 @@ def references_of(rows: Sequence[Row]) -> list[str]:
     return found + [name for name in CONTROLS if any(row.objective == name for row in rows)]
 
 # %% ../../nbs/results/rows.ipynb #be834ba8
-ENCODER_TITLES = {"convnext": "ConvNeXt", "vit": "ViT", "none": ""}
+ENCODER_TITLES = {"convnext": "ConvNeXt", "vit": "ViT", "vit_code": "ViT", "convnext_code": "ConvNeXt", "none": ""}
 PROBE_TITLES = {
     "linear": "linear",
     "knn": "kNN",

@@ -132,9 +132,17 @@ _LAPTOP_ENCODERS = {
     ),
     "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
 }
+
+
+def _with_codes(encoders: Mapping[str, Mapping], code: int) -> dict[str, Mapping]:
+    "Encoders and, of each, the one that gives a code of so many numbers."
+    return {**encoders, **{f"{name}_code": {**config, "code": code} for name, config in encoders.items()}}
+
+
 # as narrow as the ViT; a scale of 1e-6, as for long trainings, keeps it shut for hundreds of updates
 _PREDICTOR = dict(predictor_scale=0.1, predictor_hidden=64)
 _DECODER = dict(decoder_width=64, decoder_depth=2)
+_OPERATOR = dict(frames=2, method="bosh3", width=8, stages=2)  # 12k weights on 32x32
 _LAPTOP_OBJECTIVES = {
     "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, centre=True, **_PREDICTOR),
     "jepa_ema": dict(mask="tube", ratio=0.75, momentum=0.99, predictor_depth=2),
@@ -143,6 +151,8 @@ _LAPTOP_OBJECTIVES = {
     "forecast": dict(frames=8, patch=(4, 4, 4), **_DECODER),
     "invariance": dict(shown=0.5, invariance=25.0, variance=25.0, covariance=1.0, dims=(128, 128, 128)),
     "autoencoder": dict(**_DECODER),
+    "disco": _OPERATOR,
+    "disco_film": _OPERATOR,
     "supervised": dict(head="linear"),
 }
 _PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
@@ -155,10 +165,13 @@ _SMOKE = Preset(
         system: SimPreset(**numbers, draws={"train": (8, 2), "valid": (4, 2), "test": (4, 2)}, n_frames=36)
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
-    encoders={
-        "convnext": _LAPTOP_ENCODERS["convnext"] | dict(widths=(16, 32), depths=(1, 1)),
-        "vit": _LAPTOP_ENCODERS["vit"] | dict(dim=32, depth=1, heads=2),
-    },
+    encoders=_with_codes(
+        {
+            "convnext": _LAPTOP_ENCODERS["convnext"] | dict(widths=(16, 32), depths=(1, 1)),
+            "vit": _LAPTOP_ENCODERS["vit"] | dict(dim=32, depth=1, heads=2),
+        },
+        code=32,
+    ),
     objectives=_LAPTOP_OBJECTIVES,
     train={name: Recipe(steps=6, batch_size=8, lr=1e-3, evaluations=2) for name in _LAPTOP_OBJECTIVES},
     probe_epochs=2,
@@ -180,7 +193,7 @@ _LAPTOP = Preset(
         system: SimPreset(**numbers, draws={"train": (128, 2), "valid": (32, 2), "test": (48, 2)}, n_frames=48)
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
-    encoders=_LAPTOP_ENCODERS,
+    encoders=_with_codes(_LAPTOP_ENCODERS, code=32),
     objectives=_LAPTOP_OBJECTIVES,
     train={
         "jepa-convnext": _three_minutes(steps=750, batch_size=16, lr=1e-3),
@@ -191,6 +204,8 @@ _LAPTOP = Preset(
         "forecast": _three_minutes(steps=2600, batch_size=8, lr=4e-3),
         "invariance": _three_minutes(steps=400, batch_size=64, lr=1e-3),
         "autoencoder": _three_minutes(steps=2000, batch_size=8, lr=2e-3),
+        "disco": _three_minutes(steps=1000, batch_size=8, lr=1e-3),
+        "disco_film": _three_minutes(steps=1000, batch_size=8, lr=1e-3),
         "supervised": _three_minutes(steps=1500, batch_size=16, lr=2e-3),
     },
     probe_epochs=12,
@@ -222,12 +237,14 @@ _GPU = Preset(
             ("active_matter", _MATTER | dict(grid=128, store_grid=128, dt=0.025)),
         )
     },
-    encoders={"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))},
+    encoders=_with_codes({"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))}, code=64),
     objectives={
         "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # not tuned at this size
         "jepa_sigreg": dict(offset=4),
         "mae": dict(ratio=0.75, patch=(2, 8, 8)),
         "invariance": dict(shown=0.5),
+        "disco": dict(stages=4, hidden=64),  # 159k weights, as many as the authors'
+        "disco_film": dict(stages=4, hidden=64),
         **{name: {} for name in ("jepa_ema", "forecast", "autoencoder", "supervised")},
     },
     train={
@@ -238,6 +255,8 @@ _GPU = Preset(
             name: Recipe(steps=3000, batch_size=32, lr=1e-3, precision="bfloat16")
             for name in ("jepa_ema", "mae", "forecast", "autoencoder")
         },
+        "disco": Recipe(steps=3000, batch_size=16, lr=1e-3, precision="bfloat16"),
+        "disco_film": Recipe(steps=3000, batch_size=16, lr=1e-3, precision="bfloat16"),
         "supervised": Recipe(steps=1500, batch_size=32, lr=1e-3, precision="bfloat16"),
     },
 )
@@ -247,11 +266,13 @@ _PAPER = Preset(
     name="paper",
     description="The Well in the paper's configuration: cropped, 224x224",
     sims={},
-    encoders=_PAPER_ENCODERS,
+    encoders=_with_codes(_PAPER_ENCODERS, code=64),
     objectives={
         "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, chunks=5),
         "mae": dict(ratio=0.9, patch=(2, 16, 16)),
         "jepa_ema": dict(ratio=0.9),
+        "disco": dict(stages=4, hidden=64),
+        "disco_film": dict(stages=4, hidden=64),
         "invariance": dict(shown=0.25),  # its losses need many pairs at once
         **{name: {} for name in ("jepa_sigreg", "forecast", "autoencoder", "supervised")},
     },
@@ -266,6 +287,8 @@ _PAPER = Preset(
             "forecast": 16,
             "invariance": 4,
             "autoencoder": 16,
+            "disco": 32,
+            "disco_film": 32,
             "supervised": 16,
         }.items()
     },
@@ -284,7 +307,8 @@ _NATIVE = replace(
     name="native",
     description="The Well on its native grids, otherwise as paper",
     size=None,
-    encoders=_PAPER_ENCODERS | {"convnext": {"recompute": True}},  # 8 clips of 256x512 would take about 70 GB
+    # 8 clips of 256x512 would take about 70 GB
+    encoders=_with_codes(_PAPER_ENCODERS | {"convnext": {"recompute": True}}, code=64),
 )
 
 # %% ../../nbs/training/presets.ipynb #ff418643
