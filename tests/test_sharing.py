@@ -88,7 +88,7 @@ def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
 def test_the_hubs_own_client_reads_the_card(run_folder, tmp_path):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     card = huggingface_hub.ModelCard.load(save_pretrained(run_folder, tmp_path / "mae") / "README.md")
-    assert card.data.library_name == "physrep" and "license" not in card.data
+    assert card.data.library_name == "physrep" and card.data.license is None
     assert [r.metric_value for r in card.data.eval_results] == [0.45, 0.45, 0.5, 0.5]
 
 

@@ -79,8 +79,8 @@ def _data_text(info: Mapping, config: Mapping) -> str:
         draws, flows = data["draws"].get("train", (0, 0))
         ranges = ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in data["ranges"].items())
         return (
-            f"Simulated flows of `{info['system']}`, {draws * flows} for training. Parameters are drawn from these ranges:"
-            f" {ranges}. The solver's grid is {data['grid']}, stored on {data['store_grid']} points per axis,"
+            f"Simulated flows of `{info['system']}`, {draws * flows} for training. Parameters are drawn from these"
+            f" ranges: {ranges}. The solver's grid is {data['grid']}, stored on {data['store_grid']} points per axis,"
             f" with {data['frame_dt']:g} between frames. It has seen no measured data, and no parameters outside of"
             " these ranges."
         )
@@ -130,8 +130,8 @@ features = encoder.embed(fields, dt={dt})
 
 {scores}
 """
-_SCORED = """Labels are z-scored, so always answering the mean scores about 1. Ranges in brackets are 95 % intervals over flows.
-`valid` was used to choose the probes, so its scores are optimistic.
+_SCORED = """Labels are z-scored, so always answering the mean label has a squared error of about 1.
+Numbers in brackets are 95 % intervals over flows. `valid` was used to choose the probes, so its scores are optimistic.
 
 """
 
@@ -261,8 +261,8 @@ def load_encoder(
     revision: str | None = None,  # of the Hub: branch, tag or commit
     trust_code: bool = False,  # True: code of your own packages may build an encoder of the Hub
 ) -> LoadedEncoder:
-    """The frozen encoder at `path`: a run folder, its `encoder.safetensors`, the name of one that comes with physrep, or
-    `hf:user/name`.
+    """The frozen encoder at `path`: a run folder, its `encoder.safetensors`, the name of one that comes with physrep,
+    or `hf:user/name`.
 
     Errors as for `physrep.models.pretrained.load_encoder` and `hub_folder`; ValueError for an encoder of the Hub that
     code outside of physrep builds."""
@@ -277,6 +277,6 @@ def load_encoder(
 def load_probe(
     path: str | Path, name: str = "", *, device: str | torch.device = "cpu", revision: str | None = None
 ) -> Probe:
-    """The probe of that `name` (linear, attentive, ...) beside an encoder, at `path` as for `load_encoder`; or the probe
-    in a file. Errors as for `physrep.probing.frozen.load_probe` and `hub_folder`."""
+    """The probe of that `name` (linear, attentive, ...) beside an encoder, at `path` as for `load_encoder`; or the
+    probe in a file. Errors as for `physrep.probing.frozen.load_probe` and `hub_folder`."""
     return frozen.load_probe(_local(path, revision), name, device=device)
