@@ -34,6 +34,10 @@ setuptools.setup(
     entry_points={"console_scripts": ["physrep = physrep.experiments.command:main"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "download": cfg["download_requirements"].split()},
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        "download": cfg["download_requirements"].split(),
+        "hub": cfg["hub_requirements"].split(),
+    },
     zip_safe=False,
 )
