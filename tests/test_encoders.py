@@ -290,7 +290,7 @@ def test_encoders_of_another_package(outside):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("resnet", "unknown encoder 'resnet'; valid: convnext, vit, or \"my_package.module:name\""),
+        ("resnet", "unknown encoder 'resnet'; valid: convnext, vit, axial, or \"my_package.module:name\""),
         ("lab/nets.py:Mean", "'lab/nets.py' is no dotted name"),
         ("lab.nets:", "'' is no dotted name"),
         ("lab.nets:Mean()", "is no dotted name"),
@@ -316,7 +316,7 @@ def test_short_names_fit_into_folder_names():
 
 
 def test_names_of_the_package():
-    assert {name: encoder_module(name) for name in ENCODERS} == {"convnext": "models.convnext", "vit": "models.vit"}
+    assert {name: encoder_module(name) for name in ENCODERS} == {n: f"models.{n}" for n in ("convnext", "vit", "axial")}
     assert split_name("vit", ENCODERS) == ("physrep.models.vit", "ViT")
 
 

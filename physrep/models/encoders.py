@@ -11,7 +11,11 @@ from torch import nn
 from ..core.places import load_object, split_name
 
 # %% ../../nbs/models/encoders.ipynb #16f26450
-ENCODERS = {"convnext": "physrep.models.convnext:ConvNeXt", "vit": "physrep.models.vit:ViT"}
+ENCODERS = {
+    "convnext": "physrep.models.convnext:ConvNeXt",
+    "vit": "physrep.models.vit:ViT",
+    "axial": "physrep.models.axial:Axial",
+}
 
 # %% ../../nbs/models/encoders.ipynb #42d93d58
 def encoder_module(name: str) -> str:

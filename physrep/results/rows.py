@@ -65,6 +65,7 @@ ROWS: tuple[Row, ...] = (
     Row("supervised", "vit", "supervised ViT", "#009E73", "o", cost=3),
     Row("jepa_sigreg", "vit", "JEPA with SIGReg ViT", "#332288", "o", cost=2, main=False),
     Row("autoencoder", "vit", "autoencoder ViT", "#8C6D31", "o", cost=2, main=False),
+    Row("next_frame", "axial", "next frame axial", "#A50F15", "^", cost=2, main=False),
     Row("jepa_ema", "convnext", "masked JEPA ConvNeXt", "#56B4E9", "s", cost=2, main=False),
     Row("jepa_sigreg", "convnext", "JEPA with SIGReg ConvNeXt", "#332288", "s", cost=2, main=False),
     Row("mae", "convnext", "MAE ConvNeXt", "#D55E00", "s", cost=2, main=False),
