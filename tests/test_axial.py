@@ -266,8 +266,8 @@ def test_gate_and_loss_are_in_the_same_units(target, frames):
     assert found["mean"] == pytest.approx(
         float(((asked - asked.mean()).square().mean((2, 3, 4)) / size).mean()), rel=1e-4
     )
-    assert found["own"] == pytest.approx(float(parts["loss"]), rel=1e-5) and objective.training
-    assert float(parts["relative"]) == pytest.approx(found["own"] / found["persistence"], rel=1e-4)
+    assert found["own"] == pytest.approx(parts["loss"].item(), rel=1e-5) and objective.training
+    assert parts["relative"].item() == pytest.approx(found["own"] / found["persistence"], rel=1e-4)
 
 
 def test_the_presets_train_it_and_count_its_operations():

@@ -72,7 +72,7 @@ class AxisAttention(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.norm_q = nn.LayerNorm(dim // heads, eps=1e-6)
-        self.norm_k = nn.LayerNorm(dim // heads, eps=1e-6)
+        self.norm_k = nn.LayerNorm(dim // heads, eps=1e-6, bias=False)  # softmax would not see it
         self.bias = RelativeBias(heads, **bias)
         self.proj = nn.Linear(dim, dim)
         self.scale = nn.Parameter(torch.full((dim,), float(layer_scale)))
