@@ -11,6 +11,7 @@ from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.views import ViewBatches
 from physrep.data.windows import Windows
+from physrep.models.axial import Axial
 from physrep.models.convnext import ConvNeXt
 from physrep.models.vit import ViT, patchify
 from physrep.objectives.composite import Composite
@@ -34,6 +35,8 @@ def same_start():
 def encoder(name: str = "vit") -> nn.Module:
     if name == "vit":
         return ViT(4, dim=24, depth=2, heads=2, tubelet=(2, 4, 4))
+    if name == "axial":
+        return Axial(4, dim=24, depth=1, heads=2, strides=(2, 2), layer_scale=0.1)
     stem = dict(stem_kernel=(2, 4, 4), stem_stride=(2, 4, 4))
     return ConvNeXt(4, widths=(12, 24), depths=(1, 1), strides=((2, 1, 1),), layer_scale=0.1, **stem)
 
@@ -47,17 +50,20 @@ def pairs(b: int = 4) -> dict:
 
 
 def test_the_table_and_its_order():
-    trained = ["jepa", "jepa_ema", "jepa_sigreg", "mae", "forecast", "invariance", "autoencoder"]
+    pixels = ["mae", "forecast", "next_frame"]
+    trained = ["jepa", "jepa_ema", "jepa_sigreg", *pixels, "invariance", "autoencoder"]
     trained += ["disco", "disco_film", "supervised"]
     assert list(OBJECTIVES) == [*trained, "random", "frozen"]
+    defaults = {"jepa": "convnext", "supervised": "convnext", "next_frame": "axial"}
+    defaults |= {"disco": "vit_code", "disco_film": "vit_code"}
     for name in trained:
         cls = objective_class(name)
-        codes = {"vit_code", "convnext_code"} if name.startswith("disco") else set()
-        assert set(cls.encoders) == {"vit", "convnext"} | codes and cls.trains
-        assert codes or cls.default_encoder == ("convnext" if name in ("jepa", "supervised") else "vit"), name
+        codes = {"convnext_code"} if name.startswith("disco") else set()
+        assert cls.default_encoder == defaults.get(name, "vit"), name
+        assert set(cls.encoders) == {"vit", "convnext", cls.default_encoder} | codes and cls.trains
 
 
-@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("backbone", ["vit", "convnext", "axial"])
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if objective_class(n).trains])
 def test_every_method_trains_every_encoder_by_its_name(name, backbone):
     objective = build_objective(name, encoder(backbone), **FIT, **OPTIONS.get(name, {}))

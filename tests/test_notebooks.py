@@ -157,7 +157,7 @@ def test_pretrain_piped_makes_missing_data(tmp_path):
         (("-p", "objectiv", "mae"), "unknown parameter objectiv; this notebook has: system, objective"),
         (
             ("-p", "objective", "mea"),
-            "unknown objective 'mea'; valid: jepa, jepa_ema, jepa_sigreg, mae, forecast, invariance, ",
+            "unknown objective 'mea'; valid: jepa, jepa_ema, jepa_sigreg, mae, forecast, next_frame, ",
         ),
         (("-p", "steps", "many"), "parameter steps must be int"),
         (("-p", "system", "acoustics"), "unknown system 'acoustics'; valid: "),

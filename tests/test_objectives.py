@@ -282,7 +282,7 @@ def test_objectives_of_another_package(outside):
     objective(make_batch(8))["loss"].backward()
     with pytest.raises(ValueError, match="has no coefficient wieght; it has: weight"):
         build_objective(name, make_encoder("vit"), system=SHEAR, shape=SHAPE, wieght=0.5)
-    with pytest.raises(ValueError, match="does not take encoder 'resnet'; it takes: convnext, vit"):
+    with pytest.raises(ValueError, match="does not take encoder 'resnet'; it takes: convnext, vit, axial"):
         check_pair(name, "resnet")
 
 
@@ -308,8 +308,8 @@ def test_every_objective_takes_an_encoder_of_another_package(outside, objective)
     [
         (
             "jeppa",
-            "unknown objective 'jeppa'; valid: jepa, jepa_ema, jepa_sigreg, mae, forecast, invariance, autoencoder, "
-            'disco, disco_film, supervised, random, frozen, or "my_package.module:name"',
+            "unknown objective 'jeppa'; valid: jepa, jepa_ema, jepa_sigreg, mae, forecast, next_frame, invariance, "
+            'autoencoder, disco, disco_film, supervised, random, frozen, or "my_package.module:name"',
         ),
         ("lab/losses:Means", "is not of the form"),
         ("lab.loses:Means", "module lab.loses cannot be imported"),

@@ -80,7 +80,7 @@ rows:
         ("{objective: jepa}", "encoder missing; a row has an objective and an encoder"),
         ("{title: x}", "objective and encoder missing"),
         ("{objective: jepb, encoder: vit}", "unknown objective 'jepb'; valid: jepa, jepa_ema"),
-        ("{objective: jepa, encoder: vti}", "unknown encoder 'vti'; valid: convnext, vit"),
+        ("{objective: jepa, encoder: vti}", "unknown encoder 'vti'; valid: convnext, vit, axial"),
         ("{objective: jepa, encoder: 'x.y'}", "unknown encoder 'x.y'"),
         ("{objective: jepa, encoder: vit, color: reddish}", "color 'reddish' is none; write for example '#E69F00'"),
         ("{objective: jepa, encoder: vit, marker: '%'}", "marker '%' is none of matplotlib's"),

@@ -14,6 +14,7 @@ from ..core.places import load_object, split_name
 ENCODERS = {
     "convnext": "physrep.models.convnext:ConvNeXt",
     "vit": "physrep.models.vit:ViT",
+    "axial": "physrep.models.axial:Axial",
     "vit_code": "physrep.models.code:vit_code",
     "convnext_code": "physrep.models.code:convnext_code",
 }

@@ -21,6 +21,7 @@ OBJECTIVES = {
     "jepa_sigreg": "physrep.objectives.jepa_sigreg:JEPASig",
     "mae": "physrep.objectives.mae:MAE",
     "forecast": "physrep.objectives.forecast:Forecast",
+    "next_frame": "physrep.objectives.next_frame:NextFrame",
     "invariance": "physrep.objectives.invariance:Invariance",
     "autoencoder": "physrep.objectives.autoencoder:AutoEncoder",
     "disco": "physrep.objectives.disco:Disco",

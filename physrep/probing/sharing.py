@@ -131,7 +131,7 @@ features = encoder.embed(fields, dt={dt})
 {scores}
 """
 _SCORED = """Labels are z-scored, so always answering the mean label has a squared error of about 1.
-Numbers in brackets are 95 % intervals over flows. `valid` was used to choose the probes, so its scores are optimistic.
+Numbers in brackets are 95 % intervals. `valid` was used to choose the probes, so its scores are optimistic.
 
 """
 

@@ -65,6 +65,7 @@ ROWS: tuple[Row, ...] = (
     Row("supervised", "vit", "supervised ViT", "#009E73", "o", cost=3),
     Row("jepa_sigreg", "vit", "JEPA with SIGReg ViT", "#332288", "o", cost=2, main=False),
     Row("autoencoder", "vit", "autoencoder ViT", "#8C6D31", "o", cost=2, main=False),
+    Row("next_frame", "axial", "next frame axial", "#A50F15", "^", cost=2, main=False),
     Row("disco", "vit_code", "DISCO ViT", "#88CCEE", "o", cost=2, main=False),
     Row("disco_film", "vit_code", "DISCO with FiLM ViT", "#117733", "o", cost=2, main=False),
     Row("jepa_ema", "convnext", "masked JEPA ConvNeXt", "#56B4E9", "s", cost=2, main=False),

@@ -131,12 +131,13 @@ _LAPTOP_ENCODERS = {
         stem_norm="none",  # a norm right after the stem hides the amplitude of every patch
     ),
     "vit": dict(dim=64, depth=4, heads=2, tubelet=(4, 4, 4), temperature=30.0),
+    "axial": dict(dim=64, depth=4, heads=2, strides=(2, 2), layer_scale=0.1),
 }
 
 
 def _with_codes(encoders: Mapping[str, Mapping], code: int) -> dict[str, Mapping]:
-    "Encoders and, of each, the one that gives a code of so many numbers."
-    return {**encoders, **{f"{name}_code": {**config, "code": code} for name, config in encoders.items()}}
+    "Encoders and, of ConvNeXt and ViT, the one that gives a code of so many numbers."
+    return {**encoders, **{f"{name}_code": {**encoders[name], "code": code} for name in ("convnext", "vit")}}
 
 
 # as narrow as the ViT; a scale of 1e-6, as for long trainings, keeps it shut for hundreds of updates
@@ -149,13 +150,18 @@ _LAPTOP_OBJECTIVES = {
     "jepa_sigreg": dict(offset=16, sigreg=0.05, centre=True, predictor_scale=0.1, predictor_width=64),
     "mae": dict(ratio=0.75, patch=(4, 4, 4), **_DECODER),
     "forecast": dict(frames=8, patch=(4, 4, 4), **_DECODER),
+    "next_frame": dict(target="change", **_DECODER),
     "invariance": dict(shown=0.5, invariance=25.0, variance=25.0, covariance=1.0, dims=(128, 128, 128)),
     "autoencoder": dict(**_DECODER),
     "disco": _OPERATOR,
     "disco_film": _OPERATOR,
     "supervised": dict(head="linear"),
 }
-_PAPER_ENCODERS = {"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16))}
+_PAPER_ENCODERS = {
+    "convnext": {},
+    "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16)),
+    "axial": dict(dim=192, depth=12, heads=3, strides=(4, 2, 2), layer_scale=1e-2),  # AViT-Ti, 7 million weights
+}
 
 # %% ../../nbs/training/presets.ipynb #239d41ee
 _SMOKE = Preset(
@@ -169,6 +175,7 @@ _SMOKE = Preset(
         {
             "convnext": _LAPTOP_ENCODERS["convnext"] | dict(widths=(16, 32), depths=(1, 1)),
             "vit": _LAPTOP_ENCODERS["vit"] | dict(dim=32, depth=1, heads=2),
+            "axial": _LAPTOP_ENCODERS["axial"] | dict(dim=32, depth=1),
         },
         code=32,
     ),
@@ -202,6 +209,7 @@ _LAPTOP = Preset(
         "jepa_sigreg": _three_minutes(steps=550, batch_size=16, lr=1e-3),
         "mae": _three_minutes(steps=3200, batch_size=8, lr=2e-3),
         "forecast": _three_minutes(steps=2600, batch_size=8, lr=4e-3),
+        "next_frame": _three_minutes(steps=450, batch_size=8, lr=2e-3),
         "invariance": _three_minutes(steps=400, batch_size=64, lr=1e-3),
         "autoencoder": _three_minutes(steps=2000, batch_size=8, lr=2e-3),
         "disco": _three_minutes(steps=1000, batch_size=8, lr=1e-3),
@@ -237,7 +245,14 @@ _GPU = Preset(
             ("active_matter", _MATTER | dict(grid=128, store_grid=128, dt=0.025)),
         )
     },
-    encoders=_with_codes({"convnext": {}, "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8))}, code=64),
+    encoders=_with_codes(
+        {
+            "convnext": {},
+            "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8)),
+            "axial": _PAPER_ENCODERS["axial"] | dict(strides=(2, 2, 2)),
+        },
+        code=64,
+    ),
     objectives={
         "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # not tuned at this size
         "jepa_sigreg": dict(offset=4),
@@ -245,7 +260,7 @@ _GPU = Preset(
         "invariance": dict(shown=0.5),
         "disco": dict(stages=4, hidden=64),  # 159k weights, as many as the authors'
         "disco_film": dict(stages=4, hidden=64),
-        **{name: {} for name in ("jepa_ema", "forecast", "autoencoder", "supervised")},
+        **{name: {} for name in ("jepa_ema", "forecast", "next_frame", "autoencoder", "supervised")},
     },
     train={
         "jepa": Recipe(steps=1500, batch_size=16, lr=1e-3, precision="bfloat16"),
@@ -253,7 +268,7 @@ _GPU = Preset(
         "invariance": Recipe(steps=1500, batch_size=128, lr=1e-3, precision="bfloat16"),
         **{
             name: Recipe(steps=3000, batch_size=32, lr=1e-3, precision="bfloat16")
-            for name in ("jepa_ema", "mae", "forecast", "autoencoder")
+            for name in ("jepa_ema", "mae", "forecast", "next_frame", "autoencoder")
         },
         "disco": Recipe(steps=3000, batch_size=16, lr=1e-3, precision="bfloat16"),
         "disco_film": Recipe(steps=3000, batch_size=16, lr=1e-3, precision="bfloat16"),
@@ -274,7 +289,7 @@ _PAPER = Preset(
         "disco": dict(stages=4, hidden=64),
         "disco_film": dict(stages=4, hidden=64),
         "invariance": dict(shown=0.25),  # its losses need many pairs at once
-        **{name: {} for name in ("jepa_sigreg", "forecast", "autoencoder", "supervised")},
+        **{name: {} for name in ("jepa_sigreg", "forecast", "next_frame", "autoencoder", "supervised")},
     },
     train={
         # 6 epochs of about 32k windows at 256 windows an update, and the paper's cosine
@@ -285,6 +300,7 @@ _PAPER = Preset(
             "jepa_sigreg": 32,
             "mae": 8,
             "forecast": 16,
+            "next_frame": 32,
             "invariance": 4,
             "autoencoder": 16,
             "disco": 32,
