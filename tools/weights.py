@@ -6,7 +6,11 @@ from physrep.models.pretrained import SHIPPED, load_encoder
 from physrep.probing.frozen import load_probe
 from physrep.training.run import resolve
 
-SHIPPED_ROWS = [("active_matter", "mae", "vit"), ("rayleigh_benard", "invariance", "vit"), ("shear_flow", "forecast", "vit")]
+SHIPPED_ROWS = [
+    ("active_matter", "mae", "vit"),
+    ("rayleigh_benard", "invariance", "vit"),
+    ("shear_flow", "forecast", "vit"),
+]
 FILES = ("encoder.safetensors", "probe-linear.safetensors", "probe-attentive.safetensors")
 
 if __name__ == "__main__":
