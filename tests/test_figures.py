@@ -124,7 +124,7 @@ def test_seeds_are_dots_and_the_baselines_are_rows():
         assert "statistics + spectra, best probe" in [t.get_text() for t in fig.legends[0].get_texts()]
     fig = plot_table1(summary, "shear_flow")
     assert [t.get_text() for t in fig.legends[0].get_texts()][:2] == [
-        "test, 95 % interval over flows and seeds",
+        "test, 95 % interval, seeds included",
         "its seeds",
     ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..core.files import read_json
 from ..physics.systems import SYSTEMS
@@ -75,6 +76,9 @@ def plot_curves(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
             ax.set_xscale("symlog", linthresh=20)
             ax.set_xlim(left=0)
             ax.set(yscale="log", xlabel="windows seen", title=SYSTEMS[system].title if system in SYSTEMS else system)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel("online error on valid\n(z-scored, mean of labels)")
         handles = {h.get_label(): h for ax in axes for h in ax.get_lines()}
         fig.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)

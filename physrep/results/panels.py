@@ -138,7 +138,7 @@ def _legend_items(measured: pd.DataFrame) -> list[tuple[Line2D, str]]:
     "What the marks of measured rows mean, of those that are drawn."
     dot = {"color": "#555555", "marker": "o", "ms": 5.2}
     several = measured.seeds.max() > 1
-    items = [(Line2D([], [], lw=1.6, **dot), f"test, 95 % interval over flows{' and seeds' if several else ''}")]
+    items = [(Line2D([], [], lw=1.6, **dot), f"test, 95 % interval{', seeds included' if several else ''}")]
     if several:
         items.append((Line2D([], [], color="#555555", marker=".", ms=3.2, ls=""), "its seeds"))
     return items
