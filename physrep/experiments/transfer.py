@@ -173,7 +173,12 @@ def across_differences(scored: Mapping[tuple[str, str], Sequence[Path]]) -> pd.D
     return pd.DataFrame(lines)
 
 # %% ../../nbs/experiments/transfer.ipynb #da267a1e
-_MARKS = {"attentive": ("o", True, -0.22), "linear": ("o", False, 0.0), "knn": ("x", True, 0.22)}  # filled, height
+_MARKS = {  # probe -> marker, whether it is filled, height
+    "attentive": ("o", True, -0.27),
+    "kernel": ("s", True, -0.09),
+    "linear": ("o", False, 0.09),
+    "knn": ("x", True, 0.27),
+}
 _LIMIT = 1.3  # of the axis; what is beyond is drawn there
 
 
@@ -208,5 +213,5 @@ def plot_across(table: pd.DataFrame, objective: str) -> Figure:
         marks = [
             axes[0].plot([], [], m, mfc="#555555" if filled else "white", **look)[0] for m, filled, _ in _MARKS.values()
         ]
-        fig.legend(marks, [f"{PROBE_TITLES[p]} probe" for p in _MARKS], loc="outside lower center", ncol=3)
+        fig.legend(marks, [f"{PROBE_TITLES[p]} probe" for p in _MARKS], loc="outside lower center", ncol=4)
     return fig
