@@ -51,7 +51,7 @@ def base_runs(name: str, runs: Sequence[Run]) -> list[Run]:
 # %% ../../nbs/experiments/ablations.ipynb #5ee40eb9
 def variant_differences(runs: Mapping[str, Sequence[Run]], run_dir: str | Path | None = None) -> pd.DataFrame:
     """The error of each variant minus that of its row on the same flows: rows of `comparison.compare` with the columns
-    that `forest.plot_differences` wants. `runs` are those of `train_variants`; the row must be probed already."""
+    that `forest.plot_groups` wants. `runs` are those of `train_variants`; the row must be probed already."""
     found = []
     for name, variant in runs.items():
         folders = [run.folder(run_dir) for run in variant]
@@ -61,7 +61,7 @@ def variant_differences(runs: Mapping[str, Sequence[Run]], run_dir: str | Path |
         about = {"system": variant[0].system.name, "objective": variant[0].objective, "encoder": variant[0].encoder}
         about |= {"labelled_flows": info["labelled_flows"], "draw": info["draw"]}
         text = [interval_text(*numbers) for numbers in zip(pair.difference, pair.low, pair.high)]
-        reference = f"{title_of(*base.row)}\nvariant: {check_variant(name).title}"
+        reference = f"{title_of(*base.row)}:\n{check_variant(name).title}"
         found.append(pair.assign(**about, reference=reference, variant=name, text=text))
     return pd.concat(found, ignore_index=True)
 
