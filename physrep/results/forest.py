@@ -6,7 +6,6 @@
 __all__ = ['is_clear', 'plot_differences', 'plot_systems_differences', 'plot_groups']
 
 # %% ../../nbs/results/forest.ipynb #56b71084
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -155,8 +154,9 @@ def _name_groups(ax: Axes, names: Sequence[str], colors: Sequence[str], size: in
         if i % 2 == 0:
             ax.axhspan(top - 0.1, top - size - 0.9, color="#eeeeee", lw=0, zorder=0)
         where = {"ha": "right", "va": "center", "fontsize": 7.2, "color": color, "fontweight": "bold"}
-        text = "\n".join(textwrap.fill(line, 30) for line in name.splitlines())
-        ax.text(-0.22, top - 0.5 - size / 2, text, transform=ax.get_yaxis_transform(), **where)
+        middle = (0, top - 0.5 - size / 2)
+        away = {"xytext": (-62, 0), "textcoords": "offset points"}  # beyond the names of the lines
+        ax.annotate(name, middle, xycoords=ax.get_yaxis_transform(), **away, **where)
 
 
 def plot_groups(df: pd.DataFrame, *, label: str = "mean", rows: Sequence[Row] = ROWS) -> Figure:
