@@ -18,14 +18,14 @@ from physrep.probing.records import write_result
 from physrep.probing.sharing import hub_folder, save_pretrained
 from physrep.training.run import resolve
 
-NAME = "shear_flow-mae-vit"
+NAME = "shear_flow-forecast-vit"
 
 
 @pytest.fixture()
 def run_folder(tmp_path):
     "A finished run: encoder, probes, configuration, scores."
     folder = shutil.copytree(SHIPPED / NAME, tmp_path / "run")
-    (folder / "config.json").write_text(json.dumps(resolve("shear_flow", "mae", "vit", "laptop").as_dict()))
+    (folder / "config.json").write_text(json.dumps(resolve("shear_flow", "forecast", "vit", "laptop").as_dict()))
     rows = [
         row(split=s, label=label, value=v)
         for s, v in (("valid", 0.45), ("test", 0.5))
@@ -103,7 +103,7 @@ def test_an_encoder_without_records_says_so(tmp_path):
 
 def test_a_probe_of_another_encoder_is_not_published(run_folder, tmp_path):
     shutil.copyfile(
-        SHIPPED / "shear_flow-supervised-vit" / "probe-linear.safetensors", run_folder / "probe-linear.safetensors"
+        SHIPPED / "active_matter-mae-vit" / "probe-linear.safetensors", run_folder / "probe-linear.safetensors"
     )
     with pytest.raises(ValueError, match="probe-linear.safetensors was fitted on another encoder"):
         save_pretrained(run_folder, tmp_path / "mae")

@@ -134,6 +134,14 @@ class PatchStem(nn.Module):
 NORMALISE = ("set", "sample")
 
 
+def _check_normalise(normalise: str, statistics: bool) -> None:
+    "ValueError for an unknown name, and for statistics of what is not taken away."
+    if normalise not in NORMALISE:
+        raise ValueError(f"unknown normalise {normalise!r}; valid: {', '.join(NORMALISE)}")
+    if statistics and normalise != "sample":
+        raise ValueError("statistics hands back what normalise='sample' takes away; 'set' takes nothing away")
+
+
 def standardised(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Clips `(b, c, t, h, w)` with mean 0 and std 1 in each sample and channel, and what was taken away.
 
@@ -159,6 +167,15 @@ def periodic_axes(system: System) -> tuple[bool, bool]:
     first, second = (boundary == "periodic" for boundary in system.boundary)
     return first, second
 
+
+def _decided(periodic: tuple[bool, bool] | None, system: System) -> tuple[bool, bool]:
+    "The axes that wrap: those given, or else those of the system; ValueError for a wrap across a wall."
+    real = periodic_axes(system)
+    wraps = real if periodic is None else periodic
+    if any(one and not there for one, there in zip(wraps, real)):
+        raise ValueError(f"periodic={wraps} wraps across a wall: {system.name} has {system.boundary}")
+    return wraps
+
 # %% ../../nbs/models/axial.ipynb #7e1ac5a7
 class Axial(nn.Module):
     """Axial transformer `(b, c, t, h, w) -> (b, n, d)`, one token a patch and frame, in (t h w) order.
@@ -183,10 +200,7 @@ class Axial(nn.Module):
         statistics: bool = False,  # with 'sample': what was taken away is added to every token
     ):
         super().__init__()
-        if normalise not in NORMALISE:
-            raise ValueError(f"unknown normalise {normalise!r}; valid: {', '.join(NORMALISE)}")
-        if statistics and normalise != "sample":
-            raise ValueError("statistics hands back what normalise='sample' takes away; 'set' takes nothing away")
+        _check_normalise(normalise, statistics)
         options = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, buckets=buckets, max_distance=max_distance)
         self.in_channels = in_channels
         self.dim = dim
@@ -208,21 +222,15 @@ class Axial(nn.Module):
 
     def wrap_for(self, system: System) -> None:
         "Wraps the axes along which `system` is periodic, if nobody has decided; ValueError for a wrap across a wall."
-        real = periodic_axes(system)
-        if self.periodic is None:
-            self.periodic = real
-            self.config["periodic"] = list(real)
-        if any(wraps and not there for wraps, there in zip(self.periodic, real)):
-            raise ValueError(f"periodic={self.periodic} wraps across a wall: {system.name} has {system.boundary}")
+        self.periodic = _decided(self.periodic, system)
+        self.config["periodic"] = list(self.periodic)
 
     def forward(self, x: Tensor) -> Tensor:
         "Clip `(b, c, t, h, w)` to tokens `(b, n, d)`."
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected a clip (b, {self.in_channels}, t, h, w), got {tuple(x.shape)}")
         self.grid(x.shape[2:])
-        taken = None
-        if self.normalise == "sample":
-            x, taken = standardised(x)
+        x, taken = standardised(x) if self.normalise == "sample" else (x, None)
         x = self.stem(x)
         for block in self.blocks:
             x = block(x, self.periodic or (False, False))

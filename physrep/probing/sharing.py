@@ -135,7 +135,7 @@ Numbers in brackets are 95 % intervals. `valid` was used to choose the probes, s
 
 """
 
-
+# %% ../../nbs/probing/sharing.ipynb #93f1c0b7
 def model_card(
     name: str,
     encoder: LoadedEncoder,
