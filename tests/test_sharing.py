@@ -68,7 +68,7 @@ def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
     facts = yaml.safe_load(front)
     parameters = sum(p.numel() for p in physrep.load_encoder(NAME).encoder.parameters())
     assert facts["license"] == "apache-2.0" and facts["library_name"] == "physrep"
-    assert facts["physrep"]["objective"] == "mae" and facts["physrep"]["parameters"] == parameters
+    assert facts["physrep"]["objective"] == "forecast" and facts["physrep"]["parameters"] == parameters
     metrics = [r["metrics"][0] for r in facts["model-index"][0]["results"]]
     assert [m["value"] for m in metrics] == [0.45, 0.45, 0.5, 0.5]
     assert metrics[0]["args"] == {"low": 0.4, "high": 0.6, "n": 100}
