@@ -1,10 +1,11 @@
-"""What several test files need: a row of results, and what Snakemake would do."""
+"""What several test files need: a row of results, a short training, and what Snakemake would do."""
 
 import math
 import subprocess
 import sys
 
 import pandas as pd
+import torch
 
 from physrep.core.paths import project_root
 
@@ -51,3 +52,17 @@ def dry_run(*options: str, preset: str, data: str) -> subprocess.CompletedProces
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", *options]
     command += ["--quiet", "host", "--config", f"preset={preset}", f"data={data}"]
     return subprocess.run(command, cwd=project_root(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def losses_in_training(objective: torch.nn.Module, batches, steps: int = 12) -> list[float]:
+    "The loss on the first batch after each of some updates."
+    first = next(batches(0))
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        objective(next(batches(step)))["loss"].backward()
+        optimizer.step()
+        objective.after_step(step + 1, steps)
+        losses.append(float(objective(first)["loss"].detach()))
+    return losses

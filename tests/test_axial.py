@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import losses_in_training
 from torch import nn
 from torch.nn import functional as F
 
@@ -295,14 +296,7 @@ def test_it_trains_from_files_and_is_finetuned(smoke_data):
     windows = Windows(smoke_data, SHEAR, "train", frames=9, stride=4)
     scaling["scaler"] = LabelScaler.fit(SHEAR, windows.labels)
     batches = Batches(windows, batch_size=8, augment=True, **scaling)
-    first = next(batches(0))
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
-    losses = []
-    for step in range(12):
-        optimizer.zero_grad()
-        objective(next(batches(step)))["loss"].backward()
-        optimizer.step()
-        losses.append(float(objective(first)["loss"].detach()))
+    losses = losses_in_training(objective, batches)
     assert losses[-1] < losses[0]
     normaliser = scaling["normaliser"]
     facts = dict(system=SHEAR.name, channels=SHEAR.channels, shape=[8, 32, 32], dt=None, name="axial")

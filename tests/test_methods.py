@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import losses_in_training
 from torch import nn
 
 from physrep.core.randomness import sample_seeds
@@ -176,15 +177,7 @@ def test_controls_of_invariance_train_from_files(of, smoke_data):
     labels = windows.labels[here[:, 0]] == windows.labels[there[:, 0]]
     assert labels.all() and same_flow.all() == (of != "labels") and same_flow.any() == (of != "labels")
     assert of == "labels" or (apart == 0 if of == "window" else apart >= 8).all()
-    first = next(batches(0))
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
-    losses = []
-    for step in range(12):
-        optimizer.zero_grad()
-        objective(next(batches(step)))["loss"].backward()
-        optimizer.step()
-        objective.after_step(step + 1, 12)
-        losses.append(float(objective(first)["loss"].detach()))
+    losses = losses_in_training(objective, batches)
     assert losses[-1] < losses[0]
 
 
