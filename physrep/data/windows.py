@@ -72,7 +72,7 @@ def _load(
 
 # %% ../../nbs/data/windows.ipynb #0d15b75f
 class Trajectories:
-    """The trajectories of one split, from memory or from their files.
+    """The trajectories of one split, or of several as `train+unlabelled`, from memory or from their files.
 
     `labels (n_trajectories, n_labels)` are physical values (float64) in the system's order. `groups (n_trajectories,)`
     int64 are equal for trajectories that share an initial condition (and the labels in `System.group`).
@@ -86,13 +86,13 @@ class Trajectories:
         *,
         crop: tuple[tuple[int, int], tuple[int, int]] | None = None,  # ((x0, x1), (y0, y1)) grid points
         in_memory: bool | None = None,  # default: if the split is smaller than `memory_limit`
-        memory_limit: int = 2**28,  # bytes; larger splits are read from the files, which costs milliseconds a batch
+        memory_limit: int = 2**29,  # bytes; larger splits are read from the files, which costs milliseconds a batch
     ):
         self.system = get_system(system) if isinstance(system, str) else system
         self.root = Path(root)
         self.split = split
         self.crop = crop
-        self.paths = find_files(root, self.system, split)
+        self.paths = [path for part in split.split("+") for path in find_files(root, self.system, part)]
         self.files = [WellFile(p, self.system) for p in self.paths]
         self.trajectories = [(f, i) for f, file in enumerate(self.files) for i in range(file.n_trajectories)]
         self.labels = np.concatenate([file.label_table() for file in self.files])
@@ -133,7 +133,7 @@ class Trajectories:
 
 # %% ../../nbs/data/windows.ipynb #6a7712ea
 class Windows(Trajectories, Dataset):
-    """All windows of `frames` frames of the trajectories of one split, starting every `stride` frames.
+    """All windows of `frames` frames of the trajectories of one split (or several), starting every `stride` frames.
 
     `options` go to `Trajectories`. `index (n, 2)` lists (trajectory, first frame) of every window, `shape` is
     `(c, t, h, w)` of each. Raises ValueError if no trajectory is long enough."""

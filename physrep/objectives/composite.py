@@ -208,7 +208,7 @@ class Composite(Parts):
     "An objective from its parts, for contiguous clips `(b, c, frames, h, w)`, or for batches with `views`."
 
     default_encoder = "vit"
-    encoders: tuple[str, ...] = ("vit", "convnext")
+    encoders: tuple[str, ...] = ("vit", "convnext", "axial")
     trains = True
 
     def answer(self, batch: dict) -> tuple[Answer, tuple[torch.Tensor, torch.Tensor | None]]:

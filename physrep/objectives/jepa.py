@@ -23,7 +23,7 @@ class JEPA(Composite):
     VICReg's. ValueError for options out of range."""
 
     default_encoder = "convnext"
-    encoders = ("convnext", "vit")
+    encoders = ("convnext", "vit", "axial")
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class MAE(Composite):
     He et al. (2022), Tong et al. (2022)."""
 
     default_encoder = "vit"
-    encoders = ("vit", "convnext")
+    encoders = ("vit", "convnext", "axial")
 
     def __init__(
         self,

@@ -24,8 +24,8 @@ class Supervised(nn.Module):
     ValueError for an unknown head, and for channels or a shape that the encoder does not take."""
 
     default_encoder = "convnext"
-    encoders = ("convnext", "vit")
     trains = True
+    reads_labels = True
 
     def __init__(
         self,
@@ -71,7 +71,6 @@ class RandomEncoder(nn.Module):
     "An encoder as it is initialised. It is not trained: `forward` raises RuntimeError."
 
     default_encoder = "convnext"
-    encoders = ("convnext", "vit")
     trains = False
 
     def __init__(self, encoder: nn.Module, *, system: System, shape: tuple[int, int, int]):

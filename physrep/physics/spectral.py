@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RULES', 'check_pair', 'check_grid', 'SpectralGrid', 'spectral_grid', 'to_spectrum', 'to_field', 'resize_spectrum',
            'damp', 'SimulationBlewUp', 'suggest_dt', 'check_seeds', 'check_numbers', 'check_dtype', 'check_store_grid',
-           'check_initial', 'Schedule', 'schedule', 'batch_size', 'run_names', 'check_alive', 'save_frames']
+           'initial_states', 'check_initial', 'Schedule', 'schedule', 'batch_size', 'run_names', 'check_alive',
+           'save_frames']
 
 # %% ../../nbs/physics/spectral.ipynb #c2fece54
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,6 +175,13 @@ def check_store_grid(store_grid: int | tuple[int, int] | None, shape: tuple[int,
     if stored[0] > shape[0] or stored[1] > shape[1]:
         raise ValueError(f"store_grid {stored} is finer than the grid {shape} that is solved on")
     return stored
+
+
+def initial_states(families: Mapping[str, Callable], family: str, seeds: Sequence[int], grid) -> torch.Tensor:
+    "Spectra of the initial conditions of these seeds, from a family of them by its name; ValueError for an unknown one."
+    if family not in families:
+        raise ValueError(f"unknown family of initial conditions {family!r}; valid: {', '.join(families)}")
+    return families[family](seeds, grid)
 
 
 def check_initial(initial: tuple, names: tuple[str, str], shape: tuple[int, int, int]) -> list[torch.Tensor]:

@@ -76,10 +76,10 @@ def _data_text(info: Mapping, config: Mapping) -> str:
     "What the encoder was trained on, as far as it is recorded."
     data = config.get("data", {})
     if "ranges" in data:
-        draws, flows = data["draws"].get("train", (0, 0))
+        number = sum(draws * flows for split, (draws, flows) in data["draws"].items() if split != "valid")
         ranges = ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in data["ranges"].items())
         return (
-            f"Simulated flows of `{info['system']}`, {draws * flows} for training. Parameters are drawn from these"
+            f"Simulated flows of `{info['system']}`, {number} for training. Parameters are drawn from these"
             f" ranges: {ranges}. The solver's grid is {data['grid']}, stored on {data['store_grid']} points per axis,"
             f" with {data['frame_dt']:g} between frames. It has seen no measured data, and no parameters outside of"
             " these ranges."

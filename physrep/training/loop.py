@@ -74,6 +74,7 @@ class Recipe:
     clip_norm: float = 1.0  # largest norm of the gradient
     accumulate: int = 1  # micro-batches an update
     precision: str = "float32"  # or "bfloat16": autocast; losses that need statistics take them in float32
+    unlabelled: bool = True  # train on the split `unlabelled` too, where there is one and the objective reads no labels
     evaluations: int = 10  # on held-out windows
     checkpoint_seconds: float = 30.0  # wall time between checkpoints
 

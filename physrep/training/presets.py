@@ -114,6 +114,11 @@ _SHEAR_RANGES = {"Reynolds": (400.0, 3200.0), "Schmidt": (0.25, 2.0)}
 _SHEAR = dict(ranges=_SHEAR_RANGES, grid=64, store_grid=32, frame_dt=0.2, dt=0.025)
 _CONVECTION_RANGES = {"Prandtl": (0.5, 4.0), "Rayleigh": (1e4, 1e6)}
 _CONVECTION = dict(ranges=_CONVECTION_RANGES, grid=(64, 40), store_grid=32, frame_dt=0.5, dt=0.01, box=(2.0, 1.0))
+# split -> (draws of the parameters, flows of each). Probes never see the labels of `unlabelled`.
+_SMOKE_DRAWS = {"train": (8, 2), "unlabelled": (4, 2), "valid": (4, 2), "test": (4, 2), "shifted": (4, 2)}
+_LAPTOP_DRAWS = {"train": (128, 2), "unlabelled": (128, 2), "valid": (32, 2), "test": (48, 2), "shifted": (24, 2)}
+_GPU_DRAWS = {"train": (384, 2), "unlabelled": (384, 2), "valid": (48, 2), "test": (96, 2), "shifted": (24, 2)}
+_FAMILIES = {"shifted": "shifted"}  # split -> family of initial conditions; the others are "standard"
 _MATTER_RANGES = {"alpha": (-5.0, -1.0), "zeta": (1.0, 5.0)}
 _MATTER = dict(ranges=_MATTER_RANGES, grid=48, store_grid=32, frame_dt=0.25, dt=0.05, box=(5.0, 5.0))
 
@@ -168,7 +173,7 @@ _SMOKE = Preset(
     name="smoke",
     description="a few minutes; shows that everything runs, its numbers mean nothing",
     sims={
-        system: SimPreset(**numbers, draws={"train": (8, 2), "valid": (4, 2), "test": (4, 2)}, n_frames=36)
+        system: SimPreset(**numbers, draws=_SMOKE_DRAWS, families=_FAMILIES, n_frames=36)
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
     encoders=_with_codes(
@@ -197,7 +202,7 @@ _LAPTOP = Preset(
     name="laptop",
     description="two cores, no GPU: what `make reproduce` runs",
     sims={
-        system: SimPreset(**numbers, draws={"train": (128, 2), "valid": (32, 2), "test": (48, 2)}, n_frames=48)
+        system: SimPreset(**numbers, draws=_LAPTOP_DRAWS, families=_FAMILIES, n_frames=48)
         for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
     },
     encoders=_with_codes(_LAPTOP_ENCODERS, code=32),
@@ -229,7 +234,7 @@ _GPU = Preset(
     name="gpu",
     description="one GPU: the paper's encoder on 128x128 simulations",
     sims={
-        system: SimPreset(**numbers, draws={"train": (384, 2), "valid": (48, 2), "test": (96, 2)}, n_frames=48)
+        system: SimPreset(**numbers, draws=_GPU_DRAWS, families=_FAMILIES, n_frames=48)
         for system, numbers in (
             (
                 "shear_flow",

@@ -74,8 +74,10 @@ class Session:
 
 # %% ../../nbs/training/pretrain.ipynb #6fe52dac
 def training_windows(run: Run, data_dir: str | Path) -> dict[str, Windows]:
-    "The windows that a run is trained on and evaluated with: `train` and `valid`."
-    return load_splits(run, data_dir, ("train", "valid"), frames=run.window_frames, stride=run.clip.stride)
+    "The windows that a run is trained on, called `train`, and evaluated with, called `valid`; see `Run.trained_on`."
+    options = dict(frames=run.window_frames, stride=run.clip.stride)
+    found = load_splits(run, data_dir, (run.trained_on, "valid"), **options)
+    return {"train": found[run.trained_on], "valid": found["valid"]}
 
 
 def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cpu") -> dict[str, Batches]:

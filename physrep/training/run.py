@@ -100,6 +100,19 @@ class Setup:
         return self._asked[1] if any(v.start is None or v.own_symmetry for v in self._asked[1]) else ()
 
     @property
+    def reads_labels(self) -> bool:
+        "Whether training uses labels: of a supervised encoder, or of flows with equal labels as a control."
+        cls = objective_class(self.objective)
+        return bool(getattr(cls, "reads_labels", False)) or any(view.of == "labels" for view in self._asked[1])
+
+    @property
+    def trained_on(self) -> str:
+        "The splits of training as `Windows` takes them: `train`, or `train+unlabelled` for what reads no labels."
+        more = isinstance(self.data, SimPreset) and "unlabelled" in self.data.splits
+        wanted = more and self.recipe is not None and self.recipe.unlabelled and not self.reads_labels
+        return "train+unlabelled" if wanted else "train"
+
+    @property
     def modules(self) -> tuple[str, ...]:
         "The modules that a run depends on: the loop, its encoder, its objective, its solver."
         solver = [SOLVERS[self.system.name]] if self.simulated else []
@@ -128,13 +141,19 @@ class Run(Setup):
             "coefficients": dict(self.coefficients),
             "recipe": self.recipe.decisive() if self.recipe else {},
             "clip": asdict(self.clip),
-            "data": asdict(self.data),
+            "data": asdict(self._seen),
         }
         if self.system.name not in SYSTEMS:  # one of your own: what it is decides numbers, too
             config["definition"] = asdict(self.system)
         if self.preset.paper_labels:  # transforms and constants of the labels are the paper's
             config["paper_labels"] = {label.name: label.log for label in self.system.labels}
         return json.loads(json.dumps(config))
+
+    @property
+    def _seen(self) -> SimPreset | Stored:
+        "What is known of the data that training, its normalisation and its watching see: another split changes no run."
+        seen = (*self.trained_on.split("+"), "train", "valid")
+        return self.data.only(seen) if isinstance(self.data, SimPreset) else self.data
 
     @property
     def hash(self) -> str:
@@ -309,5 +328,7 @@ def build(run: Run) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed_for("encoder", run.encoder, run.seed))
         encoder = build_encoder(run.encoder, in_channels=run.system.n_channels, **run.encoder_config)
+        if hasattr(encoder, "wrap_for"):  # which axes are periodic
+            encoder.wrap_for(run.system)
         torch.manual_seed(seed_for("objective", run.objective, run.seed))
         return build_objective(run.objective, encoder, system=run.system, shape=run.clip_shape, **run.coefficients)
