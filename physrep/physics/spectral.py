@@ -178,7 +178,7 @@ def check_store_grid(store_grid: int | tuple[int, int] | None, shape: tuple[int,
 
 
 def initial_states(families: Mapping[str, Callable], family: str, seeds: Sequence[int], grid) -> torch.Tensor:
-    "Spectra of the initial conditions of these seeds, from a family of them by its name; ValueError for an unknown one."
+    "Spectra of the initial conditions of these seeds, of a family by its name; ValueError for an unknown one."
     if family not in families:
         raise ValueError(f"unknown family of initial conditions {family!r}; valid: {', '.join(families)}")
     return families[family](seeds, grid)
