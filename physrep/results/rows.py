@@ -168,7 +168,7 @@ def marker_of(encoder: str, objective: str | None = None, rows: Sequence[Row] = 
 
 # %% ../../nbs/results/rows.ipynb #83ca1b72
 PROBE_ORDER = tuple(PROBE_TITLES)
-SPLIT_ORDER = ("valid", "test")
+SPLIT_ORDER = ("valid", "test", "shifted", "refitted")
 
 
 def ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:
