@@ -114,6 +114,7 @@ ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_
 ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "frozen")]
 PREDICTED = [row for row in TABLE_ROWS if row.kind == "predictions"]
 SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked in SYSTEMS.values()}) == 1
+SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
 
 for system, asked in SYSTEMS.items():
@@ -207,6 +208,13 @@ rule table1:
     params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
+# few labels, and flows that start in another way
+rule data_efficiency:
+    input: RESULTS
+    output: figures("data_efficiency", *(["table1_shifted", "shift"] if SHIFTED_TOO else []))
+    params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
+    shell: "{params.command}"
+
 # the same flows at twice the resolution, read by the same encoders and probes
 rule resolution:
     input: RESULTS + REFINED
@@ -290,6 +298,7 @@ rule all:
     default_target: True
     input:
         rules.table1.output,
+        rules.data_efficiency.output,
         rules.regimes.output if BUILT_IN and not ONLY else [],
         rules.across.output if BUILT_IN and len(SYSTEMS) > 1 and SAME_GRID and not ONLY else [],
         rules.resolution.output if len(REFINED) == len(SYSTEMS) and not ONLY else [],
