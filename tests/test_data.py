@@ -24,12 +24,14 @@ from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.physics import rayleigh_benard
+from physrep.physics.oracle import equation_oracle
 from physrep.physics.shear_flow import simulate
 from physrep.physics.systems import get_system
 from physrep.training.presets import get_preset
 
 SHEAR = get_system("shear_flow")
 SIM = get_preset("smoke").sim("shear_flow")
+BARE = SIM.only(())  # without splits
 
 
 def fingerprints(folder):
@@ -68,7 +70,7 @@ def test_a_refined_set_holds_the_same_flows():
 
 
 def test_splits_differ_in_all_that_is_drawn():
-    sim = replace(SIM, draws=dict.fromkeys(("train", "valid", "test"), (6, 1)))
+    sim = replace(BARE, draws=dict.fromkeys(("train", "valid", "test"), (6, 1)))
     drawn = [draw_parameters("shear_flow", sim, split) for split in sim.draws]
     assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
     assert drawn[0] != draw_parameters("shear_flow", replace(sim, draws={"train": (7, 1)}), "train")[:6]
@@ -90,8 +92,51 @@ def test_files_made_together_are_those_made_alone(system, tmp_path):
 def test_batches_hold_every_file_once():
     files = plan("shear_flow", SIM)
     batches = _batches(files, FLOWS_A_CALL["cpu"])
-    assert sum(batches, []) == files and [sum(len(f.seeds) for f in b) for b in batches] == [16, 16]
+    assert sum(batches, []) == files and all(len({f.split for f in b}) == 1 for b in batches)
+    assert [sum(len(f.seeds) for f in b) for b in batches] == [16, 8, 8, 8, 8]
     assert [len(b) for b in _batches(files, 1)] == [1] * len(files) and _batches([], 4) == []
+
+
+def test_a_set_grows_by_a_split_and_keeps_the_others(tmp_path):
+    sim = replace(BARE, draws={"train": (3, 2), "test": (2, 1)}, n_frames=3)
+    folder = make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.hdf5")}
+    grown = replace(sim, draws={**sim.draws, "shifted": (2, 2)}, families={"shifted": "shifted"})
+    make_dataset("shear_flow", grown, tmp_path, workers=1, progress=False)
+    after = {p: p.stat().st_mtime_ns for p in folder.rglob("*.hdf5")}
+    assert before.items() < after.items() and len(after) == 3 + 2 + 2
+    make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)  # a preset without it finds what it wants
+    make_dataset("shear_flow", grown, tmp_path, workers=1, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.hdf5")} == after
+    for other in (replace(grown, families={}), replace(grown, version=1), replace(grown, frame_dt=0.4)):
+        with pytest.raises(ValueError, match="holds data that were made differently"):
+            make_dataset("shear_flow", other, tmp_path, workers=1, progress=False)
+
+
+@pytest.mark.parametrize("system", ["shear_flow", "rayleigh_benard", "active_matter"])
+def test_shifted_flows_start_in_another_way_and_obey_the_same_equations(system, tmp_path):
+    about = get_system(system)
+    sim = replace(get_preset("laptop").sim(system).only(()), draws={"test": (4, 1), "shifted": (4, 1)}, n_frames=16)
+    make_dataset(system, replace(sim, families={"shifted": "shifted"}), tmp_path, workers=1, progress=False)
+    spread = {}
+    for split in ("test", "shifted"):
+        w = Windows(tmp_path, about, split, frames=16)
+        clips = w.read(np.arange(4)).numpy()
+        file = w.files[0]
+        found = equation_oracle(
+            clips, system=about, dt=file.dt, spacing=file.spacing, heights=w.positions, periodic=None
+        )
+        scaler = LabelScaler.fit(about, np.array([list(ends) for ends in sim.ranges.values()]).T)
+        error = (scaler.transform(found) - scaler.transform(w.targets(np.arange(4)))) ** 2
+        assert error.mean() < 0.05, "the equations have the same coefficients whatever the start"
+        spread[split] = clips[:, :, 0].std(2).mean((0, 2))  # along x, as they start
+    ratio = spread["shifted"] / spread["test"].clip(1e-9)
+    assert (np.abs(np.log(ratio[spread["test"] > 1e-9])) > 0.2).any(), "another family of starts"
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="unknown family of initial conditions 'wild'; valid: standard, shifted"):
+        simulate(400.0, 1.0, [0], n_frames=2, family="wild")
 
 
 def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
@@ -115,7 +160,7 @@ def test_killed_simulation_is_finished_and_the_same(tmp_path, smoke_data):
 
 
 def test_two_processes_make_the_same_data(tmp_path):
-    sim = replace(SIM, draws={"train": (9, 2), "valid": (2, 1), "test": (1, 2)}, n_frames=4)
+    sim = replace(BARE, draws={"train": (9, 2), "valid": (2, 1), "test": (1, 2)}, n_frames=4)
     one, two = (
         make_dataset("shear_flow", sim, tmp_path / "1", workers=1, progress=False),
         make_dataset("shear_flow", sim, tmp_path / "2", workers=2, progress=False),
@@ -124,7 +169,7 @@ def test_two_processes_make_the_same_data(tmp_path):
 
 
 def test_out_of_time_is_an_error_that_can_be_resumed(tmp_path):
-    sim = replace(SIM, draws={"train": (8, 2), "valid": (2, 1), "test": (2, 1)}, n_frames=3)
+    sim = replace(BARE, draws={"train": (8, 2), "valid": (2, 1), "test": (2, 1)}, n_frames=3)
     with pytest.raises(TimeoutError, match=": 8 of 12 files of .* are done; call it again"):
         make_dataset("shear_flow", sim, tmp_path, workers=1, minutes=1e-6, progress=False)
     make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
@@ -142,14 +187,14 @@ def test_time_steps_of_preset_gpu_hold_for_its_fastest_flows(system, pair, tmp_p
     sim = get_preset("gpu").sim(system)
     assert all(value in sim.ranges[name] for name, value in pair.items())
     corner = {name: (value,) for name, value in pair.items()}
-    sim = replace(sim, draws={}, grid_values=corner, counts={"train": 2}, n_frames=24)
+    sim = replace(sim.only(()), grid_values=corner, counts={"train": 2}, n_frames=24)
     make_dataset(system, sim, tmp_path, workers=1, progress=False)  # raises SimulationBlewUp otherwise
 
 
 def test_new_code_makes_the_data_anew(tmp_path):
     from physrep.core.files import read_json, write_json
 
-    sim = replace(SIM, draws={"train": (2, 1), "valid": (1, 1), "test": (1, 1)}, n_frames=3)
+    sim = replace(BARE, draws={"train": (2, 1), "valid": (1, 1), "test": (1, 1)}, n_frames=3)
     folder = make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
     before = fingerprints(folder)
     victim = sorted((folder / "data/train").iterdir())[0]

@@ -37,7 +37,10 @@ SCHEMA: dict[str, tuple[type, str]] = {
         str,
         "linear, knn, kernel, attentive; head (a supervised run's own), finetune; oracle, constant",
     ),
-    "split": (str, "split that is scored: valid (used to select, optimistic) or test"),
+    "split": (
+        str,
+        "valid (used to select, optimistic), test or shifted; refitted: shifted, by a probe that was fitted there",
+    ),
     "label": (str, "name of the label, or mean: the average over the labels of the system"),
     "seed": (int, "initialisation, order of the windows and probe, at fixed data"),
     "labelled_flows": (int, "number of labelled training flows that the probe was given"),

@@ -1,0 +1,113 @@
+"""Probes of few labelled flows: which flows, how they are chosen without a validation set, and what is written."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from physrep.data.scaling import LabelScaler
+from physrep.physics.systems import get_system
+from physrep.probing.evaluate import FEW, score_run
+from physrep.probing.features import Features
+from physrep.probing.few_labels import draw_flows, fit_attentive_on_few, fit_few, of_flows, score_few, score_refitted
+from physrep.probing.frozen import AttentiveRecipe
+from physrep.probing.records import read_results
+from physrep.results.data_efficiency import plot_data_efficiency, plot_shift, read_few
+from physrep.training.pretrain import pretrain
+from physrep.training.run import resolve
+
+SYSTEM = get_system("shear_flow")
+ABOUT = dict(system="shear_flow", objective="mae", encoder="vit", seed=0, run="r")
+
+
+def toy(flows: int = 40, noise: float = 0.05, seed: int = 0) -> Features:
+    "Three windows a flow, four tokens a window; the labels are linear in the mean token."
+    rng = np.random.default_rng(seed)
+    logs = rng.uniform((2.6, -0.6), (3.5, 0.3), (flows, 2)).repeat(3, 0)
+    mean = np.column_stack([logs, rng.normal(size=(3 * flows, 3))])
+    tokens = mean[:, None] + rng.normal(0, noise, (3 * flows, 4, 5))
+    return Features(torch.from_numpy(tokens.astype("float32")), 10**logs, np.arange(flows).repeat(3))
+
+
+def test_draws_are_whole_flows_stratified_and_the_same_for_every_encoder():
+    features = toy()
+    scaler = LabelScaler.fit(SYSTEM, features.labels)
+    other = Features(torch.randn(120, 1, 7), features.labels, features.groups)
+    for number in (2, 8, 40):
+        flows = [draw_flows(features, scaler, number, k) for k in range(3)]
+        assert all(len(set(f)) == number for f in flows)
+        assert np.array_equal(flows[1], draw_flows(other, scaler, number, 1))
+        assert number == 40 or set(flows[0]) != set(flows[1])
+        assert len(of_flows(features, flows[0])) == 3 * number
+    labels = scaler.transform(of_flows(features, draw_flows(features, scaler, 8)).labels)
+    assert (np.ptp(labels, axis=0) > 0.7 * np.ptp(scaler.transform(features.labels), axis=0)).all()
+    for wrong in (0, 41):
+        with pytest.raises(ValueError, match=f"from 1 to the 40 flows that have labels, got {wrong}"):
+            draw_flows(features, scaler, wrong)
+
+
+@pytest.mark.parametrize("name", ["linear", "knn", "kernel"])
+def test_what_is_chosen_leaves_flows_out(name):
+    features = toy(16, noise=0.3)
+    scaler = LabelScaler.fit(SYSTEM, features.labels)
+    probe = fit_few(name, features, scaler)
+    assert probe.name == name and np.isfinite(probe.predict(features)).all()
+    # a flow's windows are copies of each other: whoever leaves windows out in place of flows chooses one neighbour
+    copies = Features(torch.randn(16, 1, 5).repeat_interleave(3, 0), features.labels, features.groups)
+    if name == "knn":
+        assert fit_few(name, copies, scaler).chosen["k"] > 1
+    with pytest.raises(ValueError, match="at least two flows"):
+        fit_few(name, of_flows(features, np.array([3])), scaler)
+
+
+def test_probes_without_candidates_are_refused():
+    features = toy(8)
+    with pytest.raises(ValueError, match="no candidates of probe 'constant'"):
+        fit_few("constant", features, LabelScaler.fit(SYSTEM, features.labels))
+
+
+def test_errors_fall_with_flows_and_valid_is_never_read():
+    train, test = toy(64), toy(30, seed=1)
+    scaler = LabelScaler.fit(SYSTEM, train.labels)
+    attentive = partial(fit_attentive_on_few, updates=6, recipe=AttentiveRecipe(batch_size=8, head={"heads": 1}), seed=0)
+    options = dict(attentive=attentive, attentive_on=8)
+    splits = {"train": train, "valid": None, "test": test}  # reading `valid` would fail
+    rows = score_few(splits, {"test": test.groups}, scaler, {8: 2, 32: 1, 64: 3}, ABOUT, **options)
+    mean = {
+        (r["probe"], r["labelled_flows"], r["draw"]): r["value"]
+        for r in rows
+        if (r["label"], r["metric"]) == ("mean", "mse")
+    }
+    assert set(mean) == {(p, n, k) for p in ("linear", "knn", "kernel") for n, k in ((8, 0), (8, 1), (32, 0))} | {
+        ("attentive", 8, 0)
+    }, "all flows are no few flows"
+    assert mean["knn", 32, 0] < mean["knn", 8, 0] and mean["linear", 32, 0] < 0.05
+
+
+def test_a_drifted_read_out_is_told_from_lost_information():
+    features = toy(24)
+    groups = features.groups // 2  # two flows a draw
+    scaler = LabelScaler.fit(SYSTEM, features.labels)
+    drifted = Features(-features.tokens, features.labels, features.groups)
+    lost = Features(torch.randn_like(features.tokens), features.labels, features.groups)
+    errors = []
+    for shifted in (drifted, lost):
+        rows = score_refitted(shifted, groups, scaler, ABOUT, probes=["linear"])
+        assert {r["split"] for r in rows} == {"refitted"} and rows[0]["labelled_flows"] == 12
+        errors.append(next(r["value"] for r in rows if (r["label"], r["metric"]) == ("mean", "mse")))
+    assert errors[0] < 0.05 and errors[1] > 0.7
+
+
+def test_a_run_has_its_rows_of_few_flows(smoke_data, tmp_path):
+    run = resolve("shear_flow", "random", "vit", "smoke")
+    folder = pretrain(run, smoke_data, tmp_path, progress=False, say=lambda _: None)
+    scored = score_run(run, smoke_data, tmp_path, progress=False)
+    assert {row["split"] for row in scored.rows} == {"valid", "test", "shifted"}
+    rows = read_results([folder / "few.json"])
+    assert set(rows.split) == {"test", "shifted", "refitted"}
+    few = rows[rows.split == "test"]
+    assert set(zip(few.labelled_flows, few.draw)) == {(8, k) for k in range(FEW[8])}, "16 flows are all of them"
+    table = read_few([folder])
+    assert set(table.labelled_flows) == {4, 8, 16} and "valid" not in set(table.split)
+    assert len(plot_data_efficiency(table).axes) == 2 and len(plot_shift(table).axes) == 1
