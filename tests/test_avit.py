@@ -10,6 +10,7 @@ from physrep.models.elsewhere import MPP_FIELDS, field_columns, load_avit
 from physrep.models.pretrained import load_encoder, save_encoder
 from physrep.physics.systems import SYSTEMS
 from physrep.probing.evaluate import own_encoder
+from physrep.probing.sharing import BUILDERS
 from physrep.training.run import resolve
 
 DIM, HEADS, DEPTH = 16, 2, 2
@@ -243,6 +244,7 @@ def test_it_is_an_encoder_of_this_package(tmp_path):
     x = torch.randn(2, 4, 2, 32, 32, generator=torch.Generator().manual_seed(1))
     facts = dict(system="rayleigh_benard", mean=torch.zeros(4), std=torch.ones(4), shape=(2, 32, 32), dt=0.2)
     save_encoder(tmp_path / "encoder.safetensors", encoder, "physrep.models.avit:AViT", **facts)
+    assert "physrep.models.avit:AViT" in BUILDERS, "so that the Hub's files need no code of others"
     reader = {"path": str(tmp_path / "a.pth"), "statistics": True}
     run = resolve("rayleigh_benard", "frozen", "physrep.models.elsewhere:load_avit", "smoke", encoder_config=reader)
     with torch.no_grad():
