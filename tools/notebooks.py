@@ -31,6 +31,7 @@ SHOWN = {
     "05b_resolution": "resolution",
     "05c_machines": "machines",
     "05d_leakage": "leakage",
+    "07_rollout": "rollout",
     "08a_tuning": "tuning",
     "08b_ablations": "ablations",
     "08c_across_systems": "across",
