@@ -147,8 +147,9 @@ def test_units_are_those_of_the_run(system):
 @pytest.fixture(scope="module")
 def flows(smoke_data) -> Flows:
     train, test = (Windows(smoke_data, "shear_flow", s, frames=n, stride=36) for s, n in (("train", 1), ("test", 20)))
-    std = Normaliser.load(test.root, test.system).std.double().numpy()
-    return Flows(test, train, start=8, steps=12, size=None, variance=std**2)
+    norm = Normaliser.load(test.root, test.system)
+    statistics = dict(mean=norm.mean.double().numpy(), variance=norm.std.double().numpy() ** 2)
+    return Flows(test, train, start=8, steps=12, size=None, **statistics)
 
 
 class Truth:
@@ -208,11 +209,16 @@ def test_errors_of_a_walled_layer_and_of_tensors():
         s = get_system(name)
         windows = type("W", (), dict(system=s, grid=(8, 8), whole=(True, True), positions=None, boundary=s.boundary))()
         windows.files = [type("F", (), dict(spacing=(0.25, 0.125), path="x"))()]
-        here = Flows(windows, windows, 1, 2, None, np.ones(s.n_channels))
+        here = Flows(windows, windows, 1, 2, None, 5 * np.ones(s.n_channels), np.ones(s.n_channels))
         x, y = rng.normal(size=(2, 3, s.n_channels, 2, 8, 8))
         found = frame_errors(x, y, here)
         assert found["vrmse"].shape == (3, fields, 2) and found["predicted energy"].shape == (3, 1, 2)
         assert np.allclose(found["vrmse"][:, -1], vrmse(x, y)[:, s.channel_slice(s.fields[-1].name)].mean(1), rtol=1e-6)
+        far = frame_errors(x + 5, y + 5, here)
+        assert np.allclose(
+            far["nmse_1"],
+            np.stack([spectral_errors(x, y)[1][:, s.channel_slice(f.name), :, 0].mean(1) for f in s.fields], 1),
+        ), "the mean of the set is no part of a spectrum"
         assert [len(p) for p in grid_points(windows, (4, 4))] == [4, 4]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..data.batches import resize
 from ..data.scaling import Normaliser
@@ -107,6 +107,7 @@ class Flows:
     start: int  # frames before the first predicted one
     steps: int  # frames to predict
     size: int | None  # resized to size x size
+    mean: np.ndarray  # (c,), of the training set: it is no part of a spectrum
     variance: np.ndarray  # (c,), of the training set: what floors are a share of
 
     def __len__(self) -> int:
@@ -172,8 +173,9 @@ def flows_of(run: Run, data_dir: str | Path, split: str = "test", *, start: int 
     options = dict(frames=start + steps, stride=max(lengths))
     windows = load_splits(run, data_dir, (split,), **options)[split]
     train = load_splits(run, data_dir, ("train",), frames=1, stride=max(lengths))["train"]
-    variance = Normaliser.load(windows.root, run.system).std.double().numpy() ** 2
-    return Flows(windows, train, start, steps, run.clip.size, variance)
+    norm = Normaliser.load(windows.root, run.system)
+    statistics = (norm.mean.double().numpy(), norm.std.double().numpy() ** 2)
+    return Flows(windows, train, start, steps, run.clip.size, *statistics)
 
 # %% ../../nbs/experiments/rollout.ipynb #410f95c5
 FLOOR = 1e-3
@@ -213,9 +215,9 @@ def _velocity(system: System) -> slice | None:
 def frame_errors(predicted: np.ndarray, true: np.ndarray, flows: Flows) -> dict[str, np.ndarray]:
     """Metric -> errors `(b, fields, steps)` of predicted fields `(b, c, steps, h, w)`, and energies `(b, 1, steps)` as
     they are, of `predicted` and `true`, if the system has a velocity."""
-    variance = flows.variance[:, None]
+    mean, variance = flows.mean[:, None, None, None], flows.variance[:, None]
     found = {"vrmse": _by_field(vrmse(predicted, true, floor=FLOOR * variance), flows.system)}
-    _, relative = spectral_errors(predicted, true, floor=SPECTRAL_FLOOR * variance)
+    _, relative = spectral_errors(predicted - mean, true - mean, floor=SPECTRAL_FLOOR * variance)
     found |= {name: _by_field(relative[..., i], flows.system) for i, name in enumerate(BINS)}
     where = _velocity(flows.system)
     if where is not None:
