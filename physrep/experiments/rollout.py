@@ -6,7 +6,7 @@
 __all__ = ['EMULATORS', 'PERSISTENCE', 'FLOOR', 'SPECTRAL_FLOOR', 'BINS', 'INVARIANTS', 'SPANS', 'emulator_rows', 'finished_runs',
            'in_units', 'load_emulator', 'Flows', 'grid_points', 'flows_of', 'Rolled', 'shown_steps', 'frame_errors',
            'flow_spectra', 'roll_out', 'roll_out_all', 'summarise', 'floored_share', 'rollout_table', 'spectra_table',
-           'span_table', 'lasting', 'example_table', 'emulation_against_probe']
+           'span_table', 'in_words', 'example_table', 'emulation_against_probe']
 
 # %% ../../nbs/experiments/rollout.ipynb #1302f533
 import math
@@ -397,24 +397,19 @@ def span_table(table: pd.DataFrame, metric: str = "vrmse", spans: Sequence[tuple
     return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/rollout.ipynb #65a347c2
-def lasting(table: pd.DataFrame) -> list[str]:
-    "A line a system and method: for how many frames its median VRMSE, mean over fields, is the lower one."
+def in_words(table: pd.DataFrame) -> list[str]:
+    "A line a system and method: in how many frames its median VRMSE, mean over fields and seeds, is the lower one."
     rows = table[table.metric == "vrmse"]
     lines = []
     for system, one in rows.groupby("system", sort=False):
         by_step = one.pivot_table(index="step", columns="method", values="median", aggfunc="mean", sort=False)
         for method in (m for m in by_step.columns if m != PERSISTENCE):
-            counts = [_first_frames(by_step[method] < limit) for limit in (by_step[PERSISTENCE], 1.0)]
+            still, mean = ((by_step[method] < limit).sum() for limit in (by_step[PERSISTENCE], 1.0))
             lines.append(
-                f"{system}, {method}: better than persistence for the first {counts[0]} of {len(by_step)} frames, "
-                f"and than the mean of the fields for {counts[1]}"
+                f"{system}, {method}: of {len(by_step)} frames the error is below that of persistence in {still}, and "
+                f"below that of the mean of the fields in {mean}"
             )
     return lines
-
-
-def _first_frames(holds: pd.Series) -> int:
-    "How many values from the first on are True."
-    return int(holds.cummin().sum())
 
 
 def example_table(
