@@ -12,7 +12,7 @@ __all__ = ['EMULATORS', 'PERSISTENCE', 'FLOOR', 'SPECTRAL_FLOOR', 'BINS', 'INVAR
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +246,11 @@ def flow_spectra(x: np.ndarray, flows: Flows) -> tuple[np.ndarray, np.ndarray]:
     return k, np.where(bad[..., None], np.inf, power)
 
 # %% ../../nbs/experiments/rollout.ipynb #627dd5c5
+def _advance(bar: tqdm, flows: int, frames: int) -> None:
+    "Moves a progress bar that counts frames of single flows."
+    bar.update(flows * frames)
+
+
 def roll_out(
     method: str,
     emulator: Emulator | None,  # in physical units; None: the truth itself, whose spectra and frames are kept
@@ -272,7 +277,7 @@ def roll_out(
             true, together = flows.read(part, device), len(part)
             predicted = true[:, :, flows.start :]
             if emulator is not None:
-                tell = lambda n, together=together: bar.update(n * together)
+                tell = partial(_advance, bar, together)
                 predicted = rollout(emulator, true[:, :, : flows.start], flows.steps, on_frames=tell)
                 here, there = (x.double().cpu().numpy() for x in (predicted, true[:, :, flows.start :]))
                 errors.append(frame_errors(here, there, flows))
