@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data tune ablations machines bench figures verify test test-all lint format notebooks readme weights models clean
+.PHONY: help setup reproduce data tune ablations machines rollout bench figures verify test test-all lint format notebooks readme weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -77,6 +77,12 @@ machines: TARGET = machines
 machines: $(READY)  ## one row again with other threads and instructions: how far numbers move from machine to machine; some minutes after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) machines
+	@$(KEEP)
+
+rollout: TARGET = rollout
+rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows that can, and train those that are missing; half an hour after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) rollout rollout_spectra rollout_drift rollout_frames rollout_probes
 	@$(KEEP)
 
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else

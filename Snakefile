@@ -20,6 +20,7 @@ from physrep.core.paths import default_data_dir, project_root
 from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
 from physrep.data.sets import find_files
+from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.tuning import ENCODER_FROM, WALKS, log_path
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
@@ -113,6 +114,7 @@ SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))}
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "frozen")]
 PREDICTED = [row for row in TABLE_ROWS if row.kind == "predictions"]
+EMULATED = emulator_rows()  # what `make rollout` needs besides: rows of the table or not, they are trained and probed alike
 SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked in SYSTEMS.values()}) == 1
 SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
@@ -170,11 +172,12 @@ for system, runs_in, about in PLACES:
                 params: command=f"{shlex.quote(sys.executable)} -m physrep.experiments.command compare"
                 shell: f"{{params.command}} {{input.csv:q}} --reference $(dirname {{input.reference:q}}) --into $(dirname {{output:q}})"
 
-    for row in ENCODED:  # all seeds of a row in one job: starting one costs as much as a probe
+    # all seeds of a row in one job: starting one costs as much as a probe
+    for row in [*ENCODED, *(row for row in EMULATED if row not in ENCODED)]:
         runs = [run_of(row, asked, PRESET, seed, DATA) for seed in PRESET.seeds]
         name, values = f"{tag}{system}-{row_name(row)}", dict(system=asked, **row_values(row), **SEEDS, **about)
         trained, results = ([run.folder(runs_in) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
-        into += results
+        into += results if row in ENCODED else []
         OF_ROW.setdefault(row.pair, []).extend(results if runs_in is None else [])
         if row.kind == "trained":  # where nothing is trained, probing makes the run
             rule:
@@ -245,6 +248,14 @@ rule regimes:
     params: code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN)
     threads: JOB_THREADS
     priority: 1  # the longest of the last
+    shell: "{params.command}"
+
+# `make rollout`: predictions fed back, of the rows whose objective predicts frames
+rule rollout:
+    input: [result for row in EMULATED for result in OF_ROW[row.pair]]
+    output: figures("rollout", "rollout_spectra", "rollout_drift", "rollout_frames", "rollout_probes")
+    params: code=stage("07_rollout", "experiments.rollout_figures") + PROBING, command=papermill("07_rollout", "rollout", **SHOWN)
+    threads: JOB_THREADS
     shell: "{params.command}"
 
 # `make machines`: one row again, with other threads and other instructions

@@ -32,6 +32,7 @@ SHOWN = {
     "05c_machines": "machines",
     "05d_leakage": "leakage",
     "06_data_efficiency": "data_efficiency",
+    "07_rollout": "rollout",
     "08a_tuning": "tuning",
     "08b_ablations": "ablations",
     "08c_across_systems": "across",
