@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data tune ablations machines rollout bench figures verify test test-all lint format notebooks readme weights models clean
+.PHONY: help setup reproduce data study tune ablations machines rollout bench figures verify test test-all lint format notebooks readme weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -60,6 +60,10 @@ reproduce: $(READY)  ## simulate, pretrain, probe, draw every table and figure, 
 data: TARGET = simulated
 data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
+
+study: $(READY)  ## everything that trains an encoder for a figure (reproduce, ablations, rollout, machines), after a list of it with its cost; hours
+	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
+	@$(MAKE) --no-print-directory reproduce && $(MAKE) --no-print-directory ablations && $(MAKE) --no-print-directory rollout && $(MAKE) --no-print-directory machines
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
