@@ -58,13 +58,13 @@ class Notebook:
                 opening.append(re.split(r"^## ", c.source, maxsplit=1, flags=re.M)[0])
                 if "\n## " in f"\n{c.source}":
                     break
-        return "At the end you " in "\n".join(opening)
+        return "at the end you " in " ".join(" ".join(opening).split()).lower()
 
     @cached_property
     def next(self) -> str:
-        "The line `**Next:** ...` of the notebook itself; empty if it has none."
+        "Where the notebook itself says to go on, a line `**Next:** ...` or a section at the end; empty if it does not."
         lines = [x for c in self.cells[-2:] if c.cell_type == "markdown" for x in c.source.splitlines()]
-        return next((x for x in lines if x.startswith("**Next:**")), "")
+        return next((x for x in lines if x.startswith(("**Next:**", "## Where to go next"))), "")
 
     @cached_property
     def module(self) -> str:
@@ -206,4 +206,4 @@ def relative(target: str, page: str) -> str:
 
 def jupyter_slug(title: str) -> str:
     "The anchor of a heading, as Jupyter and GitHub's view of notebooks make it: `Where to go` is `Where-to-go`."
-    return title.strip().replace(" ", "-")
+    return re.sub(r"[`*]", "", title).strip().replace(" ", "-")
