@@ -35,7 +35,9 @@ def anchors_of(path: Path) -> set[str]:
     "The anchors of the headings of a notebook or page."
     headings = [h for text in cells_of(path) for h in re.findall(r"^#+ (.+)$", text, re.M)]
     slugs = {contents.jupyter_slug(h) for h in headings}
-    return slugs if path.suffix == ".ipynb" else {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    return (
+        slugs if path.suffix == ".ipynb" else {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    )
 
 
 def broken_links(path: Path) -> list[str]:
@@ -90,7 +92,11 @@ def toctree_entries(path: Path) -> list[str]:
 
 
 def test_toctrees_hold_every_page_once(source):
-    pages = {p.relative_to(source).with_suffix("").as_posix(): p for p in source.rglob("*.*") if p.suffix in (".md", ".ipynb", ".rst")}
+    pages = {
+        p.relative_to(source).with_suffix("").as_posix(): p
+        for p in source.rglob("*.*")
+        if p.suffix in (".md", ".ipynb", ".rst")
+    }
     entries = Counter(e for p in pages.values() if p.suffix != ".rst" for e in toctree_entries(p))
     assert {n.name for n in BOOK.notebooks} <= pages.keys()
     assert set(entries) == pages.keys() - {"index"}, set(entries) ^ pages.keys()
@@ -258,4 +264,6 @@ def test_a_small_book_builds_without_a_warning(tmp_path):
 def test_the_book_builds_without_a_warning(tmp_path):
     html = build(tmp_path)
     check_site(html)
-    assert {n.name for n in BOOK.notebooks} <= {p.relative_to(html).with_suffix("").as_posix() for p in html.rglob("*.html")}
+    assert {n.name for n in BOOK.notebooks} <= {
+        p.relative_to(html).with_suffix("").as_posix() for p in html.rglob("*.html")
+    }

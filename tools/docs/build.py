@@ -1,7 +1,7 @@
 """Builds the book from the committed notebooks, as `make docs` does: static pages, no network, nothing executed.
 
-    python tools/docs/build.py                    all pages, in _docs/html
-    python tools/docs/build.py --only core        the notebooks whose name begins with `core`, for a quick look
+python tools/docs/build.py                    all pages, in _docs/html
+python tools/docs/build.py --only core        the notebooks whose name begins with `core`, for a quick look
 """
 
 import argparse

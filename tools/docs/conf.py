@@ -1,4 +1,4 @@
-"""Sphinx configuration of the book. tools/docs/build.py fills the source folder; notebooks are shown, never executed."""
+"""Sphinx configuration of the book. tools/docs/build.py fills the source folder; notebooks are not executed."""
 
 import os
 import sys

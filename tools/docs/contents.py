@@ -1,4 +1,4 @@
-"""What the book holds, and in which order: read from the notebooks, so that a new one has its place without a list here.
+"""What the book holds, and in which order: read from the notebooks, so that a new one needs no line here.
 
 The order of chapters and the groups of notebooks at the top are those of nbs/index.ipynb (the README). Within a chapter
 a notebook stands after those that it imports.
@@ -91,7 +91,9 @@ def in_order(notebooks: list[Notebook], begin_with: list[str]) -> list[Notebook]
     left, done = sorted(notebooks, key=lambda n: (place.get(n.name, len(place)), n.name)), []
     while left:
         names = {n.module for n in left}
-        free = [n for n in left if not (n.imports - {n.module}) & names] or left  # a circle cannot be: Python refuses it
+        free = [
+            n for n in left if not (n.imports - {n.module}) & names
+        ] or left  # a circle cannot be: Python refuses it
         done.append(free[0])
         left.remove(free[0])
     return done

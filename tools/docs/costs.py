@@ -1,9 +1,9 @@
-"""Counts the operations of rows of Table 1 at preset `paper`, for the guide about The Well; takes some minutes of one core.
+"""Counts the operations of rows of Table 1 at preset `paper`, for the guide about The Well; minutes of one core.
 
     python tools/docs/costs.py jepa-convnext mae-vit > tools/docs/costs.csv       # no names: all rows
 
-Operations of a window hardly depend on the batch, so two windows are counted; VICReg of JEPA then has one chunk. Every system of four channels has these
-numbers; eleven channels change the first layer of an encoder only.
+Operations of a window hardly depend on the batch, so two windows are counted; VICReg of JEPA then has one chunk. Every
+system of four channels has these numbers; eleven channels change the first layer of an encoder only.
 """
 
 import csv

@@ -31,7 +31,9 @@ def arguments(thing: object) -> list[str]:
     except Exception:  # no source, e.g. of what is made at run time
         return []
     return [
-        f":param {name}: {to_rst(' '.join(str(text).split()))}" for name, text in told.items() if text and name != "return"
+        f":param {name}: {to_rst(' '.join(str(text).split()))}"
+        for name, text in told.items()
+        if text and name != "return"
     ]
 
 

@@ -1,9 +1,9 @@
-"""Measures what clips of another rate, grid or length cost a frozen encoder, for the guide about it; a minute of one core.
+"""Measures what clips of another rate, grid or length cost a frozen encoder, for the guide; some seconds.
 
     python tools/docs/frozen_clips.py > tools/docs/frozen_clips.json
 
-New shear flows are simulated on 64x64 points with frames 0.05 apart, four times finer in time than the encoder that comes
-with the package was trained on, and twice in space. From them the clips of the guide are made.
+New shear flows are simulated on 64x64 points with frames 0.05 apart, finer in space and time than the clips that the
+encoder of the package was trained on. From them the clips of the guide are made.
 """
 
 import json
@@ -50,7 +50,7 @@ def held(x: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 def flows(frames: int) -> tuple[torch.Tensor, np.ndarray]:
-    "Clips `(b, 4, t, 64, 64)`, frames `FINE` apart, from the time that clips of the package begin at; and their labels."
+    "Clips `(b, 4, t, 64, 64)`, frames `FINE` apart, after the start of the flow, and their labels."
     sim = get_preset("laptop").sim("shear_flow")
     rng = np.random.default_rng(SEED)
     even = (np.arange(FLOWS) + 0.5) / FLOWS
@@ -80,7 +80,9 @@ def clips(x: torch.Tensor, encoder: LoadedEncoder) -> dict[str, Callable[[], tor
 
     return {
         "as in training": lambda: tokens(right),
-        "grid of 64x64, each point the mean of its area": lambda: tokens(averaged(x[:, :, : every * frames : every], n)),
+        "grid of 64x64, each point the mean of its area": lambda: tokens(
+            averaged(x[:, :, : every * frames : every], n)
+        ),
         "grid of 64x64 as it is, `any_grid=True`": lambda: tokens(x[:, :, : every * frames : every], any_grid=True),
         f"frames {3 * FINE:g} apart, interpolated": lambda: tokens(at_rate(fine[:, :, ::3], 3 * FINE, dt, frames)),
         f"frames {6 * FINE:g} apart, interpolated": lambda: tokens(at_rate(fine[:, :, ::6], 6 * FINE, dt, frames)),

@@ -15,7 +15,6 @@ import nbformat
 from contents import (
     CODE,
     LINK,
-    NBS,
     PROJECT,
     ROOT,
     Book,
@@ -96,9 +95,9 @@ def for_colab(notebook: Notebook) -> str:
     name = url.rpartition("/")[2]
     return (
         f"```{{admonition}} Run it\n:class: tip\n\n"
-        f"[Open in Colab]({where}), and run this in a first cell of its own: it clones the repository and installs the "
-        f"package and what notebooks need. In a clone on your machine `make setup` does so.\n\n"
-        f"    !git clone --depth 1 {url}\n    %cd {name}/nbs\n    %pip install --quiet --editable ..[dev]\n```"
+        f"[Open in Colab]({where}), and run this in a first cell of its own: it clones the repository, installs "
+        f"what the package needs, and goes on in the clone. On your own machine `make setup` in a clone is all.\n\n"
+        f"    !git clone --depth 1 {url}\n    %cd {name}\n    %pip install --quiet --editable .\n```"
     )
 
 
@@ -133,8 +132,8 @@ def page_of(notebook: Notebook, book: Book, staged: set[str]) -> nbformat.Notebo
         under.append(for_colab(notebook))
     if has_widgets(notebook):
         under.append(
-            "```{note}\nThis notebook has sliders, which need a running kernel: `make explore` opens it. The page shows "
-            "the pictures that were saved with it.\n```"
+            "```{note}\nThis notebook has sliders, which need a running kernel: `make explore` opens it. The page "
+            "shows the pictures that were saved with it.\n```"
         )
     if notebook is not book.index:
         at = next((i for i, c in enumerate(made.cells) if c.cell_type == "markdown"), 0)
@@ -214,10 +213,10 @@ def api_pages(chapters: list[Chapter], public: dict[str, str]) -> dict[str, str]
             )
         lines = "\n".join(f"- [{n.module}]({n.module}.rst): {n.subtitle}" for n in modules)
         listing = toctree((f"/api/{n.module}" for n in modules), "hidden", "maxdepth: 1")
-        pages[f"api/{chapter.name}.md"] = f"# physrep.{chapter.name}\n\n> {chapter.description}\n\n{lines}\n\n{listing}\n"
-    short = "\n".join(
-        f"| `physrep.{name}` | {{py:obj}}`physrep.{module}.{name}` |" for name, module in public.items()
-    )
+        pages[f"api/{chapter.name}.md"] = (
+            f"# physrep.{chapter.name}\n\n> {chapter.description}\n\n{lines}\n\n{listing}\n"
+        )
+    short = "\n".join(f"| `physrep.{name}` | {{py:obj}}`physrep.{module}.{name}` |" for name, module in public.items())
     tree = toctree((f"/api/{c.name}" for c in chapters), "hidden", "maxdepth: 1")
     packages = "\n".join(f"- [physrep.{c.name}]({c.name}.md): {c.description}" for c in chapters)
     pages["api/index.md"] = (
@@ -246,8 +245,15 @@ def figures_page(book: Book, staged: set[str]) -> str:
         name = picture.relative_to(ROOT).with_suffix("").as_posix()
         kinds = {"csv": "numbers", "json": "record", "svg": "SVG"}
         files = [f"[{word}]({name}.{e})" for e, word in kinds.items() if picture.with_suffix(f".{e}").is_file()]
-        told = [f"{notebook.subtitle} Drawn by " + (f"[{notebook.name}]({notebook.name}.ipynb)" if notebook.name in
-                staged else f"`{notebook.name}`") + (f" at preset `{preset}`." if preset else ".")] if notebook else []
+        told = (
+            [
+                f"{notebook.subtitle} Drawn by "
+                + (f"[{notebook.name}]({notebook.name}.ipynb)" if notebook.name in staged else f"`{notebook.name}`")
+                + (f" at preset `{preset}`." if preset else ".")
+            ]
+            if notebook
+            else []
+        )
         parts += [f"## {picture.stem}", f"![{picture.stem}]({name}.png)", " ".join([*told, *[" · ".join(files)]])]
     return "\n\n".join(parts)
 
@@ -259,7 +265,7 @@ def guides_page(guides: list[Path]) -> str:
 
 
 def filled(text: str) -> str:
-    "A page with its tables: `<!-- table: name -->` is replaced by what `tables.TABLES[name]` makes of code and figures."
+    "A page with its tables: `<!-- table: name -->` is replaced by what `tables.TABLES[name]` returns."
 
     def made(match: re.Match) -> str:
         if match[1] not in TABLES:

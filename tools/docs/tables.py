@@ -8,7 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 FIGURES = ROOT / "figures"
-WITHOUT_LABELS = ("supervised", "random", "constant", "statistics", "spectra", "equations")  # rows that are no pretraining
+WITHOUT_LABELS = (
+    "supervised",
+    "random",
+    "constant",
+    "statistics",
+    "spectra",
+    "equations",
+)  # rows that are no pretraining
 FLOPS = 4e14  # operations a second that an H100 does in bfloat16 at about 40 % of its peak of 1e15
 PROBE_COLUMNS = ("linear", "knn", "kernel", "attentive")
 
@@ -194,8 +201,8 @@ def frozen_clips() -> str:
     head = ["clip", *(f"{probe}, {label}" for probe in found["probes"] for label in found["labels"])]
     which = "the one that comes with the package" if same else "an earlier one than comes with the package today"
     return (
-        f"{markdown(head, lines)}\n\nErrors on {found['flows']} new flows, encoder `{name}` ({which}), squared and relative "
-        "to the variance of the logarithm: always answering the mean has 1."
+        f"{markdown(head, lines)}\n\nErrors on {found['flows']} new flows, encoder `{name}` ({which}), squared and "
+        "relative to the variance of the logarithm: always answering the mean has 1."
     )
 
 
