@@ -236,6 +236,7 @@ def build(out: Path, *options: str) -> Path:
 def check_site(html: Path) -> None:
     "Links of every page lead to a page and an anchor of the site; nothing is fetched from elsewhere to show a page."
     pages = {p: p.read_text(encoding="utf-8") for p in html.rglob("*.html") if "_static" not in p.parts}
+    assert len(pages) > 20, f"{html} is no site"
     ids = {p: set(re.findall(r'\bid="([^"]+)"', text)) for p, text in pages.items()}
     for page, text in pages.items():
         loaded = re.findall(r"<(?:script|img|iframe)\b[^>]*\bsrc=\"([^\"]+)\"", text)

@@ -17,6 +17,7 @@ def build(out: Path, only: list[str], jobs: int = 1, quiet: bool = True) -> int:
     "Stages the source in `out`/source and builds `out`/html; the exit code of Sphinx, which a warning makes 1."
     from sphinx.cmd.build import main as sphinx
 
+    sys.path.insert(1, str(ROOT))  # the package beside the notebooks
     stage(out / "source", lambda n: not only or n.name.startswith(tuple(only)))
     options = ["-b", "html", "-c", str(Path(__file__).parent), "-d", str(out / "doctrees"), "-j", str(jobs)]
     options += ["--fail-on-warning", *(["--quiet"] if quiet else [])]
