@@ -188,7 +188,7 @@ def library_page(chapters: list[Chapter]) -> str:
 def stages_page(book: Book) -> str:
     parts = [
         "# Stages and experiments",
-        "> The notebooks that one runs: each has a cell of parameters, and draws what the figures show.",
+        "> The notebooks that one runs: stages and experiments, each with a cell of parameters, and tutorials.",
         "`make reproduce` runs them in the right order. One of them is run by `papermill`, or, for a stage, by the "
         "command `physrep` ([experiments.command](../experiments/command.ipynb)).",
     ]
