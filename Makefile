@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations machines rollout bench figures verify test test-all lint format notebooks readme weights models clean
+.PHONY: help setup reproduce data study tune ablations machines rollout bench figures verify test test-all lint format notebooks readme docs weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -131,6 +131,9 @@ notebooks: $(READY)  ## execute notebooks in place (library) or take them from t
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/notebooks.py --readme
+
+docs: $(READY)  ## the book in _docs/html: every notebook, guides, API, figures; nothing is executed or fetched
+	@$(BIN)/python tools/docs/build.py
 
 clean:  ## delete what was made (data, runs, .venv), after showing what and how much
 	@$(PYTHON) tools/clean.py

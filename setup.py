@@ -36,6 +36,7 @@ setuptools.setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),
+        "docs": cfg["docs_requirements"].split(),
         "download": cfg["download_requirements"].split(),
         "hub": cfg["hub_requirements"].split(),
     },

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("runs", "figures/smoke", ".venv", ".snakemake", "build", "dist", "physrep.egg-info")
+FOLDERS = ("runs", "_docs", "figures/smoke", ".venv", ".snakemake", "build", "dist", "physrep.egg-info")
 CACHES = (".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis")
 
 

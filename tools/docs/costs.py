@@ -1,0 +1,28 @@
+"""Counts the operations of rows of Table 1 at preset `paper`, for the guide about The Well; minutes of one core.
+
+    python tools/docs/costs.py jepa-convnext mae-vit > tools/docs/costs.csv       # no names: all rows
+
+Operations of a window hardly depend on the batch, so two windows are counted; VICReg of JEPA then has one chunk. Every
+system of four channels has these numbers; eleven channels change the first layer of an encoder only.
+"""
+
+import csv
+import sys
+
+from physrep.results.rows import ROWS
+from physrep.training.cost import cost
+from physrep.training.run import resolve
+
+if __name__ == "__main__":
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["objective", "encoder", "encode", "train"])
+    asked = sys.argv[1:] or [f"{row.objective}-{row.encoder}" for row in ROWS]
+    for row in ROWS:
+        if row.kind != "baseline" and f"{row.objective}-{row.encoder}" in asked:
+            trained = row.objective not in ("random", "frozen")
+            recipe = {"batch_size": 2, "accumulate": 1} if trained else None
+            chunks = {"chunks": 1} if row.objective == "jepa" else None
+            run = resolve("shear_flow", row.objective, row.encoder, "paper", recipe=recipe, coefficients=chunks)
+            counted = cost(run)
+            table.writerow([row.objective, row.encoder, counted["encode"], counted["train"]])
+            sys.stdout.flush()
