@@ -15,7 +15,7 @@ import pandas as pd
 
 from .rollout import emulator_rows
 from .variants import VARIANTS, variant_run
-from ..results.rows import ROWS, row_name, run_of
+from ..results.rows import ROWS, run_of
 from ..training.cost import cost
 from ..training.presets import Preset, get_preset
 from ..training.run import Run
@@ -38,7 +38,7 @@ def planned_runs(preset: Preset, systems: Sequence[str] = ()) -> list[tuple[str,
 
 
 def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None) -> pd.DataFrame:
-    "A row for each training: command, system, row, seed, whether it is done, and the minutes of one core that it takes."
+    "A row for each training: command, system, row, seed, whether it is done, and how many minutes of a core it takes."
     operations: dict[str, int] = {}
     rows = []
     for command, run in planned_runs(preset, systems):

@@ -37,7 +37,7 @@ def _draw_efficiency(ax: Axes, measured: pd.DataFrame, rows: Sequence[Row]) -> N
         values = here.groupby("labelled_flows").value.agg(["mean", "min", "max"])
         look = dict(color=color_of(objective, encoder, rows), label=title_of(objective, encoder, rows=rows))
         style = ":" if objective in CONTROLS else "--" if objective == "random" else "-"
-        place = values.index * 1.06 ** (i - (len(pairs) - 1) / 2)  # beside each other
+        place = values.index * 1.03 ** (i - (len(pairs) - 1) / 2)  # beside each other
         marker = marker_of(encoder, objective, rows)
         ax.plot(
             place, values["mean"], style, marker=marker, ms=4, lw=1.2, mfc="white" if style == ":" else None, **look
@@ -102,7 +102,7 @@ def plot_shift(df: pd.DataFrame, probe: str = "linear", *, rows: Sequence[Row] =
     systems = ordered(measured.system, tuple(SYSTEMS))
     pairs = row_order(measured, rows)
     with using_style():
-        fig = Figure(figsize=(1.6 + 2.4 * len(systems), 1.3 + 0.24 * len(pairs)), layout="constrained")
+        fig = Figure(figsize=(1.6 + 2.4 * len(systems), 1.1 + 0.24 * len(pairs)), layout="constrained")
         axes = fig.subplots(1, len(systems), squeeze=False, sharey=True, sharex=True)[0]
         for ax, system in zip(axes, systems):
             values = measured[measured.system == system].groupby(["objective", "encoder", "split"]).value.mean()
@@ -118,6 +118,7 @@ def plot_shift(df: pd.DataFrame, probe: str = "linear", *, rows: Sequence[Row] =
             ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(axis="x")
+        axes[0].set_ylim(0.5 - len(pairs), 0.5)
         axes[0].set_yticks([-y for y in range(len(pairs))], [title_of(*pair, rows=rows) for pair in pairs])
         for tick, pair in zip(axes[0].get_yticklabels(), pairs):
             tick.set_color(color_of(*pair, rows))

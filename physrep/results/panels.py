@@ -319,7 +319,7 @@ def _easy(df: pd.DataFrame, system: str, metric: str) -> str:
     known = df[(df.system == system) & (df.label == "mean") & (df.metric == metric) & (df.split == "test")]
     known = known[known.objective.isin(CONTROLS)]
     best = known.value.min() if metric == "mse" and len(known) else math.inf
-    return f"\n(easy: a control has {best:.2g} on test)" if best < EASY else ""
+    return f"\n(easy: controls reach {best:.2g})" if best < EASY else ""
 
 
 def plot_systems(df: pd.DataFrame, metric: str = "mse", rows: Sequence[Row] = ROWS, *, split: str = "test") -> Figure:
