@@ -70,7 +70,8 @@ def test_probes_without_candidates_are_refused():
 def test_errors_fall_with_flows_and_valid_is_never_read():
     train, test = toy(64), toy(30, seed=1)
     scaler = LabelScaler.fit(SYSTEM, train.labels)
-    attentive = partial(fit_attentive_on_few, updates=6, recipe=AttentiveRecipe(batch_size=8, head={"heads": 1}), seed=0)
+    recipe = AttentiveRecipe(batch_size=8, head={"heads": 1})
+    attentive = partial(fit_attentive_on_few, updates=6, recipe=recipe, seed=0)
     options = dict(attentive=attentive, attentive_on=8)
     splits = {"train": train, "valid": None, "test": test}  # reading `valid` would fail
     rows = score_few(splits, {"test": test.groups}, scaler, {8: 2, 32: 1, 64: 3}, ABOUT, **options)
