@@ -59,7 +59,15 @@ def test_exported_cells_have_one_idea(path):
             defined = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
             assert len(defined) <= 3, f"a cell defines {', '.join(defined)}"
             lines = len(cell.source.splitlines())
-            assert lines <= 60, f"a cell of {lines} lines: {defined}"
+            assert lines <= (75 if short_methods(tree) else 60), f"a cell of {lines} lines: {defined}"
+
+
+def short_methods(tree):
+    "Whether a cell is one class of at least eight methods, none longer than ten lines."
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.ClassDef):
+        return False
+    lengths = [n.end_lineno - n.lineno + 1 for n in tree.body[0].body if isinstance(n, ast.FunctionDef)]
+    return len(lengths) >= 8 and max(lengths) <= 10
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "nbs")))

@@ -77,7 +77,7 @@ def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
     for part in (
         'load_encoder("hf:me/mae")',
         "Reynolds from 400 to 3200, Schmidt from 0.25 to 2",
-        "256 for training",
+        "512 for training",
         "Clips `(b, 4, 16, 32, 32)`",
         "0.2 between frames",
         "attentive, linear",

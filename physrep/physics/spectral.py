@@ -176,7 +176,7 @@ def check_store_grid(store_grid: int | tuple[int, int] | None, shape: tuple[int,
         raise ValueError(f"store_grid {stored} is finer than the grid {shape} that is solved on")
     return stored
 
-
+# %% ../../nbs/physics/spectral.ipynb #b10f69e8
 def initial_states(families: Mapping[str, Callable], family: str, seeds: Sequence[int], grid) -> torch.Tensor:
     "Spectra of the initial conditions of these seeds, of a family by its name; ValueError for an unknown one."
     if family not in families:

@@ -413,10 +413,8 @@ def score_run(
     cache: bool = True,  # keep features in the run folder
     progress: bool = True,
 ) -> Scored:
-    """Probes the finished run; writes `result.json`, predictions and probe files into its folder
-    (`result-<probes>.json`
-    for some of the frozen probes only). Raises FileNotFoundError if it is not finished, ValueError for an unknown
-    probe."""
+    """Probes the finished run; writes `result.json` (`result-<probes>.json` for some of the frozen probes), `few.json`,
+    predictions and probes into its folder. FileNotFoundError if it is not finished, ValueError for an unknown probe."""
     if unknown := sorted(set(probes) - set(PROBES)):
         raise ValueError(f"unknown probe {', '.join(map(repr, unknown))}; valid: {', '.join(PROBES)}")
     started = time.monotonic()

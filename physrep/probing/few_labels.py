@@ -17,17 +17,11 @@ from sklearn.metrics.pairwise import rbf_kernel
 from ..core.randomness import generator
 from ..data.scaling import LabelScaler
 from .features import Features
-from physrep.probing.frozen import (
-    LAMBDAS,
-    NEIGHBOURS,
-    WIDTHS,
-    AttentiveRecipe,
-    Probe,
-    fit_probe,
-    squared_error,
-    standardiser,
-)
+from .frozen import LAMBDAS, NEIGHBOURS, WIDTHS, AttentiveRecipe, Probe
 from .scores import score
+
+# %% ../../nbs/probing/few_labels.ipynb #69e2f891
+from .frozen import fit_probe, squared_error, standardiser
 
 # %% ../../nbs/probing/few_labels.ipynb #3f8d460d
 def draw_flows(features: Features, scaler: LabelScaler, number: int, draw: int = 0) -> np.ndarray:
