@@ -116,9 +116,8 @@ class Session:
         "Takes other encoders, by title; ValueError for an unknown one."
         encoders = list(encoders)
         if unknown := [title for title in encoders if title not in self.folders]:
-            raise ValueError(
-                f"no encoder {', '.join(unknown)} of {self.system.name}; there are {', '.join(self.folders)}"
-            )
+            there = ", ".join(self.folders)
+            raise ValueError(f"no encoder {', '.join(unknown)} of {self.system.name}; there are {there}")
         self.encoders = encoders
         self.readers = readers_for(self.system, {title: self.folders[title] for title in encoders}, tuple(heads))
 
@@ -144,7 +143,16 @@ class Session:
     def picture(self, channel: str, start: int | None = 0, flow: Flow | None = None, **options) -> FlowPicture:
         "Frames of a flow as PNG, with the window that starts at `start` marked."
         window = None if start is None else (start, self.frames)
+        if "velocity_x" in self.scales:
+            options.setdefault("speed", self.scales["velocity_x"].high)
         return FlowPicture(self._given(flow), channel, self.scales[channel], window=window, **options)
+
+    def blank(self, frames: int | None = None) -> Flow:
+        "A flow of zeros, for a picture of frames that are still to come."
+        shape = (self.system.n_channels, frames or self.longest, *self.info["shape"][1:])
+        spacing = tuple(length / n for length, n in zip(self.sim.box, shape[2:]))
+        heights = (np.arange(shape[3]) + 0.5) / shape[3] if self.system.boundary[1] == "wall" else None
+        return Flow(self.system, np.zeros(shape, dtype=np.float32), self.sim.frame_dt, spacing, heights)
 
     def answers(self, table: pd.DataFrame) -> bytes:
         "A table of `read` as PNG."

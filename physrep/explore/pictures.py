@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANNEL_WORDS', 'LABEL_WORDS', 'TIME_WORDS', 'SEEN', 'WIDTH', 'KIND_COLOURS', 'KIND_MARKERS', 'channel_word',
-           'number', 'Scale', 'fixed_scale', 'scales_for', 'scales_of', 'FlowPicture', 'png_of', 'answers_png']
+           'number', 'Scale', 'fixed_scale', 'scales_for', 'scales_of', 'png_of', 'FlowPicture', 'answers_png']
 
 # %% ../../nbs/explore/pictures.ipynb #13f3e215
 import io
@@ -120,7 +120,15 @@ def _draw_timeline(ax: Axes, flow: Flow, window: tuple[int, int] | None):
         ax.text(left + width / 2, 0.5, f"{count} frames that the encoder sees", ha="center", va="center", fontsize=7.5)
     return ax.axvline(0, color="black", lw=2)
 
-# %% ../../nbs/explore/pictures.ipynb #4c68f34e
+# %% ../../nbs/explore/pictures.ipynb #6511eedb
+def png_of(canvas: FigureCanvasAgg) -> bytes:
+    "What is drawn on a canvas as PNG, quickly."
+    buffer = io.BytesIO()
+    options = dict(pil_kwargs={"compress_level": 1}, metadata={"Software": None})
+    imsave(buffer, np.asarray(canvas.buffer_rgba())[..., :3], format="png", **options)
+    return buffer.getvalue()
+
+# %% ../../nbs/explore/pictures.ipynb #ccc099a0
 class FlowPicture:
     "Frames of one channel of a flow as PNG: colours with a fixed scale, arrows of the velocity, the window marked."
 
@@ -131,13 +139,14 @@ class FlowPicture:
         scale: Scale,
         *,
         arrows: bool = True,
+        speed: float | None = None,  # of the longest arrow; default: the fastest of the flow
         window: tuple[int, int] | None = None,  # first frame and number of frames that the encoder sees
         title: str = "",
     ):
         if channel not in flow.system.channels:
             raise ValueError(f"{flow.system.name} has no channel {channel!r}; it has {', '.join(flow.system.channels)}")
         self.flow, self.window = flow, window
-        self.values = flow.fields[flow.system.channels.index(channel)]
+        self.channel = flow.system.channels.index(channel)
         lx, ly = flow.box
         height = min((WIDTH - 1.3) * ly / lx, 4.3)
         width = height * lx / ly
@@ -148,40 +157,39 @@ class FlowPicture:
         bar = _add_axes(self.fig, left + width + 0.12, 1.0, 0.13, height)
         extent = (0, lx, 0, ly)
         look = dict(cmap=scale.colours, vmin=scale.low, vmax=scale.high, origin="lower", extent=extent)
-        self.image = self.ax.imshow(self.values[0].T, interpolation="bicubic", **look)
+        self.image = self.ax.imshow(flow.fields[self.channel, 0].T, interpolation="bicubic", **look)
         self.ax.set(xticks=[], yticks=[])
         for spine in self.ax.spines.values():
             spine.set_linewidth(3)
         self.ax.set_title(title or channel_word(channel), fontsize=10)
         self.fig.colorbar(self.image, cax=bar, extend="both").ax.tick_params(labelsize=8)
         self.line = _draw_timeline(_add_axes(self.fig, left, 0.5, width, 0.2), flow, window)
-        self.quiver = self._arrows() if arrows and "velocity" in [f.name for f in flow.system.fields] else None
+        flows = arrows and "velocity" in [f.name for f in flow.system.fields]
+        self.quiver = self._arrows(speed) if flows else None
         self.moving = [self.image, *([self.quiver] if self.quiver else []), *self.ax.spines.values(), self.line]
         for artist in self.moving:
             artist.set_animated(True)
         self.canvas.draw()
         self.still = self.canvas.copy_from_bbox(self.fig.bbox)  # everything else, drawn once
 
-    def _arrows(self):
-        "Arrows of the velocity on every fourth point; their scale is that of the fastest frame."
+    def _arrows(self, speed: float | None):
+        "Arrows of the velocity on every few points, still without length."
         u, v = self.flow.fields[self.flow.system.channel_slice("velocity")]
         (n, m), (lx, ly) = u.shape[1:], self.flow.box
         every = max(1, n // 12)
         self.points = np.s_[every // 2 :: every, every // 2 :: every]
         x, y = (np.arange(n) + 0.5) * lx / n, (np.arange(m) + 0.5) * ly / m
         x, y = x[self.points[0]], y[self.points[1]]
-        fastest = max(float(np.sqrt(u**2 + v**2).max()), 1e-9)
-        options = dict(angles="xy", scale_units="xy", scale=fastest * 14 / lx, width=0.004, color="0.1")
+        fastest = max(float(np.sqrt(u**2 + v**2).max()), 1e-9) if speed is None else speed
+        options = dict(angles="xy", scale_units="xy", scale=fastest * 12 / lx, width=0.004, color="0.1")
         zeros = np.zeros((len(y), len(x)))
         return self.ax.quiver(x, y, zeros, zeros, **options)
 
-    def png(self, frame: int) -> bytes:
-        "The picture of a frame; ValueError where there is none."
-        if not 0 <= frame < self.flow.n_frames:
-            raise ValueError(f"the flow has frames 0 to {self.flow.n_frames - 1}, not {frame}")
-        self.image.set_data(self.values[frame].T)
+    def draw(self, fields: np.ndarray, frame: int) -> bytes:
+        "The picture of fields `(c, h, w)` at the time of a frame, as PNG."
+        self.image.set_data(fields[self.channel].T)
         if self.quiver is not None:
-            u, v = self.flow.fields[self.flow.system.channel_slice("velocity")][:, frame]
+            u, v = fields[self.flow.system.channel_slice("velocity")]
             self.quiver.set_UVC(u[self.points].T, v[self.points].T)
         self.line.set_xdata([frame * self.flow.dt] * 2)
         seen = self.window and self.window[0] <= frame < self.window[0] + self.window[1]
@@ -192,15 +200,13 @@ class FlowPicture:
             artist.axes.draw_artist(artist)
         return png_of(self.canvas)
 
+    def png(self, frame: int) -> bytes:
+        "The picture of a frame of the flow; ValueError where there is none."
+        if not 0 <= frame < self.flow.n_frames:
+            raise ValueError(f"the flow has frames 0 to {self.flow.n_frames - 1}, not {frame}")
+        return self.draw(self.flow.fields[:, frame], frame)
 
-def png_of(canvas: FigureCanvasAgg) -> bytes:
-    "What is drawn on a canvas as PNG, quickly."
-    buffer = io.BytesIO()
-    options = dict(pil_kwargs={"compress_level": 1}, metadata={"Software": None})
-    imsave(buffer, np.asarray(canvas.buffer_rgba())[..., :3], format="png", **options)
-    return buffer.getvalue()
-
-# %% ../../nbs/explore/pictures.ipynb #933bacd4
+# %% ../../nbs/explore/pictures.ipynb #559be4e2
 KIND_COLOURS = {"encoder": "#0072B2", "statistics": "#D55E00", "equations": "#009E73"}
 KIND_MARKERS = {"encoder": "o", "statistics": "s", "equations": "D"}
 
