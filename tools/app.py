@@ -1,9 +1,9 @@
 """Serves the widgets of nbs/09_explore.ipynb as a page, on this machine only.
 
-    python tools/app.py [--port 8866] [--no-browser] [-p NAME VALUE ...]     parameters of the notebook, as papermill has them
+    python tools/app.py [--port 8866] [--no-browser] [-p NAME VALUE ...]     with parameters of the notebook
 
-A kernel is started in advance, so that the page opens at once. Kernels end ten minutes after their page was closed. The page
-shows no source and runs no text of a user.
+A kernel is started in advance, so that the page opens at once. Kernels end ten minutes after their page was closed.
+The page shows no source and runs no text of a user.
 """
 
 import argparse
@@ -21,8 +21,9 @@ OPTIONS = [
     "--show_tracebacks=False",
     "--preheat_kernel=True",
     "--pool_size=1",
-    # of the extensions of JupyterLab only that of the widgets: others want parts of JupyterLab that a page has not
-    "--VoilaConfiguration.extension_allowlist=['@jupyter-widgets/jupyterlab-manager']",
+    # of the extensions of JupyterLab only those of widgets: others want parts of JupyterLab that a page has not
+    "--VoilaConfiguration.extension_allowlist=@jupyter-widgets/jupyterlab-manager",
+    "--VoilaConfiguration.extension_allowlist=@voila-dashboards/widgets-manager8",
     "--MappingKernelManager.cull_interval=60",
     "--MappingKernelManager.cull_idle_timeout=600",
     "--MappingKernelManager.cull_connected=False",

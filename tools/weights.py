@@ -1,5 +1,7 @@
-"""Takes the encoders and probes that come with the package from the runs of preset laptop: seed 0, both probes, and beside
-them the heads of summary statistics and the errors of all readers on `test`, which the widgets of physrep.explore show."""
+"""Takes the encoders and probes that come with the package from the runs of preset laptop: seed 0, both probes.
+
+Beside them it writes the heads of summary statistics, with the errors of all readers on `test`: physrep.explore shows
+them."""
 
 import shutil
 

@@ -21,13 +21,23 @@ from .pictures import LABEL_WORDS, channel_word, number
 from .solve import ParameterRange
 from ..physics.systems import get_system
 
-# %% ../../nbs/explore/live_tab.ipynb #2181327f
+# %% ../../nbs/explore/live_tab.ipynb #3480a872
+def _percent(share: float) -> str:
+    if not math.isfinite(share):
+        return "–"
+    return f"{100 * share:.2g} %" if share >= 0.001 else "below 0.1 %"
+
+
+def _span(about: ParameterRange) -> str:
+    return f"{number(about.trained[0])} to {number(about.trained[1])}"
+
+# %% ../../nbs/explore/live_tab.ipynb #3061c113
 def answers_html(table: pd.DataFrame) -> str:
     "A table of `Session.read` as HTML: a row for each reader, and three columns for each parameter."
     labels = list(dict.fromkeys(table.label))
     head, rows = ["who reads"], []
     for name in labels:
-        head += [LABEL_WORDS.get(name, name), "90 % interval", "off on test"]
+        head += [LABEL_WORDS.get(name, name).split()[-1], "90 % interval", "off on test"]
     truth = {name: table[table.label == name]["true"].iloc[0] for name in labels}
     if np.isfinite(list(truth.values())).all():
         rows.append(["the truth", *(v for name in labels for v in (number(truth[name]), "", ""))])
@@ -35,7 +45,7 @@ def answers_html(table: pd.DataFrame) -> str:
         line = [reader]
         for row in answers.itertuples():
             span = f"{number(row.low)} to {number(row.high)}" if math.isfinite(row.low) else "–"
-            off = f"{100 * row.test_error:.2g} %" if math.isfinite(row.test_error) else "–"
+            off = _percent(row.test_error)
             line += [number(row.predicted), span, off]
         rows.append(line)
     return table_html(head, rows, numbers=range(1, len(head)))
@@ -52,11 +62,7 @@ def warning(session: Session, values: dict[str, float]) -> str:
         " range of the training and 10 % around it, so do not trust them here, nor their intervals."
     )
 
-
-def _span(about: ParameterRange) -> str:
-    return f"{number(about.trained[0])} to {number(about.trained[1])}"
-
-# %% ../../nbs/explore/live_tab.ipynb #94f90a36
+# %% ../../nbs/explore/live_tab.ipynb #70443611
 def parameter_slider(about: ParameterRange) -> widgets.Widget:
     "A slider over a parameter, logarithmic where its values are spread evenly in the logarithm."
     common = dict(
@@ -82,13 +88,13 @@ def system_choice(systems: Sequence[str]) -> widgets.Dropdown:
     options = [(get_system(name).title, name) for name in systems]
     return widgets.Dropdown(options=options, description="flow", style=LABELS, layout=WIDE)
 
-# %% ../../nbs/explore/live_tab.ipynb #eec65590
+# %% ../../nbs/explore/live_tab.ipynb #c5a2be01
 def int_slider(description: str, value: int, low: int, high: int, tooltip: str) -> widgets.IntSlider:
     "A slider over integers that reports when it is released."
     look = dict(style=LABELS, layout=WIDE, continuous_update=False, tooltip=tooltip)
     return widgets.IntSlider(value, low, high, description=description, **look)
 
-# %% ../../nbs/explore/live_tab.ipynb #773a3b17
+# %% ../../nbs/explore/live_tab.ipynb #bfee02a2
 INTRO = (
     "<b>Change the physics, and see who can tell.</b> Our solver computes a flow for the parameters that you choose."
     " Then encoders, which were trained without being told any parameter, and small heads on top of them say from 16"
@@ -118,18 +124,19 @@ class LiveControls:
         self.simulate.add_class("physrep-simulate")
         self.runner = Runner([self.simulate])
         self.player, self.warn = Player(), widgets.HTML(layout=WIDE)
+        self.warn.add_class("physrep-beyond")
         self.answers = widgets.Image(format="png", layout={"width": "740px"})
         self.table = widgets.HTML()
         self.table.add_class("physrep-answers")
         hint = text("Ctrl or ⌘ takes several at once.")
         more = widgets.Accordion([widgets.VBox([self.encoders, hint])], titles=["Which encoders"], layout=WIDE)
         physics = [self.system, self.parameters, self.seed, self.strength, self.start]
-        controls = column(*physics, self.warn, self.auto, self.simulate, self.runner.box, more)
+        controls = column(*physics, self.warn, self.auto, self.runner.box, more)
         shown = column(widgets.HBox([self.channel, self.arrows]), self.player.box, width="600px")
         said = column(self.answers, self.table, width="780px")
         self.box = widgets.VBox([text(INTRO, "intro"), side_by_side(controls, shown, said)])
 
-# %% ../../nbs/explore/live_tab.ipynb #ce991c40
+# %% ../../nbs/explore/live_tab.ipynb #6caa725d
 class LiveChoices(LiveControls):
     "What follows from a choice: sliders, channels and encoders of a system. `run`, `show` and `read` are in `LiveTab`."
 
@@ -183,7 +190,7 @@ class LiveChoices(LiveControls):
     def read(self) -> None:
         raise NotImplementedError
 
-# %% ../../nbs/explore/live_tab.ipynb #06129ee0
+# %% ../../nbs/explore/live_tab.ipynb #7cb3306f
 class LiveTab(LiveChoices):
     "Sliders over the physics, the flow while it is solved, and the answers."
 
@@ -240,7 +247,7 @@ class LiveTab(LiveChoices):
         self.answers.value, self.table.value = self.session.answers(table), answers_html(table)
         self.runner.say(finished_text(self.session, self.times), "good")
 
-# %% ../../nbs/explore/live_tab.ipynb #622084ea
+# %% ../../nbs/explore/live_tab.ipynb #0c4077e3
 def finished_text(session: Session, times: tuple[float, float]) -> str:
     "What the page says when a flow is solved and read."
     steps = (session.flow.n_frames - 1) * round(session.sim.frame_dt / session.sim.dt)

@@ -39,8 +39,8 @@ class Page:
         self.tab = widgets.Tab(self.places, titles=list(tabs))
         self.tab.add_class("physrep-page")
         self.box = widgets.VBox([widgets.HTML(STYLE), self.tab])
-        self.tab.observe(lambda change: self.open(list(tabs)[change["new"]]), "selected_index")
         self.tab.selected_index = list(tabs).index(first)
+        self.tab.observe(lambda change: self.open(list(tabs)[change["new"]]), "selected_index")
         self.open(first)
 
     def open(self, title: str) -> None:

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.patches import Rectangle
+from matplotlib.quiver import Quiver
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from .solve import Flow
@@ -85,7 +86,7 @@ def fixed_scale(mean: float, std: float) -> Scale:
     middle = 0.0 if signed else mean
     return Scale(middle - 2.5 * std, middle + 2.5 * std, signed)
 
-
+# %% ../../nbs/explore/pictures.ipynb #509fc703
 def scales_for(system: System, mean: Sequence[float], std: Sequence[float]) -> dict[str, Scale]:
     "A scale for each channel of a system, from the numbers that an encoder normalises with."
     return {name: fixed_scale(m, s) for name, m, s in zip(system.channels, mean, std)}
@@ -96,7 +97,7 @@ def scales_of(flow: Flow) -> dict[str, Scale]:
     values = flow.fields.reshape(len(flow.fields), -1)
     return scales_for(flow.system, values.mean(1).tolist(), values.std(1).tolist())
 
-# %% ../../nbs/explore/pictures.ipynb #c2ea234e
+# %% ../../nbs/explore/pictures.ipynb #9e499f04
 SEEN = "#E69F00"  # what the encoder sees
 WIDTH = 5.6  # inches
 
@@ -117,10 +118,10 @@ def _draw_timeline(ax: Axes, flow: Flow, window: tuple[int, int] | None):
         first, count = window
         left, width = (first - 0.5) * flow.dt, count * flow.dt
         ax.add_patch(Rectangle((left, 0), width, 1, color=SEEN, alpha=0.55, lw=0))
-        ax.text(left + width / 2, 0.5, f"{count} frames that the encoder sees", ha="center", va="center", fontsize=7.5)
+        ax.text(left + width / 2, 0.5, f"{count} frames", ha="center", va="center", fontsize=8)
     return ax.axvline(0, color="black", lw=2)
 
-# %% ../../nbs/explore/pictures.ipynb #6511eedb
+# %% ../../nbs/explore/pictures.ipynb #50185453
 def png_of(canvas: FigureCanvasAgg) -> bytes:
     "What is drawn on a canvas as PNG, quickly."
     buffer = io.BytesIO()
@@ -128,7 +129,34 @@ def png_of(canvas: FigureCanvasAgg) -> bytes:
     imsave(buffer, np.asarray(canvas.buffer_rgba())[..., :3], format="png", **options)
     return buffer.getvalue()
 
-# %% ../../nbs/explore/pictures.ipynb #ccc099a0
+# %% ../../nbs/explore/pictures.ipynb #95af71be
+def _layout(flow: Flow) -> tuple[Figure, Axes, Axes, Axes]:
+    "A figure with axes for a frame, its colour bar and the bar of time."
+    lx, ly = flow.box
+    height = min((WIDTH - 1.3) * ly / lx, 4.3)
+    width = height * lx / ly
+    left = (WIDTH - 0.9 - width) / 2 + 0.15
+    fig = Figure(figsize=(WIDTH, height + 1.5), dpi=100)
+    places = (left, 1.0, width, height), (left + width + 0.12, 1.0, 0.13, height), (left, 0.5, width, 0.2)
+    return fig, *(_add_axes(fig, *place) for place in places)
+
+
+def _draw_arrows(ax: Axes, flow: Flow, speed: float | None) -> tuple[Quiver, tuple[slice, slice]]:
+    "Arrows of the velocity on every few points, still without length, and these points."
+    u, v = flow.fields[flow.system.channel_slice("velocity")]
+    (n, m), (lx, ly) = u.shape[1:], flow.box
+    every = max(1, n // 12)
+    points = np.s_[every // 2 :: every, every // 2 :: every]
+    x, y = (np.arange(n) + 0.5) * lx / n, (np.arange(m) + 0.5) * ly / m
+    if flow.heights is not None:
+        y = flow.heights
+    x, y = x[points[0]], y[points[1]]
+    fastest = max(float(np.sqrt(u**2 + v**2).max()), 1e-9) if speed is None else speed
+    options = dict(angles="xy", scale_units="xy", scale=fastest * 12 / lx, width=0.004, color="0.1")
+    zeros = np.zeros((len(y), len(x)))
+    return ax.quiver(x, y, zeros, zeros, **options), points
+
+# %% ../../nbs/explore/pictures.ipynb #e6818679
 class FlowPicture:
     "Frames of one channel of a flow as PNG: colours with a fixed scale, arrows of the velocity, the window marked."
 
@@ -147,43 +175,24 @@ class FlowPicture:
             raise ValueError(f"{flow.system.name} has no channel {channel!r}; it has {', '.join(flow.system.channels)}")
         self.flow, self.window = flow, window
         self.channel = flow.system.channels.index(channel)
-        lx, ly = flow.box
-        height = min((WIDTH - 1.3) * ly / lx, 4.3)
-        width = height * lx / ly
-        self.fig = Figure(figsize=(WIDTH, height + 1.5), dpi=100)
-        self.canvas = FigureCanvasAgg(self.fig)
-        left = (WIDTH - 0.9 - width) / 2 + 0.15
-        self.ax = _add_axes(self.fig, left, 1.0, width, height)
-        bar = _add_axes(self.fig, left + width + 0.12, 1.0, 0.13, height)
-        extent = (0, lx, 0, ly)
-        look = dict(cmap=scale.colours, vmin=scale.low, vmax=scale.high, origin="lower", extent=extent)
-        self.image = self.ax.imshow(flow.fields[self.channel, 0].T, interpolation="bicubic", **look)
+        fig, self.ax, bar, timeline = _layout(flow)
+        self.canvas = FigureCanvasAgg(fig)
+        look = dict(cmap=scale.colours, vmin=scale.low, vmax=scale.high, origin="lower")
+        extent = (0, flow.box[0], 0, flow.box[1])
+        first = flow.fields[self.channel, 0]
+        self.image = self.ax.imshow(first.T, interpolation="bicubic", extent=extent, **look)
         self.ax.set(xticks=[], yticks=[])
-        for spine in self.ax.spines.values():
-            spine.set_linewidth(3)
         self.ax.set_title(title or channel_word(channel), fontsize=10)
-        self.fig.colorbar(self.image, cax=bar, extend="both").ax.tick_params(labelsize=8)
-        self.line = _draw_timeline(_add_axes(self.fig, left, 0.5, width, 0.2), flow, window)
-        flows = arrows and "velocity" in [f.name for f in flow.system.fields]
-        self.quiver = self._arrows(speed) if flows else None
-        self.moving = [self.image, *([self.quiver] if self.quiver else []), *self.ax.spines.values(), self.line]
+        self.ax.spines[:].set_linewidth(3)
+        fig.colorbar(self.image, cax=bar, extend="both").ax.tick_params(labelsize=8)
+        self.line = _draw_timeline(timeline, flow, window)
+        moves = arrows and "velocity" in [f.name for f in flow.system.fields]
+        self.quiver, self.points = _draw_arrows(self.ax, flow, speed) if moves else (None, None)
+        self.moving = [self.image, *([self.quiver] if moves else []), *self.ax.spines.values(), self.line]
         for artist in self.moving:
             artist.set_animated(True)
         self.canvas.draw()
-        self.still = self.canvas.copy_from_bbox(self.fig.bbox)  # everything else, drawn once
-
-    def _arrows(self, speed: float | None):
-        "Arrows of the velocity on every few points, still without length."
-        u, v = self.flow.fields[self.flow.system.channel_slice("velocity")]
-        (n, m), (lx, ly) = u.shape[1:], self.flow.box
-        every = max(1, n // 12)
-        self.points = np.s_[every // 2 :: every, every // 2 :: every]
-        x, y = (np.arange(n) + 0.5) * lx / n, (np.arange(m) + 0.5) * ly / m
-        x, y = x[self.points[0]], y[self.points[1]]
-        fastest = max(float(np.sqrt(u**2 + v**2).max()), 1e-9) if speed is None else speed
-        options = dict(angles="xy", scale_units="xy", scale=fastest * 12 / lx, width=0.004, color="0.1")
-        zeros = np.zeros((len(y), len(x)))
-        return self.ax.quiver(x, y, zeros, zeros, **options)
+        self.still = self.canvas.copy_from_bbox(fig.bbox)  # everything else, drawn once
 
     def draw(self, fields: np.ndarray, frame: int) -> bytes:
         "The picture of fields `(c, h, w)` at the time of a frame, as PNG."
@@ -193,8 +202,7 @@ class FlowPicture:
             self.quiver.set_UVC(u[self.points].T, v[self.points].T)
         self.line.set_xdata([frame * self.flow.dt] * 2)
         seen = self.window and self.window[0] <= frame < self.window[0] + self.window[1]
-        for spine in self.ax.spines.values():
-            spine.set_color(SEEN if seen else "0.75")
+        self.ax.spines[:].set_color(SEEN if seen else "0.75")
         self.canvas.restore_region(self.still)
         for artist in self.moving:
             artist.axes.draw_artist(artist)
@@ -206,7 +214,7 @@ class FlowPicture:
             raise ValueError(f"the flow has frames 0 to {self.flow.n_frames - 1}, not {frame}")
         return self.draw(self.flow.fields[:, frame], frame)
 
-# %% ../../nbs/explore/pictures.ipynb #559be4e2
+# %% ../../nbs/explore/pictures.ipynb #bf1751f3
 KIND_COLOURS = {"encoder": "#0072B2", "statistics": "#D55E00", "equations": "#009E73"}
 KIND_MARKERS = {"encoder": "o", "statistics": "s", "equations": "D"}
 
@@ -242,7 +250,7 @@ def _draw_answers(ax: Axes, rows: pd.DataFrame, span: tuple[float, float], train
     ax.tick_params(labelsize=8, which="both")
     ax.spines[["top", "right"]].set_visible(False)
 
-
+# %% ../../nbs/explore/pictures.ipynb #8f8db0da
 def answers_png(table: pd.DataFrame, ranges: dict) -> bytes:
     "A picture of a table of `read_window`; `ranges` are those of `parameter_ranges`."
     labels = [name for name in ranges if name in set(table.label)]

@@ -81,8 +81,8 @@ def parameter_ranges(system: System | str, sim: SimPreset) -> dict[str, Paramete
     for label in about.labels:
         low, high = label.transform(sim.ranges[label.name])
         more = BEYOND * (high - low)
-        ends = [float(label.inverse(v)) for v in (low - more, high + more)]
-        found[label.name] = ParameterRange(label.name, *ends, tuple(sim.ranges[label.name]), label.log)
+        first, last = (float(label.inverse(v)) for v in (low - more, high + more))
+        found[label.name] = ParameterRange(label.name, first, last, tuple(sim.ranges[label.name]), label.log)
     return found
 
 # %% ../../nbs/explore/solve.ipynb #abd77049
@@ -115,8 +115,7 @@ def fine_enough(system: str, values: Mapping[str, float], sim: SimPreset) -> Sim
     if max(check_grid("grid", chosen.grid)) > LIMIT:
         asked = ", ".join(f"{k} {v:g}" for k, v in values.items())
         raise ValueError(
-            f"{asked} needs a grid of {chosen.grid[0]} x {chosen.grid[1]} points, which takes too long to wait for;"
-            f" the limit here is {LIMIT}"
+            f"{asked} needs a grid of {chosen.grid} points, which takes too long to wait for; the limit is {LIMIT}"
         )
     return chosen
 
