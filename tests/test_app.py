@@ -149,3 +149,54 @@ def test_data_are_made_on_the_spot_and_shown(page, keep, data_dir):
     flow = open_flow(path, "shear_flow")
     assert answers(page, ".physrep-read") == expected(Session("shear_flow").read(0, flow))
     keep("1_data")
+
+
+def test_a_click_on_a_point_of_the_map_shows_its_window_and_neighbours(page, keep):
+    page.get_by_role("tab", name="Latent space").click()
+    page.locator(".physrep-draw").click()
+    page.locator(".physrep-status", has_text="9 windows").wait_for()
+    first = page.locator("img.physrep-near").get_attribute("src")
+    page.locator(".physrep-point").nth(5).click(force=True)
+    page.wait_for_function("src => document.querySelector('img.physrep-near').src != src", arg=first)
+    keep("3_latent_space")
+
+
+def test_noise_moves_the_answers_as_the_library_says(page, keep):
+    from physrep.explore.perturb import Change, compare
+    from physrep.explore.saw_tab import changes_html
+
+    page.get_by_role("tab", name="What it saw").click()
+    page.locator(".physrep-changes tr", has_text="Equation oracle").wait_for()
+    before = answers(page, ".physrep-changes")
+    field = page.locator(".physrep-noise .widget-readout")
+    field.fill("0.5")
+    field.press("Enter")
+    page.wait_for_function(
+        "text => document.querySelector('.physrep-changes').innerText != text",
+        arg=page.locator(".physrep-changes").inner_text(),
+    )
+    session = Session("shear_flow")
+    session.simulate({k: r.middle for k, r in session.ranges.items()}, frames=FRAMES, seed=1)
+    lines = re.findall(r"<tr>(.*?)</tr>", changes_html(compare(session, FRAMES - 16, Change(noise=0.5))))
+    wanted = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines[1:]]
+    assert answers(page, ".physrep-changes") == wanted != before
+    keep("4_what_it_saw")
+
+
+def test_a_flow_of_the_user_is_checked_and_read(page, keep, tmp_path):
+    import numpy as np
+
+    page.get_by_role("tab", name="Your flow").click()
+    session = Session("shear_flow")
+    flow = session.simulate({"Reynolds": 900.0, "Schmidt": 1.0}, frames=20, seed=7)
+    np.save(tmp_path / "flow.npy", flow.fields)
+    with page.expect_file_chooser() as chooser:
+        page.locator(".physrep-upload").click()
+    chooser.value.set_files(tmp_path / "flow.npy")
+    page.locator(".physrep-status", has_text="All fits").wait_for()
+    page.locator(".physrep-yours tr", has_text="Equation oracle").wait_for()
+    assert answers(page, ".physrep-yours")[0][0] != "the truth", "an array has no parameters"
+    assert [row[1] for row in answers(page, ".physrep-yours")] == [
+        row[1] for row in expected(session.read(0, flow))[1:]
+    ]
+    keep("5_your_flow")

@@ -18,6 +18,9 @@ from .parts import STYLE, paragraph, text
 TABS: dict[str, str] = {  # title -> module:class
     "1 Data": "data_tab:DataTab",
     "2 Live probe": "live_tab:LiveTab",
+    "3 Latent space": "latent_tab:LatentTab",
+    "4 What it saw": "saw_tab:SawTab",
+    "5 Your flow": "yours_tab:YoursTab",
 }
 FIRST = "2 Live probe"
 
@@ -70,6 +73,9 @@ def explore(
     options = {
         "DataTab": named | {"parent": data_dir or None, "flows": flows},
         "LiveTab": named | {"frames": frames or None},
+        "LatentTab": named | {"parent": data_dir or None, "flows": flows},
+        "SawTab": named | {"frames": frames or None},
+        "YoursTab": named,
     }
     makers = {t: (lambda place=place: build(place, **options[place.split(":")[1]])) for t, place in TABS.items()}
     return Page(makers, first).box
