@@ -44,7 +44,7 @@ class ClickMap:
 
     def __init__(self, clicked):
         self.clicked = clicked
-        self.image = widgets.Image(format="png", layout={"width": f"{100 * MAP[0]:.0f}px"})
+        self.image = widgets.Image(format="png", layout={"width": f"{100 * MAP[0]:.0f}px", "display": "none"})
         self.image.add_class("physrep-map-image")
         size = {"width": f"{100 * MAP[0]:.0f}px", "height": f"{100 * MAP[1]:.0f}px"}
         self.box = widgets.Box([self.image], layout=size)
@@ -52,7 +52,7 @@ class ClickMap:
 
     def show(self, picture: MapPicture, titles: Sequence[str] | None = None) -> None:
         "Shows a picture; with titles, which show when the mouse is over a point, also new points."
-        self.image.value = picture.png
+        self.image.value, self.image.layout.display = picture.png, None
         if titles is None:
             return
         buttons = []
@@ -84,13 +84,13 @@ class LatentControls:
         self.draw.add_class("physrep-draw")
         self.runner = Runner([self.draw])
         self.map = ClickMap(self.click)
-        layout = {"width": "740px", "display": "none"}
+        layout = {"width": "725px", "display": "none"}
         self.near, self.tokens = (widgets.Image(format="png", layout=layout) for _ in range(2))
         self.near.add_class("physrep-near")
         choices = [self.system, self.set, self.split, self.encoder, self.label, self.channel]
         controls = column(*choices, self.runner.box)
-        shown = column(self.map.box, width="660px")
-        found = column(self.near, self.tokens, width="780px")
+        shown = column(self.map.box, width="640px")
+        found = column(self.near, self.tokens, width="750px")
         self.box = widgets.VBox([widgets.HTML(POINTS), text(INTRO, "intro"), side_by_side(controls, shown, found)])
 
     def click(self, point: int) -> None:
