@@ -11,17 +11,8 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
+from . import latent
 from .data_tab import dropdown, refill
-from physrep.explore.latent import (
-    MAP,
-    Cloud,
-    MapPicture,
-    make_cloud,
-    map_picture,
-    neighbours_png,
-    token_colours,
-    tokens_png,
-)
 from .live import Session, explorable_systems
 from .live_tab import system_choice
 from .parts import Runner, column, side_by_side, text, when
@@ -44,13 +35,13 @@ class ClickMap:
 
     def __init__(self, clicked):
         self.clicked = clicked
-        self.image = widgets.Image(format="png", layout={"width": f"{100 * MAP[0]:.0f}px", "display": "none"})
+        self.image = widgets.Image(format="png", layout={"width": f"{100 * latent.MAP[0]:.0f}px", "display": "none"})
         self.image.add_class("physrep-map-image")
-        size = {"width": f"{100 * MAP[0]:.0f}px", "height": f"{100 * MAP[1]:.0f}px"}
+        size = {"width": f"{100 * latent.MAP[0]:.0f}px", "height": f"{100 * latent.MAP[1]:.0f}px"}
         self.box = widgets.Box([self.image], layout=size)
         self.box.add_class("physrep-map")
 
-    def show(self, picture: MapPicture, titles: Sequence[str] | None = None) -> None:
+    def show(self, picture: latent.MapPicture, titles: Sequence[str] | None = None) -> None:
         "Shows a picture; with titles, which show when the mouse is over a point, also new points."
         self.image.value, self.image.layout.display = picture.png, None
         if titles is None:
@@ -76,7 +67,7 @@ class LatentControls:
 
     def __init__(self, systems: Sequence[str] | None = None):
         self.session: Session | None = None
-        self.cloud: Cloud | None = None
+        self.cloud: latent.Cloud | None = None
         self.system = system_choice(systems or explorable_systems())
         self.set, self.split, self.encoder = dropdown("data set"), dropdown("split"), dropdown("encoder")
         self.label, self.channel = dropdown("colour of points"), dropdown("field of windows")
@@ -128,11 +119,11 @@ class LatentTab(LatentControls):
         session, root, split, folder = self.session, self.set.value, self.split.value, self.encoder.value
         home = self.parent / "explore" if self.parent else None
 
-        def work(report) -> Cloud:
+        def work(report) -> latent.Cloud:
             place = root if root != Path() else make_handful(session.system.name, report, home, self.count)
-            return make_cloud(session.system, place, split or splits_of(place)[0], folder, report)
+            return latent.make_cloud(session.system, place, split or splits_of(place)[0], folder, report)
 
-        def finish(cloud: Cloud) -> None:
+        def finish(cloud: latent.Cloud) -> None:
             self.cloud = cloud
             self.paint()
             self.click(0)
@@ -144,12 +135,12 @@ class LatentTab(LatentControls):
         "Draws the map."
         if self.cloud is not None and self.label.value is not None:
             titles = [", ".join(f"{v:.3g}" for v in row) for row in self.cloud.labels]
-            self.map.show(map_picture(self.cloud, self.label.value), titles)
+            self.map.show(latent.map_picture(self.cloud, self.label.value), titles)
 
     def click(self, point: int) -> None:
         "Shows what lies behind a point."
         try:
-            self.map.show(map_picture(self.cloud, self.label.value, point))
+            self.map.show(latent.map_picture(self.cloud, self.label.value, point))
             for image, png in zip((self.near, self.tokens), behind(self, point)):
                 image.value, image.layout.display = png, None
         except Exception as error:  # it is shown where the user looks
@@ -162,6 +153,8 @@ def behind(tab: LatentTab, point: int) -> tuple[bytes, bytes]:
     box, scale = session.blank(1).box, session.scales[tab.channel.value]
     channel = session.system.channels.index(tab.channel.value)
     window = cloud.fields(point)
-    colours = token_colours(cached_encoder(tab.encoder.value), window, cloud.windows.files[0].dt)
+    colours = latent.token_colours(cached_encoder(tab.encoder.value), window, cloud.windows.files[0].dt)
     near = [point, *cloud.neighbours(point)]
-    return neighbours_png(cloud, near, channel, scale, box), tokens_png(colours, window[channel], scale, box)
+    return latent.neighbours_png(cloud, near, channel, scale, box), latent.tokens_png(
+        colours, window[channel], scale, box
+    )

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['TABS', 'FIRST', 'build', 'Page', 'explore']
 
-# %% ../../nbs/explore/page.ipynb #85d9f96a
+# %% ../../nbs/explore/page.ipynb #458e3bea
 import html
-import time
 from collections.abc import Callable
 
 import ipywidgets as widgets
