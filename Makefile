@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations machines rollout bench figures verify test test-all lint format notebooks readme docs weights models clean
+.PHONY: help setup reproduce data study tune ablations machines rollout bench figures verify test test-all lint format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -108,6 +108,16 @@ weights: $(READY)  ## take the encoders and probes that come with the package fr
 
 # the name that it had
 models: weights
+
+explore: $(READY)  ## open the notebook of sliders, films and live answers in JupyterLab; nothing has to be simulated or trained before
+	@$(BIN)/jupyter lab nbs/09_explore.ipynb
+
+PORT ?= 8866
+app: $(READY)  ## serve it as a page, on this machine only (PORT=8866)
+	@$(BIN)/python tools/app.py --port $(PORT)
+
+gallery: $(READY)  ## write figures/gallery/index.html, a page of saved answers for those who have nothing installed
+	@$(BIN)/python tools/gallery.py
 
 test: $(READY)  ## export in sync, ruff, mypy, notebooks, tests; ends with `N passed, N failed`
 	@$(BIN)/python tools/run_tests.py

@@ -37,6 +37,7 @@ setuptools.setup(
     extras_require={
         "dev": cfg["dev_requirements"].split(),
         "docs": cfg["docs_requirements"].split(),
+        "explore": cfg["explore_requirements"].split(),
         "download": cfg["download_requirements"].split(),
         "hub": cfg["hub_requirements"].split(),
     },

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # from the bottom: a package imports only from itself and from those before it
 FLOORS = ["core", "physics", "data", "models", "objectives", "training", "probing", "results", "experiments", "explore"]
 OPTIONAL = {"experiments/command.py": {"papermill"}, "data/download.py": {"huggingface_hub"}}  # asked for when needed
+WIDGETS = ("parts", "live_tab", "data_tab", "latent_tab", "saw_tab", "yours_tab", "page")  # of explore: the thin layer
+OPTIONAL |= {f"explore/{name}.py": {"ipywidgets", "IPython"} for name in WIDGETS}
 
 
 def settings() -> dict:

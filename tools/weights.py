@@ -1,10 +1,16 @@
-"""Takes the encoders and probes that come with the package from the runs of preset laptop: seed 0, both probes."""
+"""Takes the encoders and probes that come with the package from the runs of preset laptop: seed 0, both probes.
+
+Beside them it writes the heads of summary statistics, with the errors of all readers on `test`: physrep.explore shows
+them."""
 
 import shutil
 
+from physrep.core.paths import default_data_dir
+from physrep.explore.readers import measured_errors, write_statistics
 from physrep.models.pretrained import SHIPPED, load_encoder
+from physrep.probing.evaluate import probe_splits
 from physrep.probing.frozen import load_probe
-from physrep.training.run import resolve
+from physrep.training.run import baseline_folder, resolve
 
 SHIPPED_ROWS = [
     ("active_matter", "mae", "vit"),
@@ -12,10 +18,12 @@ SHIPPED_ROWS = [
     ("shear_flow", "forecast", "vit"),
 ]
 FILES = ("encoder.safetensors", "probe-linear.safetensors", "probe-attentive.safetensors")
+BASELINES = ("statistics", "equations")
 
 if __name__ == "__main__":
     for row in SHIPPED_ROWS:
-        folder, target = resolve(*row, "laptop").folder(), SHIPPED / "-".join(row)
+        run, target = resolve(*row, "laptop"), SHIPPED / "-".join(row)
+        folder = run.folder()
         if missing := [name for name in FILES if not (folder / name).is_file()]:
             raise SystemExit(f"{folder} has no {', '.join(missing)}; run `make reproduce` first")
         target.mkdir(parents=True, exist_ok=True)
@@ -24,4 +32,8 @@ if __name__ == "__main__":
         load_encoder(target)
         for name in FILES[1:]:
             load_probe(target / name)
-        print(f"{target.name}: {sum((target / name).stat().st_size for name in FILES) / 1e6:.1f} MB")
+        baselines = {name: baseline_folder(name, run.system, run.preset) for name in BASELINES}
+        errors = measured_errors({target.name: folder}, baselines)
+        write_statistics(target, probe_splits(run, default_data_dir("laptop")), errors)
+        size = sum(path.stat().st_size for path in target.iterdir())
+        print(f"{target.name}: {size / 1e6:.1f} MB")

@@ -1,0 +1,113 @@
+"""The widgets' logic: flows solved frame by frame, readers, the session, pictures, and the tabs without a browser."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from physrep.explore.live import Job, Session, explorable_systems
+from physrep.explore.pictures import fixed_scale, number, scales_of
+from physrep.explore.readers import encoder_folders, encoder_info
+from physrep.explore.solve import parameter_ranges, solve
+from physrep.models.pretrained import SHIPPED, load_encoder
+from physrep.physics.spectral import SimulationBlewUp
+from physrep.probing.frozen import load_probe
+from physrep.training.presets import get_preset
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    session = Session("shear_flow", runs="none")
+    session.simulate({"Reynolds": 800.0, "Schmidt": 1.0}, frames=18, seed=5)
+    return session
+
+
+def test_every_shipped_encoder_can_be_explored():
+    folders = [folder for folder in SHIPPED.iterdir() if folder.is_dir()]
+    listed = [f for name in explorable_systems() for f in encoder_folders(name, "none").values()]
+    assert sorted(listed) == sorted(folders)
+    for folder in folders:
+        assert encoder_info(folder)["shape"][0] == 16
+    assert explorable_systems()[0] == "rayleigh_benard"
+
+
+def test_the_session_reads_what_the_library_reads(session):
+    table = session.read(1)
+    folder = session.folders[session.encoders[0]]
+    encoder = load_encoder(folder)
+    for head in ("linear", "attentive"):
+        probe = load_probe(folder, head)
+        wanted = probe.predict_fields(encoder, session.flow.fields[None, :, 1:17], dt=session.flow.dt)
+        rows = table[table.reader == f"{session.encoders[0]}, {head} head"]
+        assert np.array_equal(rows.predicted, wanted[0])
+        assert np.array_equal(rows.low, probe.interval(wanted)[0][0])
+    exact = table[table.kind == "equations"]
+    assert np.allclose(exact.predicted, exact["true"], rtol=0.02)
+
+
+def test_the_errors_on_test_come_with_the_package(session):
+    table = session.read(0)
+    assert (table.groupby("kind").test_error.median() < 1).all()
+    assert set(table.kind) == {"encoder", "statistics", "equations"}, "the heads of the statistics are in the package"
+
+
+def test_a_run_that_cannot_be_is_stopped():
+    sim = get_preset("laptop").sims["shear_flow"]
+    with pytest.raises(SimulationBlewUp, match="the flow became impossible at frame"):
+        from dataclasses import replace
+
+        solve("shear_flow", {"Reynolds": 3200.0, "Schmidt": 1.0}, replace(sim, dt=0.2), frames=30)
+    with pytest.raises(ValueError, match="no solver for acoustics|unknown system"):
+        solve("acoustics", {}, sim, frames=3)
+
+
+def test_a_finer_grid_beyond_the_training_gives_the_same_kind_of_flow():
+    sim = get_preset("laptop").sims["rayleigh_benard"]
+    flow = solve("rayleigh_benard", {"Prandtl": 0.4, "Rayleigh": 2.5e6}, sim, frames=3)
+    assert flow.fields.shape == (4, 3, 32, 32) and np.isfinite(flow.fields).all() and flow.dt == sim.frame_dt
+    ranges = parameter_ranges("rayleigh_benard", sim)
+    assert ranges["Rayleigh"].low < 1e4 and not ranges["Rayleigh"].knows(2.5e6)
+
+
+def test_a_job_reports_in_its_own_thread_and_is_cancelled_at_a_report():
+    threads, ended, go = [], [], threading.Event()
+
+    def work(report) -> None:
+        for i in range(100):
+            threads.append(threading.current_thread())
+            go.wait(10)
+            report(i, 100)
+
+    job = Job(work, on_cancel=lambda: ended.append("cancelled"), on_done=lambda _: ended.append("done")).start()
+    job.cancel()
+    go.set()
+    assert job.wait(10) and ended == ["cancelled"] and len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+
+
+def test_pictures_have_a_fixed_scale_and_mark_the_window(session):
+    picture = session.picture("velocity_x", 2)
+    assert picture.png(3) == picture.png(3) != picture.png(4)
+    assert picture.png(1) != session.picture("velocity_x", 0).png(1), "frame 1 is in one window and not in the other"
+    with pytest.raises(ValueError, match="frames 0 to 17, not 18"):
+        picture.png(18)
+    with pytest.raises(ValueError, match="no channel 'vorticity'; it has tracer"):
+        from physrep.explore.pictures import FlowPicture
+
+        FlowPicture(session.flow, "vorticity", fixed_scale(0, 1))
+    assert fixed_scale(5.0, 1.0).low == 2.5 and fixed_scale(0.1, 1.0).low == -2.5
+    assert set(scales_of(session.flow)) == set(session.system.channels) and number(float("nan")) == "–"
+
+
+def test_the_page_makes_a_tab_when_it_is_looked_at_and_shows_errors():
+    pytest.importorskip("ipywidgets")
+    from physrep.explore.page import Page
+
+    made = []
+
+    def broken():
+        made.append("b")
+        raise ValueError("no <flow>")
+
+    page = Page({"a": lambda: pytest.fail("nobody looked"), "b": broken}, "b")
+    assert made == ["b"] and "no &lt;flow&gt;" in page.places[1].children[0].value
