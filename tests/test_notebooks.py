@@ -82,6 +82,7 @@ def test_notebook_is_clean(path):
     text = path.read_text(encoding="utf-8")
     assert "injected-parameters" not in text and '"output_type": "error"' not in text
     assert str(ROOT) not in text and str(Path.home()) + "/" not in text
+    assert "widgets" not in nbformat.reads(text, 4).metadata, "states of widgets; make notebooks drops them"
     for cell in nbformat.reads(text, 4).cells:
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", "warnings and progress bars are no documentation"

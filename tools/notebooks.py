@@ -133,6 +133,13 @@ def write_readme() -> None:
     (ROOT / "README.md").write_text(text, encoding="utf-8")
 
 
+def drop_widget_states(path: Path) -> None:
+    "The states of widgets change at every run and are some 100 kB; without a kernel they show nothing that moves."
+    notebook = nbformat.read(path, 4)
+    if notebook.metadata.pop("widgets", None):
+        nbformat.write(notebook, path)
+
+
 def update(notebooks: list[Path], preset: str) -> None:
     "Executes what is of the library, takes the outputs of what is a stage, cleans and exports."
     stages = {path for path in notebooks if is_stage(path)}
@@ -147,6 +154,8 @@ def update(notebooks: list[Path], preset: str) -> None:
             take_outputs(path, executed)
         else:
             print(f"{name_of(path)}: outputs left as they are, there is no {executed.relative_to(ROOT)}")
+    for path in notebooks:
+        drop_widget_states(path)
     for command in ("nbdev_clean", "nbdev_export"):
         subprocess.run([BIN / command], check=True, cwd=ROOT)
     if errors:
