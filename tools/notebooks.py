@@ -111,7 +111,7 @@ def take_outputs(path: Path, executed: Path) -> None:
 
 def from_root(text: str) -> str:
     "Links of nbs/index.ipynb as links of README.md: `core/x.ipynb` -> `nbs/core/x.ipynb`, `../LICENSE` -> `LICENSE`."
-    text = re.sub(r"\]\((?![a-z]+:|[#/]|\.\./)([^()\s]+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\((?![a-z]+:|[#/]|\.\./)([^()\s]+\.(?:ipynb|png))", r"](nbs/\1", text)
     return text.replace("](../", "](")
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -82,12 +83,18 @@ def _asked(run: str, record: dict) -> list[dict]:
     return [about | {"system": system} for system in record["data"] or SYSTEMS]
 
 
+@lru_cache(maxsize=1024)
+def _name_today(arguments: str, data_dir: Path) -> str:
+    "The name of the run that `resolve` makes of arguments in JSON; figures of one table ask for the same runs."
+    return resolve(**json.loads(arguments), data_dir=data_dir).name
+
+
 def _names_today(asked: Sequence[dict], data_dir: Path) -> tuple[list[str], list[str]]:
     "The names that runs with these arguments have today, and what is wrong with those that have none."
     names, errors = [], []
     for arguments in asked:
         try:
-            names.append(resolve(**arguments, data_dir=data_dir).name)
+            names.append(_name_today(json.dumps(arguments, sort_keys=True), data_dir))
         except (TypeError, ValueError, FileNotFoundError) as error:
             errors.append(str(error))
     return names, errors

@@ -45,6 +45,11 @@ def github(path: Path) -> str:
     return f"{url}/{'tree' if path.is_dir() else 'blob'}/{branch}/{path.relative_to(ROOT).as_posix()}"
 
 
+def screenshots() -> list[Path]:
+    "Pictures that stand beside notebooks."
+    return sorted((ROOT / "nbs").rglob("*.png"))
+
+
 def with_links(text: str, source: Path, page: str, staged: set[str]) -> str:
     """Markdown of a file of the repository for a page of the book: relative links lead to pages of the book and to its
     figures, and to GitHub for everything else."""
@@ -59,7 +64,7 @@ def with_links(text: str, source: Path, page: str, staged: set[str]) -> str:
         name = docname(path)
         if name in staged:
             return relative(name + (path.suffix if name != "index" else ".ipynb"), page) + anchor
-        if path.is_relative_to(ROOT / "figures") and path.is_file():
+        if path.is_file() and (path.is_relative_to(ROOT / "figures") or path in screenshots()):
             return relative(path.relative_to(ROOT).as_posix(), page)
         return github(path)
 
@@ -293,6 +298,10 @@ def stage(folder: Path, keep: Callable[[Notebook], bool] = lambda notebook: True
     staged |= {docname(p) for p in (*book.guides, *(ROOT / name for name in PROJECT))}
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "figures", folder / "figures", ignore=shutil.ignore_patterns("smoke"))
+    for picture in screenshots():
+        target = folder / picture.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, target)
 
     def write(name: str, text: str) -> None:
         path = folder / name
