@@ -66,6 +66,12 @@ def _changed_code(record: dict) -> list[str]:
         why.append(f"notebook {record['notebook']} changed")
     return why
 
+# %% ../../nbs/results/verify.ipynb #27c28109
+@lru_cache(maxsize=1024)
+def _name_today(arguments: str, data_dir: Path) -> str:
+    "The name of the run that `resolve` makes of arguments in JSON; figures of one table ask for the same runs."
+    return resolve(**json.loads(arguments), data_dir=data_dir).name
+
 # %% ../../nbs/results/verify.ipynb #f8c5bd7a
 _RUN = re.compile(r"(?P<objective>\w+)-(?P<encoder>\w+)-(?P<hash>[0-9a-f]{8})(/seed\d+)?")
 
@@ -81,12 +87,6 @@ def _asked(run: str, record: dict) -> list[dict]:
     about = {"preset": record["preset"], "objective": match["objective"], "encoder": match["encoder"]}
     # the name does not tell the system: any that the figure is about will do
     return [about | {"system": system} for system in record["data"] or SYSTEMS]
-
-
-@lru_cache(maxsize=1024)
-def _name_today(arguments: str, data_dir: Path) -> str:
-    "The name of the run that `resolve` makes of arguments in JSON; figures of one table ask for the same runs."
-    return resolve(**json.loads(arguments), data_dir=data_dir).name
 
 
 def _names_today(asked: Sequence[dict], data_dir: Path) -> tuple[list[str], list[str]]:
