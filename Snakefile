@@ -21,7 +21,7 @@ from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
 from physrep.data.sets import find_files
 from physrep.experiments.rollout import emulator_rows
-from physrep.experiments.tuning import ENCODER_FROM, WALKS, log_path
+from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
@@ -266,19 +266,19 @@ rule machines:
     threads: workflow.cores
     shell: "{params.command}"
 
-# `make tune`: a job per row of the table; what has been tried already is in its log
-TUNED = {row: log_path(SYSTEMS[FIRST], row, PRESET.name) for row in WALKS}
-for row, log in TUNED.items():
+# `make tune`: a job per row of the table; trials that are done are kept
+TUNED = {row: trial_path(FIRST, row, PRESET.name, 0, TUNING_SEED).parent for row in OWN}
+for row, folder in TUNED.items():
     run = run_of(Row(*row), SYSTEMS[FIRST], PRESET, 0, DATA)
     rule:
         name: f"tune_{'_'.join(row)}"
-        input: ([f"{TUNED[ENCODER_FROM[row]]}.done"] if row in ENCODER_FROM else []) + simulated(FIRST)
-        output: touch(finished(Path(f"{log}.done"), log.is_file()))
+        input: simulated(FIRST)
+        output: touch(finished(folder.with_name(f"{folder.name}.done"), any(folder.glob("*.json"))))
         params: code=code_digest("experiments.tuning", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=SYSTEMS[FIRST], rows="-".join(row), draw=False)
         shell: "{params.command}"
 
 rule tuning:
-    input: [f"{log}.done" for log in TUNED.values()]
+    input: [folder.with_name(f"{folder.name}.done") for folder in TUNED.values()]
     output: figures("tuning")
     params: code=stage("08a_tuning", "experiments.tuning"), command=papermill("08a_tuning", "tuning", system=SYSTEMS[FIRST])
     shell: "{params.command}"
