@@ -116,6 +116,8 @@ ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "froze
 PREDICTED = [row for row in TABLE_ROWS if row.kind == "predictions"]
 EMULATED = emulator_rows()  # what `make rollout` needs besides: rows of the table or not, they are trained and probed alike
 SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked in SYSTEMS.values()}) == 1
+# a cosine cannot end early
+KEEPS_CURVES = all(recipe.schedule == "constant" for recipe in PRESET.train.values()) and any(r.kind == "trained" for r in TABLE_ROWS)
 SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
 
@@ -209,6 +211,23 @@ rule table1:
     input: RESULTS
     output: figures("table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
     params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
+    shell: "{params.command}"
+
+# a method is a curve: the encoders that every run kept on its way are probed, one job a system, then drawn
+SCORED = [OUT / "finished" / f"{system}-learning-curves" for system in SYSTEMS]
+for system, done in zip(SYSTEMS, SCORED):
+    rule:
+        name: f"learning_curves_{system}".replace("-", "_")
+        input: [result for result in RESULTS if result.is_relative_to(OUT / system)]
+        output: touch(done)
+        params: rows=repr(TABLE_ROWS), code=code_digest("experiments.learning_curves") + PROBING, command=papermill("05a_learning_curves", f"{system}-learning-curves", systems=SYSTEMS[system], draw=False, **WITH_ROWS)
+        threads: JOB_THREADS
+        shell: "{params.command}"
+
+rule learning_curves:
+    input: RESULTS + SCORED
+    output: figures("learning_curves")
+    params: rows=repr(TABLE_ROWS), code=stage("05a_learning_curves", "experiments.learning_curve_figures") + PROBING, command=papermill("05a_learning_curves", "learning_curves", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # few labels, and flows that start in another way
@@ -309,6 +328,7 @@ rule all:
     default_target: True
     input:
         rules.table1.output,
+        rules.learning_curves.output if KEEPS_CURVES else [],
         rules.data_efficiency.output,
         rules.regimes.output if BUILT_IN and not ONLY else [],
         rules.across.output if BUILT_IN and len(SYSTEMS) > 1 and SAME_GRID and not ONLY else [],

@@ -7,7 +7,7 @@ __all__ = ['LEARNING_RATE', 'WEIGHT_DECAY', 'BATCH', 'Choices', 'OWN', 'BEFORE',
            'points', 'pick', 'between', 'configuration', 'trial_run', 'trial_scores', 'trial_path', 'run_trial',
            'best_two', 'run_row', 'read_trials', 'tuning_table', 'noise', 'chosen_configurations', 'plot_tuning']
 
-# %% ../../nbs/experiments/tuning.ipynb #ac304751
+# %% ../../nbs/experiments/tuning.ipynb #7806fa99
 import json
 import math
 import time
@@ -36,7 +36,7 @@ from ..training.presets import Preset, get_preset
 from ..training.pretrain import pretrain
 from ..training.run import Run, label_scaler, resolve
 
-# %% ../../nbs/experiments/tuning.ipynb #ca328455
+# %% ../../nbs/experiments/tuning.ipynb #16aa12e3
 LEARNING_RATE = (5e-4, 8e-3)  # ends of the box, the same for every row
 WEIGHT_DECAY = (0.005, 0.5)
 BATCH = (0.5, 1.0, 2.0)  # times the batch of the preset
@@ -72,7 +72,7 @@ TUNING_SEED = 100  # no seed of a table
 REPEATED = (101, 102)  # seeds of the best two configurations
 CONFIGURATIONS = 6  # of every row, that of the preset among them
 
-# %% ../../nbs/experiments/tuning.ipynb #cfcbef32
+# %% ../../nbs/experiments/tuning.ipynb #71f373f5
 def points(number: int) -> np.ndarray:
     "The first points `(number, 5)` of a scrambled Sobol sequence in the unit cube."
     return torch.quasirandom.SobolEngine(5, scramble=True, seed=0).draw(number).double().numpy()
@@ -88,7 +88,7 @@ def between(ends: tuple[float, float], place: float) -> float:
     low, high = map(math.log, ends)
     return float(f"{math.exp(low + place * (high - low)):.2g}")
 
-# %% ../../nbs/experiments/tuning.ipynb #b6fc881e
+# %% ../../nbs/experiments/tuning.ipynb #ccfbaeb5
 def _batch_before(row: tuple[str, str], preset: Preset) -> int:
     "The batch of configuration 0."
     return BEFORE.get(row, {}).get("recipe", {}).get("batch_size", preset.recipe(*row).batch_size)
@@ -114,7 +114,7 @@ def configuration(row: tuple[str, str], preset: Preset, number: int) -> dict[str
     change["recipe"] |= {name: own.pop(name) for name in ("decay",) if name in own}
     return change | {"coefficients": own}
 
-# %% ../../nbs/experiments/tuning.ipynb #c5ac3281
+# %% ../../nbs/experiments/tuning.ipynb #0d05fe93
 def trial_run(
     system: str, row: tuple[str, str], preset: str | Preset, number: int, seed: int = TUNING_SEED, data_dir=None
 ) -> Run:
@@ -129,7 +129,7 @@ def trial_run(
     budget, once = cost(usual)["total"], cost(replace(run, recipe=replace(run.recipe, steps=1)))["total"]
     return replace(run, recipe=replace(run.recipe, steps=max(1, round(budget / once))))
 
-# %% ../../nbs/experiments/tuning.ipynb #9d232a56
+# %% ../../nbs/experiments/tuning.ipynb #d0ac95ee
 def _mean_errors(rows: Sequence[dict]) -> dict[str, float]:
     "Mean z-scored squared error over labels and draws, by probe; nothing of no rows."
     table = pd.DataFrame([row for row in rows if row["metric"] == "mse"])
@@ -162,7 +162,7 @@ def trial_scores(
     parameters = sum(p.numel() for p in encoder.encoder.parameters())
     return {"score": score, "all": every, "few": few, "parameters": parameters}
 
-# %% ../../nbs/experiments/tuning.ipynb #ef90cc7a
+# %% ../../nbs/experiments/tuning.ipynb #b3a9e506
 def trial_path(
     system: str, row: tuple[str, str], preset: str, number: int, seed: int, run_dir: str | Path | None = None
 ) -> Path:
@@ -207,7 +207,7 @@ def run_trial(
     write_json(path, {**entry, "config": run.as_dict(), **made, "provenance": record})
     return read_json(path)
 
-# %% ../../nbs/experiments/tuning.ipynb #bfe8e69a
+# %% ../../nbs/experiments/tuning.ipynb #ae72e7f4
 def best_two(trials: Sequence[dict]) -> list[int]:
     "The numbers of the two configurations with the lowest scores at the seed of the first trials, the best one first."
     first = sorted((t["score"], t["number"]) for t in trials if t["seed"] == TUNING_SEED)
@@ -245,10 +245,12 @@ def read_trials(
     found = []
     for row in rows:
         folder = trial_path(system, row, preset, 0, TUNING_SEED, run_dir).parent
-        found += sorted((read_json(path) for path in folder.glob("*-seed*.json")), key=lambda t: (t["seed"], t["number"]))
+        found += sorted(
+            (read_json(path) for path in folder.glob("*-seed*.json")), key=lambda t: (t["seed"], t["number"])
+        )
     return found
 
-# %% ../../nbs/experiments/tuning.ipynb #c5864366
+# %% ../../nbs/experiments/tuning.ipynb #383ba7c9
 def tuning_table(trials: Sequence[dict]) -> pd.DataFrame:
     "One row per trial: score, its parts by probe with all labels and with 16, what the configuration sets, and cost."
     rows = []
@@ -282,10 +284,12 @@ def chosen_configurations(table: pd.DataFrame) -> pd.DataFrame:
         best = int(often["mean"].idxmin())
         about = {"objective": objective, "encoder": encoder, "configurations": len(means), "chosen": best}
         preset = float(means["mean"].get(0, math.nan))
-        found.append({**about, "score": float(means["mean"][best]), "seeds": int(means["size"][best]), "preset": preset})
+        found.append(
+            {**about, "score": float(means["mean"][best]), "seeds": int(means["size"][best]), "preset": preset}
+        )
     return pd.DataFrame(found)
 
-# %% ../../nbs/experiments/tuning.ipynb #2921d591
+# %% ../../nbs/experiments/tuning.ipynb #868fd0b6
 def _draw_scores(ax: Axes, table: pd.DataFrame, rows: Sequence[tuple[str, str]]) -> None:
     "A line for each row: all configurations, the preset's with a ring, the repeated ones joined over their seeds."
     for y, row in enumerate(rows):
@@ -314,6 +318,8 @@ def _draw_rates(ax: Axes, table: pd.DataFrame, rows: Sequence[tuple[str, str]]) 
             style = dict(marker="s" if row[1] == "convnext" else "o", ms=3.5, lw=0.8, color=color_of(row[0]))
             ax.plot(part.lr, part.score, **style)
     ax.set(xscale="log", xlabel="learning rate")
+    ax.set_xticks([1e-3, 2e-3, 4e-3, 8e-3], ["0.001", "0.002", "0.004", "0.008"])
+    ax.minorticks_off()
     ax.grid(True)
 
 
