@@ -1,6 +1,6 @@
 """What makes a digest of code another one, and what does not."""
 
-import importlib
+import importlib.util
 import shutil
 import sys
 import types
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import physrep.core.provenance
-from physrep.core.files import write_json
+from physrep.core.files import read_json, write_json
+from physrep.core.paths import project_root
 from physrep.core.provenance import (
     RECORDED,
     TABLES,
@@ -351,3 +352,37 @@ def test_rows_tables_and_figures_are_in_no_digest_of_a_run():
         assert not any("PRESETS" in name or "plot_" in name for name in found)
         others = {"jepa", "mae", "supervised"} - {objective}
         assert not any(f"['{other}']" in name for other in others for name in found), "entries of other objectives"
+
+
+def test_a_change_that_was_shown_to_change_no_number_keeps_the_digest(monkeypatch):
+    used = physrep.core.provenance._used(("core.files",), ())
+    name, (digest,) = next((name, digests) for name, digests in used.items() if len(digests) == 1)
+    before = code_digest("core.files")
+    monkeypatch.setattr(physrep.core.provenance, "_same", lambda: {(name, digest): "0123456789abcdef"})
+    changed = code_digest("core.files")
+    assert changed != before and definitions("core.files")[name] == "0123456789ab"
+    monkeypatch.setattr(
+        physrep.core.provenance, "_same", lambda: {(name, "0123456789abcdef"): digest, (name, digest): ""}
+    )
+    assert name not in definitions("core.files"), "added without changing a number"
+
+
+def test_only_what_differs_is_declared_equal():
+    path = project_root() / "tools" / "same_numbers.py"
+    spec = importlib.util.spec_from_file_location("same_numbers", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    old = {"update": ["a"], "train": ["b", "c"], "kept": ["k"]}
+    new = {"update": ["x"], "train": ["b", "y"], "kept": ["k"], "helper": ["h"]}
+    assert tool.differing(old, new) == {"update": [("a", "x")], "train": [("c", "y")], "helper": [("", "h")]}
+    with pytest.raises(ValueError, match="kept gone; keep the definition, or train again"):
+        tool.differing(old, {name: new[name] for name in ("update", "train")})
+    with pytest.raises(ValueError, match="a definition of train is gone"):
+        tool.differing(old, {**new, "train": ["b"]})
+
+
+def test_every_change_says_what_was_compared():
+    path = Path(physrep.core.provenance.__file__).with_name("same_numbers.json")
+    for change in read_json(path)["changes"] if path.is_file() else []:
+        assert change["why"] and len(change["against"]) == 40 and len(change["compared"]) > 50
+        assert all(new and old != new for pairs in change["definitions"].values() for old, new in pairs)

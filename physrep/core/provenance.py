@@ -226,13 +226,32 @@ def modules_used(*names: str) -> list[str]:
     Python code."""
     return sorted(full.removeprefix("physrep.") for full in _closure(*names))
 
+# %% ../../nbs/core/provenance.ipynb #39000a9c
+@lru_cache(maxsize=1)
+def _same() -> dict[tuple[str, str], str]:
+    "(name, digest) of a definition -> the digest that it counts as; empty for one that counts as none."
+    path = _PACKAGE / "core" / "same_numbers.json"
+    changes = read_json(path)["changes"] if path.is_file() else []
+    return {
+        (name, new): old for change in changes for name, pairs in change["definitions"].items() for old, new in pairs
+    }
+
+
+def _same_numbers(name: str, digest: str) -> str:
+    """The digest that a definition of physrep counts as: that of the oldest one which gave the same numbers; empty if
+    it was added without changing a number."""
+    while digest and (name, digest) in _same():
+        digest = _same()[name, digest]
+    return digest
+
 # %% ../../nbs/core/provenance.ipynb #63d304d2
 def _used(names: tuple[str, ...], entries: Collection[str] | None) -> dict[str, set[str]]:
     "The digests of all definitions behind these modules, by name: several if several modules define it differently."
     digests: dict[str, set[str]] = {}
     for full, file in _closure(*names).items():
         for name, key, digest in _module(full, file)[0]:
-            if key is None or entries is None or key in entries:
+            digest = _same_numbers(name, digest) if full.startswith("physrep.") else digest
+            if digest and (key is None or entries is None or key in entries):
                 digests.setdefault(name, set()).add(digest)
     return digests
 
