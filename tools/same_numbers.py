@@ -54,7 +54,7 @@ def numbers(folder: Path) -> dict:
             found[f"{name}, {file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
         for file in ("result.json", "few.json"):
             if (place / file).is_file():
-                found[f"{name}, {file}"] = read_json(place / file)["results"]
+                found[f"{name}, {file}"] = read_json(place / file)["rows"]
         print(f"  {name}", file=sys.stderr, flush=True)
     return found
 
