@@ -335,7 +335,9 @@ def planned_cells(
         rate = chosen_rate(valid_errors(run, run_dir)) or "middle"
         found += [(name, at_rate(run, one)) for one in RATES]
         found += [(name, at_rate(run, rate).with_seed(seed)) for seed in preset.seeds[1:]]
-        found += [(name, cell_run(name, s, preset, rate=rate, seed=preset.seeds[0], data_dir=data_dir)) for s in systems[1:]]
+        found += [
+            (name, cell_run(name, s, preset, rate=rate, seed=preset.seeds[0], data_dir=data_dir)) for s in systems[1:]
+        ]
     return found
 
 
