@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'Term', 'TERMS', 'RUNS', 'LEFT', 'term_name', 'present_leve
            'fit_terms', 'components', 'redrawn', 'shares', 'term_tests', 'mixed_model', 'corners', 'contributions',
            'paper_claim']
 
-# %% ../../nbs/experiments/matters_model.ipynb #8b2a3380
+# %% ../../nbs/experiments/matters_model.ipynb #9afab56a
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..core.randomness import seed_for
 from .matters import CELL_ENCODERS, CELLS, FACTORS, PAPER, Errors
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 
-# %% ../../nbs/experiments/matters_model.ipynb #c6d62086
+# %% ../../nbs/experiments/matters_model.ipynb #dc6ea59a
 LEVELS = {"task": CELL_TASKS, "target": CELL_TARGETS, "encoder": CELL_ENCODERS}
 Term = tuple[str, ...]
 TERMS: tuple[Term, ...] = tuple(term for n in (1, 2, 3) for term in combinations(FACTORS, n))
@@ -46,7 +46,7 @@ def term_columns(frame: pd.DataFrame, term: Term, levels: Mapping[str, Sequence[
         found = (found[:, :, None] * coded[:, None, :]).reshape(len(frame), -1)
     return found
 
-# %% ../../nbs/experiments/matters_model.ipynb #a7aa46ad
+# %% ../../nbs/experiments/matters_model.ipynb #b357ec33
 def estimable(frame: pd.DataFrame, levels: Mapping[str, Sequence[str]]) -> list[Term]:
     "The terms that a table of runs can tell apart, the simple ones first, with something left to judge them by."
     design = np.ones((len(frame), 1))
@@ -61,7 +61,7 @@ def estimable(frame: pd.DataFrame, levels: Mapping[str, Sequence[str]]) -> list[
             found.append(term)
     return found
 
-# %% ../../nbs/experiments/matters_model.ipynb #824fa16e
+# %% ../../nbs/experiments/matters_model.ipynb #576f5d95
 @dataclass(frozen=True)
 class Fit:
     "Least squares of some columns for one or several tables of numbers."
@@ -88,7 +88,7 @@ def fit_terms(frame: pd.DataFrame, terms: Sequence[Term], levels: Mapping, y: np
     parts = [slice(int(end) - block.shape[1], int(end)) for end, block in zip(ends, blocks)]
     return Fit(["mean", *map(term_name, terms)], parts, coefficients, inverse, y - design @ coefficients)
 
-# %% ../../nbs/experiments/matters_model.ipynb #62996245
+# %% ../../nbs/experiments/matters_model.ipynb #ba52dd1b
 RUNS, LEFT = "seed", "head x run"  # components without a factor
 
 
@@ -130,7 +130,7 @@ def components(frame: pd.DataFrame, y: np.ndarray, *, times: int = 1) -> pd.Seri
     found |= {f"head x {name}": v for name, v in _variances(within, main, levels, noise, times).items()}
     return pd.Series(found | {RUNS: max(0.0, of_means - left / heads), LEFT: left})
 
-# %% ../../nbs/experiments/matters_model.ipynb #1161e830
+# %% ../../nbs/experiments/matters_model.ipynb #68259178
 def redrawn(errors: Errors, draw: np.random.Generator) -> np.ndarray:
     "Logarithms of errors `(runs, heads)` of flows and, in each cell, seeds that were drawn with replacement."
     groups = len(errors.sizes)
@@ -152,15 +152,16 @@ def shares(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataF
     draw = np.random.default_rng(seed_for("what matters", seed))
     drawn = pd.DataFrame([components(frame, redrawn(errors, draw), times=2) for _ in range(n_bootstrap)])
     drawn = drawn.div(drawn.sum(axis=1), axis=0)
-    low, high = drawn.quantile(0.025), drawn.quantile(0.975)
+    drawn += whole / whole.sum() - drawn.mean()
+    low, high = drawn.quantile(0.025).clip(lower=0), drawn.quantile(0.975).clip(upper=1)
     found = pd.DataFrame({"variance": whole, "share": whole / whole.sum(), "low": low, "high": high})
     names = [*map(term_name, TERMS), *(name for name in whole.index if name not in map(term_name, TERMS))]
     found = found.reindex(names).rename_axis("component").reset_index()
     return found.assign(estimated=found.share.notna())
 
-# %% ../../nbs/experiments/matters_model.ipynb #dea33bed
+# %% ../../nbs/experiments/matters_model.ipynb #6ac154d0
 def term_tests(errors: Errors) -> pd.DataFrame:
-    "A row for each term of the factors that can be told: degrees of freedom, F, p, and the factor on the error of its std."
+    "A row for each term that can be told: degrees of freedom, F, p, and the factor on the error of its typical effect."
     frame = errors.runs
     levels = present_levels(frame)
     terms = estimable(frame, levels)
@@ -175,7 +176,7 @@ def term_tests(errors: Errors) -> pd.DataFrame:
         rows.append({"term": name, "df": len(b), "F": f, "p": p, "factor": math.exp(math.sqrt(spread[name]))})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/matters_model.ipynb #8fb5edd8
+# %% ../../nbs/experiments/matters_model.ipynb #3b656e02
 def mixed_model(errors: Errors):
     """The same model by restricted maximum likelihood: results of `statsmodels.formula.api.mixedlm`, a random intercept
     for each run, sums of effects 0."""
@@ -184,13 +185,13 @@ def mixed_model(errors: Errors):
     frame = errors.runs
     levels = present_levels(frame)
     terms = estimable(frame, levels)
-    coded = {f: f"C({f}, Sum(levels={levels[f]}))" for f in FACTORS}
-    head = f"C(head, Sum(levels={list(errors.heads)}))"
+    coded = {f: f"C({f}, Sum, levels={levels[f]})" for f in FACTORS}
+    head = f"C(head, Sum, levels={list(errors.heads)})"
     parts = [":".join(coded[f] for f in term) for term in terms]
     parts += [head, *(f"{head}:{coded[term[0]]}" for term in terms if len(term) == 1)]
     return smf.mixedlm(f"log_error ~ {' + '.join(parts)}", errors.table(), groups="run").fit(reml=True)
 
-# %% ../../nbs/experiments/matters_model.ipynb #e8618ce6
+# %% ../../nbs/experiments/matters_model.ipynb #ebb7914a
 def corners() -> list[str]:
     "The eight cells between the two that the paper compares."
     ends = [CELLS[PAPER[name]] for name in ("VideoMAE", "JEPA")]
@@ -198,8 +199,9 @@ def corners() -> list[str]:
 
 
 def contributions(logs: Mapping[str, float]) -> pd.Series:
-    """What each factor contributes to the logarithm of the error of JEPA over that of VideoMAE, and `all`; `logs` has the
-    mean logarithm of the error of each cell. ValueError that lists the cells that are missing."""
+    """What each factor contributes to the logarithm of the error of JEPA over that of VideoMAE, and `all`.
+
+    `logs` has the mean logarithm of the error of each cell. ValueError that lists the cells that are missing."""
     if missing := [cell for cell in corners() if cell not in logs]:
         raise ValueError(f"the way from VideoMAE to JEPA needs {', '.join(missing)}, which are not there")
     start, end = (CELLS[PAPER[name]] for name in ("VideoMAE", "JEPA"))
@@ -215,8 +217,9 @@ def contributions(logs: Mapping[str, float]) -> pd.Series:
 
 
 def paper_claim(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataFrame:
-    """A row for each factor and for all: `factor` on the error from VideoMAE to JEPA, with its 95 % interval. ValueError
-    that lists the cells that are missing."""
+    """A row for each factor and for all: `factor` on the error from VideoMAE to JEPA, with its 95 % interval.
+
+    ValueError that lists the cells that are missing."""
     cells = errors.runs.cell.to_numpy()
 
     def found(y: np.ndarray) -> pd.Series:
