@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'CELL', 'RATES', 'BUDGET', 'check_cell', 'cell_coefficients',
-           'equal_steps', 'cell_run', 'at_rate', 'matters_root', 'score_on_valid', 'valid_errors', 'chosen_rate',
-           'Place', 'Errors', 'group_sums', 'read_errors', 'planned_cells', 'scored_runs']
+           'equal_steps', 'equal_budget', 'cell_run', 'at_rate', 'matters_root', 'score_on_valid', 'valid_errors',
+           'chosen_rate', 'Place', 'Errors', 'group_sums', 'read_errors', 'planned_cells', 'scored_runs']
 
-# %% ../../nbs/experiments/matters.ipynb #53bfa095
+# %% ../../nbs/experiments/matters.ipynb #67d32b9f
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from ..training.pretrain import pretrain
 from ..training.run import Run, resolve
 from ..training.watch import shortcomings
 
-# %% ../../nbs/experiments/matters.ipynb #1cf4befd
+# %% ../../nbs/experiments/matters.ipynb #571d8baa
 FACTORS = ("task", "target", "encoder")
 CELL_ENCODERS = ("vit", "convnext")
 PAIRS: dict[str, tuple[str, str, str]] = {f"pair-pooled-{e}": ("pair", "pooled", e) for e in CELL_ENCODERS}
@@ -49,7 +49,7 @@ def check_cell(name: str) -> dict[str, str]:
         raise ValueError(f"unknown cell {name!r}; valid: {', '.join(CELLS)}")
     return dict(zip(FACTORS, CELLS[name]))
 
-# %% ../../nbs/experiments/matters.ipynb #6a45376d
+# %% ../../nbs/experiments/matters.ipynb #89ba172f
 CELL = "physrep.objectives.cells:Cell"
 RATES = {"low": 0.5, "middle": 1.5, "high": 4.5}  # times the learning rate of JEPA in the preset
 BUDGET = ("mae", "vit")  # the row of Table 1 whose operations every cell gets
@@ -83,7 +83,7 @@ def cell_coefficients(task: str, target: str, encoder: str, preset: Preset) -> d
     found = {name: there[name][_FROM[name][1]] for name in wanted if _FROM[name][1] in there[name]}
     return {"task": task, "target": target, **found}
 
-# %% ../../nbs/experiments/matters.ipynb #e9bb3e25
+# %% ../../nbs/experiments/matters.ipynb #eba4df4e
 def _recipe(task: str, encoder: str, preset: Preset, rate: str) -> dict:
     "The recipe of a cell but for its updates; ValueError for an unknown rate."
     if rate not in RATES:
@@ -103,6 +103,11 @@ def equal_steps(run: Run, budget: int) -> int:
     return max(1, round(budget / (cost(few)["train"] * recipe.batch_size)))
 
 
+def equal_budget(system: str, preset: Preset, data_dir: str | Path | None = None) -> int:
+    "The operations that every cell gets: those of the training of the row `BUDGET`."
+    return cost(resolve(system, *BUDGET, preset, data_dir=data_dir))["total"]
+
+# %% ../../nbs/experiments/matters.ipynb #64505234
 def cell_run(
     name: str,
     system: str,
@@ -111,6 +116,7 @@ def cell_run(
     rate: str = "middle",  # of RATES
     seed: int = 0,
     steps: int | None = None,  # default: as many as make operations equal, which takes a second to count
+    budget: int | None = None,  # those operations, of `equal_budget`, for many cells
     data_dir: str | Path | None = None,
 ) -> Run:
     "The run of a cell. ValueError for an unknown cell or rate, with the valid ones."
@@ -122,7 +128,7 @@ def cell_run(
     objective = "invariance" if task == "pair" else CELL
     run = resolve(system, objective, encoder, preset, seed=seed, data_dir=data_dir, **options)
     if steps is None:
-        steps = equal_steps(run, cost(resolve(system, *BUDGET, preset, data_dir=data_dir))["total"])
+        steps = equal_steps(run, budget or equal_budget(system, preset, data_dir))
     return replace(run, recipe=replace(run.recipe, steps=steps))
 
 
@@ -130,7 +136,7 @@ def at_rate(run: Run, rate: str) -> Run:
     "The run of a cell at another rate."
     return replace(run, recipe=replace(run.recipe, lr=_recipe("", "", run.preset, rate)["lr"]))
 
-# %% ../../nbs/experiments/matters.ipynb #db482781
+# %% ../../nbs/experiments/matters.ipynb #4c3d11b2
 def matters_root(run_dir: str | Path | None = None) -> Path:
     "The folder of all runs of the experiment: `<run_dir>/matters`; `run_dir` defaults to `runs/` of the project."
     return Path(run_dir or project_root() / "runs") / "matters"
@@ -165,7 +171,7 @@ def score_on_valid(
     write_json(path, found | json.loads(json.dumps(made)) | {"data": data})
     return read_json(path)
 
-# %% ../../nbs/experiments/matters.ipynb #680092cc
+# %% ../../nbs/experiments/matters.ipynb #53c53c9d
 def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float]:
     "The score on `valid` of a run of a cell at each rate that has one; infinite where the training diverged."
     found = {}
@@ -183,7 +189,7 @@ def chosen_rate(scores: Mapping[str, float]) -> str | None:
         return None
     return min(scores, key=lambda rate: scores[rate])
 
-# %% ../../nbs/experiments/matters.ipynb #ef5d5ad4
+# %% ../../nbs/experiments/matters.ipynb #a9ebc1e1
 @dataclass(frozen=True)
 class Place:
     "Where cells are trained, and with what."
@@ -237,7 +243,7 @@ class Place:
         there = replace(self, system=system)
         return there.train_at(cell_run(name, system, self.preset, data_dir=self.data_dir), rate, seeds)
 
-# %% ../../nbs/experiments/matters.ipynb #ba1d1566
+# %% ../../nbs/experiments/matters.ipynb #b19396d3
 @dataclass(frozen=True)
 class Errors:
     "Squared errors of runs, by head and group of flows, on the same windows."
@@ -271,7 +277,7 @@ class Errors:
         found = pd.concat(parts, ignore_index=True)
         return found.assign(error=np.exp(found.log_error))
 
-# %% ../../nbs/experiments/matters.ipynb #e6e91bc6
+# %% ../../nbs/experiments/matters.ipynb #7f570de1
 def group_sums(folder: str | Path, split: str, label: str = "mean") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Summed squared errors `(heads, groups)` of a probed run, windows `(groups,)`, and the windows' truth and groups
     as one array, to compare runs. ValueError for an unknown label or a split that was not scored."""
@@ -291,7 +297,7 @@ def group_sums(folder: str | Path, split: str, label: str = "mean") -> tuple[np.
         np.add.at(sums[i], index.reshape(-1), one)
     return sums, np.bincount(index.reshape(-1)), np.column_stack([truth, read.groups[split]])
 
-# %% ../../nbs/experiments/matters.ipynb #063908e5
+# %% ../../nbs/experiments/matters.ipynb #5f626465
 def _about(name: str, run: Run, rate: str, folder: Path) -> dict:
     "What the analysis is told of a run, with what is wrong with its encoder."
     why = shortcomings(read_metrics(folder / "curve.csv")[-1])
@@ -323,24 +329,24 @@ def read_errors(
         raise ValueError("no cell is there: train some first")
     return Errors(pd.DataFrame(rows), FROZEN, np.stack(sums), sizes)
 
-# %% ../../nbs/experiments/matters.ipynb #147d88f0
+# %% ../../nbs/experiments/matters.ipynb #98654baf
 def planned_cells(
     preset: Preset, systems: Sequence[str], run_dir: str | Path | None = None, data_dir: str | Path | None = None
 ) -> list[tuple[str, Run]]:
     """(cell, run) of every training: all rates with the first seed and the other seeds on the first system, one seed on
     the others. Where no rate is chosen yet, the middle one stands for it."""
+    budgets = {system: equal_budget(system, preset, data_dir) for system in systems}
     found = []
     for name in CELLS:
-        run = cell_run(name, systems[0], preset, seed=preset.seeds[0], data_dir=data_dir)
+        about = dict(seed=preset.seeds[0], data_dir=data_dir)
+        run = cell_run(name, systems[0], preset, budget=budgets[systems[0]], **about)
         rate = chosen_rate(valid_errors(run, run_dir)) or "middle"
         found += [(name, at_rate(run, one)) for one in RATES]
         found += [(name, at_rate(run, rate).with_seed(seed)) for seed in preset.seeds[1:]]
-        found += [
-            (name, cell_run(name, s, preset, rate=rate, seed=preset.seeds[0], data_dir=data_dir)) for s in systems[1:]
-        ]
+        found += [(name, cell_run(name, s, preset, rate=rate, budget=budgets[s], **about)) for s in systems[1:]]
     return found
 
-
+# %% ../../nbs/experiments/matters.ipynb #7cc7a9ce
 def scored_runs(
     system: str,
     preset: Preset,
@@ -353,14 +359,17 @@ def scored_runs(
     "The scored runs of each cell at its chosen rate, and what is missing, in words."
     found: dict[str, list[Run]] = {}
     missing = []
+    first = chosen_on or system
+    budgets = {system: equal_budget(system, preset, data_dir) for system in {first, system}}
     for name in CELLS:
-        here = cell_run(name, chosen_on or system, preset, seed=preset.seeds[0], data_dir=data_dir)
+        here = cell_run(name, first, preset, seed=preset.seeds[0], budget=budgets[first], data_dir=data_dir)
         scores = valid_errors(here, run_dir)
         rate = chosen_rate(scores)
         if rate is None:
-            missing.append(f"{name}: {len(scores)} of {len(RATES)} learning rates tried")
+            tried = f"{len(scores)} of {len(RATES)} learning rates tried"
+            missing.append(f"{name}: {tried if len(scores) < len(RATES) else 'diverged at all learning rates'}")
             continue
-        run = here if not chosen_on else cell_run(name, system, preset, data_dir=data_dir)
+        run = here if first == system else cell_run(name, system, preset, budget=budgets[system], data_dir=data_dir)
         runs = [at_rate(run, rate).with_seed(seed) for seed in seeds]
         there = [(r.folder(matters_root(run_dir)) / "result.json").is_file() for r in runs]
         found[name] = [r for r, is_there in zip(runs, there) if is_there]

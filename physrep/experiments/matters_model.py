@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEVELS', 'Term', 'TERMS', 'RUNS', 'LEFT', 'term_name', 'present_levels', 'term_columns', 'estimable', 'Fit',
            'fit_terms', 'components', 'redrawn', 'shares', 'term_tests', 'mixed_model', 'corners', 'contributions',
-           'paper_claim']
+           'paper_claim', 'main_effects', 'Analysis', 'analyse']
 
-# %% ../../nbs/experiments/matters_model.ipynb #9afab56a
+# %% ../../nbs/experiments/matters_model.ipynb #23c00bd5
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..core.randomness import seed_for
 from .matters import CELL_ENCODERS, CELLS, FACTORS, PAPER, Errors
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 
-# %% ../../nbs/experiments/matters_model.ipynb #dc6ea59a
+# %% ../../nbs/experiments/matters_model.ipynb #cccd6178
 LEVELS = {"task": CELL_TASKS, "target": CELL_TARGETS, "encoder": CELL_ENCODERS}
 Term = tuple[str, ...]
 TERMS: tuple[Term, ...] = tuple(term for n in (1, 2, 3) for term in combinations(FACTORS, n))
@@ -46,7 +46,7 @@ def term_columns(frame: pd.DataFrame, term: Term, levels: Mapping[str, Sequence[
         found = (found[:, :, None] * coded[:, None, :]).reshape(len(frame), -1)
     return found
 
-# %% ../../nbs/experiments/matters_model.ipynb #b357ec33
+# %% ../../nbs/experiments/matters_model.ipynb #bbc44977
 def estimable(frame: pd.DataFrame, levels: Mapping[str, Sequence[str]]) -> list[Term]:
     "The terms that a table of runs can tell apart, the simple ones first, with something left to judge them by."
     design = np.ones((len(frame), 1))
@@ -61,7 +61,7 @@ def estimable(frame: pd.DataFrame, levels: Mapping[str, Sequence[str]]) -> list[
             found.append(term)
     return found
 
-# %% ../../nbs/experiments/matters_model.ipynb #576f5d95
+# %% ../../nbs/experiments/matters_model.ipynb #e697bba5
 @dataclass(frozen=True)
 class Fit:
     "Least squares of some columns for one or several tables of numbers."
@@ -88,7 +88,7 @@ def fit_terms(frame: pd.DataFrame, terms: Sequence[Term], levels: Mapping, y: np
     parts = [slice(int(end) - block.shape[1], int(end)) for end, block in zip(ends, blocks)]
     return Fit(["mean", *map(term_name, terms)], parts, coefficients, inverse, y - design @ coefficients)
 
-# %% ../../nbs/experiments/matters_model.ipynb #ba52dd1b
+# %% ../../nbs/experiments/matters_model.ipynb #afc0b0b0
 RUNS, LEFT = "seed", "head x run"  # components without a factor
 
 
@@ -130,7 +130,7 @@ def components(frame: pd.DataFrame, y: np.ndarray, *, times: int = 1) -> pd.Seri
     found |= {f"head x {name}": v for name, v in _variances(within, main, levels, noise, times).items()}
     return pd.Series(found | {RUNS: max(0.0, of_means - left / heads), LEFT: left})
 
-# %% ../../nbs/experiments/matters_model.ipynb #68259178
+# %% ../../nbs/experiments/matters_model.ipynb #4755244e
 def redrawn(errors: Errors, draw: np.random.Generator) -> np.ndarray:
     "Logarithms of errors `(runs, heads)` of flows and, in each cell, seeds that were drawn with replacement."
     groups = len(errors.sizes)
@@ -159,7 +159,7 @@ def shares(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataF
     found = found.reindex(names).rename_axis("component").reset_index()
     return found.assign(estimated=found.share.notna())
 
-# %% ../../nbs/experiments/matters_model.ipynb #6ac154d0
+# %% ../../nbs/experiments/matters_model.ipynb #b74fc28f
 def term_tests(errors: Errors) -> pd.DataFrame:
     "A row for each term that can be told: degrees of freedom, F, p, and the factor on the error of its typical effect."
     frame = errors.runs
@@ -176,7 +176,7 @@ def term_tests(errors: Errors) -> pd.DataFrame:
         rows.append({"term": name, "df": len(b), "F": f, "p": p, "factor": math.exp(math.sqrt(spread[name]))})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/matters_model.ipynb #3b656e02
+# %% ../../nbs/experiments/matters_model.ipynb #5cfa956c
 def mixed_model(errors: Errors):
     """The same model by restricted maximum likelihood: results of `statsmodels.formula.api.mixedlm`, a random intercept
     for each run, sums of effects 0."""
@@ -191,7 +191,7 @@ def mixed_model(errors: Errors):
     parts += [head, *(f"{head}:{coded[term[0]]}" for term in terms if len(term) == 1)]
     return smf.mixedlm(f"log_error ~ {' + '.join(parts)}", errors.table(), groups="run").fit(reml=True)
 
-# %% ../../nbs/experiments/matters_model.ipynb #ebb7914a
+# %% ../../nbs/experiments/matters_model.ipynb #545a7c02
 def corners() -> list[str]:
     "The eight cells between the two that the paper compares."
     ends = [CELLS[PAPER[name]] for name in ("VideoMAE", "JEPA")]
@@ -229,3 +229,73 @@ def paper_claim(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.
     drawn = pd.DataFrame([found(redrawn(errors, draw)) for _ in range(n_bootstrap)])
     columns = {"factor": found(errors.logs()), "low": drawn.quantile(0.025), "high": drawn.quantile(0.975)}
     return np.exp(pd.DataFrame(columns)).rename_axis("changed").reset_index()
+
+# %% ../../nbs/experiments/matters_model.ipynb #663c1822
+def main_effects(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataFrame:
+    "A row for each level of each factor: `effect`, its factor on the error, with the 95 % interval `low` and `high`."
+    frame = errors.runs
+    levels = present_levels(frame)
+    terms = estimable(frame, levels)
+    main = [term for term in terms if len(term) == 1]
+    rows = pd.DataFrame([(term[0], level) for term in main for level in levels[term[0]]], columns=["factor", "level"])
+
+    def found(y: np.ndarray) -> np.ndarray:
+        fit = fit_terms(frame, terms, levels, y.mean(axis=1, keepdims=True))
+        parts = fit.parts[1 : 1 + len(main)]
+        each = [pd.DataFrame({term[0]: levels[term[0]]}) for term in main]
+        columns = [term_columns(one, term, levels) for one, term in zip(each, main)]
+        return np.concatenate([c @ fit.coefficients[part, 0] for c, part in zip(columns, parts)])
+
+    draw = np.random.default_rng(seed_for("main effects", seed))
+    drawn = np.stack([found(redrawn(errors, draw)) for _ in range(n_bootstrap)])
+    low, high = np.exp(np.quantile(drawn, [0.025, 0.975], axis=0))
+    return rows.assign(effect=np.exp(found(errors.logs())), low=low, high=high)
+
+# %% ../../nbs/experiments/matters_model.ipynb #4a0d33f6
+@dataclass(frozen=True)
+class Analysis:
+    "What the errors of an experiment say; None for what the cells that are there do not tell."
+
+    shares: pd.DataFrame | None
+    without_failed: pd.DataFrame | None  # the shares again, of the runs that passed their gate; None if all did
+    claim: pd.DataFrame | None  # the way from VideoMAE to JEPA
+    says: str  # in words
+
+    def table(self) -> pd.DataFrame:
+        "All numbers in one table: `part`, `name`, `value`, `low` and `high`."
+        parts = {"shares": self.shares, "without failed": self.without_failed, "VideoMAE to JEPA": self.claim}
+        names = {"component": "name", "changed": "name", "share": "value", "factor": "value"}
+        tables = {part: table.rename(columns=names) for part, table in parts.items() if table is not None}
+        found = pd.concat(tables, names=["part"]).reset_index("part").reset_index(drop=True)
+        return found[["part", "name", "value", "low", "high"]].dropna(subset="value").reset_index(drop=True)
+
+
+def _in_words(claim: pd.DataFrame) -> str:
+    "Which factor the difference between the two cells rests on."
+    rows = claim.set_index("changed")
+    whole, single = rows.loc["all"], rows.drop(index="all")
+    main = np.log(single.factor).abs().idxmax()
+    texts = [f"the {name} x {r.factor:.2f} [{r.low:.2f}, {r.high:.2f}]" for name, r in single.iterrows()]
+    return (
+        f"JEPA's cell has {whole.factor:.2f} [{whole.low:.2f}, {whole.high:.2f}] times the error of VideoMAE's: "
+        f"{', '.join(texts)}. The {main} contributes most."
+    )
+
+
+def analyse(errors: Errors, *, n_bootstrap: int = 500) -> Analysis:
+    "Shares, with and without the runs that failed, and the paper's comparison, as far as the cells that are there go."
+    found: dict[str, pd.DataFrame | None] = {"shares": None, "without_failed": None, "claim": None}
+    some = errors.factorial()
+    asked = {
+        "shares": lambda: shares(some, n_bootstrap=n_bootstrap),
+        "without_failed": lambda: None if some.runs.passed.all() else shares(some.passed(), n_bootstrap=n_bootstrap),
+        "claim": lambda: paper_claim(some, n_bootstrap=n_bootstrap),
+    }
+    says = []
+    for name, make in asked.items():
+        try:
+            found[name] = make()
+        except ValueError as error:
+            says.append(f"no {name.replace('_', ' ')}: {error}")
+    says += [_in_words(found["claim"])] if found["claim"] is not None else []
+    return Analysis(**found, says="; ".join(says))
