@@ -7,7 +7,7 @@ __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'CELL', 'RATES
            'equal_steps', 'equal_budget', 'cell_run', 'at_rate', 'matters_root', 'score_on_valid', 'valid_errors',
            'chosen_rate', 'Place', 'Errors', 'group_sums', 'read_errors', 'planned_cells', 'scored_runs']
 
-# %% ../../nbs/experiments/matters.ipynb #0a6221f9
+# %% ../../nbs/experiments/matters.ipynb #015d054a
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from ..training.pretrain import pretrain
 from ..training.run import Run, resolve
 from ..training.watch import shortcomings
 
-# %% ../../nbs/experiments/matters.ipynb #5e766416
+# %% ../../nbs/experiments/matters.ipynb #87555fc3
 FACTORS = ("task", "target", "encoder")
 CELL_ENCODERS = ("vit", "convnext")
 PAIRS: dict[str, tuple[str, str, str]] = {f"pair-pooled-{e}": ("pair", "pooled", e) for e in CELL_ENCODERS}
@@ -49,7 +49,7 @@ def check_cell(name: str) -> dict[str, str]:
         raise ValueError(f"unknown cell {name!r}; valid: {', '.join(CELLS)}")
     return dict(zip(FACTORS, CELLS[name]))
 
-# %% ../../nbs/experiments/matters.ipynb #10200c76
+# %% ../../nbs/experiments/matters.ipynb #072ba72c
 CELL = "physrep.objectives.cells:Cell"
 RATES = {"low": 0.5, "middle": 1.5, "high": 4.5}  # times the learning rate of JEPA in the preset
 BUDGET = ("mae", "vit")  # the row of Table 1 whose operations every cell gets
@@ -83,7 +83,7 @@ def cell_coefficients(task: str, target: str, encoder: str, preset: Preset) -> d
     found = {name: there[name][_FROM[name][1]] for name in wanted if _FROM[name][1] in there[name]}
     return {"task": task, "target": target, **found}
 
-# %% ../../nbs/experiments/matters.ipynb #aaf94b42
+# %% ../../nbs/experiments/matters.ipynb #426efea6
 def _recipe(task: str, encoder: str, preset: Preset, rate: str) -> dict:
     "The recipe of a cell but for its updates; ValueError for an unknown rate."
     if rate not in RATES:
@@ -107,7 +107,7 @@ def equal_budget(system: str, preset: Preset, data_dir: str | Path | None = None
     "The operations that every cell gets: those of the training of the row `BUDGET`."
     return cost(resolve(system, *BUDGET, preset, data_dir=data_dir))["total"]
 
-# %% ../../nbs/experiments/matters.ipynb #19d7a1b8
+# %% ../../nbs/experiments/matters.ipynb #f90d868f
 def cell_run(
     name: str,
     system: str,
@@ -136,7 +136,7 @@ def at_rate(run: Run, rate: str) -> Run:
     "The run of a cell at another rate."
     return replace(run, recipe=replace(run.recipe, lr=_recipe("", "", run.preset, rate)["lr"]))
 
-# %% ../../nbs/experiments/matters.ipynb #d62ca753
+# %% ../../nbs/experiments/matters.ipynb #e034e443
 def matters_root(run_dir: str | Path | None = None) -> Path:
     "The folder of all runs of the experiment: `<run_dir>/matters`; `run_dir` defaults to `runs/` of the project."
     return Path(run_dir or project_root() / "runs") / "matters"
@@ -171,7 +171,7 @@ def score_on_valid(
     write_json(path, found | json.loads(json.dumps(made)) | {"data": data})
     return read_json(path)
 
-# %% ../../nbs/experiments/matters.ipynb #16afaec0
+# %% ../../nbs/experiments/matters.ipynb #0541fefa
 def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float]:
     "The score on `valid` of a run of a cell at each rate that has one; infinite where the training diverged."
     found = {}
@@ -189,7 +189,7 @@ def chosen_rate(scores: Mapping[str, float]) -> str | None:
         return None
     return min(scores, key=lambda rate: scores[rate])
 
-# %% ../../nbs/experiments/matters.ipynb #4fc47939
+# %% ../../nbs/experiments/matters.ipynb #682c9d90
 @dataclass(frozen=True)
 class Place:
     "Where cells are trained, and with what."
@@ -243,7 +243,7 @@ class Place:
         there = replace(self, system=system)
         return there.train_at(cell_run(name, system, self.preset, data_dir=self.data_dir), rate, seeds)
 
-# %% ../../nbs/experiments/matters.ipynb #520f4c65
+# %% ../../nbs/experiments/matters.ipynb #0eda5905
 @dataclass(frozen=True)
 class Errors:
     "Squared errors of runs, by head and group of flows, on the same windows."
@@ -277,7 +277,7 @@ class Errors:
         found = pd.concat(parts, ignore_index=True)
         return found.assign(error=np.exp(found.log_error))
 
-# %% ../../nbs/experiments/matters.ipynb #63782c33
+# %% ../../nbs/experiments/matters.ipynb #dba1f8e9
 def group_sums(folder: str | Path, split: str, label: str = "mean") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Summed squared errors `(heads, groups)` of a probed run, windows `(groups,)`, and the windows' truth and groups
     as one array, to compare runs. ValueError for an unknown label or a split that was not scored."""
@@ -297,7 +297,7 @@ def group_sums(folder: str | Path, split: str, label: str = "mean") -> tuple[np.
         np.add.at(sums[i], index.reshape(-1), one)
     return sums, np.bincount(index.reshape(-1)), np.column_stack([truth, read.groups[split]])
 
-# %% ../../nbs/experiments/matters.ipynb #aebb3405
+# %% ../../nbs/experiments/matters.ipynb #227d94c2
 def _about(name: str, run: Run, rate: str, folder: Path) -> dict:
     "What the analysis is told of a run, with what is wrong with its encoder."
     why = shortcomings(read_metrics(folder / "curve.csv")[-1])
@@ -329,7 +329,7 @@ def read_errors(
         raise ValueError("no cell is there: train some first")
     return Errors(pd.DataFrame(rows), FROZEN, np.stack(sums), sizes)
 
-# %% ../../nbs/experiments/matters.ipynb #5d21b6d4
+# %% ../../nbs/experiments/matters.ipynb #20d3e5bf
 def planned_cells(
     preset: Preset, systems: Sequence[str], run_dir: str | Path | None = None, data_dir: str | Path | None = None
 ) -> list[tuple[str, Run]]:
@@ -346,7 +346,7 @@ def planned_cells(
         found += [(name, cell_run(name, s, preset, rate=rate, budget=budgets[s], **about)) for s in systems[1:]]
     return found
 
-# %% ../../nbs/experiments/matters.ipynb #bbf57bb0
+# %% ../../nbs/experiments/matters.ipynb #0c1e29f9
 def scored_runs(
     system: str,
     preset: Preset,

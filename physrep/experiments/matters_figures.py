@@ -6,7 +6,7 @@
 __all__ = ['TITLES', 'COLORS', 'FACTOR_COLORS', 'NAMES', 'SYSTEM_MARKS', 'cell_means', 'untrained_errors', 'plot_cells',
            'plot_shares', 'plot_main_effects']
 
-# %% ../../nbs/experiments/matters_figures.ipynb #3a497b66
+# %% ../../nbs/experiments/matters_figures.ipynb #5e494681
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ..results.rows import ENCODER_TITLES
 from ..training.presets import Preset
 from ..training.run import resolve
 
-# %% ../../nbs/experiments/matters_figures.ipynb #80846eac
+# %% ../../nbs/experiments/matters_figures.ipynb #9996c7a1
 TITLES = {
     "tube": "hidden\ntubes",
     "future": "later\nframes",
@@ -47,7 +47,7 @@ def _plain_log(axis, values: tuple[float, ...]) -> None:
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
-# %% ../../nbs/experiments/matters_figures.ipynb #aefe1eaa
+# %% ../../nbs/experiments/matters_figures.ipynb #36cfd918
 def cell_means(errors: Errors) -> pd.DataFrame:
     "A row for each cell: its factors, `error` (geometric mean over heads and seeds), `passed` (all runs), `seeds`."
     runs = errors.runs.assign(log_error=errors.logs().mean(axis=1))
@@ -68,7 +68,7 @@ def untrained_errors(
             found[encoder] = float(np.exp(np.log(sums.sum(axis=1) / sizes.sum()).mean()))
     return found
 
-# %% ../../nbs/experiments/matters_figures.ipynb #32972513
+# %% ../../nbs/experiments/matters_figures.ipynb #ec2361e3
 _TASKS = (*CELL_TASKS, "pair")
 
 
@@ -97,7 +97,7 @@ def _name_paper(ax: Axes, means: pd.DataFrame) -> None:
             ax.plot(x, row.error, "o", ms=16, mec="black", mew=1.3, mfc="none", zorder=4)
             ax.annotate(name, (x, row.error), (0, 13), textcoords="offset points", ha="center", fontweight="bold")
 
-# %% ../../nbs/experiments/matters_figures.ipynb #83904cad
+# %% ../../nbs/experiments/matters_figures.ipynb #40159192
 def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, split: str = "test") -> Figure:
     "A panel for each encoder: the error of each task, a line for each target; dashed the same encoder before training."
     means = cell_means(errors)
@@ -144,7 +144,7 @@ def _legend(fig: Figure, targets: Sequence[str], failed: bool) -> None:
         handles.append(Line2D([], [], marker="o", ls="", ms=8, mew=1.6, mec="#555555", mfc="white", label=text))
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
-# %% ../../nbs/experiments/matters_figures.ipynb #3800850b
+# %% ../../nbs/experiments/matters_figures.ipynb #3f18188c
 NAMES = {
     "task": "task (what is asked)",
     "target": "target (form of the answer)",
@@ -205,7 +205,7 @@ def _draw_claim(ax: Axes, claim: pd.DataFrame) -> None:
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")
 
-# %% ../../nbs/experiments/matters_figures.ipynb #0fe1f31c
+# %% ../../nbs/experiments/matters_figures.ipynb #1bac4bf5
 def plot_shares(table: pd.DataFrame, without: pd.DataFrame | None = None, claim: pd.DataFrame | None = None) -> Figure:
     """Shares of variance, diamonds those `without` runs that failed (both of `shares`), and the way from VideoMAE to
     JEPA (of `paper_claim`; None: the cells on it are not all there)."""
@@ -222,7 +222,7 @@ def plot_shares(table: pd.DataFrame, without: pd.DataFrame | None = None, claim:
             _draw_claim(right, claim)
     return fig
 
-# %% ../../nbs/experiments/matters_figures.ipynb #f571b751
+# %% ../../nbs/experiments/matters_figures.ipynb #2c749e47
 SYSTEM_MARKS = ("o", "s", "^")
 
 

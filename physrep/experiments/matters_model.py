@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'Term', 'TERMS', 'RUNS', 'LEFT', 'term_name', 'present_leve
            'fit_terms', 'components', 'redrawn', 'shares', 'term_tests', 'mixed_model', 'both_ways', 'corners',
            'contributions', 'paper_claim', 'main_effects', 'Analysis', 'analyse']
 
-# %% ../../nbs/experiments/matters_model.ipynb #17cf094e
+# %% ../../nbs/experiments/matters_model.ipynb #2ce4a4d2
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from ..core.randomness import seed_for
 from .matters import CELL_ENCODERS, CELLS, FACTORS, PAPER, Errors
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 
-# %% ../../nbs/experiments/matters_model.ipynb #a28a2c73
+# %% ../../nbs/experiments/matters_model.ipynb #a8c6ffe8
 LEVELS = {"task": CELL_TASKS, "target": CELL_TARGETS, "encoder": CELL_ENCODERS}
 Term = tuple[str, ...]
 TERMS: tuple[Term, ...] = tuple(term for n in (1, 2, 3) for term in combinations(FACTORS, n))
@@ -47,7 +47,7 @@ def term_columns(frame: pd.DataFrame, term: Term, levels: Mapping[str, Sequence[
         found = (found[:, :, None] * coded[:, None, :]).reshape(len(frame), -1)
     return found
 
-# %% ../../nbs/experiments/matters_model.ipynb #77e3f1ea
+# %% ../../nbs/experiments/matters_model.ipynb #622c0e11
 def estimable(frame: pd.DataFrame, levels: Mapping[str, Sequence[str]]) -> list[Term]:
     "The terms that a table of runs can tell apart, the simple ones first, with something left to judge them by."
     design = np.ones((len(frame), 1))
@@ -62,7 +62,7 @@ def estimable(frame: pd.DataFrame, levels: Mapping[str, Sequence[str]]) -> list[
             found.append(term)
     return found
 
-# %% ../../nbs/experiments/matters_model.ipynb #db371c95
+# %% ../../nbs/experiments/matters_model.ipynb #42e693b8
 @dataclass(frozen=True)
 class Fit:
     "Least squares of some columns for one or several tables of numbers."
@@ -89,7 +89,7 @@ def fit_terms(frame: pd.DataFrame, terms: Sequence[Term], levels: Mapping, y: np
     parts = [slice(int(end) - block.shape[1], int(end)) for end, block in zip(ends, blocks)]
     return Fit(["mean", *map(term_name, terms)], parts, coefficients, inverse, y - design @ coefficients)
 
-# %% ../../nbs/experiments/matters_model.ipynb #b368fc24
+# %% ../../nbs/experiments/matters_model.ipynb #2f45196c
 RUNS, LEFT = "seed", "head x run"  # components without a factor
 
 
@@ -131,7 +131,7 @@ def components(frame: pd.DataFrame, y: np.ndarray, *, times: int = 1) -> pd.Seri
     found |= {f"head x {name}": v for name, v in _variances(within, main, levels, noise, times).items()}
     return pd.Series(found | {RUNS: max(0.0, of_means - left / heads), LEFT: left})
 
-# %% ../../nbs/experiments/matters_model.ipynb #6679d874
+# %% ../../nbs/experiments/matters_model.ipynb #3e8437b0
 def redrawn(errors: Errors, draw: np.random.Generator) -> np.ndarray:
     "Logarithms of errors `(runs, heads)` of flows and, in each cell, seeds that were drawn with replacement."
     groups = len(errors.sizes)
@@ -160,7 +160,7 @@ def shares(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataF
     found = found.reindex(names).rename_axis("component").reset_index()
     return found.assign(estimated=found.share.notna())
 
-# %% ../../nbs/experiments/matters_model.ipynb #28f44fda
+# %% ../../nbs/experiments/matters_model.ipynb #eca088ec
 def term_tests(errors: Errors) -> pd.DataFrame:
     "A row for each term that can be told: degrees of freedom, F, p, and the factor on the error of its typical effect."
     frame = errors.runs
@@ -177,7 +177,7 @@ def term_tests(errors: Errors) -> pd.DataFrame:
         rows.append({"term": name, "df": len(b), "F": f, "p": p, "factor": math.exp(math.sqrt(spread[name]))})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/matters_model.ipynb #7b7dffdb
+# %% ../../nbs/experiments/matters_model.ipynb #98964b7a
 def mixed_model(errors: Errors):
     """The same model by restricted maximum likelihood: results of `statsmodels.formula.api.mixedlm`, a random intercept
     for each run, sums of effects 0."""
@@ -202,7 +202,7 @@ def both_ways(errors: Errors) -> pd.DataFrame:
     fit = mixed_model(errors)
     return pd.DataFrame({"least squares": ours, "mixedlm": [float(fit.cov_re.iloc[0, 0]), float(fit.scale)]})
 
-# %% ../../nbs/experiments/matters_model.ipynb #bade9ea9
+# %% ../../nbs/experiments/matters_model.ipynb #7ab32007
 def corners() -> list[str]:
     "The eight cells between the two that the paper compares."
     ends = [CELLS[PAPER[name]] for name in ("VideoMAE", "JEPA")]
@@ -241,7 +241,7 @@ def paper_claim(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.
     columns = {"factor": found(errors.logs()), "low": drawn.quantile(0.025), "high": drawn.quantile(0.975)}
     return np.exp(pd.DataFrame(columns)).rename_axis("changed").reset_index()
 
-# %% ../../nbs/experiments/matters_model.ipynb #739007d6
+# %% ../../nbs/experiments/matters_model.ipynb #4fd36fa2
 def main_effects(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataFrame:
     "A row for each level of each factor: `effect`, its factor on the error, with the 95 % interval `low` and `high`."
     frame = errors.runs
@@ -262,7 +262,7 @@ def main_effects(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd
     low, high = np.exp(np.quantile(drawn, [0.025, 0.975], axis=0))
     return rows.assign(effect=np.exp(found(errors.logs())), low=low, high=high)
 
-# %% ../../nbs/experiments/matters_model.ipynb #3bb3a51b
+# %% ../../nbs/experiments/matters_model.ipynb #1d3664ff
 @dataclass(frozen=True)
 class Analysis:
     "What the errors of an experiment say; None for what the cells that are there do not tell."
