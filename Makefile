@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations machines rollout bench figures verify test test-all lint format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune ablations matters machines rollout bench figures verify test test-all lint format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -61,9 +61,9 @@ data: TARGET = simulated
 data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
-study: $(READY)  ## everything that trains an encoder for a figure (reproduce, ablations, rollout, machines), after a list of it with its cost; hours
+study: $(READY)  ## everything that trains an encoder for a figure (reproduce, ablations, rollout, machines, matters), after a list of it with its cost; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
-	@$(MAKE) --no-print-directory reproduce && $(MAKE) --no-print-directory ablations && $(MAKE) --no-print-directory rollout && $(MAKE) --no-print-directory machines
+	@$(MAKE) --no-print-directory reproduce && $(MAKE) --no-print-directory ablations && $(MAKE) --no-print-directory rollout && $(MAKE) --no-print-directory machines && $(MAKE) --no-print-directory matters
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -75,6 +75,12 @@ ablations: TARGET = ablations
 ablations: $(READY)  ## variants of rows of Table 1 (SIGReg, blocks, controls of invariance, backbones), twenty minutes after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) ablations
+	@$(KEEP)
+
+matters: TARGET = matters
+matters: $(READY)  ## task x target x encoder, eighteen cells at three learning rates: what the paper's comparison rests on; some hours of two cores after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) matters matters_shares $(if $(SYSTEM),,matters_systems)
 	@$(KEEP)
 
 machines: TARGET = machines

@@ -33,6 +33,7 @@ SHOWN = {
     "05d_leakage": "leakage",
     "06_data_efficiency": "data_efficiency",
     "07_rollout": "rollout",
+    "08_what_matters": "matters",
     "08a_tuning": "tuning",
     "08b_ablations": "ablations",
     "08c_across_systems": "across",
