@@ -36,7 +36,7 @@ def test_encoders_on_the_way_are_scored_once(trained, smoke_data):
     found = read_json(paths[0])
     write_json(paths[0], {**found, "provenance": {**found["provenance"], "code": "of another day"}})
     score_snapshots(run, smoke_data, runs, probes=PROBES)
-    assert read_json(paths[0])["results"] == found["results"] and paths[0].stat().st_mtime_ns != before
+    assert read_json(paths[0])["rows"] == found["rows"] and paths[0].stat().st_mtime_ns != before
 
 
 def test_a_curve_ends_at_the_result_of_the_table(trained, smoke_data):
