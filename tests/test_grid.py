@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from physrep.data.generate import draw_parameters, plan
+from physrep.data.generate import draw_parameters, make_files, plan
 from physrep.data.scaling import LabelScaler
+from physrep.data.windows import Windows
 from physrep.experiments.box import SHORTER, SPLIT, check_same_data, longer_box, plot_box
 from physrep.experiments.grid import (
     FITS,
@@ -48,7 +49,10 @@ def test_every_flow_of_a_grid_has_a_pair_of_the_grid(preset, system):
 @pytest.mark.parametrize("preset, system", SIMULATED)
 def test_a_grid_has_as_many_flows_as_the_drawn_splits(preset, system):
     sim = get_preset(preset).sim(system)
-    flows = {split: sum(len(f.seeds) for f in plan(system, grid_sim(system, sim)) if f.split == split) for split in GRID_SPLITS}
+    flows = {
+        split: sum(len(f.seeds) for f in plan(system, grid_sim(system, sim)) if f.split == split)
+        for split in GRID_SPLITS
+    }
     for drawn, split in zip(("train", "valid", "test"), GRID_SPLITS):
         assert abs(flows[split] - math.prod(sim.draws[drawn])) <= 8 or flows[split] == 16
     if preset != "smoke":
@@ -95,7 +99,9 @@ def split_features(noise=0.05):
     values = grid_values(SHEAR, RANGES)
     pairs = np.array([(a, b) for a in values["Reynolds"] for b in values["Schmidt"]])
     low, high = np.log10(pairs).min(0), np.log10(pairs).max(0)
-    labels = {s: 10 ** (low + (high - low) * rng.random((n, 2))) for s, n in (("train", 96), ("valid", 48), ("test", 64))}
+    labels = {
+        s: 10 ** (low + (high - low) * rng.random((n, 2))) for s, n in (("train", 96), ("valid", 48), ("test", 64))
+    }
     labels |= {s: np.repeat(pairs, n, axis=0) for s, n in zip(GRID_SPLITS, (6, 3, 4))}
     features = {}
     for s, x in labels.items():
@@ -146,7 +152,10 @@ def test_table_and_order_of_made_up_answers(fitted):
             noisy = scaler.inverse(scaler.clip(scaler.transform(p) + rng.normal(size=p.shape)))
             answers["shear_flow", good, "vit", *key] = (p,)
             answers["shear_flow", bad, "vit", *key] = (noisy, noisy)
-    constant = {("shear_flow", "constant", "none", "constant", f, s): (np.ones((len(features[s]), 2)) * 700,) for f, s in (REFERENCE,)}
+    constant = {
+        ("shear_flow", "constant", "none", "constant", f, s): (np.ones((len(features[s]), 2)) * 700,)
+        for f, s in (REFERENCE,)
+    }
     table = grid_table(answers | constant, asked, n_bootstrap=50)
     assert set(table.label) == {"mean", "Reynolds", "Schmidt"} and (table.low <= table.high).all()
     ranks = column_ranks(table)
@@ -176,22 +185,14 @@ def test_a_longer_box_has_the_same_distances_and_flows_of_its_own(preset, system
     assert not seeds & {seed for f in plan(system, long) for seed in f.seeds}
 
 
-def test_the_solvers_take_the_longer_box():
+def test_the_solvers_take_the_longer_box(tmp_path):
     "One flow of each system, two frames: the grid resolves what it must, and the stored grid is twice as long."
-    from physrep.data.generate import make_files
-
-    import tempfile
-    from pathlib import Path
-
-    from physrep.data.windows import Windows
-
     for system in SYSTEMS:
         sim = replace(longer_box(system, get_preset("smoke").sim(system)), n_frames=2, draws={SPLIT: (2, 1)})
-        with tempfile.TemporaryDirectory() as folder:
-            make_files(plan(system, sim)[:1], system, sim, Path(folder) / system)
-            cut = Windows(folder, system, SPLIT, frames=2, crop=((0, 32), (0, 32)))
-            assert cut.files[0].grid == (64, 32) and cut.shape[1:] == (2, 32, 32)
-            assert torch.isfinite(cut.read([0])).all()
+        make_files(plan(system, sim)[:1], system, sim, tmp_path / system)
+        cut = Windows(tmp_path, system, SPLIT, frames=2, crop=((0, 32), (0, 32)))
+        assert cut.files[0].grid == (64, 32) and cut.shape[1:] == (2, 32, 32)
+        assert torch.isfinite(cut.read([0])).all()
 
 
 def test_boxes_are_drawn_and_other_data_refused():

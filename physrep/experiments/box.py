@@ -6,8 +6,7 @@
 __all__ = ['SPLIT', 'TIMES', 'SHORTER', 'longer_box', 'box_windows', 'encoder_predictions', 'stored_splits', 'check_same_data',
            'baseline_predictions', 'score_predictions', 'box_table', 'plot_box']
 
-# %% ../../nbs/experiments/box.ipynb #4793d27c
-import math
+# %% ../../nbs/experiments/box.ipynb #b7ab7c1a
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +32,10 @@ from ..results.rows import ROWS, Row, color_of, marker_of, run_of
 from ..training.presets import Preset
 from ..training.run import baseline_folder, resolve, stride_of
 
-# %% ../../nbs/experiments/box.ipynb #7130ad7d
+# %% ../../nbs/experiments/box.ipynb #b1a587c3
 SPLIT = "shifted_box"
 TIMES = 2  # as long along x
-SHORTER = {"active_matter": 4}  # system -> by how much the time step is divided
+SHORTER = {"shear_flow": 4, "rayleigh_benard": 2, "active_matter": 4}  # by how much the time step is divided
 
 
 def longer_box(system: str, sim: SimPreset, times: int = TIMES) -> SimPreset:
@@ -215,5 +214,5 @@ def plot_box(table: pd.DataFrame) -> Figure:
             Line2D([], [], color="k", lw=0.8, ls=(0, (4, 3))),
         ]
         names = ["test", "shifted: other initial conditions", f"{SPLIT}: longer box, 95 % interval", "a constant"]
-        fig.legend(marks, names, loc="outside lower center", ncol=4)
+        fig.legend(marks, names, loc="outside lower center", ncol=4 if len(systems) > 2 else len(systems))
     return fig

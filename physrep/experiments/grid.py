@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'GRID_SPLITS', 'FITS', 'SCORED', 'Key', 'Answers', 'COLUMNS', 'grid_values', 'grid_sim', 'grid_windows',
-           'describe_grid', 'by_pair', 'fit_all', 'run_features', 'grid_answers', 'Asked', 'asked_of', 'grid_table']
+           'describe_grid', 'by_pair', 'fit_all', 'run_predictions', 'grid_answers', 'Asked', 'asked_of', 'grid_table']
 
 # %% ../../nbs/experiments/grid.ipynb #4793d27c
 import math
@@ -24,11 +24,11 @@ from ..probing.baselines import MEASURES, measured_features
 from ..probing.evaluate import ONE_TOKEN, SPLITS, bootstrap_groups, features_of, probe_splits
 from ..probing.features import Features
 from ..probing.few_labels import fit_few
-from ..probing.frozen import fit_probe
+from ..probing.frozen import Probe, fit_probe, load_probe
 from ..probing.scores import score_seeds
 from ..results.rows import ROWS, Row, run_of
 from ..training.presets import Preset
-from ..training.run import Run, label_scaler, resolve
+from ..training.run import Run, resolve
 
 # %% ../../nbs/experiments/grid.ipynb #2d84d813
 VALUES = 4  # of each label, so 16 pairs
@@ -114,13 +114,16 @@ def fit_all(
     scaler: LabelScaler,
     *,
     seed: int = 0,
+    saved: Mapping[str, Probe] | None = None,  # probes by name that are fitted on drawn labels already
     probes: Sequence[str] = ONE_TOKEN,
 ) -> dict[tuple[str, str, str], np.ndarray]:
     "Predictions `(n, n_labels)`, physical, by (probe, way to fit, split that is scored)."
     found = {}
     for fit, (train, valid) in FITS.items():
         for name in probes:
-            if train == valid:
+            if fit == "drawn" and saved:
+                probe = saved[name]
+            elif train == valid:
                 probe = fit_few(name, by_pair(features[train]), scaler)
             else:
                 probe = fit_probe(name, features[train], features[valid], scaler, seed=seed)
@@ -132,22 +135,24 @@ Key = tuple[str, str, str, str, str, str]  # system, objective, encoder, probe, 
 Answers = dict[Key, tuple[np.ndarray, ...]]  # predictions (n, n_labels) of every seed, physical
 
 
-def run_features(
+def run_predictions(
     run: Run,
     windows: Mapping[str, Windows],
     run_dir: str | Path | None = None,
-    feature_dir: str | Path | None = None,  # keeps those of the grid, for another call; default: they are not kept
+    feature_dir: str | Path | None = None,  # keeps features on the grid for another call; default: they are not kept
     device: str = "cpu",
-) -> dict[str, Features]:
-    "Features of a finished run by split."
+) -> dict[tuple[str, str, str], np.ndarray]:
+    "What `fit_all` gives for a finished run. FileNotFoundError if it was not probed."
     folder = run.folder(run_dir)
     encoder = load_encoder(folder, device)
-    scaler = label_scaler(run, windows["train"])
-    found = {}
-    for split, w in windows.items():
-        kept = folder / "features" if split in SPLITS else feature_dir
-        found[split] = features_of(encoder, w, scaler, size=run.clip.size, device=device, cache=kept, progress=False)
-    return found
+    saved = {name: load_probe(folder / f"probe-{name}.safetensors", device=device) for name in ONE_TOKEN}
+    scaler = saved["linear"].scaler
+    features = {}
+    for split in ("test", *GRID_SPLITS):
+        kept = folder / "features" if split == "test" else feature_dir
+        reading = dict(size=run.clip.size, device=device, cache=kept, progress=False)
+        features[split] = features_of(encoder, windows[split], scaler, **reading)
+    return fit_all(features, scaler, seed=run.seed, saved=saved)
 
 
 def grid_answers(
@@ -167,12 +172,11 @@ def grid_answers(
     for row in rows:
         if row.kind in ("trained", "random"):
             runs = [run_of(row, system, preset, seed, data_dir) for seed in preset.seeds]
-            features = [run_features(run, windows, run_dir, feature_dir, device) for run in runs]
+            each = [run_predictions(run, windows, run_dir, feature_dir, device) for run in runs]
         elif row.objective in MEASURES:
-            features = [measured_features(windows, MEASURES[row.objective])]
+            each = [fit_all(measured_features(windows, MEASURES[row.objective]), scaler)]
         else:
             continue
-        each = [fit_all(f, scaler, seed=seed) for f, seed in zip(features, preset.seeds)]
         found |= {(system, *row.pair, *key): tuple(one[key] for one in each) for key in each[0]}
     for split in SCORED:
         mean = scaler.inverse(np.zeros((1, len(scaler.mean))))
