@@ -195,7 +195,7 @@ def plot_box(table: pd.DataFrame) -> Figure:
     systems = list(dict.fromkeys(mean.system))
     lines = figure_lines(mean)
     with using_style():
-        fig = Figure(figsize=(3 * len(systems) + 1.5, 1.1 + 0.165 * (1 - lines[-1].y)), layout="constrained")
+        fig = Figure(figsize=(3 * len(systems) + 1.5, 1.6 + 0.165 * (1 - lines[-1].y)), layout="constrained")
         axes = fig.subplots(1, len(systems), sharey=True, sharex=True, squeeze=False)[0]
         for ax, system in zip(axes, systems):
             here = mean[mean.system == system].set_index(["objective", "encoder", "probe"]).sort_index()
