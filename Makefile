@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations matters machines rollout bench figures verify test test-all lint format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box bench figures verify test test-all lint format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -61,9 +61,9 @@ data: TARGET = simulated
 data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
-study: $(READY)  ## everything that trains an encoder for a figure (reproduce, ablations, rollout, machines, matters), after a list of it with its cost; hours
+study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
-	@$(MAKE) --no-print-directory reproduce && $(MAKE) --no-print-directory ablations && $(MAKE) --no-print-directory rollout && $(MAKE) --no-print-directory machines && $(MAKE) --no-print-directory matters
+	@set -e; for experiment in reproduce ablations rollout machines grid box matters; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -93,6 +93,18 @@ rollout: TARGET = rollout
 rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows that can, and train those that are missing; half an hour after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) rollout rollout_spectra rollout_drift rollout_frames rollout_probes
+	@$(KEEP)
+
+grid: TARGET = grid
+grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as sets of The Well have; simulates such a set, half an hour after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) grid
+	@$(KEEP)
+
+box: TARGET = box
+box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) box
 	@$(KEEP)
 
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else

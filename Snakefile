@@ -286,6 +286,22 @@ rule machines:
     threads: workflow.cores
     shell: "{params.command}"
 
+# `make grid`: probes that are fitted and scored on a grid of labels, as sets of The Well have
+rule grid:
+    input: RESULTS
+    output: figures("grid")
+    params: rows=repr(TABLE_ROWS), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
+    threads: workflow.cores  # it simulates a set
+    shell: "{params.command}"
+
+# `make box`: flows in a box twice as long
+rule box:
+    input: RESULTS
+    output: figures("box")
+    params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
+    threads: workflow.cores  # it simulates a set
+    shell: "{params.command}"
+
 # `make tune`: a job per row of the table; trials that are done are kept
 TUNED = {row: trial_path(FIRST, row, PRESET.name, 0, TUNING_SEED).parent for row in OWN}
 for row, folder in TUNED.items():

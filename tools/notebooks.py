@@ -38,6 +38,8 @@ SHOWN = {
     "08b_ablations": "ablations",
     "08c_across_systems": "across",
     "08d_regimes": "regimes",
+    "08e_grid": "grid",
+    "08f_box": "box",
     "10_benchmarks": "benchmarks",
 }
 SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
