@@ -341,6 +341,9 @@ ENCODER = [
     ("an unknown system", {"system": "waves"}, "system must be one of", "got 'waves'"),
     ("a module", {"system": "this:s"}, "system must be one of", "got 'this:s'"),
     ("an unknown encoder", {"name": "resnet"}, "unknown encoder 'resnet'; valid: convnext, vit"),
+    ("a word for a width", {"config": {"dim": "wide"}}, "no encoder can be built as its description says"),
+    ("an unknown argument", {"config": {"dimm": 8}}, "no encoder can be built", "dimm"),
+    ("weights of NaN", lambda p: p.write_bytes(p.read_bytes()[:-64] + b"\xff" * 64), "are not finite", "damaged"),
     ("too wide", {"config": {"dim": 10**9}}, "config asks for 1000000000, and the file has"),
     ("too few channels", {"channels": ["a"] * 3, "mean": [0.0] * 3, "std": [1.0] * 3}, "do not fit the encoder 'vit'"),
     (
@@ -381,8 +384,7 @@ def weights() -> list[Case]:
     for name, edit, *says in ENCODER:
         make = edit if callable(edit) else lambda p, edit=edit: with_info(p, **edit)
         do = lambda f, s, make=make: use_encoder(make, f, s)  # noqa: E731
-        file = () if "unknown encoder" in name else ("encoder.safetensors",)
-        found.append(Case(f"encoder {name}", do, ValueError, (*file, *says)))
+        found.append(Case(f"encoder {name}", do, ValueError, ("encoder.safetensors", *says)))
     for fields, dt, *says in FIELDS:
         do = lambda f, s, x=fields, dt=dt: physrep.load_encoder(s.root / "encoder.safetensors").embed(x, dt)  # noqa: E731
         found.append(Case(f"fields {says[-1][-30:]}", do, ValueError, tuple(says)))
@@ -482,6 +484,15 @@ UPLOADS = [
     ("a.hdf5", b"", "an empty file"),
     ("a.hdf5", PICKLE, "not an HDF5 file"),
 ]
+# changes to a file of The Well's format that is uploaded; the fuzzer found these
+UPLOADED = [
+    (lambda f: f[TRACER].__setitem__((0, 0, 0, 0), np.nan), "1 values of the file are not finite"),
+    (replace(TRACER, 3.0), "not as in The Well's format"),
+    (replace(TIME, h5py.Empty("f4")), "not as in The Well's format"),
+    (replace("dimensions/x", h5py.Empty("f4")), "not as in The Well's format"),
+    (lambda f: (f.pop("scalars/Reynolds"), f.create_group("scalars/Reynolds")), "not as in The Well's format"),
+    (lambda f: f["dimensions"].attrs.update(spatial_dims=3), "not as in The Well's format"),
+]
 
 
 def doors() -> list[Case]:
@@ -496,6 +507,9 @@ def doors() -> list[Case]:
         found.append(Case(f"physrep {' '.join(arguments)[:40]}", do, ChildProcessError, (str(code), *says)))
     for name, content, *says in UPLOADS:
         found.append(Case(f"upload {says[0][:40]}", partial(own, content, name), ValueError, tuple(says)))
+    for edit, *says in UPLOADED:
+        do = lambda f, s, edit=edit: own(change(well_file(f / "a.h5"), edit).read_bytes(), "a.h5", f, s)  # noqa: E731
+        found.append(Case(f"uploaded {says[0]}", do, ValueError, tuple(says)))
     for dt, box in ((0.0, (1.0, 1.0)), (float("nan"), (1.0, 1.0)), (0.1, (1.0, -1.0))):
         do = lambda f, s, a=(dt, box): flow_from_array(zeros(4, 2, 8, 8), SYSTEM, *a)  # noqa: E731
         found.append(Case(f"flow of {dt} in {box}", do, ValueError, ("must be positive", f"{dt:g}")))

@@ -74,6 +74,8 @@ def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
         return str(error), True
     except WellFormatError as error:  # whole, and not what physrep expects: the same would come again
         return other or str(error), bool(other)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a part is of a kind that nothing expects
+        return other or f"{path}: a part of it is not as in The Well's format ({error})", bool(other)
     return other, bool(other)
 
 # %% ../../nbs/data/download.ipynb #59a4d28a

@@ -92,11 +92,14 @@ def flow_from_bytes(name: str, content: bytes, system: System, dt: float, box: t
         try:
             _check_own(path)
             WellFile(path, system)
-            return replace(open_flow(path, system), title="your file")
+            flow = replace(open_flow(path, system), title="your file")
         except ValueError as error:
             raise ValueError(str(error).replace(f"{path}: ", "")) from None
         except (TypeError, KeyError, AttributeError, IndexError) as error:  # a part is of a kind that nothing expects
             raise ValueError(f"a part of the file is not as in The Well's format ({error})") from error
+    if not np.isfinite(flow.fields).all():
+        raise ValueError(f"{flow.fields.size - np.isfinite(flow.fields).sum()} values of the file are not finite")
+    return flow
 
 # %% ../../nbs/explore/your_flow.ipynb #e6ba0be0
 @dataclass(frozen=True)

@@ -255,6 +255,20 @@ def _local(path: str | Path, revision: str | None) -> str | Path:
     return path
 
 
+def _built(folder: str | Path, device: str | torch.device) -> LoadedEncoder:
+    "The encoder of a file; ValueError that names it if its arguments build none, or if weights are not finite."
+    try:
+        encoder = pretrained.load_encoder(folder, device)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: no encoder can be built as its description says ({error})") from error
+    bad = [name for name, value in encoder.encoder.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise ValueError(f"{folder}: weights of {', '.join(bad[:3])} are not finite, so the file is damaged")
+    return encoder
+
+
 def load_encoder(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -274,7 +288,7 @@ def load_encoder(
         if folder is not path and builder not in BUILDERS:
             raise ValueError(f"{path} is built by {builder!r}, which is not physrep's; trust_code=True runs it")
         check_metadata(file)
-    return pretrained.load_encoder(folder, device)
+    return _built(folder, device)
 
 
 def load_probe(
