@@ -48,7 +48,7 @@ def flow_from_array(array: np.ndarray, system: System, dt: float, box: tuple[flo
     heights = (np.arange(w) + 0.5) / w if system.boundary[1] == "wall" else None
     return Flow(system, x.astype(np.float32), float(dt), (box[0] / h, box[1] / w), heights, None, "your array")
 
-
+# %% ../../nbs/explore/your_flow.ipynb #d1aeb3a2
 def _array_in(content: bytes) -> np.ndarray:
     "The array in a .npy file, if all of it is there; ValueError otherwise. Python objects are not read."
     raw = io.BytesIO(content)
@@ -76,7 +76,7 @@ def _check_own(path: Path) -> None:
     if sum(sizes) > UNPACKED:
         raise ValueError(f"the file unpacks to {sum(sizes) / 1e6:.0f} MB; at most {UNPACKED / 1e6:.0f} MB are read")
 
-
+# %% ../../nbs/explore/your_flow.ipynb #c3b3ed91
 def flow_from_bytes(name: str, content: bytes, system: System, dt: float, box: tuple[float, float]) -> Flow:
     "A flow from an uploaded file: .npy, or .hdf5 and .h5 in The Well's format. ValueError, in words, for another."
     if len(content) > LARGEST:

@@ -70,7 +70,7 @@ def _read(path: Path) -> tuple[dict[str, str], int]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from error
 
-
+# %% ../../nbs/models/metadata.ipynb #f8410de4
 def read_description(path: str | Path) -> tuple[dict, int]:
     """What an `encoder.safetensors` says of itself, and the number of its weights, from its header alone.
 

@@ -268,7 +268,7 @@ def _built(folder: str | Path, device: str | torch.device) -> LoadedEncoder:
         raise ValueError(f"{folder}: weights of {', '.join(bad[:3])} are not finite, so the file is damaged")
     return encoder
 
-
+# %% ../../nbs/probing/sharing.ipynb #258db11d
 def load_encoder(
     path: str | Path,
     device: str | torch.device = "cpu",

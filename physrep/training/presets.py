@@ -431,7 +431,7 @@ def _given(path: Path) -> dict:
             raise ValueError(f"{path}: {name} must be a finite number, got {value}")
     return given
 
-
+# %% ../../nbs/training/presets.ipynb #b0390d96
 def _check_names(preset: Preset, path: Path) -> None:
     "ValueError, with the file, for systems, seeds and simulations that no run can have."
     if unknown := [name for name in preset.systems if ":" not in name and name not in SYSTEMS]:
@@ -446,7 +446,7 @@ def _check_names(preset: Preset, path: Path) -> None:
         if wrong := [split for split in sim.splits if not re.fullmatch(r"\w+", split)]:
             raise ValueError(f"{path}: sims.{system}: a split is a folder; use letters, digits and _, not {wrong[0]!r}")
 
-
+# %% ../../nbs/training/presets.ipynb #43eef720
 def read_preset(path: str | Path) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
     (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`,
