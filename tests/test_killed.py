@@ -249,8 +249,9 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(name, writes, before, tmp_p
 @pytest.mark.long
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("room", [16, 40])  # KiB beyond what is there already
-def test_a_small_disk_is_said_and_leaves_nothing_half(name, room, before, tmp_path):
-    "The same with a real file system of that size."
+def test_a_small_disk_is_said_and_leaves_nothing_half(name, room, before, tmp_path, capfd):
+    """The same with a real file system of that size, in a process of its own: HDF5 cannot close a file that it could
+    not write, and may end a process by it."""
     used = sum(-(-p.stat().st_size // 4096) * 4 for p in before[name].rglob("*") if p.is_file())
     used += 4 * sum(1 for p in before[name].rglob("*") if p.is_dir())
     disk = tmp_path / "disk"
@@ -261,10 +262,9 @@ def test_a_small_disk_is_said_and_leaves_nothing_half(name, room, before, tmp_pa
         pytest.skip(f"no small disk can be mounted, which only root on Linux may: {done.stderr.strip()}")
     try:
         work = shutil.copytree(before[name], disk / "work")
-        try:
-            STAGES[name](work)
-        except (OSError, RuntimeError, ValueError, Exception) as error:
-            assert "No space left" in str(error) or "errno = 28" in str(error), repr(error)
+        status, _ = forked(lambda: STAGES[name](work))
+        said = capfd.readouterr().err
+        assert status == 0 or "No space left" in said or "errno = 28" in said, said
         check_whole(work)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         STAGES[name](work)
