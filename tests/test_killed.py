@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -86,8 +87,11 @@ STAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def forked(action: Callable[[], object], watched: Path | None = None, kill_at: int = 0) -> tuple[int, int]:
-    """Runs `action` in a fork of this process, which kills itself at the k-th event below `watched` (0: never).
+def forked(
+    action: Callable[[], object], watched: Path | None = None, kill_at: int = 0, largest: int = 0
+) -> tuple[int, int]:
+    """Runs `action` in a fork of this process, which kills itself at the k-th event below `watched` (0: never), or is
+    killed by the system in the middle of a write that would make a file longer than `largest` bytes (0: never).
 
     Returns its wait status and the number of events, counted in a file beside `watched`."""
     counter = (watched or Path(tempfile.gettempdir())).with_suffix(".events")
@@ -111,6 +115,10 @@ def forked(action: Callable[[], object], watched: Path | None = None, kill_at: i
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
+        if largest:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         action()
         watched_before, watched = watched, None  # not its own file
         if watched_before:
@@ -194,6 +202,19 @@ def kill_and_finish(name: str, before: dict[str, Path], folder: Path, points: in
 @pytest.mark.parametrize("name", STAGES)
 def test_a_killed_stage_is_finished_as_if_nothing_was(name, before, tmp_path):
     kill_and_finish(name, before, tmp_path, points=2)
+
+
+@pytest.mark.parametrize("name", ["simulate", "figure"])
+def test_a_stage_that_is_killed_in_the_middle_of_a_write_is_finished_as_if_nothing_was(name, before, tmp_path):
+    expected = contents(after(before, name))
+    sizes = sorted(len(v) for k, v in expected.items() if isinstance(v, bytes) and k not in contents(before[name]))
+    for largest in (sizes[0] // 2, sizes[-1] - 1):  # in the smallest file that it writes, and in the largest
+        work = shutil.copytree(before[name], tmp_path / str(largest))
+        status, _ = forked(lambda: STAGES[name](work), work, largest=largest)  # noqa: B023
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXFSZ
+        check_whole(work)
+        STAGES[name](work)
+        assert contents(work) == expected
 
 
 @pytest.mark.long
