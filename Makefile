@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box bench figures verify test test-all lint format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box bench figures verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -147,6 +147,16 @@ lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check physrep $(CODE)
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/python -m mypy physrep
+
+SECONDS ?= 60
+fuzz: $(READY)  ## break sound files at random and read them, SECONDS=60
+	@$(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $$(date +%s)
+
+audit: $(READY)  ## known holes of the installed packages (needs a network), and their list in build/sbom.json
+	@mkdir -p build && $(BIN)/python -m pip --disable-pip-version-check inspect --local > build/sbom.json && echo "== $$(grep -c '"metadata_location"' build/sbom.json) packages in build/sbom.json (pip inspect)"
+	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit \
+	  && build/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" --progress-spinner off \
+	  || { echo "pip-audit could not be installed or reached, or it found something (above); build/sbom.json can be checked elsewhere"; exit 1; }
 
 format: $(READY)  ## ruff on notebooks, tests and tools: sort imports, fix, format; then export
 	@$(BIN)/ruff check --fix $(CODE) || true
