@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations machines rollout bench figures verify test test-all lint format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box bench figures verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -61,9 +61,9 @@ data: TARGET = simulated
 data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
-study: $(READY)  ## everything that trains an encoder for a figure (reproduce, ablations, rollout, machines), after a list of it with its cost; hours
+study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
-	@$(MAKE) --no-print-directory reproduce && $(MAKE) --no-print-directory ablations && $(MAKE) --no-print-directory rollout && $(MAKE) --no-print-directory machines
+	@set -e; for experiment in reproduce ablations rollout machines grid box matters; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -77,6 +77,12 @@ ablations: $(READY)  ## variants of rows of Table 1 (SIGReg, blocks, controls of
 	@$(COMPARE) ablations
 	@$(KEEP)
 
+matters: TARGET = matters
+matters: $(READY)  ## task x target x encoder, eighteen cells at three learning rates: what the paper's comparison rests on; some hours of two cores after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) matters matters_shares $(if $(SYSTEM),,matters_systems)
+	@$(KEEP)
+
 machines: TARGET = machines
 machines: $(READY)  ## one row again with other threads and instructions: how far numbers move from machine to machine; some minutes after `make reproduce`
 	@$(SNAKE) </dev/null
@@ -87,6 +93,18 @@ rollout: TARGET = rollout
 rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows that can, and train those that are missing; half an hour after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) rollout rollout_spectra rollout_drift rollout_frames rollout_probes
+	@$(KEEP)
+
+grid: TARGET = grid
+grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as sets of The Well have; simulates such a set, half an hour after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) grid
+	@$(KEEP)
+
+box: TARGET = box
+box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) box
 	@$(KEEP)
 
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else
@@ -129,6 +147,16 @@ lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check physrep $(CODE)
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/python -m mypy physrep
+
+SECONDS ?= 60
+fuzz: $(READY)  ## break sound files at random and read them, SECONDS=60
+	@$(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $$(date +%s)
+
+audit: $(READY)  ## known holes of the installed packages (needs a network), and their list in build/sbom.json
+	@mkdir -p build && $(BIN)/python -m pip --disable-pip-version-check inspect --local > build/sbom.json && echo "== $$(grep -c '"metadata_location"' build/sbom.json) packages in build/sbom.json (pip inspect)"
+	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit \
+	  && build/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" --progress-spinner off \
+	  || { echo "pip-audit could not be installed or reached, or it found something (above); build/sbom.json can be checked elsewhere"; exit 1; }
 
 format: $(READY)  ## ruff on notebooks, tests and tools: sort imports, fix, format; then export
 	@$(BIN)/ruff check --fix $(CODE) || true

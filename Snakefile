@@ -20,6 +20,7 @@ from physrep.core.paths import default_data_dir, project_root
 from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
 from physrep.data.sets import find_files
+from physrep.experiments.matters import CELLS, cell_run, matters_root
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
@@ -285,6 +286,22 @@ rule machines:
     threads: workflow.cores
     shell: "{params.command}"
 
+# `make grid`: probes that are fitted and scored on a grid of labels, as sets of The Well have
+rule grid:
+    input: RESULTS
+    output: figures("grid")
+    params: rows=repr(TABLE_ROWS), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
+    threads: workflow.cores  # it simulates a set
+    shell: "{params.command}"
+
+# `make box`: flows in a box twice as long
+rule box:
+    input: RESULTS
+    output: figures("box")
+    params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
+    threads: workflow.cores  # it simulates a set
+    shell: "{params.command}"
+
 # `make tune`: a job per row of the table; trials that are done are kept
 TUNED = {row: trial_path(FIRST, row, PRESET.name, 0, TUNING_SEED).parent for row in OWN}
 for row, folder in TUNED.items():
@@ -319,6 +336,26 @@ rule ablations:
     input: RESULTS + [done for *_, done in VARIED]
     output: figures("ablations")
     params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
+    shell: "{params.command}"
+
+# `make matters`: a job per cell of the factorial, all its learning rates, seeds and systems; the figures show what is there
+ELSEWHERE = [asked for system, asked in SYSTEMS.items() if system != FIRST]
+FACTORIAL = {name: OUT / "matters" / f"{name}.done" for name in CELLS}
+for name, done in FACTORIAL.items():
+    run = cell_run(name, SYSTEMS[FIRST], PRESET, steps=1, data_dir=DATA)  # as many updates as make operations equal are found later
+    probed = (matters_root(ROOT / "runs") / PRESET.name / FIRST).glob(f"{'-'.join(run.row)}-*/seed{PRESET.seeds[-1]}/result.json")
+    rule:
+        name: f"cell_{name}".replace("-", "_")
+        input: [file for system in SYSTEMS for file in simulated(system)]
+        output: touch(finished(done, any(probed)))
+        params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, draw=False)
+        threads: JOB_THREADS
+        shell: "{params.command}"
+
+rule matters:
+    input: RESULTS + list(FACTORIAL.values())
+    output: figures("matters", "matters_shares", *(["matters_systems"] if ELSEWHERE else []))
+    params: code=stage("08_what_matters", "experiments.matters_model", "experiments.matters_figures") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
 rule simulated:

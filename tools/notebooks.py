@@ -33,10 +33,13 @@ SHOWN = {
     "05d_leakage": "leakage",
     "06_data_efficiency": "data_efficiency",
     "07_rollout": "rollout",
+    "08_what_matters": "matters",
     "08a_tuning": "tuning",
     "08b_ablations": "ablations",
     "08c_across_systems": "across",
     "08d_regimes": "regimes",
+    "08e_grid": "grid",
+    "08f_box": "box",
     "10_benchmarks": "benchmarks",
 }
 SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each

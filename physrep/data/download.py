@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .outside import parts_outside
 from .sets import find_folder, read_stats
 from .well import DamagedFileError, WellFile, WellFormatError
 from ..physics.systems import SYSTEMS, System, get_system
@@ -48,6 +49,14 @@ def check_files(
     return problems
 
 
+def _outside(path: Path) -> str:
+    "What a file shows of files beyond its own folder; empty if nothing."
+    for name, source in parts_outside(path).items():
+        if not (path.parent / source).resolve().is_relative_to(path.parent.resolve()):
+            return f"{path}: {name} is a view of {source}, outside of the folder; do not open files that do that"
+    return ""
+
+
 def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
     "What is wrong with a file, empty if nothing is; and whether another copy would help."
     if not path.is_file():
@@ -56,6 +65,8 @@ def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
     other = "" if size is None or found == size else f"{path}: {found} bytes, the server has {size}"
     try:
         if path.suffix in (".h5", ".hdf5"):
+            if outside := _outside(path):
+                return outside, False
             WellFile(path, system)
         elif not other:
             read_stats(path, system)
@@ -63,6 +74,8 @@ def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
         return str(error), True
     except WellFormatError as error:  # whole, and not what physrep expects: the same would come again
         return other or str(error), bool(other)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a part is of a kind that nothing expects
+        return other or f"{path}: a part of it is not as in The Well's format ({error})", bool(other)
     return other, bool(other)
 
 # %% ../../nbs/data/download.ipynb #59a4d28a

@@ -47,7 +47,7 @@ def _mapping(text: str) -> dict:
     "A mapping written as YAML, e.g. `{variance: 40}`."
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a mapping such as '{{variance: 40}}', got {text!r}")
@@ -84,6 +84,7 @@ def output_path(command: str, values: dict) -> Path:
     "Where the executed notebook of a stage goes: `<runs>/<preset>/notebooks/<command>-<names>.ipynb`."
     root = Path(values.get("run_dir") or project_root() / "runs")
     names = [str(values.get(k) or "").rpartition(":")[2] for k in ("system", "objective", "encoder", "tag")]
+    names = [re.sub(r"[^\w.]", "_", name) for name in names]  # a wrong one is refused by the stage, and leads nowhere
     return root / Path(values["preset"]).stem / "notebooks" / f"{'-'.join(filter(None, (command, *names)))}.ipynb"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .matters import matters_root, planned_cells
 from .rollout import emulator_rows
 from .variants import VARIANTS, variant_run
 from ..results.rows import ROWS, run_of
@@ -24,13 +25,16 @@ from ..training.run import Run
 RATE = 30e9  # operations a second of one core
 
 
-def planned_runs(preset: Preset, systems: Sequence[str] = ()) -> list[tuple[str, Run]]:
+def planned_runs(
+    preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None
+) -> list[tuple[str, Run]]:
     "(command of make, run) of every training that the figures need, each run once, in the order of `make study`."
     systems = systems or preset.systems
     main = [row for row in ROWS if row.main and row.kind == "trained"]
     found = [("reproduce", run_of(row, s, preset, k)) for s in systems for row in main for k in preset.seeds]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
+    found += [("matters", run) for _, run in planned_cells(preset, systems, run_dir)]
     once: dict[tuple[str, str], tuple[str, Run]] = {}
     for command, run in found:
         once.setdefault((run.system.name, run.path), (command, run))
@@ -41,11 +45,13 @@ def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path
     "A row for each training: command, system, row, seed, whether it is done, and how many minutes of a core it takes."
     operations: dict[str, int] = {}
     rows = []
-    for command, run in planned_runs(preset, systems):
-        key = f"{run.system.name}/{run.name}"
+    for command, run in planned_runs(preset, systems, run_dir):
+        cell = command == "matters"  # all cells take the same number of operations
+        key = f"{run.system.name}/{command if cell else run.name}"
         operations[key] = operations.get(key) or cost(run)["total"]
-        about = {"make": command, "system": run.system.name, "row": "-".join(run.row), "seed": run.seed}
-        done = (run.folder(run_dir) / "encoder.safetensors").is_file()
+        row = "-".join(run.row) + (f" at {run.recipe.lr:g}" if cell else "")
+        about = {"make": command, "system": run.system.name, "row": row, "seed": run.seed}
+        done = (run.folder(matters_root(run_dir) if cell else run_dir) / "encoder.safetensors").is_file()
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
     return pd.DataFrame(rows)
 
@@ -55,7 +61,7 @@ def describe(table: pd.DataFrame, cores: int) -> str:
     left = table[~table.done]
     lines = [f"{len(table)} trainings, {len(left)} of them to be done:"]
     for (command, system), part in left.groupby(["make", "system"], sort=False):
-        rows = ", ".join(dict.fromkeys(part["row"]))
+        rows = ", ".join(dict.fromkeys(part["row"].str.partition(" at ")[0]))
         lines.append(
             f"  make {command}, {system}: {len(part)} in {part['core minutes'].sum():.0f} core minutes ({rows})"
         )

@@ -6,7 +6,6 @@
 __all__ = ['HUB', 'FILES', 'PUBLISHED', 'BUILDERS', 'model_card', 'save_pretrained', 'hub_folder', 'load_encoder', 'load_probe']
 
 # %% ../../nbs/probing/sharing.ipynb #b8fe2d8d
-import json
 import math
 import re
 import shutil
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 import yaml
 
-from ..core.files import atomic_path, open_tensors, read_json
+from ..core.files import atomic_path, read_json
 from ..models import pretrained
 from ..models.encoders import ENCODERS
+from ..models.metadata import check_metadata, read_description
 from ..models.pretrained import LoadedEncoder, model_folder, save_encoder
 from . import frozen
 from .features import encoder_digest
@@ -255,6 +255,20 @@ def _local(path: str | Path, revision: str | None) -> str | Path:
     return path
 
 
+def _built(folder: str | Path, device: str | torch.device) -> LoadedEncoder:
+    "The encoder of a file; ValueError that names it if its arguments build none, or if weights are not finite."
+    try:
+        encoder = pretrained.load_encoder(folder, device)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: no encoder can be built as its description says ({error})") from error
+    bad = [name for name, value in encoder.encoder.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise ValueError(f"{folder}: weights of {', '.join(bad[:3])} are not finite, so the file is damaged")
+    return encoder
+
+# %% ../../nbs/probing/sharing.ipynb #258db11d
 def load_encoder(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -265,14 +279,16 @@ def load_encoder(
     """The frozen encoder at `path`: a run folder, its `encoder.safetensors`, the name of one that comes with physrep,
     or `hf:user/name`.
 
-    Errors as for `physrep.models.pretrained.load_encoder` and `hub_folder`; ValueError for an encoder of the Hub that
-    code outside of physrep builds."""
+    Errors as for `check_metadata`, `physrep.models.pretrained.load_encoder` and `hub_folder`; ValueError for an encoder
+    of the Hub that code outside of physrep builds."""
     folder = _local(path, revision)
-    if folder is not path and not trust_code:
-        info = json.loads(open_tensors(Path(folder) / "encoder.safetensors")[1].get("physrep", "{}"))
-        if (builder := info.get("name", BUILDERS[0])) not in BUILDERS:
+    if not trust_code:
+        file = Path(folder) if Path(folder).is_file() else model_folder(folder) / "encoder.safetensors"
+        builder = read_description(file)[0].get("name", BUILDERS[0])
+        if folder is not path and builder not in BUILDERS:
             raise ValueError(f"{path} is built by {builder!r}, which is not physrep's; trust_code=True runs it")
-    return pretrained.load_encoder(folder, device)
+        check_metadata(file)
+    return _built(folder, device)
 
 
 def load_probe(

@@ -6,6 +6,8 @@
 __all__ = ['PRESETS', 'Numbers', 'Preset', 'get_preset', 'read_preset']
 
 # %% ../../nbs/training/presets.ipynb #e8a15e8e
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from ..data.generate import SimPreset
+from ..physics.systems import SYSTEMS
 from .loop import Recipe
 
 # %% ../../nbs/training/presets.ipynb #0a9a8359
@@ -403,9 +406,14 @@ def _given(path: Path) -> dict:
         raise ValueError(
             f"{path} is called like a preset of the library, and would have its data and runs; call it something else"
         )
+    if not re.fullmatch(r"\w[\w.-]{0,63}", path.stem):
+        raise ValueError(
+            f"{path}: folders are called after a preset, so its name may hold 64 letters, digits, _, - and ., and begin"
+            f" with a letter or a digit; it is {path.stem!r:.80}"
+        )
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold a mapping with the fields of a preset, got {given!r:.60}")
@@ -419,9 +427,26 @@ def _given(path: Path) -> dict:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and (value < 0 or (value == 0 and smallest == "more than 0")):
             raise ValueError(f"{path}: {name} must be {smallest}, got {value}")
+        if number and not math.isfinite(value):
+            raise ValueError(f"{path}: {name} must be a finite number, got {value}")
     return given
 
+# %% ../../nbs/training/presets.ipynb #b0390d96
+def _check_names(preset: Preset, path: Path) -> None:
+    "ValueError, with the file, for systems, seeds and simulations that no run can have."
+    if unknown := [name for name in preset.systems if ":" not in name and name not in SYSTEMS]:
+        raise ValueError(f"{path}: systems has unknown {', '.join(unknown)}; valid: {', '.join(SYSTEMS)}")
+    if min(preset.seeds) < 0 or len(set(preset.seeds)) < len(preset.seeds):
+        raise ValueError(f"{path}: seeds must be different numbers from 0, got {list(preset.seeds)}")
+    for system, sim in preset.sims.items():
+        for name in ("grid", "store_grid", "n_frames", "frame_dt", "dt", "box"):
+            value = getattr(sim, name)
+            if not all(math.isfinite(v) and v > 0 for v in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{path}: sims.{system}: {name} must be positive, got {value}")
+        if wrong := [split for split in sim.splits if not re.fullmatch(r"\w+", split)]:
+            raise ValueError(f"{path}: sims.{system}: a split is a folder; use letters, digits and _, not {wrong[0]!r}")
 
+# %% ../../nbs/training/presets.ipynb #43eef720
 def read_preset(path: str | Path) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
     (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`,
@@ -446,4 +471,6 @@ def read_preset(path: str | Path) -> Preset:
             given[name] = {**(getattr(base, name) if base else {}), **(given.get(name) or {})}
     inherited = {f.name: getattr(base, f.name) for f in fields(Preset)} if base else {}
     about = {"name": path.stem, "description": f"from {path.name}"}
-    return _built(Preset, {**inherited, **about, **given}, str(path))
+    preset = _built(Preset, {**inherited, **about, **given}, str(path))
+    _check_names(preset, path)
+    return preset

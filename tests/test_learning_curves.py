@@ -1,0 +1,67 @@
+"""Encoders that a run keeps on its way are probed as its last one is."""
+
+import pytest
+
+from physrep.core.files import read_json, write_json
+from physrep.experiments.learning_curve_figures import learning_curve, orders, plot_learning_curves
+from physrep.experiments.learning_curves import score_snapshots, snapshots
+from physrep.probing.evaluate import score_run
+from physrep.probing.records import read_results
+from physrep.training.pretrain import pretrain
+from physrep.training.run import resolve
+
+PROBES = ("linear", "knn")
+
+
+@pytest.fixture(scope="module")
+def trained(smoke_data, tmp_path_factory):
+    "A run of 32 updates, which keeps encoders after 2 and 8 of them, and the folder of its runs."
+    run = resolve("shear_flow", "mae", "vit", "smoke", steps=32)
+    runs = tmp_path_factory.mktemp("runs")
+    pretrain(run, smoke_data, runs, progress=False, say=lambda text: None)
+    return run, runs
+
+
+def test_encoders_on_the_way_are_scored_once(trained, smoke_data):
+    run, runs = trained
+    assert list(snapshots(run, runs)) == [2, 8]
+    paths = score_snapshots(run, smoke_data, runs, probes=PROBES)
+    df = read_results(paths)
+    assert set(df.probe) == set(PROBES) and set(df.split) == {"test"} and df.run.nunique() == 2
+    first, second = (df[df.run.str.endswith(f"/{step}")].value.to_numpy() for step in (2, 8))
+    assert (first != second).any(), "two encoders"
+    before = paths[0].stat().st_mtime_ns
+    assert score_snapshots(run, smoke_data, runs, probes=PROBES) == paths
+    assert paths[0].stat().st_mtime_ns == before
+    found = read_json(paths[0])
+    write_json(paths[0], {**found, "provenance": {**found["provenance"], "code": "of another day"}})
+    score_snapshots(run, smoke_data, runs, probes=PROBES)
+    assert read_json(paths[0])["rows"] == found["rows"] and paths[0].stat().st_mtime_ns != before
+
+
+def test_a_curve_ends_at_the_result_of_the_table(trained, smoke_data):
+    run, runs = trained
+    score_snapshots(run, smoke_data, runs)
+    score_run(run, smoke_data, runs, progress=False)
+    curve = learning_curve(run, runs)
+    linear = curve[curve.probe == "linear"]
+    assert linear.step.tolist() == [2, 8, 32] and linear.share.tolist() == [2 / 32, 8 / 32, 1]
+    assert linear.operations.iloc[1] == pytest.approx(linear.operations.iloc[2] / 4)
+    table = read_results([run.folder(runs) / "result.json"])
+    last = table[
+        (table.probe == "linear") & (table.split == "test") & (table.label == "mean") & (table.metric == "mse")
+    ]
+    assert linear.value.iloc[-1] == last.value.item()
+    assert orders(curve).shape == (1, 3)
+    still = curve[curve.step == 2].assign(objective="random")
+    fig = plot_learning_curves(curve, still, ("linear",))
+    (ax,) = fig.axes
+    assert ax.get_lines()[1].get_ydata().tolist() == linear.value.tolist()
+
+
+def test_runs_without_encoders_on_the_way_are_refused(trained, tmp_path):
+    run, _ = trained
+    with pytest.raises(FileNotFoundError, match="2.safetensors.* not there; train shear|train mae-vit"):
+        snapshots(run, tmp_path)
+    with pytest.raises(ValueError, match="only trainings with schedule 'constant' keep them"):
+        snapshots(resolve("shear_flow", "random", "vit", "smoke"), tmp_path)

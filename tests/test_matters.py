@@ -1,0 +1,280 @@
+"""The factorial: equal terms, the learning rate that valid chooses, shares that are known, and what is missing."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from physrep.core.files import write_json
+from physrep.data.scaling import LabelScaler
+from physrep.experiments import matters
+from physrep.experiments.matters import (
+    BUDGET,
+    CELLS,
+    PAIRS,
+    PAPER,
+    RATES,
+    Errors,
+    Place,
+    at_rate,
+    cell_run,
+    check_cell,
+    matters_root,
+    read_errors,
+    score_on_valid,
+    scored_runs,
+)
+from physrep.experiments.matters_figures import cell_means, plot_cells, plot_main_effects, plot_shares
+from physrep.experiments.matters_model import (
+    FACTORS,
+    LEVELS,
+    analyse,
+    components,
+    contributions,
+    corners,
+    estimable,
+    main_effects,
+    paper_claim,
+    shares,
+    term_columns,
+)
+from physrep.physics.systems import get_system
+from physrep.probing.evaluate import FROZEN
+from physrep.probing.records import write_predictions
+from physrep.results.figures import resolve_arguments
+from physrep.training.cost import cost, example_batch
+from physrep.training.loop import TrainingDiverged, make_optimizer, update
+from physrep.training.presets import get_preset
+from physrep.training.run import build, resolve
+
+SMOKE = get_preset("smoke")
+GRID = pd.DataFrame([CELLS[name] for name in CELLS if name not in PAIRS], columns=FACTORS)
+SOME = ("tube-pixels-vit", "future-ema-convnext", "window-pixels-vit", "window-shared-convnext", "pair-pooled-vit")
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_each_cell_makes_an_update(name):
+    run = cell_run(name, "shear_flow", SMOKE, steps=1)
+    objective = build(run).train()
+    batch = example_batch(run, objective, run.recipe.batch_size)
+    before = [p.detach().clone() for p in objective.encoder.parameters()]
+    optimizer = make_optimizer(objective, run.recipe)
+    found = update(objective, optimizer, [batch], run.recipe, step=0, device=torch.device("cpu"))
+    moved = [not torch.equal(a, b) for a, b in zip(before, objective.encoder.parameters())]
+    assert math.isfinite(found["loss"]) and found["grad_norm"] > 0 and all(moved), "all of the encoder is trained"
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_operations_are_equal(name):
+    run = cell_run(name, "shear_flow", "laptop")
+    assert abs(cost(run)["total"] / cost(resolve("shear_flow", *BUDGET, "laptop"))["total"] - 1) < 0.02
+
+
+def test_cells_differ_in_their_factors_only():
+    runs = {name: cell_run(name, "shear_flow", "laptop", steps=1) for name in CELLS}
+    assert len({run.name for run in runs.values()}) == len(CELLS)
+    assert len({run.recipe for name, run in runs.items() if name not in PAIRS}) == 1, "one recipe, one batch"
+    for name, run in runs.items():
+        assert run.encoder == check_cell(name)["encoder"]
+        assert run.encoder_config == resolve("shear_flow", "jepa", run.encoder, "laptop").encoder_config
+    assert resolve_arguments(runs["window-ema-vit"])["coefficients"]["task"] == "window", (
+        "a figure's record can hold it"
+    )
+    for wrong in ({"name": "tube-pixels"}, {"name": "tube-pixels-vit", "rate": "best"}):
+        with pytest.raises(ValueError, match="valid: "):
+            cell_run(**wrong, system="shear_flow", preset="laptop", steps=1)
+
+
+def write_scores(run, run_dir, scores: dict) -> None:
+    "What `score_on_valid` leaves of a cell, without any training."
+    for rate, score in scores.items():
+        write_json(at_rate(run, rate).folder(matters_root(run_dir)) / "valid.json", {"score": score})
+
+
+def test_the_rate_is_chosen_on_valid_and_what_is_missing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(matters, "CELLS", {name: CELLS[name] for name in SOME[:3]})
+    first, second, third = (cell_run(name, "shear_flow", SMOKE) for name in SOME[:3])
+    write_scores(first, tmp_path, {"low": 0.5, "middle": None, "high": 0.4})  # middle diverged
+    write_scores(second, tmp_path, {"low": 0.5, "middle": 0.2})
+    write_scores(third, tmp_path, dict.fromkeys(RATES))
+    done = at_rate(first, "high").with_seed(1)
+    write_json(done.folder(matters_root(tmp_path)) / "result.json", {})
+    found, missing = scored_runs("shear_flow", SMOKE, [0, 1], tmp_path)
+    assert found == {SOME[0]: [done]}
+    assert missing == [
+        f"{SOME[0]}: seed 0",
+        f"{SOME[1]}: 2 of 3 learning rates tried",
+        f"{SOME[2]}: diverged at all learning rates",
+    ]
+
+
+def test_a_training_that_diverges_has_no_score_and_is_not_repeated(tmp_path, monkeypatch):
+    tried = []
+
+    def diverges(run, *args, **kwargs):
+        tried.append(run.recipe.lr)
+        raise TrainingDiverged("the loss is nan")
+
+    monkeypatch.setattr(matters, "pretrain", diverges)
+    monkeypatch.setattr(matters, "probe_splits", lambda *args: {})
+    run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1)
+    for _ in range(2):
+        found = score_on_valid(run, "", tmp_path)
+        assert found["score"] is None and found["diverged"] == "the loss is nan"
+    assert len(tried) == 1
+    assert Place("shear_flow", SMOKE, "", tmp_path).train_at(run, "low", [0, 1]) == []
+
+
+def write_run(run, run_dir, draw: np.random.Generator, groups: np.ndarray, gate: float = 0.5) -> np.ndarray:
+    "A run folder with made-up predictions of its probes on `test`; their errors `(heads, windows, labels)`, z-scored."
+    folder = run.folder(matters_root(run_dir))
+    folder.mkdir(parents=True)
+    scaler = LabelScaler(get_system("shear_flow"), *(np.array([v, v]) for v in (0.0, 1.0, -9.0, 9.0)))
+    truth = np.random.default_rng(0).normal(size=(len(groups), 2))
+    z = truth + draw.normal(size=(len(FROZEN), len(groups), 2))
+    predictions = {(head, "test"): scaler.inverse(z[i]) for i, head in enumerate(FROZEN)}
+    about = {"system": "shear_flow", "objective": run.row[0], "encoder": run.encoder, "seed": run.seed}
+    options = dict(scaler=scaler, labelled_flows=16, run=run.path, **about)
+    file = folder / "predictions.safetensors"
+    write_predictions(file, predictions, {"test": scaler.inverse(truth)}, {"test": groups}, **options)
+    row = {"step": 6, "effective_rank": 9.0, "feature_std": 0.1, "gate": gate}
+    pd.DataFrame([row]).to_csv(folder / "curve.csv", index=False)
+    return z - truth
+
+
+def test_errors_are_those_of_the_predictions(tmp_path):
+    draw, groups = np.random.default_rng(1), np.repeat(np.arange(6), 4)
+    runs = {name: [cell_run(name, "shear_flow", SMOKE, steps=1)] for name in SOME[:2]}
+    z = [write_run(run, tmp_path, draw, groups, gate) for (run,), gate in zip(runs.values(), (0.5, 1.5))]
+    errors = read_errors(runs, tmp_path)
+    assert np.allclose(errors.logs(), [np.log((one**2).mean(axis=(1, 2))) for one in z])
+    weights = np.array([2.0, 0, 0, 1, 0, 0])  # the first group twice, the fourth once
+    index = np.concatenate([np.flatnonzero(groups == g) for g in (0, 0, 3)])
+    assert np.allclose(errors.logs(weights)[1], np.log((z[1][:, index] ** 2).mean(axis=(1, 2))))
+    one = read_errors(runs, tmp_path, label="Schmidt")
+    assert np.allclose(one.logs()[0], np.log((z[0][:, :, 1] ** 2).mean(axis=1)))
+    assert list(errors.runs.passed) == [True, False] and "1.50 times" in errors.runs.why[1]
+    assert list(errors.passed().runs.cell) == [SOME[0]] and len(errors.table()) == 8
+    other = {SOME[2]: [cell_run(SOME[2], "shear_flow", SMOKE, steps=1)]}
+    write_run(other[SOME[2]][0], tmp_path, draw, groups[::-1].copy())
+    with pytest.raises(ValueError, match="same windows"):
+        read_errors(runs | other, tmp_path)
+    with pytest.raises(ValueError, match="valid: mean, Reynolds, Schmidt"):
+        read_errors(runs, tmp_path, label="Re")
+
+
+def made_up(draw: np.random.Generator, seeds: int = 3, cells: pd.DataFrame = GRID, luck: float = 0.15) -> Errors:
+    "Errors with a task, a target and both together; flows differ, and each run on each of them a little."
+    runs = cells.loc[cells.index.repeat(seeds)].reset_index(drop=True)
+    runs["seed"] = list(range(seeds)) * len(cells)
+    runs["cell"] = ["-".join(levels) for levels in runs[list(FACTORS)].to_numpy()]
+    runs = runs.assign(passed=True, run=runs.cell + "/" + runs.seed.astype(str))
+    y = true_logs(runs) + luck * draw.standard_normal(len(runs))
+    y = y[:, None] + np.array([0.2, 0.1, -0.1, -0.2]) + 0.1 * draw.standard_normal((len(runs), 4))
+    flows = draw.gamma(3, 1 / 3, 40)
+    sums = np.exp(y)[:, :, None] * flows / flows.mean() * draw.gamma(50, 1 / 50, (len(runs), 4, 40))
+    return Errors(runs, FROZEN, sums, np.ones(40))
+
+
+def true_logs(frame: pd.DataFrame) -> np.ndarray:
+    "The logarithm of the error of each cell without luck."
+    task, target, both = (
+        term_columns(frame, term, LEVELS)[:, 0] for term in (("task",), ("target",), ("task", "target"))
+    )
+    return 0.5 * task + 0.2 * target + 0.3 * both
+
+
+# mean squares of the effects: columns of three levels are 1, 0, -1
+TRUE = {
+    "task": 0.5**2 * 2 / 3,
+    "target": 0.2**2 * 2 / 3,
+    "task x target": 0.3**2 * 4 / 9,
+    "head": 0.025,
+    "seed": 0.15**2,
+}
+
+
+@pytest.mark.parametrize("dropped", [[], [3, 10]], ids=["all cells", "two cells missing"])
+def test_known_shares_come_back(dropped):
+    draw = np.random.default_rng(2)
+    tables = [made_up(draw, 3, GRID.drop(index=dropped)) for _ in range(40)]
+    found = pd.DataFrame([components(e.runs, e.logs()) for e in tables]).mean()
+    expected = pd.Series(TRUE).reindex(found.index).fillna(0.0).drop("head x run")
+    assert (abs(found[expected.index] - expected) < 0.12 * expected + 0.003).all()
+    assert (components(tables[0].runs, tables[0].logs()) >= 0).all()
+
+
+def test_a_main_effect_is_that_of_marginal_means():
+    errors = made_up(np.random.default_rng(3), 2)
+    y = errors.logs()
+    means = pd.Series(y.mean(axis=1)).groupby(errors.runs.task.to_numpy()).mean()
+    found = main_effects(errors, n_bootstrap=2).set_index(["factor", "level"]).effect["task"]
+    assert np.allclose(np.log(found), (means - means.mean())[found.index])
+    assert np.isclose(components(errors.runs, y, times=0)["task"], means.var(ddof=0))
+
+
+def test_intervals_cover():
+    draw = np.random.default_rng(4)
+    true = contributions(dict(zip(["-".join(x) for x in GRID.to_numpy()], true_logs(GRID))))
+    covered = []
+    for _ in range(20):
+        errors = made_up(draw)
+        claim = paper_claim(errors, n_bootstrap=50).set_index("changed")
+        covered.append((claim.low < np.exp(true)) & (np.exp(true) < claim.high))
+    share = pd.DataFrame(covered).mean()
+    assert (share > 0.75).all() and share.mean() > 0.85, share
+    table = shares(errors, n_bootstrap=40).set_index("component")
+    assert ((table.low <= table.share) & (table.share <= table.high)).all()
+    whole = sum(TRUE.values()) + 0.01
+    assert table.low["task"] < TRUE["task"] / whole < table.high["task"]
+    wider = shares(made_up(draw, luck=0.4), n_bootstrap=40).set_index("component")
+    assert wider.high["task"] - wider.low["task"] > table.high["task"] - table.low["task"]
+
+
+def test_missing_cells_and_seeds_leave_out_what_they_would_tell():
+    all_three = FACTORS
+    runs = made_up(np.random.default_rng(5), 1).runs
+    assert all_three not in estimable(runs, LEVELS), "one seed: all three together or luck?"
+    assert all_three in estimable(made_up(np.random.default_rng(5), 2).runs, LEVELS)
+    gone = GRID[~((GRID.task == "window") & (GRID.target == "pixels"))]
+    terms = estimable(made_up(np.random.default_rng(5), 2, gone).runs, LEVELS)
+    assert ("task", "encoder") in terms and ("task", "target") not in terms and all_three not in terms
+    errors = made_up(np.random.default_rng(5), 2, gone)
+    found = analyse(errors, n_bootstrap=4)
+    assert found.claim is None and "window-pixels-vit, window-pixels-convnext" in found.says
+    assert not found.shares.set_index("component").estimated["task x target"]
+    one = errors.take(np.array([0, 1]))
+    assert analyse(one, n_bootstrap=4).shares is None and "too few" in analyse(one, n_bootstrap=4).says
+
+
+def test_the_way_of_the_paper_adds_up_and_names_its_factor():
+    steps = dict.fromkeys(corners(), 0.0)
+    steps |= {cell: math.log(0.5) for cell in corners() if cell.startswith("window")}
+    assert set(PAPER.values()) <= set(steps) and len(steps) == 8
+    assert np.allclose(contributions(steps)[["task", "target", "encoder", "all"]], [math.log(0.5), 0, 0, math.log(0.5)])
+    errors = made_up(np.random.default_rng(6))
+    found = analyse(errors, n_bootstrap=20)
+    assert np.isclose(found.claim.factor[:3].prod(), found.claim.factor[3])
+    assert "The task contributes most" in found.says and found.without_failed is None
+    failed = Errors(errors.runs.assign(passed=errors.runs.seed > 0), errors.heads, errors.sums, errors.sizes)
+    again = analyse(failed, n_bootstrap=4)
+    assert again.without_failed is not None and set(again.table().part) == {
+        "shares",
+        "without failed",
+        "VideoMAE to JEPA",
+    }
+    assert json.dumps(again.says)
+
+
+def test_figures_of_an_incomplete_experiment():
+    errors = made_up(np.random.default_rng(7), 1, GRID.iloc[[0, 1, 2, 7, 9, 16]])
+    errors = Errors(errors.runs.assign(passed=[True, False] * 3), errors.heads, errors.sums, errors.sizes)
+    assert list(cell_means(errors).passed) == [True, False] * 3
+    fig = plot_cells(errors, {"vit": 0.9})
+    assert [ax.get_title() for ax in fig.axes] == ["ViT", "ConvNeXt"]
+    found = analyse(errors, n_bootstrap=4)
+    assert found.claim is None and plot_shares(found.shares, found.without_failed, found.claim).axes
+    assert len(plot_main_effects({"shear_flow": main_effects(errors, n_bootstrap=4)}).axes) == len(FACTORS)
