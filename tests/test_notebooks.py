@@ -229,29 +229,17 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
     assert len(both) > 10 and (both["published"] == both["leak-free"]).all()
 
 
-def test_tuning_notebook_runs_a_walk_and_goes_on(smoke_data, tmp_path):
-    "Two changes of one walk at preset smoke; the second call finds them in the log."
-    common = (
-        "-p",
-        "preset",
-        "smoke",
-        "-p",
-        "run_dir",
-        str(tmp_path / "runs"),
-        "-p",
-        "data_dir",
-        str(smoke_data),
-        "-p",
-        "rows",
-        "mae-vit",
-    )
-    for changes, word in (("1", "mae-vit  0 before training"), ("2", "mae-vit  3 ")):
-        out = tmp_path / f"{changes}.ipynb"
-        done = papermill("nbs/08a_tuning.ipynb", str(out), *common, "-p", "changes", changes, cwd=ROOT)
+def test_tuning_notebook_goes_on_where_it_was_stopped(smoke_data, tmp_path):
+    "Two configurations of one row at preset smoke, then three: the first two are not run again."
+    about = {"preset": "smoke", "run_dir": tmp_path / "runs", "data_dir": smoke_data, "rows": "random-vit"}
+    common = [word for name, value in about.items() for word in ("-p", name, str(value))]
+    trials = tmp_path / "runs" / "smoke" / "tuning" / "shear_flow" / "random-vit"
+    for number in (2, 3):
+        before = {path: path.stat().st_mtime_ns for path in trials.glob("*.json")}
+        out = tmp_path / f"{number}.ipynb"
+        done = papermill("nbs/08a_tuning.ipynb", str(out), *common, "-p", "configurations", str(number), cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
-        text = "".join(
-            o.text for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if o.output_type == "stream"
-        )
-        assert word in text
-    assert "mae-vit  0 " not in text, "what is in the log is not run again"
-    assert (tmp_path / "runs" / "smoke" / "figures" / "tuning.csv").is_file()
+        assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert len(list(trials.glob("*-seed100.json"))) == 3
+    table = pd.read_csv(tmp_path / "runs" / "smoke" / "figures" / "tuning.csv")
+    assert set(table.number[table.seed == 100]) == {0, 1, 2} and (table.groupby("number").size() == 3).sum() >= 2

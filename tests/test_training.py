@@ -175,7 +175,7 @@ def test_run_folder_is_complete(smoke_data, tmp_path):
 
 
 def test_names_are_checked_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match="unknown system 'shear'; valid: active_matter, shear_flow, rayleigh_benard"):
+    with pytest.raises(ValueError, match="unknown system 'shear'; valid: shear_flow, rayleigh_benard, active_matter"):
         resolve("shear", "mae")
     with pytest.raises(ValueError, match="preset paper does not simulate shear_flow: pass data_dir"):
         ensure_data(resolve("shear_flow", "mae", preset="paper"))

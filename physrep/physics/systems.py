@@ -144,24 +144,6 @@ def _paper(**choices: object) -> tuple[tuple[str, object], ...]:
 
 # %% ../../nbs/physics/systems.ipynb #949f5e74
 SYSTEMS = {
-    "active_matter": System(
-        name="active_matter",
-        title="Active matter",
-        fields=(
-            Field("concentration", 0, "c"),
-            Field("velocity", 1, r"\mathbf{u}"),
-            Field("D", 2, r"\mathbf{D}"),
-            Field("E", 2, r"\mathbf{E}"),
-        ),
-        labels=(
-            Label("alpha", log=False, paper_log=False, latex=r"\alpha"),
-            Label("zeta", log=False, paper_log=False, latex=r"\zeta"),
-        ),
-        mirror_axes=(0, 1),
-        ignored=("L",),
-        native=(256, 256),
-        paper=_paper(crop=((0, 256), (0, 256)), size=224, stride=1, label_mean=(-3.0, 9.0), label_std=(1.41, 5.16)),
-    ),
     "shear_flow": System(
         name="shear_flow",
         title="Shear flow",
@@ -187,6 +169,24 @@ SYSTEMS = {
         mirror_offsets=((1, "buoyancy", 1.0, 0.0), (1, "pressure", -0.5, 1.0)),  # b -> 1 - b, p -> p + y - 1/2
         native=(512, 128),
         paper=_paper(crop=((192, 320), (0, 128)), size=224, stride=4, label_mean=(2.69, 8.0), label_std=(3.38, 1.41)),
+    ),
+    "active_matter": System(
+        name="active_matter",
+        title="Active matter",
+        fields=(
+            Field("concentration", 0, "c"),
+            Field("velocity", 1, r"\mathbf{u}"),
+            Field("D", 2, r"\mathbf{D}"),
+            Field("E", 2, r"\mathbf{E}"),
+        ),
+        labels=(
+            Label("alpha", log=False, paper_log=False, latex=r"\alpha"),
+            Label("zeta", log=False, paper_log=False, latex=r"\zeta"),
+        ),
+        mirror_axes=(0, 1),
+        ignored=("L",),
+        native=(256, 256),
+        paper=_paper(crop=((0, 256), (0, 256)), size=224, stride=1, label_mean=(-3.0, 9.0), label_std=(1.41, 5.16)),
     ),
 }
 
