@@ -30,6 +30,7 @@ from physrep.core.files import read_json
 from physrep.data.download import check_files
 from physrep.data.generate import make_dataset
 from physrep.data.sets import read_stats
+from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows
 from physrep.experiments.command import main, output_path
 from physrep.explore.your_flow import flow_from_array, flow_from_bytes
@@ -550,3 +551,10 @@ def test_names_of_executed_notebooks_stay_in_their_folder(tmp_path):
     path = output_path("pretrain", values | {"encoder": "a.b:C", "tag": "../../../x"})
     assert path.resolve().parent == (tmp_path / "smoke" / "notebooks").resolve()
     assert path.name == "pretrain-shear_flow-mae-C-.._.._.._x.ipynb"
+
+
+@pytest.mark.parametrize("key, value", [("t0_fields/tracer", 3.0), ("dimensions/time", b"soon"), ("dimensions/x", 1.0)])
+def test_a_part_of_a_kind_that_nobody_expects_is_named_with_its_file(key, value, tmp_path):
+    path = change(well_file(tmp_path / "a.hdf5"), replace(key, value))
+    with pytest.raises(WellFormatError, match="a.hdf5"):
+        WellFile(path, SYSTEM)

@@ -1,6 +1,7 @@
 """What the solvers share, where its notebook does not look: errors, schedules, batches, imports."""
 
 import ast
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +93,8 @@ def test_a_schedule_without_a_pause_starts_at_zero():
     ):
         with pytest.raises(ValueError, match=message):
             schedule(*arguments)
+
+
+def test_a_worker_can_send_that_a_simulation_blew_up():
+    found = pickle.loads(pickle.dumps(SimulationBlewUp("energy grew", 0.0125)))
+    assert type(found) is SimulationBlewUp and str(found) == "energy grew" and found.dt == 0.0125

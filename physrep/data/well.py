@@ -274,6 +274,15 @@ class WellFile:
         self.path = Path(path)
         self.system = get_system(system) if isinstance(system, str) else system
         self._state = _state_of(self.path)  # before reading, so that a later change is noticed
+        try:
+            self._read()
+        except (DamagedFileError, WellFormatError, FileNotFoundError):
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:  # of a kind nobody expects
+            raise WellFormatError(f"{self.path}: a part of it is not as in The Well's format ({error})") from error
+
+    def _read(self) -> None:
+        "Reads all that is kept of the file."
         with open_hdf5(self.path) as file:
             _identify(self.path, file, self.system)
             self._stored = _read_fields(self.path, file, self.system)

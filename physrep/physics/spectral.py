@@ -123,6 +123,9 @@ class SimulationBlewUp(RuntimeError):
         super().__init__(message)
         self.dt = dt
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.args[0], self.dt)  # or a worker could not send it
+
 
 def suggest_dt(dt: float, rate: float) -> float:
     "The largest dt / 2^j (j >= 1) with dt * rate <= 2, where rate = |u| kx_max + |v| ky_max."
