@@ -28,6 +28,7 @@ SHOWN = {
     "03_pretrain": "shear_flow-mae-vit-pretrain",
     "04_probe": "shear_flow-mae-vit-probe",
     "05_table1": "table1",
+    "05a_learning_curves": "learning_curves",
     "05b_resolution": "resolution",
     "05c_machines": "machines",
     "05d_leakage": "leakage",
