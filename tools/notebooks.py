@@ -28,6 +28,7 @@ SHOWN = {
     "03_pretrain": "shear_flow-mae-vit-pretrain",
     "04_probe": "shear_flow-mae-vit-probe",
     "05_table1": "table1",
+    "05a_learning_curves": "learning_curves",
     "05b_resolution": "resolution",
     "05c_machines": "machines",
     "05d_leakage": "leakage",
@@ -95,20 +96,19 @@ def smaller(image: str) -> str:
 
 
 def take_outputs(path: Path, executed: Path) -> None:
-    "Gives a stage the outputs of an executed copy: cell by cell, without the injected cell and progress bars."
+    "Gives a stage the outputs of an executed copy with the same code, without the injected cell and progress bars."
     notebook, done = nbformat.read(path, 4), nbformat.read(executed, 4)
-    cells = [c for c in done.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    if [c.source for c in cells] != [c.source for c in notebook.cells]:
+    cells = [c for c in done.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    if [c.source for c in cells] != [c.source for c in notebook.cells if c.cell_type == "code"]:
         raise SystemExit(f"{executed} was made from another version of {path.name}; run `make reproduce` first")
-    for mine, theirs in zip(notebook.cells, cells):
-        if mine.cell_type == "code":
-            outputs = [o for o in theirs.outputs if not (o.output_type == "stream" and o.name == "stderr")]
-            for o in outputs:
-                if o.output_type == "stream":
-                    o.text = o.text.replace(f"{ROOT}/", "")
-                elif "image/png" in o.get("data", {}):
-                    o.data["image/png"] = smaller(o.data["image/png"])
-            mine.outputs, mine.execution_count = outputs, None
+    for mine, theirs in zip((c for c in notebook.cells if c.cell_type == "code"), cells):
+        outputs = [o for o in theirs.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        for o in outputs:
+            if o.output_type == "stream":
+                o.text = o.text.replace(f"{ROOT}/", "")
+            elif "image/png" in o.get("data", {}):
+                o.data["image/png"] = smaller(o.data["image/png"])
+        mine.outputs, mine.execution_count = outputs, None
     nbformat.write(notebook, path)
 
 

@@ -23,7 +23,7 @@ from ..results.figures import using_style
 from ..results.panels import system_title
 from ..results.rows import PROBE_TITLES, ROWS, Row, color_of, marker_of, ordered, row_order, title_of
 from ..training.cost import cost
-from ..training.loop import branches
+from ..training.loop import CURVE, branches
 from ..training.run import Run
 
 # %% ../../nbs/experiments/learning_curve_figures.ipynb #a4470747
@@ -38,8 +38,9 @@ def learning_curve(run: Run, run_dir: str | Path | None = None) -> pd.DataFrame:
     parts = []
     for path, step in steps.items():
         part = read_results([path])
-        share = step / run.recipe.steps if run.recipe else 0.0
-        parts.append(part.assign(step=step, share=share, operations=round(total * share)))
+        seen = step / run.recipe.steps if run.recipe else 0.0
+        share = min((0.0, *CURVE, 1.0), key=lambda share: abs(share - seen))  # updates are whole numbers
+        parts.append(part.assign(step=step, share=share, operations=round(total * seen)))
     df = pd.concat(parts, ignore_index=True)
     mine = (df.metric == "mse") & (df.split == "test") & (df.label == "mean") & df.probe.isin(FROZEN)
     return df[mine].sort_values(["probe", "step"]).reset_index(drop=True)
@@ -48,7 +49,7 @@ def learning_curve(run: Run, run_dir: str | Path | None = None) -> pd.DataFrame:
 def _draw_lines(ax: Axes, still: pd.DataFrame, rows: Sequence[Row]) -> None:
     "Rows without training as horizontal lines."
     for _, row in still.iterrows():
-        style = "--" if row.objective == "random" else ":"
+        style = ("-." if row.encoder == "convnext" else "--") if row.objective == "random" else ":"
         pair = (row.objective, row.encoder)
         ax.axhline(row.value, ls=style, lw=1.2, color=color_of(*pair, rows), label=title_of(*pair, rows=rows))
 

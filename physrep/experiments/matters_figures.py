@@ -121,7 +121,8 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
                 ax.annotate("before training", (1.0, untrained[encoder]), (0, 3), **place)
             there = [t for t in _TASKS if t in set(means.task)]
             ax.set_xticks([_TASKS.index(t) for t in there], [TITLES[t] for t in there])
-            ax.set(yscale="log", xlim=(-0.45, len(there) - 0.55))
+            first, last = _TASKS.index(there[0]), _TASKS.index(there[-1])
+            ax.set(yscale="log", xlim=(first - 0.45, last + 0.45))
             ax.set_title(TITLES[encoder], fontweight="bold")
             ax.grid(axis="y")
             _plain_log(ax.yaxis, ticks)
