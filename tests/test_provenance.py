@@ -6,7 +6,9 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import physrep.core.provenance
 from physrep.core.files import read_json, write_json
@@ -386,3 +388,28 @@ def test_every_change_says_what_was_compared():
     for change in read_json(path)["changes"] if path.is_file() else []:
         assert change["why"] and len(change["against"]) == 40 and len(change["compared"]) > 50
         assert all(new and old != new for pairs in change["definitions"].values() for old, new in pairs)
+
+
+def test_rounding_is_told_from_another_number(tmp_path):
+    path = project_root() / "tools" / "same_numbers.py"
+    spec = importlib.util.spec_from_file_location("same_numbers", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    weights = np.arange(1.0, 9.0, dtype="f4")
+    folders = {name: tmp_path / name for name in ("old", "new")}
+    for folder, factor in zip(folders.values(), (1.0, 1.001)):
+        folder.mkdir()
+        save_file({"w": weights * np.float32(factor)}, folder / "e.safetensors")
+    old = {"mae, e.safetensors": {"file": "e.safetensors", "sha256": "a"}, "mae, data": "f"}
+    old["mae, result.json"] = [{"probe": "linear", "mse": 0.31, "alpha": None}]
+    new = {**old, "mae, e.safetensors": {"file": "e.safetensors", "sha256": "b"}}
+    new["mae, result.json"] = [{"probe": "linear", "mse": 0.32, "alpha": None}]
+    largest, other = tool.rounding(old, new, folders)
+    assert largest == {"weights": pytest.approx(1e-3, rel=1e-2), "errors": pytest.approx(0.01)} and not other
+    worse = {**new, "mae, result.json": [{"probe": "linear", "mse": 0.34, "alpha": None}]}
+    assert tool.rounding(old, worse, folders)[1] == ["mae, result.json by 0.03"]
+    assert tool.rounding(old, {**new, "mae, data": "g"}, folders)[1] == ["mae, data"]
+    renamed = {**new, "mae, result.json": [{"probe": "kernel", "mse": 0.31, "alpha": None}]}
+    assert tool.rounding(old, renamed, folders)[1] == ["mae, result.json by inf"]
+    save_file({"w": weights * np.float32(1.1)}, folders["new"] / "e.safetensors")
+    assert "e.safetensors by 0.1" in tool.rounding(old, new, folders)[1][0]

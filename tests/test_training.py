@@ -260,28 +260,33 @@ def test_metrics_are_heard_as_they_are_made(smoke_data, tmp_path):
 
 
 def test_the_attention_of_a_vit_is_counted_as_the_products_that_it_is():
-    "The kernel and plain matrix products: equal forwards; backwards the kernel computes the weights once more."
+    "Ours, PyTorch's kernel and plain products: equal forwards; backwards the first two compute the weights once more."
     from unittest import mock
 
     from physrep.models import vit
     from physrep.training.cost import count_flops, example_batch
 
-    def products(q, k, v):
-        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+    def kernel(qkv):
+        return vit.F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
+
+    def products(qkv):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
     run = resolve("shear_flow", "supervised", "vit", "laptop")
     objective = build(run)
     batch = example_batch(run, objective, 2)
     counts = []
-    for attention in (vit.F.scaled_dot_product_attention, products):
-        with mock.patch.object(vit.F, "scaled_dot_product_attention", attention):
+    for attention in (vit.attention, kernel, products):
+        with mock.patch.object(vit, "attention", attention):
             forward = count_flops(lambda: objective(batch))
             counts.append((forward, count_flops(lambda: objective(batch)["loss"].backward())))
-    (forward, both), (forward_products, both_products) = counts
+    ours, (forward, both), (forward_products, both_products) = counts
     tokens = 4 * 8 * 8
     once = run.encoder_config["depth"] * 2 * 2 * tokens**2 * run.encoder_config["dim"]
     assert forward == forward_products > 2 * once
     assert both == both_products + once
+    assert ours == (forward, both)
 
 
 @pytest.mark.parametrize("objective", ["invariance", "forecast"])
