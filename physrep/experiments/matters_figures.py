@@ -36,6 +36,7 @@ TITLES = {
     "shared": "features,\nwith VICReg",
     "pooled": "one vector,\nwith VICReg",
     **ENCODER_TITLES,
+    "convnext_circular": "ConvNeXt, circular padding",
 }
 COLORS = {"pixels": "#D55E00", "ema": "#009E73", "shared": "#0072B2", "pooled": "#CC79A7"}
 FACTOR_COLORS = {"task": "#AA4499", "target": "#DDAA33", "encoder": "#4477AA"}
@@ -107,9 +108,10 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
         t for t in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5) if drawn.min() / 1.2 < t < drawn.max() * 1.2
     )
     with using_style():
+        networks = [encoder for encoder in CELL_ENCODERS if encoder in set(means.encoder)]
         fig = Figure(figsize=(9.5, 4.3), layout="constrained")
-        axes = fig.subplots(1, 2, sharey=True)
-        for ax, encoder in zip(axes, CELL_ENCODERS):
+        axes = np.atleast_1d(fig.subplots(1, len(networks), sharey=True))
+        for ax, encoder in zip(axes, networks):
             mine = means[means.encoder == encoder]
             _draw_cells(ax, mine, heads)
             _name_paper(ax, mine)
