@@ -30,6 +30,7 @@ from physrep.experiments.matters import (
 from physrep.experiments.matters_figures import cell_means, plot_cells, plot_main_effects, plot_shares
 from physrep.experiments.matters_model import (
     FACTORS,
+    LEVELS,
     analyse,
     components,
     contributions,
