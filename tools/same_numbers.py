@@ -9,8 +9,8 @@ of this checkout. If all of them are equal bit by bit, the definitions that diff
     python tools/same_numbers.py --against HEAD~1 --rounding --why "products of matrices by another library"
 
 A change of the order of sums changes the last digits, as another processor does, whose runs count as well. With
-`--rounding` the data must still be equal, but weights may differ by 1 % and errors of probes by 0.02; the largest
-differences that were found are written down, too."""
+`--rounding` the data must still be equal, but weights may differ by 1 %, and errors of probes by 0.02 (root mean square
+over the rows of a result); the largest differences that were found are written down, too."""
 
 import argparse
 import hashlib
@@ -91,12 +91,13 @@ def weights_differ(old: Path, new: Path) -> float:
 
 
 def errors_differ(old: list[dict], new: list[dict]) -> float:
-    "The largest difference of a number in the rows of two results; infinite if anything else differs."
+    "The difference of the numbers in the rows of two results, root mean square; infinite if anything else differs."
     if len(old) != len(new):
         return math.inf
     pairs = [(a.get(k), b.get(k)) for a, b in zip(old, new) for k in a.keys() | b.keys()]
-    numbers = [abs(a - b) for a, b in pairs if isinstance(a, float) and isinstance(b, float) and a != b]
-    return max(numbers, default=0.0) if all(a == b or isinstance(a, float) for a, b in pairs) else math.inf
+    squares = [(a - b) ** 2 for a, b in pairs if isinstance(a, float) and isinstance(b, float)]
+    alike = all(a == b or (isinstance(a, float) and isinstance(b, float)) for a, b in pairs)
+    return math.sqrt(sum(squares) / max(1, len(squares))) if alike else math.inf
 
 
 def rounding(old: dict, new: dict, folders: dict) -> tuple[dict[str, float], list[str]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core.devices import keep_memory, use_fast_products
+from ..core.devices import fast_products, keep_memory
 from ..core.files import open_tensors, read_tensors, weights_digest, write_tensors
 from ..core.provenance import code_digest
 from ..data.windows import Windows
@@ -138,6 +138,7 @@ class TokenBuffer:
         return plain.view(self._like.dtype).view(self.count, *self._like.shape[1:])
 
 # %% ../../nbs/probing/features.ipynb #f3c21c40
+@fast_products()
 def extract(
     encoder: nn.Module,  # `(b, c, t, h, w) -> (b, tokens, d)`
     batches: Iterable[dict],  # with "fields" (b, c, t, h, w)
@@ -152,7 +153,6 @@ def extract(
     """Tokens `(n, tokens, d)` on the CPU of all windows in `batches`, in their order. The encoder is left in the mode
     that it was in. ValueError for no batch or an overflow."""
     keep_memory()
-    use_fast_products()
     was_training = encoder.training
     encoder.to(device).eval()
     buffer = TokenBuffer(memory_limit, Path(scratch) if scratch else None)

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..core.devices import keep_memory, use_fast_products
+from ..core.devices import fast_products, keep_memory
 from ..core.files import atomic_path, read_json, write_json
 from ..core.provenance import provenance
 from ..data.batches import Batches
@@ -128,6 +128,7 @@ def pretrain(
     return folder
 
 # %% ../../nbs/training/pretrain.ipynb #e32e24ef
+@fast_products()
 def _pretrain(
     run: Run,
     windows: Mapping[str, Windows],
@@ -138,7 +139,6 @@ def _pretrain(
 ) -> None:
     "Trains and saves the encoder of a claimed folder; the time is recorded even if it fails."
     keep_memory()
-    use_fast_products()
     batches = training_batches(run, windows, session.device)
     objective = build(run).to(session.device)
     record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
