@@ -125,15 +125,15 @@ class LiveControls:
         self.runner = Runner([self.simulate])
         self.player, self.warn = Player(), widgets.HTML(layout=WIDE)
         self.warn.add_class("physrep-beyond")
-        self.answers = widgets.Image(format="png", layout={"width": "740px"})
+        self.answers = widgets.Image(format="png", layout={"width": "auto", "max_width": "740px"})
         self.table = widgets.HTML()
         self.table.add_class("physrep-answers")
         hint = text("Ctrl or ⌘ takes several at once.")
         more = widgets.Accordion([widgets.VBox([self.encoders, hint])], titles=["Which encoders"], layout=WIDE)
         physics = [self.system, self.parameters, self.seed, self.strength, self.start]
         controls = column(*physics, self.warn, self.auto, self.runner.box, more)
-        shown = column(widgets.HBox([self.channel, self.arrows]), self.player.box, width="600px")
-        said = column(self.answers, self.table, width="780px")
+        shown = column(widgets.HBox([self.channel, self.arrows]), self.player.box, kind="film")
+        said = column(self.answers, self.table, kind="answers")
         self.box = widgets.VBox([text(INTRO, "intro"), side_by_side(controls, shown, said)])
 
 # %% ../../nbs/explore/live_tab.ipynb #6caa725d

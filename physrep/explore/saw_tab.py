@@ -39,8 +39,11 @@ def range_slider(description: str, frames: bool = False, high: int = 16) -> widg
     "A slider over a span that is hidden, at first none; of frames, or as a share of an axis."
     look = dict(description=description, style=LABELS, layout=WIDE, continuous_update=False)
     if frames:
-        return widgets.IntRangeSlider(value=(0, 0), min=0, max=high, **look)
-    return widgets.FloatRangeSlider(value=(0.0, 0.0), min=0, max=1, step=0.125, readout_format=".2f", **look)
+        slider = widgets.IntRangeSlider(value=(0, 0), min=0, max=high, **look)
+    else:
+        slider = widgets.FloatRangeSlider(value=(0.0, 0.0), min=0, max=1, step=0.125, readout_format=".2f", **look)
+    slider.add_class("physrep-range")
+    return slider
 
 # %% ../../nbs/explore/saw_tab.ipynb #9add20c9
 INTRO = (
@@ -71,12 +74,12 @@ class SawControls:
         self.channel = widgets.Dropdown(description="colours show", style={"description_width": "90px"})
         self.player, self.table = Player(), widgets.HTML()
         self.table.add_class("physrep-changes")
-        self.maps = widgets.Image(format="png", layout={"width": "740px", "display": "none"})
+        self.maps = widgets.Image(format="png", layout={"width": "auto", "max_width": "740px", "display": "none"})
         hidden = [self.hide, self.frames, self.x, self.y, self.noise, self.shift, widgets.HBox(self.mirrors)]
         controls = column(self.system, self.seed, *hidden, self.runner.box)
-        shown = column(self.channel, self.player.box, width="600px")
+        shown = column(self.channel, self.player.box, kind="film")
         self.box = widgets.VBox(
-            [text(INTRO, "intro"), side_by_side(controls, shown, column(self.table, self.maps, width="780px"))]
+            [text(INTRO, "intro"), side_by_side(controls, shown, column(self.table, self.maps, kind="answers"))]
         )
 
 # %% ../../nbs/explore/saw_tab.ipynb #f65106fa
