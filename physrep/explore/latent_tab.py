@@ -16,7 +16,7 @@ from .data_tab import dropdown, refill
 from .live import Session, explorable_systems
 from .live_tab import system_choice
 from .parts import Runner, column, side_by_side, text, when
-from .pictures import LABEL_WORDS, channel_word
+from .pictures import LABEL_WORDS, channel_word, number
 from .readers import cached_encoder
 from .sets import data_sets, make_handful, splits_of
 
@@ -134,7 +134,7 @@ class LatentTab(LatentControls):
     def paint(self) -> None:
         "Draws the map."
         if self.cloud is not None and self.label.value is not None:
-            titles = [", ".join(f"{v:.3g}" for v in row) for row in self.cloud.labels]
+            titles = ["; ".join(number(v) for v in row) for row in self.cloud.labels]
             self.map.show(latent.map_picture(self.cloud, self.label.value), titles)
 
     def click(self, point: int) -> None:

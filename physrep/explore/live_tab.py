@@ -194,11 +194,12 @@ class LiveChoices(LiveControls):
 class LiveTab(LiveChoices):
     "Sliders over the physics, the flow while it is solved, and the answers."
 
-    again = False  # whether a slider moved while a flow was solved
     times = (0.0, 0.0)  # seconds of the last flow: to solve it, to read it
 
     def run(self) -> None:
         "Solves the flow of the sliders in the background, shows its frames as they come, and reads it."
+        if not self.runner.free_for(self.run):
+            return
         session, frames = self.session, self.frames or self.session.longest
         options = dict(frames=frames, seed=self.seed.value, strength=self.strength.value)
         values, blank = self.values, session.blank(frames)
@@ -218,16 +219,7 @@ class LiveTab(LiveChoices):
             self.show(restart=True)
             self.read()
 
-        started = self.runner.run(work, finish, progress=advance, saying="solving …", after=self._next)
-        self.again = started is None
-        if self.again:
-            self.runner.job.cancel()
-
-    def _next(self) -> None:
-        "Called when a flow is solved or given up."
-        if self.again:
-            self.again = False
-            self.run()
+        self.runner.run(work, finish, progress=advance, saying="solving …")
 
     def show(self, restart: bool = False) -> None:
         "Draws the flow that there is."

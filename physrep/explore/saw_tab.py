@@ -84,7 +84,7 @@ class SawControls:
 
 # %% ../../nbs/explore/saw_tab.ipynb #f65106fa
 class SawChoices(SawControls):
-    "What follows from a choice; `show` and `run` are in `SawTab`."
+    "What follows from a choice; `solve`, `show` and `run` are in `SawTab`."
 
     def __init__(self, systems: Sequence[str] | None = None, *, frames: int | None = None):
         super().__init__(systems)
@@ -97,16 +97,13 @@ class SawChoices(SawControls):
         self.choose()
 
     def choose(self) -> None:
-        "Solves a flow of the chosen system with parameters from the middle."
+        "Takes the chosen system, and solves a flow of it."
         self.session = session = Session(self.system.value)
         self.quiet = True
         self.hide.options = self.channel.options = [(channel_word(c), c) for c in session.system.channels]
         self.channel.value = session.system.channels[0]
         self.quiet = False
-        values = {name: about.middle for name, about in session.ranges.items()}
-        session.simulate(values, frames=self.length or session.longest, seed=self.seed.value)
-        self.start = min(session.frames, session.flow.n_frames - session.frames)
-        self.undo()
+        self.solve()
 
     def undo(self) -> None:
         "Shows the window as it is."
@@ -130,6 +127,9 @@ class SawChoices(SawControls):
             **region(tuple(self.x.value), tuple(self.y.value)),
         )
 
+    def solve(self) -> None:
+        raise NotImplementedError
+
     def show(self) -> None:
         raise NotImplementedError
 
@@ -148,9 +148,28 @@ def region(x: tuple[float, float], y: tuple[float, float]) -> dict[str, tuple[fl
 class SawTab(SawChoices):
     "What is done to a window, the window, and the answers before and after."
 
+    def solve(self) -> None:
+        "Solves a flow with parameters from the middle of the training, in the background."
+        if not self.runner.free_for(self.solve):
+            return
+        session = self.session
+        values = {name: about.middle for name, about in session.ranges.items()}
+        options = dict(frames=self.length or session.longest, seed=self.seed.value)
+
+        def work(report) -> int:
+            flow = session.simulate(values, progress=report, **options)
+            return min(session.frames, flow.n_frames - session.frames)
+
+        def finish(start: int) -> None:
+            self.start = start
+            self.maps.layout.display = "none"
+            self.undo()
+
+        self.runner.run(work, finish, saying="solving a flow …")
+
     def show(self) -> None:
         "Draws the changed window, and reads it."
-        if self.quiet:
+        if self.quiet or self.session.flow is None:
             return
         flow = changed_flow(self.session, self.start, self.change)
         picture = self.session.picture(self.channel.value, None, flow, title="the window as the encoder sees it")
