@@ -61,8 +61,11 @@ class SawControls:
         self.system = system_choice(systems or explorable_systems())
         self.seed = int_slider("initial condition", 1, 0, 99, "Each number is another random start.")
         self.hide = widgets.SelectMultiple(description="hide fields", style=LABELS, layout=WIDE, rows=4)
+        self.hide.add_class("physrep-hide")
         self.frames = range_slider("hide frames", frames=True)
         self.x, self.y = range_slider("hide along x"), range_slider("hide along y")
+        for name, slider in {"frames": self.frames, "x": self.x, "y": self.y}.items():
+            slider.add_class(f"physrep-hide-{name}")
         look = dict(style=LABELS, layout=WIDE, continuous_update=False)
         self.noise = widgets.FloatSlider(0, min=0, max=2, step=0.05, description="noise (std)", **look)
         self.noise.add_class("physrep-noise")
@@ -75,6 +78,7 @@ class SawControls:
         self.player, self.table = Player(), widgets.HTML()
         self.table.add_class("physrep-changes")
         self.maps = widgets.Image(format="png", layout={"width": "auto", "max_width": "740px", "display": "none"})
+        self.maps.add_class("physrep-maps")
         hidden = [self.hide, self.frames, self.x, self.y, self.noise, self.shift, widgets.HBox(self.mirrors)]
         controls = column(self.system, self.seed, *hidden, self.runner.box)
         shown = column(self.channel, self.player.box, kind="film")
@@ -185,9 +189,9 @@ class SawTab(SawChoices):
         def work(report) -> bytes:
             maps = {}
             for i, reader in enumerate(readers):
-                for j, label in enumerate(labels):
-                    report(i * len(labels) + j, len(readers) * len(labels))
-                    maps[reader.name, label] = rests_on(session, self.start, reader, label)
+                tell = lambda done, total, i=i: report(i * total + done, len(readers) * total)  # noqa: E731
+                moved = rests_on(session, self.start, reader, report=tell)
+                maps |= {(reader.name, label): values for label, values in zip(labels, moved)}
             return rests_png(maps, session.flow)
 
         def finish(png: bytes) -> None:
