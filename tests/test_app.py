@@ -4,7 +4,6 @@ With PHYSREP_SCREENSHOTS=nbs/explore/screenshots the tests take the pictures of 
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -12,26 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from browser import FRAMES, answers, enter, expected, open_browser, rows_of, wait_for
 
 from physrep.explore.live import Session
 from physrep.explore.sets import open_flow, pairs_of
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-QUIET += " --disable-component-update --disable-sync"
-LOCAL = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"  # the page needs nothing from elsewhere
-FRAMES = 24
-LONG = 60_000  # ms; seconds on a machine that does nothing else
-
 if find_spec("voila") is None or find_spec("playwright") is None:
     pytest.skip("the page was not tested: voila and playwright are missing; make setup", allow_module_level=True)
-if BROWSER is None:
-    pytest.skip(
-        "the page was not tested: there is no Chromium. apt-get install chromium, or CHROMIUM=/path/of/it",
-        allow_module_level=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +49,9 @@ def address(data_dir):
 
 @pytest.fixture(scope="module")
 def page(address):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=[*QUIET.split(), LOCAL])
-        page = browser.new_page(viewport={"width": 1880, "height": 860})
-        page.set_default_timeout(LONG)
+    with open_browser(width=1880, height=860) as page:
         page.goto(address)
         yield page
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -88,26 +69,6 @@ def keep(page, tmp_path_factory):
     return take
 
 
-def answers(page, inside: str) -> list[list[str]]:
-    "The rows of the table of answers in a part of the page."
-    rows = page.locator(f"{inside} .physrep-table tr").all()
-    return [[cell.inner_text() for cell in row.locator("td").all()] for row in rows[1:]]
-
-
-def expected(table) -> list[list[str]]:
-    "The same rows from a table of the library."
-    from physrep.explore.live_tab import answers_html
-
-    lines = re.findall(r"<tr>(.*?)</tr>", answers_html(table))
-    return [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines[1:]]
-
-
-def wait_for(page, values: str) -> None:
-    "Waits until the page says that it has solved and read the flow of these parameters."
-    page.locator(".physrep-answers tr", has_text="the truth").filter(has_text=values).wait_for()
-    page.locator(".physrep-status", has_text=f"Solved {FRAMES} frames").wait_for()
-
-
 def test_the_page_opens_with_the_live_probe(page, address):
     assert address.startswith("http://127.0.0.1")
     wait_for(page, "1,130")
@@ -117,9 +78,7 @@ def test_the_page_opens_with_the_live_probe(page, address):
 
 
 def test_a_slider_solves_and_the_answers_are_those_of_the_library(page, keep):
-    field = page.locator(".physrep-Reynolds .widget-readout")
-    field.fill("700")
-    field.press("Enter")
+    enter(page, ".physrep-Reynolds", "700")
     wait_for(page, "700")
     session = Session("shear_flow")
     schmidt = float(page.locator(".physrep-Schmidt .widget-readout").inner_text())
@@ -130,9 +89,7 @@ def test_a_slider_solves_and_the_answers_are_those_of_the_library(page, keep):
 
 
 def test_beyond_the_training_the_page_says_so(page):
-    field = page.locator(".physrep-Reynolds .widget-readout")
-    field.fill("4000")
-    field.press("Enter")
+    enter(page, ".physrep-Reynolds", "4000")
     page.locator(".physrep-beyond", has_text="Beyond the training").wait_for()
     wait_for(page, "4,000")
 
@@ -161,26 +118,68 @@ def test_a_click_on_a_point_of_the_map_shows_its_window_and_neighbours(page, kee
     keep("3_latent_space")
 
 
-def test_noise_moves_the_answers_as_the_library_says(page, keep):
+@pytest.fixture(scope="module")
+def seen() -> Session:
+    "The flow of the tab of what an encoder saw."
+    session = Session("shear_flow")
+    session.simulate({k: r.middle for k, r in session.ranges.items()}, frames=FRAMES, seed=1)
+    return session
+
+
+def changes(session: Session, **change) -> list[list[str]]:
+    "The rows of the table of that tab, from the library."
     from physrep.explore.perturb import Change, compare
     from physrep.explore.saw_tab import changes_html
 
+    return rows_of(changes_html(compare(session, FRAMES - 16, Change(**change))))
+
+
+def wait_for_changes(page, do) -> list[list[str]]:
+    "The rows of that table after something was done that changes them."
+    before = page.locator(".physrep-changes").inner_text()
+    do()
+    page.wait_for_function("text => document.querySelector('.physrep-changes').innerText != text", arg=before)
+    return answers(page, ".physrep-changes")
+
+
+def test_noise_moves_the_answers_as_the_library_says(page, keep, seen):
     page.get_by_role("tab", name="What it saw").click()
     page.locator(".physrep-changes tr", has_text="Equation oracle").wait_for()
     before = answers(page, ".physrep-changes")
-    field = page.locator(".physrep-noise .widget-readout")
-    field.fill("0.5")
-    field.press("Enter")
-    page.wait_for_function(
-        "text => document.querySelector('.physrep-changes').innerText != text",
-        arg=page.locator(".physrep-changes").inner_text(),
-    )
-    session = Session("shear_flow")
-    session.simulate({k: r.middle for k, r in session.ranges.items()}, frames=FRAMES, seed=1)
-    lines = re.findall(r"<tr>(.*?)</tr>", changes_html(compare(session, FRAMES - 16, Change(noise=0.5))))
-    wanted = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines[1:]]
-    assert answers(page, ".physrep-changes") == wanted != before
+    assert before == changes(seen)
+    assert wait_for_changes(page, lambda: enter(page, ".physrep-noise", "0.5")) == changes(seen, noise=0.5) != before
     keep("4_what_it_saw")
+
+
+def test_what_is_hidden_moves_the_answers_as_the_library_says(page, seen):
+    told = [wait_for_changes(page, page.get_by_role("button", name="Undo all").click)]
+    for do, hidden in {
+        lambda: page.locator(".physrep-hide select").select_option("tracer (dye)"): dict(channels=("tracer",)),
+        lambda: enter(page, ".physrep-hide-frames", "4 – 12"): dict(channels=("tracer",), frames=(4, 12)),
+    }.items():
+        told.append(wait_for_changes(page, do))
+        assert told[-1] == changes(seen, **hidden) != told[-2]
+
+
+def test_a_region_that_is_hidden_moves_the_answers_as_the_library_says(page, seen):
+    wait_for_changes(page, page.get_by_role("button", name="Undo all").click)
+    band = wait_for_changes(page, lambda: enter(page, ".physrep-hide-x", "0.25 – 0.75"))
+    assert band == changes(seen, x=(0.25, 0.75), y=(0.0, 1.0))
+    patch = wait_for_changes(page, lambda: enter(page, ".physrep-hide-y", "0.50 – 1.00"))
+    assert patch == changes(seen, x=(0.25, 0.75), y=(0.5, 1.0)) != band
+
+
+def test_the_map_of_what_answers_rest_on_is_that_of_the_library(page, seen):
+    from physrep.explore.perturb import rests_on, rests_png
+
+    page.get_by_role("button", name="Where do answers rest?").click()
+    page.locator(".physrep-status", has_text="Each patch was hidden").wait_for()
+    picture = page.locator("img.physrep-maps")
+    picture.wait_for()
+    shown = picture.evaluate("async image => Array.from(await (await fetch(image.src)).bytes())")
+    names, readers = seen.system.label_names, [r for r in seen.readers if r.kind == "encoder"]
+    maps = {(r.name, name): m for r in readers for name, m in zip(names, rests_on(seen, FRAMES - 16, r))}
+    assert bytes(shown) == rests_png(maps, seen.flow)
 
 
 def test_a_flow_of_the_user_is_checked_and_read(page, keep, tmp_path):

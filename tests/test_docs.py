@@ -110,13 +110,18 @@ def test_every_page_of_a_notebook_ends_with_where_to_go(source):
 
 
 def test_stages_have_a_link_to_colab(source):
-    stages = [n for n in BOOK.notebooks if n.has_parameters]
+    stages = [n for n in BOOK.notebooks if n.has_parameters and not stage.has_widgets(n)]
     assert {"00_simulate", "03_pretrain", "04_probe"} <= {n.name for n in stages}
     url, branch = stage.repository()
     for n in stages:
         text = "\n".join(cells_of(source / f"{n.name}.ipynb"))
         assert f"https://colab.research.google.com/github/physrep/physrep/blob/{branch}/nbs/{n.name}.ipynb" in text
         assert f"!git clone --depth 1 {url}\n" in text
+
+
+def test_the_notebook_of_widgets_has_no_link_to_colab_which_cannot_show_them(source):
+    text = "\n".join(cells_of(source / "09_explore.ipynb"))
+    assert "colab" not in text.lower() and "`make explore` opens it" in text
 
 
 def test_every_figure_is_in_the_book(source):

@@ -111,3 +111,33 @@ def test_the_page_makes_a_tab_when_it_is_looked_at_and_shows_errors():
 
     page = Page({"a": lambda: pytest.fail("nobody looked"), "b": broken}, "b")
     assert made == ["b"] and "no &lt;flow&gt;" in page.places[1].children[0].value
+
+
+def _inside(widget) -> list:
+    "A widget and all that it holds."
+    return [widget, *(inner for child in getattr(widget, "children", ()) for inner in _inside(child))]
+
+
+def test_the_page_is_made_of_the_widgets_that_every_jupyter_has():
+    "VS Code ships these packages and loads any other from a server elsewhere, if it is allowed to."
+    widgets = pytest.importorskip("ipywidgets")
+    from physrep.explore.latent import MapPicture
+    from physrep.explore.latent_tab import ClickMap
+    from physrep.explore.page import FIRST, TABS, Page, build
+
+    page = Page({t: lambda place=place: build(place, systems=["shear_flow"]) for t, place in TABS.items()}, FIRST)
+    for i in range(len(TABS)):
+        page.tab.selected_index = i
+    assert set(page.made) == set(TABS)
+    assert all(tab.runner.job is None or tab.runner.job.wait(60) for tab in page.made.values())
+    clicked = []
+    points = ClickMap(clicked.append)
+    points.show(MapPicture(b"", np.array([[10.0, 20.0], [30.0, 40.0]])), ["a", "b"])
+    points.box.children[2].click()
+    assert clicked == [1], "a point is a button; nothing listens to the mouse"
+    states = widgets.Widget.get_manager_state(drop_defaults=False)["state"]
+    assert {widget.model_id for widget in _inside(page.box)} < set(states)
+    used = {state["model_module"] for state in states.values()} | {
+        state["state"]["_view_module"] for state in states.values()
+    }
+    assert used - {None} == {f"@jupyter-widgets/{name}" for name in ("base", "controls")}

@@ -48,9 +48,9 @@ class DataControls:
         self.table.add_class("physrep-read")
         choices = [self.system, self.set, self.split, self.pair, self.trajectory, self.start]
         controls = column(*choices, self.runner.box)
-        shown = column(widgets.HBox([self.channel, self.arrows]), self.player.box, width="600px")
+        shown = column(widgets.HBox([self.channel, self.arrows]), self.player.box, kind="film")
         self.box = widgets.VBox(
-            [text(INTRO, "intro"), side_by_side(controls, shown, column(self.facts, self.table, width="780px"))]
+            [text(INTRO, "intro"), side_by_side(controls, shown, column(self.facts, self.table, kind="answers"))]
         )
 
 # %% ../../nbs/explore/data_tab.ipynb #37879650

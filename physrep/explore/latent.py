@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from ..data.windows import Windows
-from .pictures import LABEL_WORDS, Scale, png_of
+from .pictures import LABEL_WORDS, Scale, number, png_of
 from .readers import cached_encoder
 from ..models.pretrained import LoadedEncoder
 from ..physics.systems import System
@@ -152,7 +152,7 @@ def neighbours_png(cloud: Cloud, points: Sequence[int], channel: int, scale: Sca
         look = dict(cmap=scale.colours, vmin=scale.low, vmax=scale.high, origin="lower", extent=(0, lx, 0, ly))
         ax.imshow(fields[len(fields) // 2].T, **look)
         ax.set(xticks=[], yticks=[])
-        about = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, cloud.labels[point]))
+        about = "; ".join(f"{n} {number(v)}" for n, v in zip(names, cloud.labels[point]))
         ax.set_title(f"{'this window' if k == 0 else f'neighbour {k}'}\n{about}", fontsize=8)
     canvas.draw()
     return png_of(canvas)

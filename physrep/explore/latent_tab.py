@@ -16,13 +16,13 @@ from .data_tab import dropdown, refill
 from .live import Session, explorable_systems
 from .live_tab import system_choice
 from .parts import Runner, column, side_by_side, text, when
-from .pictures import LABEL_WORDS, channel_word
+from .pictures import LABEL_WORDS, channel_word, number
 from .readers import cached_encoder
 from .sets import data_sets, make_handful, splits_of
 
 # %% ../../nbs/explore/latent_tab.ipynb #7095951c
 POINTS = """<style>
-.physrep-map {position: relative; overflow: hidden}
+.physrep-map {position: relative; overflow: hidden; aspect-ratio: 620 / 460}
 .physrep-map .physrep-map-image {position: absolute; left: 0; top: 0; margin: 0}
 .physrep-map .physrep-point {position: absolute; width: 14px; height: 14px; min-width: 0; padding: 0; border: none;
  border-radius: 50%; background: transparent; box-shadow: none; line-height: 0}
@@ -35,10 +35,9 @@ class ClickMap:
 
     def __init__(self, clicked):
         self.clicked = clicked
-        self.image = widgets.Image(format="png", layout={"width": f"{100 * latent.MAP[0]:.0f}px", "display": "none"})
+        self.image = widgets.Image(format="png", layout={"width": "100%", "display": "none"})
         self.image.add_class("physrep-map-image")
-        size = {"width": f"{100 * latent.MAP[0]:.0f}px", "height": f"{100 * latent.MAP[1]:.0f}px"}
-        self.box = widgets.Box([self.image], layout=size)
+        self.box = widgets.Box([self.image], layout={"max_width": f"{100 * latent.MAP[0]:.0f}px"})
         self.box.add_class("physrep-map")
 
     def show(self, picture: latent.MapPicture, titles: Sequence[str] | None = None) -> None:
@@ -47,8 +46,9 @@ class ClickMap:
         if titles is None:
             return
         buttons = []
-        for k, ((x, y), title) in enumerate(zip(picture.pixels, titles)):
-            button = widgets.Button(tooltip=title, layout={"left": f"{x - 7:.0f}px", "top": f"{y - 7:.0f}px"})
+        for k, (place, title) in enumerate(zip(picture.pixels / latent.MAP, titles)):  # in percent: 100 dots an inch
+            left, top = (f"calc({share:.2f}% - 7px)" for share in place)
+            button = widgets.Button(tooltip=title, layout={"left": left, "top": top})
             button.add_class("physrep-point")
             button.on_click(lambda _, k=k: self.clicked(k))
             buttons.append(button)
@@ -75,13 +75,13 @@ class LatentControls:
         self.draw.add_class("physrep-draw")
         self.runner = Runner([self.draw])
         self.map = ClickMap(self.click)
-        layout = {"width": "725px", "display": "none"}
+        layout = {"width": "auto", "max_width": "725px", "display": "none"}
         self.near, self.tokens = (widgets.Image(format="png", layout=layout) for _ in range(2))
         self.near.add_class("physrep-near")
         choices = [self.system, self.set, self.split, self.encoder, self.label, self.channel]
         controls = column(*choices, self.runner.box)
-        shown = column(self.map.box, width="640px")
-        found = column(self.near, self.tokens, width="750px")
+        shown = column(self.map.box, kind="film")
+        found = column(self.near, self.tokens, kind="answers")
         self.box = widgets.VBox([widgets.HTML(POINTS), text(INTRO, "intro"), side_by_side(controls, shown, found)])
 
     def click(self, point: int) -> None:
@@ -134,7 +134,7 @@ class LatentTab(LatentControls):
     def paint(self) -> None:
         "Draws the map."
         if self.cloud is not None and self.label.value is not None:
-            titles = [", ".join(f"{v:.3g}" for v in row) for row in self.cloud.labels]
+            titles = ["; ".join(number(v) for v in row) for row in self.cloud.labels]
             self.map.show(latent.map_picture(self.cloud, self.label.value), titles)
 
     def click(self, point: int) -> None:

@@ -125,15 +125,15 @@ class LiveControls:
         self.runner = Runner([self.simulate])
         self.player, self.warn = Player(), widgets.HTML(layout=WIDE)
         self.warn.add_class("physrep-beyond")
-        self.answers = widgets.Image(format="png", layout={"width": "740px"})
+        self.answers = widgets.Image(format="png", layout={"width": "auto", "max_width": "740px"})
         self.table = widgets.HTML()
         self.table.add_class("physrep-answers")
         hint = text("Ctrl or ⌘ takes several at once.")
         more = widgets.Accordion([widgets.VBox([self.encoders, hint])], titles=["Which encoders"], layout=WIDE)
         physics = [self.system, self.parameters, self.seed, self.strength, self.start]
         controls = column(*physics, self.warn, self.auto, self.runner.box, more)
-        shown = column(widgets.HBox([self.channel, self.arrows]), self.player.box, width="600px")
-        said = column(self.answers, self.table, width="780px")
+        shown = column(widgets.HBox([self.channel, self.arrows]), self.player.box, kind="film")
+        said = column(self.answers, self.table, kind="answers")
         self.box = widgets.VBox([text(INTRO, "intro"), side_by_side(controls, shown, said)])
 
 # %% ../../nbs/explore/live_tab.ipynb #6caa725d
@@ -194,11 +194,12 @@ class LiveChoices(LiveControls):
 class LiveTab(LiveChoices):
     "Sliders over the physics, the flow while it is solved, and the answers."
 
-    again = False  # whether a slider moved while a flow was solved
     times = (0.0, 0.0)  # seconds of the last flow: to solve it, to read it
 
     def run(self) -> None:
         "Solves the flow of the sliders in the background, shows its frames as they come, and reads it."
+        if not self.runner.free_for(self.run):
+            return
         session, frames = self.session, self.frames or self.session.longest
         options = dict(frames=frames, seed=self.seed.value, strength=self.strength.value)
         values, blank = self.values, session.blank(frames)
@@ -218,16 +219,7 @@ class LiveTab(LiveChoices):
             self.show(restart=True)
             self.read()
 
-        started = self.runner.run(work, finish, progress=advance, saying="solving …", after=self._next)
-        self.again = started is None
-        if self.again:
-            self.runner.job.cancel()
-
-    def _next(self) -> None:
-        "Called when a flow is solved or given up."
-        if self.again:
-            self.again = False
-            self.run()
+        self.runner.run(work, finish, progress=advance, saying="solving …")
 
     def show(self, restart: bool = False) -> None:
         "Draws the flow that there is."

@@ -6,7 +6,7 @@
 __all__ = ['Change', 'mirrored', 'shifted', 'changed', 'changed_flow', 'compare', 'rests_on', 'rests_png']
 
 # %% ../../nbs/explore/perturb.ipynb #27d9c957
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,21 +87,30 @@ def compare(session: Session, start: int, change: Change) -> pd.DataFrame:
     return after
 
 # %% ../../nbs/explore/perturb.ipynb #ce97f4b9
-def rests_on(session: Session, start: int, reader: Reader, label: str, cells: int = 8) -> np.ndarray:
-    """How far an answer moves, `(cells, cells)`, when a patch of the window is hidden: in standard deviations of the
-    label over the flows of the training."""
+def rests_on(
+    session: Session,
+    start: int,
+    reader: Reader,
+    cells: int = 8,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """How far the answers move, `(n_labels, cells, cells)`, when a patch of the window is hidden: in standard
+    deviations of each label over the flows of the training. ValueError for a reader that is no encoder."""
     if reader.probe is None or reader.kind != "encoder":
         raise ValueError(f"{reader.name} is no encoder; only of these it is asked where an answer rests")
     flow, scaler = session.flow, reader.probe.scaler
-    place = session.system.label_names.index(label)
+    window, normal = flow.window(start, session.frames), (session.info["mean"], session.info["std"])
 
-    def z(change: Change) -> float:
-        window = changed(flow.window(start, session.frames), flow, change, session.info["mean"], session.info["std"])
-        return float(scaler.transform(reader.predict(window, flow))[0, place])
+    def z(*changes: Change) -> np.ndarray:
+        windows = np.concatenate([changed(window, flow, change, *normal) for change in changes])
+        return scaler.transform(reader.predict(windows, flow))
 
     whole, edges = z(Change()), np.linspace(0, 1, cells + 1)
-    spans = list(zip(edges[:-1], edges[1:]))
-    return np.array([[abs(z(Change(x=x, y=y)) - whole) for y in spans] for x in spans])
+    spans, columns = list(zip(edges[:-1], edges[1:])), []
+    for i, x in enumerate(spans):
+        report(i, cells)
+        columns.append(np.abs(z(*(Change(x=x, y=y) for y in spans)) - whole))
+    return np.stack(columns).transpose(2, 0, 1)
 
 # %% ../../nbs/explore/perturb.ipynb #ae396171
 def rests_png(maps: Mapping[tuple[str, str], np.ndarray], flow: Flow) -> bytes:

@@ -39,8 +39,11 @@ def range_slider(description: str, frames: bool = False, high: int = 16) -> widg
     "A slider over a span that is hidden, at first none; of frames, or as a share of an axis."
     look = dict(description=description, style=LABELS, layout=WIDE, continuous_update=False)
     if frames:
-        return widgets.IntRangeSlider(value=(0, 0), min=0, max=high, **look)
-    return widgets.FloatRangeSlider(value=(0.0, 0.0), min=0, max=1, step=0.125, readout_format=".2f", **look)
+        slider = widgets.IntRangeSlider(value=(0, 0), min=0, max=high, **look)
+    else:
+        slider = widgets.FloatRangeSlider(value=(0.0, 0.0), min=0, max=1, step=0.125, readout_format=".2f", **look)
+    slider.add_class("physrep-range")
+    return slider
 
 # %% ../../nbs/explore/saw_tab.ipynb #9add20c9
 INTRO = (
@@ -58,8 +61,11 @@ class SawControls:
         self.system = system_choice(systems or explorable_systems())
         self.seed = int_slider("initial condition", 1, 0, 99, "Each number is another random start.")
         self.hide = widgets.SelectMultiple(description="hide fields", style=LABELS, layout=WIDE, rows=4)
+        self.hide.add_class("physrep-hide")
         self.frames = range_slider("hide frames", frames=True)
         self.x, self.y = range_slider("hide along x"), range_slider("hide along y")
+        for name, slider in {"frames": self.frames, "x": self.x, "y": self.y}.items():
+            slider.add_class(f"physrep-hide-{name}")
         look = dict(style=LABELS, layout=WIDE, continuous_update=False)
         self.noise = widgets.FloatSlider(0, min=0, max=2, step=0.05, description="noise (std)", **look)
         self.noise.add_class("physrep-noise")
@@ -71,17 +77,18 @@ class SawControls:
         self.channel = widgets.Dropdown(description="colours show", style={"description_width": "90px"})
         self.player, self.table = Player(), widgets.HTML()
         self.table.add_class("physrep-changes")
-        self.maps = widgets.Image(format="png", layout={"width": "740px", "display": "none"})
+        self.maps = widgets.Image(format="png", layout={"width": "auto", "max_width": "740px", "display": "none"})
+        self.maps.add_class("physrep-maps")
         hidden = [self.hide, self.frames, self.x, self.y, self.noise, self.shift, widgets.HBox(self.mirrors)]
         controls = column(self.system, self.seed, *hidden, self.runner.box)
-        shown = column(self.channel, self.player.box, width="600px")
+        shown = column(self.channel, self.player.box, kind="film")
         self.box = widgets.VBox(
-            [text(INTRO, "intro"), side_by_side(controls, shown, column(self.table, self.maps, width="780px"))]
+            [text(INTRO, "intro"), side_by_side(controls, shown, column(self.table, self.maps, kind="answers"))]
         )
 
 # %% ../../nbs/explore/saw_tab.ipynb #f65106fa
 class SawChoices(SawControls):
-    "What follows from a choice; `show` and `run` are in `SawTab`."
+    "What follows from a choice; `solve`, `show` and `run` are in `SawTab`."
 
     def __init__(self, systems: Sequence[str] | None = None, *, frames: int | None = None):
         super().__init__(systems)
@@ -94,16 +101,13 @@ class SawChoices(SawControls):
         self.choose()
 
     def choose(self) -> None:
-        "Solves a flow of the chosen system with parameters from the middle."
+        "Takes the chosen system, and solves a flow of it."
         self.session = session = Session(self.system.value)
         self.quiet = True
         self.hide.options = self.channel.options = [(channel_word(c), c) for c in session.system.channels]
         self.channel.value = session.system.channels[0]
         self.quiet = False
-        values = {name: about.middle for name, about in session.ranges.items()}
-        session.simulate(values, frames=self.length or session.longest, seed=self.seed.value)
-        self.start = min(session.frames, session.flow.n_frames - session.frames)
-        self.undo()
+        self.solve()
 
     def undo(self) -> None:
         "Shows the window as it is."
@@ -127,6 +131,9 @@ class SawChoices(SawControls):
             **region(tuple(self.x.value), tuple(self.y.value)),
         )
 
+    def solve(self) -> None:
+        raise NotImplementedError
+
     def show(self) -> None:
         raise NotImplementedError
 
@@ -145,9 +152,28 @@ def region(x: tuple[float, float], y: tuple[float, float]) -> dict[str, tuple[fl
 class SawTab(SawChoices):
     "What is done to a window, the window, and the answers before and after."
 
+    def solve(self) -> None:
+        "Solves a flow with parameters from the middle of the training, in the background."
+        if not self.runner.free_for(self.solve):
+            return
+        session = self.session
+        values = {name: about.middle for name, about in session.ranges.items()}
+        options = dict(frames=self.length or session.longest, seed=self.seed.value)
+
+        def work(report) -> int:
+            flow = session.simulate(values, progress=report, **options)
+            return min(session.frames, flow.n_frames - session.frames)
+
+        def finish(start: int) -> None:
+            self.start = start
+            self.maps.layout.display = "none"
+            self.undo()
+
+        self.runner.run(work, finish, saying="solving a flow …")
+
     def show(self) -> None:
         "Draws the changed window, and reads it."
-        if self.quiet:
+        if self.quiet or self.session.flow is None:
             return
         flow = changed_flow(self.session, self.start, self.change)
         picture = self.session.picture(self.channel.value, None, flow, title="the window as the encoder sees it")
@@ -163,9 +189,9 @@ class SawTab(SawChoices):
         def work(report) -> bytes:
             maps = {}
             for i, reader in enumerate(readers):
-                for j, label in enumerate(labels):
-                    report(i * len(labels) + j, len(readers) * len(labels))
-                    maps[reader.name, label] = rests_on(session, self.start, reader, label)
+                tell = lambda done, total, i=i: report(i * total + done, len(readers) * total)  # noqa: E731
+                moved = rests_on(session, self.start, reader, report=tell)
+                maps |= {(reader.name, label): values for label, values in zip(labels, moved)}
             return rests_png(maps, session.flow)
 
         def finish(png: bytes) -> None:

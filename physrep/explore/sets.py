@@ -17,6 +17,7 @@ from ..core.paths import project_root
 from ..data.generate import SimPreset, make_dataset
 from ..data.sets import find_files, find_folder
 from ..data.well import WellFile
+from .pictures import number
 from .solve import Flow
 from ..physics.systems import System
 from ..training.presets import get_preset
@@ -54,7 +55,7 @@ def pairs_of(root: Path, system: System | str, split: str) -> dict[str, Path]:
     found = {}
     for path in find_files(root, system, split):
         file = WellFile(path, system)
-        text = ", ".join(f"{k} {float(np.ravel(v)[0]):.3g}" for k, v in file.labels.items())
+        text = "; ".join(f"{k} {number(float(np.ravel(v)[0]))}" for k, v in file.labels.items())
         found.setdefault(text if text not in found else f"{text} ({path.stem})", path)
     return found
 

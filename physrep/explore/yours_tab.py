@@ -53,8 +53,8 @@ class YoursControls:
         buttons = widgets.HBox([self.upload, self.consent])
         fields = [self.dt, self.lx, self.ly, hint, buttons, self.start]
         controls = column(self.system, *fields, self.runner.line)
-        shown = column(self.channel, self.player.box, width="600px")
-        said = column(self.checks, self.table, width="780px")
+        shown = column(self.channel, self.player.box, kind="film")
+        said = column(self.checks, self.table, kind="answers")
         self.box = widgets.VBox([text(INTRO, "intro"), side_by_side(controls, shown, said)])
         self.player.hide()
 

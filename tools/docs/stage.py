@@ -90,6 +90,9 @@ def is_hidden(cell) -> bool:
 
 
 def has_widgets(notebook: Notebook) -> bool:
+    "Whether a notebook shows widgets. They need ipywidgets 8, which Colab does not support (colabtools issue 4525)."
+    if any("from physrep.explore.page import" in c.source for c in notebook.cells if c.cell_type == "code"):
+        return True
     return any(WIDGET in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
 
 
@@ -133,7 +136,7 @@ def page_of(notebook: Notebook, book: Book, staged: set[str]) -> nbformat.Notebo
             for output in c.outputs:
                 output.get("data", {}).pop(WIDGET, None)
     under = [origin(notebook, notebook.name)]
-    if notebook.has_parameters:
+    if notebook.has_parameters and not has_widgets(notebook):
         under.append(for_colab(notebook))
     if has_widgets(notebook):
         under.append(

@@ -1,0 +1,67 @@
+"""A Chromium without a network, and what tests of the page of nbs/09_explore read from it."""
+
+import os
+import re
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+QUIET += " --disable-component-update --disable-sync"
+LOCAL = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"  # the page needs nothing from elsewhere
+FRAMES = 24
+LONG = 60_000  # ms; seconds on a machine that does nothing else
+
+if BROWSER is None:
+    pytest.skip(
+        "the page was not tested: there is no Chromium. apt-get install chromium, or CHROMIUM=/path/of/it",
+        allow_module_level=True,
+    )
+
+
+@contextmanager
+def open_browser(width: int, height: int):
+    "An empty page of that size, in pixels."
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=[*QUIET.split(), LOCAL])
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(LONG)
+        yield page
+        browser.close()
+
+
+def answers(page, inside: str) -> list[list[str]]:
+    "The rows of the table of answers in a part of the page."
+    rows = page.locator(f"{inside} .physrep-table tr").all()
+    return [[cell.inner_text() for cell in row.locator("td").all()] for row in rows[1:]]
+
+
+def rows_of(html: str) -> list[list[str]]:
+    "The same rows from a table of the library."
+    lines = re.findall(r"<tr>(.*?)</tr>", html)
+    return [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines[1:]]
+
+
+def expected(table) -> list[list[str]]:
+    "The rows of a table of `Session.read`."
+    from physrep.explore.live_tab import answers_html
+
+    return rows_of(answers_html(table))
+
+
+def enter(page, inside: str, value: str) -> None:
+    "Types a value into the field beside a slider."
+    field = page.locator(f"{inside} .widget-readout")
+    field.fill(value)
+    field.press("Enter")
+
+
+def wait_for(page, values: str) -> None:
+    "Waits until the page says that it has solved and read the flow of these parameters."
+    page.locator(".physrep-answers tr", has_text="the truth").filter(has_text=values).wait_for()
+    page.locator(".physrep-status", has_text=f"Solved {FRAMES} frames").wait_for()
