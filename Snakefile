@@ -26,7 +26,7 @@ from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
-from physrep.results.rows import CONTROLS, Row, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
+from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
 
@@ -101,10 +101,10 @@ def definition(run):
     return "" if text == "null" else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def row_values(row):
+def row_values(row, system):
     "What of a row the stages are told, as papermill takes it."
-    changes = {name: getattr(row, name) for name in ("coefficients", "encoder_config", "recipe") if getattr(row, name)}
-    return {"objective": row.objective, "encoder": row.encoder} | ({"tag": row.tag} if row.tag else {}) | changes
+    tag = {"tag": row.tag} if row.tag else {}
+    return {"objective": row.objective, "encoder": row.encoder} | tag | changes_of(row, system)
 
 
 # one job at a time on a GPU, which leaves cores for jobs that need none; on the CPU as many as there are cores, one thread each
@@ -178,7 +178,7 @@ for system, runs_in, about in PLACES:
     # all seeds of a row in one job: starting one costs as much as a probe
     for row in [*ENCODED, *(row for row in EMULATED if row not in ENCODED)]:
         runs = [run_of(row, asked, PRESET, seed, DATA) for seed in PRESET.seeds]
-        name, values = f"{tag}{system}-{row_name(row)}", dict(system=asked, **row_values(row), **SEEDS, **about)
+        name, values = f"{tag}{system}-{row_name(row)}", dict(system=asked, **row_values(row, asked), **SEEDS, **about)
         trained, results = ([run.folder(runs_in) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
         into += results if row in ENCODED else []
         OF_ROW.setdefault(row.pair, []).extend(results if runs_in is None else [])

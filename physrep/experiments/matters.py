@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'CELL', 'RATES', 'BUDGET', 'check_cell', 'cell_coefficients',
-           'equal_steps', 'periodic_padding', 'equal_budget', 'cell_run', 'at_rate', 'matters_root', 'score_on_valid',
-           'valid_errors', 'chosen_rate', 'Place', 'Errors', 'group_sums', 'read_errors', 'planned_cells',
-           'scored_runs']
+           'equal_steps', 'equal_budget', 'cell_run', 'at_rate', 'matters_root', 'score_on_valid', 'valid_errors',
+           'chosen_rate', 'Place', 'Errors', 'group_sums', 'read_errors', 'planned_cells', 'scored_runs']
 
 # %% ../../nbs/experiments/matters.ipynb #015d054a
 import json
@@ -24,9 +23,9 @@ from ..core.paths import project_root
 from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
-from ..physics.systems import get_system
 from ..probing.evaluate import FROZEN, probe_splits, score_run, valid_scores
 from ..probing.records import read_predictions
+from ..results.rows import periodic_padding
 from ..results.verify import is_current
 from ..training.cost import cost
 from ..training.loop import Recipe, TrainingDiverged, read_metrics
@@ -103,11 +102,6 @@ def equal_steps(run: Run, budget: int) -> int:
         together = min(together, 4)
     few = replace(run, recipe=replace(recipe, batch_size=together, accumulate=1))
     return max(1, round(budget / (cost(few)["train"] * recipe.batch_size)))
-
-
-def periodic_padding(system: str) -> list[str]:
-    "The padding of a convolution along (h, w): circular where the box is periodic, zeros at walls."
-    return ["circular" if edge == "periodic" else "zeros" for edge in get_system(system).boundary]
 
 
 def equal_budget(system: str, preset: Preset, data_dir: str | Path | None = None) -> int:
