@@ -6,8 +6,10 @@ import pytest
 from physrep.models.encoders import ENCODERS
 from physrep.objectives.methods import OBJECTIVES
 from physrep.results.rows import (
+    PERIODIC,
     ROWS,
     Row,
+    changes_of,
     chosen_rows,
     color_of,
     marker_of,
@@ -34,10 +36,18 @@ def test_every_row_of_the_table_can_be_trained_or_is_a_baseline():
             assert row.encoder == "none" and row.objective not in OBJECTIVES
         else:
             assert row.objective in OBJECTIVES and row.encoder in ENCODERS
-            assert run_of(row, "shear_flow", "laptop").name == resolve("shear_flow", *row.pair, "laptop").name
+            changed = {"tag": row.tag, **changes_of(row, "shear_flow")} if row.tag else {}
+            asked = resolve("shear_flow", row.objective, row.encoder, "laptop", **changed)
+            assert run_of(row, "shear_flow", "laptop").name == asked.name
     assert [row.kind == "baseline" for row in ROWS] == sorted(row.kind == "baseline" for row in ROWS), "baselines last"
     with pytest.raises(ValueError, match="row constant has no run: it is of kind baseline"):
         run_of(ROWS[-1], "shear_flow", "laptop")
+
+
+def test_a_periodic_row_pads_each_axis_as_the_system_ends_there():
+    row = next(row for row in ROWS if row.encoder_config == PERIODIC)
+    for system, modes in (("shear_flow", ["circular", "circular"]), ("rayleigh_benard", ["circular", "zeros"])):
+        assert run_of(row, system, "laptop").encoder_config["padding_mode"] == modes
 
 
 def test_what_waits_longest_starts_first():

@@ -33,7 +33,9 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "circular": Variant("circular padding", ("jepa", "convnext"), encoder_config={"padding_mode": "circular"}),
+    "circular": Variant(
+        "circular padding", ("jepa", "convnext"), encoder_config={"padding_mode": ["circular", "circular"]}
+    ),
     "sigreg": Variant("SIGReg in place of VICReg", ("jepa", "vit"), objective="jepa_sigreg"),
     "blocks": Variant("blocks hidden in place of tubes", ("jepa_ema", "vit"), coefficients={"mask": "blocks"}),
     "nothing_hidden": Variant("nothing hidden: an autoencoder", ("mae", "vit"), objective="autoencoder"),
