@@ -154,7 +154,7 @@ def test_folders_of_a_preset(tmp_path):
         for folder in places:
             folder.mkdir(parents=True)
             (folder / "result.json").touch()
-    assert len(row_folders("smoke", tmp_path, ["shear_flow"], chosen_rows())) == 9 * 2 + 4
+    assert len(row_folders("smoke", tmp_path, ["shear_flow"], chosen_rows())) == 10 * 2 + 4
     found = row_folders(smoke, tmp_path, ["shear_flow", "active_matter"], (*chosen_rows(), rival))
     assert len(found) == 2 * 22 + 1, "the file is of one system"
 
