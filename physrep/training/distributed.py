@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'Rank', 'ProcessLost', 'Group', 'connected', 'GatheredRows
            'gather_features', 'share_encoding', 'average_parts', 'average_gradients', 'SharedBatches', 'agree',
            'follow', 'lead', 'pretrain_together', 'mapping', 'parsed', 'train_parsed', 'main']
 
-# %% ../../nbs/training/distributed.ipynb #302e5bf0
+# %% ../../nbs/training/distributed.ipynb #f8bad08a
 import argparse
 import math
 import os
@@ -43,7 +43,7 @@ from .pretrain import Session, claim, fit, pretrain, training_batches, training_
 from .run import Run, build, ensure_data, load_splits, resolve
 from .watch import Watch
 
-# %% ../../nbs/training/distributed.ipynb #1f7edf84
+# %% ../../nbs/training/distributed.ipynb #12d707b1
 @dataclass(frozen=True)
 class Rank:
     "Which process this is, and of how many: rank 0 is the one that writes."
@@ -75,12 +75,16 @@ class Rank:
         if not found.startswith("cuda") or self.world == 1:
             return found
         if found != "cuda":
-            raise ValueError(f"each of {self.world} processes takes a GPU of its own: device must be cuda, not {name!r}")
+            raise ValueError(
+                f"each of {self.world} processes takes a GPU of its own: device must be cuda, not {name!r}"
+            )
         if self.local >= (gpus := torch.cuda.device_count()):
-            raise ValueError(f"process {self.local} of this machine has no GPU: there are {gpus}; start {gpus} processes")
+            raise ValueError(
+                f"process {self.local} of this machine has no GPU: there are {gpus}; start {gpus} processes"
+            )
         return f"cuda:{self.local}"
 
-# %% ../../nbs/training/distributed.ipynb #55c03a3e
+# %% ../../nbs/training/distributed.ipynb #acff704f
 class ProcessLost(RuntimeError):
     "Another process of the same training is gone or hangs; its rank, and its error if it has left one, are named."
 
@@ -88,12 +92,12 @@ class ProcessLost(RuntimeError):
 class Group:
     "The processes of one training, for one of them; made by `connected`."
 
-    def __init__(self, place: Rank, device: str, store: distributed.Store | None = None):
+    def __init__(self, place: Rank, device: str, *, store: distributed.Store | None = None, patient: object = None):
         self.rank = place.rank
         self.world = place.world
         self.device = device
-        self.store = store
-        self.patient = distributed.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
+        self.store = store  # of the launcher
+        self.patient = patient  # the second channel
         self.step = 0  # of the update that is being made
 
     @contextmanager
@@ -130,24 +134,25 @@ class Group:
             distributed.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
-# %% ../../nbs/training/distributed.ipynb #f14b6755
+# %% ../../nbs/training/distributed.ipynb #64a790a3
 def _lost(group: Group) -> str:
     "Which processes are missing after an error, and what they left."
-    who = f"rank {group.rank} of {group.world}"
-    missing, said = [], []
-    try:
+    others = [r for r in range(group.world) if r != group.rank]
+    missing: list[int] = []
+    failed: dict[int, str] = {}
+    deadline = time.monotonic() + 2
+    with suppress(RuntimeError):  # the launcher, which keeps the store, may be gone, too
         group.store.set(f"alive/{group.rank}", "")
-        others = [r for r in range(group.world) if r != group.rank]
-        deadline = time.monotonic() + 2
-        while (missing := [r for r in others if not group.store.check([f"alive/{r}"])]) and time.monotonic() < deadline:
+        while True:
+            missing = [r for r in others if not group.store.check([f"alive/{r}"])]
+            failed = {r: group.store.get(f"failed/{r}").decode() for r in others if group.store.check([f"failed/{r}"])}
+            if not set(missing) - set(failed) or time.monotonic() > deadline:
+                break
             time.sleep(0.05)
-        said = [f"rank {r}: {group.store.get(f'failed/{r}').decode()}" for r in others if group.store.check([f"failed/{r}"])]
-    except RuntimeError:  # the launcher is gone, too
-        pass
     names = f"rank {', '.join(map(str, missing))}" if missing else "another process"
-    reason = f" ({'; '.join(said)})" if said else ""
+    reason = "".join(f" (rank {r}: {text})" for r, text in failed.items())
     again = "The last checkpoint is kept: run the same command again to go on"
-    return f"{who} lost {names} at update {group.step}{reason}. {again}"
+    return f"rank {group.rank} of {group.world} lost {names} in update {group.step}{reason}. {again}"
 
 
 @contextmanager
@@ -167,8 +172,9 @@ def connected(device: str = "auto", *, seconds: float = 60.0) -> Iterator[Group]
     limits = dict(rank=place.rank, world_size=place.world, timeout=timedelta(seconds=seconds))
     distributed.init_process_group(backend, store=distributed.PrefixStore("group", store), **limits)
     mine = distributed.PrefixStore("physrep", store)
+    patient = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     try:
-        yield Group(place, name, mine)
+        yield Group(place, name, store=mine, patient=patient)
     except Exception as error:
         with suppress(RuntimeError):  # the launcher may be gone
             if not isinstance(error, ProcessLost):
@@ -176,7 +182,7 @@ def connected(device: str = "auto", *, seconds: float = 60.0) -> Iterator[Group]
         raise
     distributed.destroy_process_group()
 
-# %% ../../nbs/training/distributed.ipynb #f1cd104e
+# %% ../../nbs/training/distributed.ipynb #9fe0bd20
 class GatheredRows(torch.autograd.Function):
     "Rows `(n, ...)` of each process to those of the batch, `(world n, ...)`; the gradient is summed over processes."
 
@@ -202,13 +208,14 @@ class MeanOverProcesses(torch.autograd.Function):
     def backward(ctx, grad):
         return grad, None
 
-# %% ../../nbs/training/distributed.ipynb #bf4e40b2
+# %% ../../nbs/training/distributed.ipynb #fa9c0b90
 def mean_over_samples(objective: nn.Module) -> bool:
     """Whether the loss is a mean over samples, and a regulariser of features that can be gathered before it.
 
     A class of your own says so with an attribute `mean_over_samples`; without it the answer is no.
     ValueError for an encoder with batch norm, which would see the statistics of a part of the batch."""
-    normed = {name for name, m in objective.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    normed = {name for name, module in objective.named_modules() if isinstance(module, norms)}
     if inside := sorted(name for name in normed if name.startswith("encoder.")):
         raise ValueError(
             f"{inside[0]} is a batch norm: each process would normalise by its own part of the batch. Take "
@@ -224,7 +231,7 @@ def mean_over_samples(objective: nn.Module) -> bool:
     fitted = getattr(objective.target, "whitening", None) is not None
     return not (outside or fitted or isinstance(objective.task, Blocks))
 
-# %% ../../nbs/training/distributed.ipynb #9896af7a
+# %% ../../nbs/training/distributed.ipynb #1081836d
 def gather_features(objective: Composite, group: Group) -> None:
     "Hooks the regulariser: in training it is given the features of the whole batch. Copies of it have the hook, too."
     centre = objective.centre
@@ -260,7 +267,7 @@ def share_encoding(encoder: nn.Module, group: Group) -> None:
     encoder.register_forward_pre_hook(own, with_kwargs=True)
     encoder.register_forward_hook(whole)
 
-# %% ../../nbs/training/distributed.ipynb #0fe2562f
+# %% ../../nbs/training/distributed.ipynb #8668970b
 def average_parts(objective: nn.Module, group: Group, note: Callable[[nn.Module], None], *, shared: bool) -> None:
     """Hooks an objective so that in training its parts are means over the processes; `note` is told what is trained.
 
@@ -285,7 +292,7 @@ def average_gradients(module: nn.Module, group: Group) -> None:
     for g, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
         g.copy_(mean.view_as(g))
 
-# %% ../../nbs/training/distributed.ipynb #079d94ef
+# %% ../../nbs/training/distributed.ipynb #70287da4
 class SharedBatches:
     """The training batches of one process of a group: `batches(step)` as `Batches`, its share of the samples of each.
 
@@ -323,7 +330,7 @@ class SharedBatches:
         yield from prefetch(makers, ahead=self.batches.ahead)
         average_gradients(self.trained, self.group)
 
-# %% ../../nbs/training/distributed.ipynb #a390237d
+# %% ../../nbs/training/distributed.ipynb #69263529
 def agree(group: Group, step: int) -> None:
     "Rank 0 says which update is next. TimeUp if it stops; ValueError if this process is at another update."
     group.step = step
@@ -363,7 +370,7 @@ def lead(
         batches["train"].group.tell(str(over))
         raise
 
-# %% ../../nbs/training/distributed.ipynb #76e7cdb8
+# %% ../../nbs/training/distributed.ipynb #44373f59
 def pretrain_together(
     run: Run,  # from `resolve`
     data_dir: str | Path,  # from `ensure_data`
@@ -398,7 +405,7 @@ def pretrain_together(
     group.tell()
     return folder
 
-# %% ../../nbs/training/distributed.ipynb #694c00d0
+# %% ../../nbs/training/distributed.ipynb #7c48fdbf
 def _shared(run: Run, windows: dict, session: Session, group: Group) -> tuple[nn.Module, dict]:
     "The objective of a run, hooked, and its batches; all processes have read their data when it returns."
     batches: dict = dict(training_batches(run, windows, session.device))
@@ -416,7 +423,7 @@ def _follow(run: Run, windows: dict, folder: Path, session: Session, group: Grou
     if run.recipe is not None:
         follow(objective, run.recipe, batches["train"], folder, session)
 
-# %% ../../nbs/training/distributed.ipynb #3547b663
+# %% ../../nbs/training/distributed.ipynb #ee17d5b9
 def _lead(run: Run, windows: dict, folder: Path, record: dict, session: Session, group: Group, data_dir: Path) -> None:
     "The part of rank 0: trains and saves the encoder of a claimed folder, as `pretrain` does."
     objective, batches = _shared(run, windows, session, group)
@@ -450,7 +457,7 @@ def _save(run: Run, normaliser: Normaliser, dt: float, path: Path, encoder: nn.M
     statistics = dict(mean=normaliser.mean, std=normaliser.std, shape=run.clip_shape, dt=dt)
     save_encoder(path, encoder, run.encoder, system=run.system, **statistics, **made)
 
-# %% ../../nbs/training/distributed.ipynb #7f81b9eb
+# %% ../../nbs/training/distributed.ipynb #69c3fc19
 OPTIONS: dict[str, tuple[object, str]] = {
     "system": ("shear_flow", "active_matter, shear_flow, rayleigh_benard, or my_package.module:SYSTEM"),
     "objective": ("jepa", "of objectives.methods, or my_package.module:Class"),
@@ -471,17 +478,18 @@ OPTIONS: dict[str, tuple[object, str]] = {
     "recipe": ({}, "weight_decay, warmup, clip_norm, ..., over the preset's, as YAML"),
     "threads": (1, "torch threads of each process"),
     "minutes": (0.0, "stop after so many minutes (to be run again); 0: no limit"),
+    "patience": (60.0, "seconds that a process waits for another within an update"),
 }
 
 
 def mapping(text: str) -> dict:
-    "A mapping written as YAML, such as `{variance: 40}`; ValueError for anything else."
+    "A mapping written as YAML, such as `{variance: 40}`; an error of `argparse` for anything else."
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"must be a mapping such as '{{variance: 40}}', got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a mapping such as '{{variance: 40}}', got {text!r}")
     return value
 
 
@@ -497,7 +505,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(*flags, default=default, help=f"{text} [{default!r}]", **kind)
     return parser.parse_args(arguments)
 
-# %% ../../nbs/training/distributed.ipynb #c30835b2
+# %% ../../nbs/training/distributed.ipynb #3f442fa4
 def train_parsed(asked: argparse.Namespace, group: Group) -> list[Path]:
     "The folders of the runs of a command line, one for each seed. Data that are missing are simulated by rank 0."
     torch.set_num_threads(asked.threads)
@@ -525,15 +533,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         place = Rank.from_environment()
         who = f"rank {place.rank} of {place.world}: "
-        with connected(asked.device) as group:
+        with connected(asked.device, seconds=asked.patience) as group:
             folders = train_parsed(asked, group)
     except (ValueError, OSError, TimeUp, TrainingDiverged, ProcessLost) as error:
+        who = "" if isinstance(error, ProcessLost) else who  # it says so itself
         print(f"{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     if place.rank == 0:
         print(*folders, sep="\n", flush=True)
     return 0
 
-# %% ../../nbs/training/distributed.ipynb #897d5bd7
+# %% ../../nbs/training/distributed.ipynb #ae07ccf7
 if __name__ == "__main__" and "__file__" in globals():  # as a command, not in a notebook
     raise SystemExit(main())
