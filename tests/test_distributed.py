@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,7 +131,7 @@ def two(smoke_data, one, tmp_path_factory) -> Path:
         found |= {name: gradients(name, smoke_data, group, torch.float32) for name in ("disco", "disco_film")}
         torch.save(found, folder / f"gradients{group.rank}.pt")
         torch.save(trained(smoke_data, folder, group), folder / f"state{group.rank}.pt")
-        hook_writes(folder, folder / f"written{group.rank}")
+        hook_writes(folder.parent, folder / f"written{group.rank}")  # with the data
         pretrain_together(RUN, smoke_data, folder / "runs", group=group, **quiet)
 
     assert forked(work) == [0, 0]
@@ -280,12 +281,15 @@ def test_a_killed_process_ends_the_others_and_the_next_call_resumes(two, smoke_d
     assert "rank 0 of 2 lost rank 1 in update 7. The last checkpoint is kept" in capfd.readouterr().err
     folder = run.folder(tmp_path)
     assert (folder / "checkpoint" / "last.safetensors").is_file() and not (folder / "encoder.safetensors").exists()
+    alone = shutil.copytree(tmp_path, tmp_path.with_name("alone"))
     assert forked(train) == [0, 0]
     undisturbed = run.folder(two / "runs")
     a, b = (load_file(f / "encoder.safetensors") for f in (folder, undisturbed))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for name in ("metrics.csv", "curve.csv"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    c = load_file(pretrain(run, smoke_data, alone, **quiet) / "encoder.safetensors")
+    assert all(torch.allclose(c[k], b[k], rtol=1e-3, atol=1e-5) for k in b), "a single process goes on with it, too"
 
 
 def test_what_goes_wrong_in_one_process_is_told_by_the_others(smoke_data, tmp_path, capfd):

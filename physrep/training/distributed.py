@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'Rank', 'ProcessLost', 'Group', 'connected', 'GatheredRows
            'gather_features', 'share_encoding', 'average_parts', 'average_gradients', 'SharedBatches', 'agree',
            'follow', 'lead', 'pretrain_together', 'mapping', 'parsed', 'train_parsed', 'main']
 
-# %% ../../nbs/training/distributed.ipynb #53a3c0b8
+# %% ../../nbs/training/distributed.ipynb #0e4da8f6
 import argparse
 import math
 import os
@@ -43,7 +43,7 @@ from .pretrain import Session, claim, fit, pretrain, training_batches, training_
 from .run import Run, build, ensure_data, load_splits, resolve
 from .watch import Watch
 
-# %% ../../nbs/training/distributed.ipynb #4f9b947f
+# %% ../../nbs/training/distributed.ipynb #0cecd8c8
 @dataclass(frozen=True)
 class Rank:
     "Which process this is, and of how many: rank 0 is the one that writes."
@@ -75,12 +75,16 @@ class Rank:
         if not found.startswith("cuda") or self.world == 1:
             return found
         if found != "cuda":
-            raise ValueError(f"each of {self.world} processes takes a GPU of its own: device must be cuda, not {name!r}")
+            raise ValueError(
+                f"each of {self.world} processes takes a GPU of its own: device must be cuda, not {name!r}"
+            )
         if self.local >= (gpus := torch.cuda.device_count()):
-            raise ValueError(f"process {self.local} of this machine has no GPU: there are {gpus}; start {gpus} processes")
+            raise ValueError(
+                f"process {self.local} of this machine has no GPU: there are {gpus}; start {gpus} processes"
+            )
         return f"cuda:{self.local}"
 
-# %% ../../nbs/training/distributed.ipynb #b356dc62
+# %% ../../nbs/training/distributed.ipynb #e9751dd9
 class ProcessLost(RuntimeError):
     "Another process of the same training is gone or hangs; its rank, and its error if it has left one, are named."
 
@@ -130,7 +134,7 @@ class Group:
             distributed.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
-# %% ../../nbs/training/distributed.ipynb #dfb11a0e
+# %% ../../nbs/training/distributed.ipynb #41516a6c
 def _lost(group: Group) -> str:
     "Which processes are missing after an error, and what they left."
     others = [r for r in range(group.world) if r != group.rank]
@@ -163,11 +167,15 @@ def connected(device: str = "auto", *, seconds: float = 60.0) -> Iterator[Group]
         return
     if name.startswith("cuda"):
         torch.cuda.set_device(name)
-    store, *_ = next(distributed.rendezvous("env://"))
+    launcher, *_ = next(distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives processes
+    store = distributed.PrefixStore(f"physrep/{attempt}", launcher)
+    store.set(f"here/{place.rank}", "")
+    store.wait([f"here/{r}" for r in range(place.world)], timedelta(minutes=10))  # some start later than others
     backend = "nccl" if name.startswith("cuda") else "gloo"
     limits = dict(rank=place.rank, world_size=place.world, timeout=timedelta(seconds=seconds))
     distributed.init_process_group(backend, store=distributed.PrefixStore("group", store), **limits)
-    mine = distributed.PrefixStore("physrep", store)
+    mine = distributed.PrefixStore("said", store)
     patient = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     try:
         yield Group(place, name, store=mine, patient=patient)
@@ -178,7 +186,7 @@ def connected(device: str = "auto", *, seconds: float = 60.0) -> Iterator[Group]
         raise
     distributed.destroy_process_group()
 
-# %% ../../nbs/training/distributed.ipynb #526c12e8
+# %% ../../nbs/training/distributed.ipynb #60064797
 class GatheredRows(torch.autograd.Function):
     "Rows `(n, ...)` of each process to those of the batch, `(world n, ...)`; the gradient is summed over processes."
 
@@ -204,7 +212,7 @@ class MeanOverProcesses(torch.autograd.Function):
     def backward(ctx, grad):
         return grad, None
 
-# %% ../../nbs/training/distributed.ipynb #eedd5d41
+# %% ../../nbs/training/distributed.ipynb #eadbedc5
 def mean_over_samples(objective: nn.Module) -> bool:
     """Whether the loss is a mean over samples, and a regulariser of features that can be gathered before it.
 
@@ -227,7 +235,7 @@ def mean_over_samples(objective: nn.Module) -> bool:
     fitted = getattr(objective.target, "whitening", None) is not None
     return not (outside or fitted or isinstance(objective.task, Blocks))
 
-# %% ../../nbs/training/distributed.ipynb #b11256ff
+# %% ../../nbs/training/distributed.ipynb #c5a13585
 def gather_features(objective: Composite, group: Group) -> None:
     "Hooks the regulariser: in training it is given the features of the whole batch. Copies of it have the hook, too."
     centre = objective.centre
@@ -263,7 +271,7 @@ def share_encoding(encoder: nn.Module, group: Group) -> None:
     encoder.register_forward_pre_hook(own, with_kwargs=True)
     encoder.register_forward_hook(whole)
 
-# %% ../../nbs/training/distributed.ipynb #28592b7d
+# %% ../../nbs/training/distributed.ipynb #93622c14
 def average_parts(objective: nn.Module, group: Group, note: Callable[[nn.Module], None], *, shared: bool) -> None:
     """Hooks an objective so that in training its parts are means over the processes; `note` is told what is trained.
 
@@ -288,7 +296,7 @@ def average_gradients(module: nn.Module, group: Group) -> None:
     for g, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
         g.copy_(mean.view_as(g))
 
-# %% ../../nbs/training/distributed.ipynb #7a68cb29
+# %% ../../nbs/training/distributed.ipynb #3250abff
 class SharedBatches:
     """The training batches of one process of a group: `batches(step)` as `Batches`, its share of the samples of each.
 
@@ -326,7 +334,7 @@ class SharedBatches:
         yield from prefetch(makers, ahead=self.batches.ahead)
         average_gradients(self.trained, self.group)
 
-# %% ../../nbs/training/distributed.ipynb #00962a13
+# %% ../../nbs/training/distributed.ipynb #d7939be9
 def agree(group: Group, step: int) -> None:
     "Rank 0 says which update is next. TimeUp if it stops; ValueError if this process is at another update."
     group.step = step
@@ -366,7 +374,7 @@ def lead(
         batches["train"].group.tell(str(over))
         raise
 
-# %% ../../nbs/training/distributed.ipynb #71f72b54
+# %% ../../nbs/training/distributed.ipynb #cd9af1a3
 def pretrain_together(
     run: Run,  # from `resolve`
     data_dir: str | Path,  # from `ensure_data`
@@ -401,7 +409,7 @@ def pretrain_together(
     group.tell()
     return folder
 
-# %% ../../nbs/training/distributed.ipynb #ca5474b3
+# %% ../../nbs/training/distributed.ipynb #15a0a016
 def _shared(run: Run, windows: dict, session: Session, group: Group) -> tuple[nn.Module, dict]:
     "The objective of a run, hooked, and its batches; all processes have read their data when it returns."
     batches: dict = dict(training_batches(run, windows, session.device))
@@ -419,7 +427,7 @@ def _follow(run: Run, windows: dict, folder: Path, session: Session, group: Grou
     if run.recipe is not None:
         follow(objective, run.recipe, batches["train"], folder, session)
 
-# %% ../../nbs/training/distributed.ipynb #6602bf93
+# %% ../../nbs/training/distributed.ipynb #41b7f937
 def _lead(run: Run, windows: dict, folder: Path, record: dict, session: Session, group: Group, data_dir: Path) -> None:
     "The part of rank 0: trains and saves the encoder of a claimed folder, as `pretrain` does."
     objective, batches = _shared(run, windows, session, group)
@@ -453,7 +461,7 @@ def _save(run: Run, normaliser: Normaliser, dt: float, path: Path, encoder: nn.M
     statistics = dict(mean=normaliser.mean, std=normaliser.std, shape=run.clip_shape, dt=dt)
     save_encoder(path, encoder, run.encoder, system=run.system, **statistics, **made)
 
-# %% ../../nbs/training/distributed.ipynb #3e45ea95
+# %% ../../nbs/training/distributed.ipynb #d9cac31b
 OPTIONS: dict[str, tuple[object, str]] = {
     "system": ("shear_flow", "active_matter, shear_flow, rayleigh_benard, or my_package.module:SYSTEM"),
     "objective": ("jepa", "of objectives.methods, or my_package.module:Class"),
@@ -501,7 +509,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(*flags, default=default, help=f"{text} [{default!r}]", **kind)
     return parser.parse_args(arguments)
 
-# %% ../../nbs/training/distributed.ipynb #16ccc404
+# %% ../../nbs/training/distributed.ipynb #22b72ebe
 def train_parsed(asked: argparse.Namespace, group: Group) -> list[Path]:
     "The folders of the runs of a command line, one for each seed. Data that are missing are simulated by rank 0."
     torch.set_num_threads(asked.threads)
@@ -539,6 +547,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*folders, sep="\n", flush=True)
     return 0
 
-# %% ../../nbs/training/distributed.ipynb #1faa60ac
+# %% ../../nbs/training/distributed.ipynb #6a5d0ff0
 if __name__ == "__main__" and "__file__" in globals():  # as a command, not in a notebook
     raise SystemExit(main())
