@@ -391,35 +391,44 @@ def test_one_process_needs_no_launcher(smoke_data, tmp_path, capsys):
     assert (Path(capsys.readouterr().out.strip().splitlines()[-1]) / "encoder.safetensors").is_file()
 
 
+KILLED = """
+import os, signal, sys
+from physrep.experiments.command import main
+from physrep.training import distributed
+agree = distributed.agree
+def agree_or_die(group, step):
+    agree(group, step)
+    if step == 4 and group.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+distributed.agree = agree_or_die
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.long
 def test_torchrun_in_front_of_the_command(smoke_data, tmp_path):
-    "The same command twice: killed, with torchrun's report of the rank, and gone on with to the end."
+    """The same command twice: killed, with torchrun's report of the rank; killed again, and restarted by torchrun,
+    which brings it to its end."""
     script = tmp_path / "command.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        "from physrep.experiments.command import main\n"
-        "from physrep.training import distributed\n"
-        "agree = distributed.agree\n"
-        "def agree_or_die(group, step):\n"
-        "    agree(group, step)\n"
-        "    if step == 4 and group.rank == 1 and 'KILL' in os.environ: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "distributed.agree = agree_or_die\n"
-        "raise SystemExit(main(sys.argv[1:]))\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), "pretrain"]
+    script.write_text(KILLED)
     options = ["--objective", "mae", "--preset", "smoke", "--recipe", "{checkpoint_seconds: 0}"]
     places = ["--data-dir", str(smoke_data), "--run-dir", str(tmp_path / "runs")]
 
-    def call(**variables: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-        command = [*launcher, *options, *places]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    def call(*more: str) -> subprocess.CompletedProcess:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *more]
+        return subprocess.run(
+            [*launcher, str(script), "pretrain", *options, *places],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+        )
 
-    killed = call(KILL="1")
+    killed = call()
     assert killed.returncode and re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", killed.stderr), killed.stderr
-    done = call()
+    done = call("--max-restarts", "1")
     assert done.returncode == 0, done.stderr
-    assert (
-        "initial" not in done.stderr and (Path(done.stdout.strip().splitlines()[-1]) / "encoder.safetensors").is_file()
-    )
+    assert re.search(r"\b4/6 \[00:00<\?", done.stderr), "it begins at the checkpoint"
+    assert (Path(done.stdout.strip().splitlines()[-1]) / "encoder.safetensors").is_file()
     assert not list((tmp_path / "runs").rglob("*.ipynb")), "several processes execute no notebook"
