@@ -21,6 +21,7 @@ from ..core.files import read_json
 from ..core.paths import project_root
 from ..data import download, leakage
 from ..results import submissions, verify
+from ..training import distributed
 
 # %% ../../nbs/experiments/command.ipynb #bedc7edb
 @dataclass(frozen=True)
@@ -131,6 +132,12 @@ def _stage(command: str, arguments: Sequence[str]) -> int:
         values |= {"objective": "frozen", "encoder": own}
     return run_stage(command, values, output)
 
+
+def _pretrain(arguments: Sequence[str]) -> int:
+    "The stage; where torchrun has started several processes, its training alone, without the notebook."
+    several = distributed.Rank.from_environment().world > 1
+    return distributed.main(arguments) if several else _stage("pretrain", arguments)
+
 # %% ../../nbs/experiments/command.ipynb #7e5e878e
 def _compare(arguments: Sequence[str]) -> int:
     "Scores a CSV of predictions beside ours; writes it as a row, or writes an empty CSV to be filled in."
@@ -172,7 +179,7 @@ def _compare(arguments: Sequence[str]) -> int:
 # %% ../../nbs/experiments/command.ipynb #b92e1dff
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "simulate": ("simulate the data of a preset", lambda arguments: _stage("simulate", arguments)),
-    "pretrain": ("train an encoder", lambda arguments: _stage("pretrain", arguments)),
+    "pretrain": ("train an encoder", _pretrain),
     "probe": ("read a trained encoder, a baseline, or one of your own", lambda arguments: _stage("probe", arguments)),
     "compare": ("score predictions in a CSV beside our rows", _compare),
     "download": ("download sets of The Well", lambda arguments: download.main(arguments)),
