@@ -156,7 +156,7 @@ def test_folders_of_a_preset(tmp_path):
             (folder / "result.json").touch()
     assert len(row_folders("smoke", tmp_path, ["shear_flow"], chosen_rows())) == 10 * 2 + 4
     found = row_folders(smoke, tmp_path, ["shear_flow", "active_matter"], (*chosen_rows(), rival))
-    assert len(found) == 2 * 22 + 1, "the file is of one system"
+    assert len(found) == 2 * 24 + 1, "the file is of one system"
 
 
 def test_what_a_few_rows_can_be_compared_with():

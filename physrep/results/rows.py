@@ -184,7 +184,7 @@ def row_order(measured: pd.DataFrame | Sequence[Any], rows: Sequence[Row] = ROWS
     if isinstance(measured, pd.DataFrame):
         pairs = set(zip(measured.objective, measured.encoder))
     else:
-        pairs = {(m.objective, m.encoder) for m in measured}
+        pairs = {m.pair if getattr(m, "tag", "") else (m.objective, m.encoder) for m in measured}
     place = {}
     for i, row in enumerate(rows):
         for pair in (row.pair, (row.objective, row.encoder)):

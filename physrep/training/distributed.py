@@ -26,7 +26,7 @@ import torch
 import yaml
 from torch import distributed, nn
 
-from ..core.devices import keep_memory, pick_device
+from ..core.devices import fast_products, keep_memory, pick_device
 from ..core.files import read_json, write_json
 from ..core.parameters import seeds_in
 from ..core.provenance import provenance
@@ -375,6 +375,7 @@ def lead(
         raise
 
 # %% ../../nbs/training/distributed.ipynb #cd9af1a3
+@fast_products()
 def pretrain_together(
     run: Run,  # from `resolve`
     data_dir: str | Path,  # from `ensure_data`
