@@ -157,11 +157,6 @@ class Book:
         top = [n for g in self.groups for n in g.notebooks]
         return [*top, *(n for c in self.chapters for n in c.notebooks), self.glossary]
 
-    def after(self, notebook: Notebook) -> Notebook:
-        "The notebook that comes next; after the last one the first."
-        order = self.reading_order
-        return order[(order.index(notebook) + 1) % len(order)] if notebook in order else order[0]
-
 
 def guide_order(path: Path) -> int:
     "The number in the first line of a page, `<!-- order: 3 -->`; pages without one come last."

@@ -1,7 +1,7 @@
 """Fills a folder with the source of the book: notebooks, guides, a page for each chapter, API pages, figures.
 
 The notebooks of nbs/ stay as they are. Their copies lose what only nbdev reads, and get links: to the API, to the
-notebook on GitHub and on Colab, and to what comes next if they do not say so themselves.
+notebook on GitHub and on Colab.
 """
 
 import json
@@ -118,19 +118,14 @@ def origin(notebook: Notebook, page: str) -> str:
     return " · ".join(parts)
 
 
-def next_line(notebook: Notebook, after: Notebook, page: str) -> str:
-    "Where to go from a notebook that does not say so itself."
-    text = f": {after.subtitle}" if after.subtitle else ""
-    return f"**Next:** [{after.title}]({relative(f'{after.name}.ipynb', page)}){text}"
-
-
 def page_of(notebook: Notebook, book: Book, staged: set[str]) -> nbformat.NotebookNode:
     "The notebook as a page of the book."
     made = nbformat.read(notebook.path, 4)
     made.cells = [c for c in made.cells if not is_hidden(c)]
     for c in made.cells:
         if c.cell_type == "markdown":
-            c.source = with_links(c.source, notebook.path, notebook.name, staged)
+            local = re.sub(r"^\[!\[.*\n?", "", c.source, flags=re.M)  # badges are pictures from the network
+            c.source = with_links(local, notebook.path, notebook.name, staged)
         else:
             c.source = without_directives(c.source)
             for output in c.outputs:
@@ -146,9 +141,6 @@ def page_of(notebook: Notebook, book: Book, staged: set[str]) -> nbformat.Notebo
     if notebook is not book.index:
         at = next((i for i, c in enumerate(made.cells) if c.cell_type == "markdown"), 0)
         made.cells.insert(at + 1, nbformat.v4.new_markdown_cell("\n\n".join(under)))
-        after = book.after(notebook)
-        if not notebook.next and after.name in staged:
-            made.cells.append(nbformat.v4.new_markdown_cell(next_line(notebook, after, notebook.name)))
     made.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     for i, c in enumerate(made.cells):
         c["id"] = f"c{i}"
