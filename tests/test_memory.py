@@ -1,0 +1,51 @@
+"""What a training needs is told before it starts, and close to what it takes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from physrep.training.memory import check_memory, memory_available, memory_needed
+from physrep.training.run import resolve
+
+MEASURE = """
+import resource, sys, torch
+from physrep.training.cost import example_batch
+from physrep.training.loop import make_optimizer
+from physrep.training.run import build, resolve
+torch.set_num_threads(1)
+run = resolve("shear_flow", sys.argv[1], sys.argv[2], "laptop", batch_size=64)
+module = build(run).train()
+optimizer, batch = make_optimizer(module, run.recipe), example_batch(run, module, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(2):
+    optimizer.zero_grad()
+    module(batch)["loss"].backward()
+    optimizer.step()
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count memory in other units")
+@pytest.mark.parametrize("row", [("mae", "vit"), ("jepa", "convnext")])
+def test_a_training_takes_about_what_was_said(row):
+    measured = int(subprocess.run([sys.executable, "-c", MEASURE, *row], check=True, capture_output=True).stdout)
+    assert 0.6 < memory_needed(resolve("shear_flow", *row, "laptop", batch_size=64)).total / measured < 1.6
+
+
+def test_micro_batches_need_less():
+    whole = memory_needed(resolve("shear_flow", "mae", "vit", "laptop", batch_size=64))
+    parts = memory_needed(resolve("shear_flow", "mae", "vit", "laptop", batch_size=64, recipe={"accumulate": 4}))
+    assert parts.weights == whole.weights and 0.2 < parts.saved / whole.saved < 0.3
+
+
+def test_what_does_not_fit_is_refused_with_what_would_help():
+    run = resolve("shear_flow", "mae", "vit", "laptop")
+    assert check_memory(run, available=10**11).total < 10**9
+    with pytest.raises(ValueError, match=r"mae-vit-.* needs about 0\.\d GB for 8 windows at a time; 0\.0 GB are free"):
+        check_memory(run, available=10**7)
+
+
+def test_what_is_free_is_less_than_there_is():
+    free = memory_available()
+    assert free is None or 0 < free < 2**50
