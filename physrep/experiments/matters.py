@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'CELL', 'RATES', 'BUDGET', 'check_cell', 'cell_coefficients',
-           'equal_steps', 'equal_budget', 'cell_run', 'at_rate', 'matters_root', 'score_on_valid', 'valid_errors',
-           'chosen_rate', 'Place', 'Errors', 'group_sums', 'read_errors', 'planned_cells', 'scored_runs']
+           'equal_steps', 'equal_budget', 'cell_run', 'untrained_run', 'at_rate', 'matters_root', 'score_on_valid',
+           'valid_errors', 'chosen_rate', 'Place', 'Errors', 'group_sums', 'read_errors', 'planned_cells',
+           'scored_runs']
 
 # %% ../../nbs/experiments/matters.ipynb #015d054a
 import json
@@ -136,6 +137,13 @@ def cell_run(
     return replace(run, recipe=replace(run.recipe, steps=steps))
 
 
+def untrained_run(encoder: str, system: str, preset: str | Path | Preset, data_dir: str | Path | None = None) -> Run:
+    "The run of the random weights of one of CELL_ENCODERS."
+    network, _, circular = encoder.partition("_")
+    options = {"tag": circular, "encoder_config": {"padding_mode": periodic_padding(system)}} if circular else {}
+    return resolve(system, "random", network, preset, data_dir=data_dir, **options)
+
+
 def at_rate(run: Run, rate: str) -> Run:
     "The run of a cell at another rate."
     return replace(run, recipe=replace(run.recipe, lr=_recipe("", "", run.preset, rate)["lr"]))
@@ -218,6 +226,11 @@ class Place:
             options = dict(device=self.device, progress=self.progress)
             score_run(run, self.data_dir, root, probes=FROZEN, windows=windows, **options)
         return True
+
+    def score_untrained(self) -> None:
+        "Probes the random weights of every encoder, where they are not probed yet."
+        for encoder in CELL_ENCODERS:
+            self._score(untrained_run(encoder, self.system, self.preset, self.data_dir))
 
     def train_cell(self, name: str, seeds: Sequence[int], rates: Sequence[str] = tuple(RATES)) -> list[Run]:
         """The finished runs of a cell: rates are tried with the first seed of the preset, and once all are there, these

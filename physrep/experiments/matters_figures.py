@@ -17,13 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .matters import CELL_ENCODERS, FACTORS, PAPER, Errors, group_sums
+from physrep.experiments.matters import (
+    CELL_ENCODERS,
+    FACTORS,
+    PAPER,
+    Errors,
+    group_sums,
+    matters_root,
+    untrained_run,
+)
 from .matters_model import LEVELS, RUNS, TERMS, term_name
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..results.figures import using_style
 from ..results.rows import ENCODER_TITLES
 from ..training.presets import Preset
-from ..training.run import resolve
 
 # %% ../../nbs/experiments/matters_figures.ipynb #9996c7a1
 TITLES = {
@@ -60,10 +67,10 @@ def cell_means(errors: Errors) -> pd.DataFrame:
 def untrained_errors(
     system: str, preset: Preset, run_dir: str | Path | None = None, *, split: str = "test", data_dir: str | None = None
 ) -> dict[str, float]:
-    "The error of random weights, geometric mean over heads, by encoder; of those that Table 1 has probed."
+    "The error of random weights, geometric mean over heads, by encoder; of those that are probed."
     found = {}
     for encoder in CELL_ENCODERS:
-        folder = resolve(system, "random", encoder, preset, data_dir=data_dir).folder(run_dir)
+        folder = untrained_run(encoder, system, preset, data_dir).folder(matters_root(run_dir))
         if (folder / "predictions.safetensors").is_file():
             sums, sizes, _ = group_sums(folder, split)
             found[encoder] = float(np.exp(np.log(sums.sum(axis=1) / sizes.sum()).mean()))
@@ -96,7 +103,8 @@ def _name_paper(ax: Axes, means: pd.DataFrame) -> None:
         for row in means[means.cell == cell].itertuples():
             x = _TASKS.index(row.task) + 0.09 * (CELL_TARGETS.index(row.target) - 1)
             ax.plot(x, row.error, "o", ms=16, mec="black", mew=1.3, mfc="none", zorder=4)
-            ax.annotate(name, (x, row.error), (0, 13), textcoords="offset points", ha="center", fontweight="bold")
+            beside = dict(xytext=(12, -4), ha="left") if x > 1 else dict(xytext=(0, -22), ha="center")
+            ax.annotate(name, (x, row.error), textcoords="offset points", fontweight="bold", **beside)
 
 # %% ../../nbs/experiments/matters_figures.ipynb #40159192
 def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, split: str = "test") -> Figure:
@@ -128,7 +136,7 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
             ax.set_title(TITLES[encoder], fontweight="bold")
             ax.grid(axis="y")
             _plain_log(ax.yaxis, ticks)
-        axes[0].set_ylabel(f"error on {split} (z-scored; mean of heads and seeds)")
+        axes[0].set_ylabel(f"error on {split} (geometric mean of probes and seeds)")
         _legend(fig, [t for t in COLORS if t in set(means.target)], bool((~means.passed).any()))
     return fig
 
@@ -140,7 +148,7 @@ def _legend(fig: Figure, targets: Sequence[str], failed: bool) -> None:
     grey = dict(color="#555555", mec="#555555")
     handles = [
         Line2D([], [], marker="o", ls="", ms=8, **grey, label="a cell"),
-        Line2D([], [], marker="_", ls="", ms=8, **grey, label="one head"),
+        Line2D([], [], marker="_", ls="", ms=8, **grey, label="one probe"),
     ]
     if failed:
         text = "worse than a trivial answer to its own question, or collapsed"

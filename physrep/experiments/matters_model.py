@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'Term', 'TERMS', 'RUNS', 'LEFT', 'term_name', 'present_levels', 'term_columns', 'estimable', 'Fit',
            'fit_terms', 'components', 'redrawn', 'shares', 'term_tests', 'mixed_model', 'both_ways', 'corners',
-           'contributions', 'paper_claim', 'main_effects', 'Analysis', 'analyse']
+           'contributions', 'paper_claim', 'cell_ratios', 'main_effects', 'Analysis', 'analyse']
 
 # %% ../../nbs/experiments/matters_model.ipynb #2ce4a4d2
 import math
@@ -240,6 +240,25 @@ def paper_claim(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.
     drawn = pd.DataFrame([found(redrawn(errors, draw)) for _ in range(n_bootstrap)])
     columns = {"factor": found(errors.logs()), "low": drawn.quantile(0.025), "high": drawn.quantile(0.975)}
     return np.exp(pd.DataFrame(columns)).rename_axis("changed").reset_index()
+
+# %% ../../nbs/experiments/matters_model.ipynb #fbe02c6d
+def cell_ratios(errors: Errors, pairs: Sequence[tuple[str, str]], *, n_bootstrap: int = 500) -> pd.DataFrame:
+    """A row for each pair of cells: `factor`, the error of the first over that of the second, with its 95 % interval.
+
+    ValueError for a cell that is not there."""
+    cells = errors.runs.cell.to_numpy()
+    if gone := sorted({cell for pair in pairs for cell in pair} - set(cells)):
+        raise ValueError(f"no runs of {', '.join(gone)}; there are {', '.join(dict.fromkeys(cells))}")
+
+    def found(y: np.ndarray) -> list[float]:
+        logs = pd.Series(y.mean(axis=1)).groupby(cells).mean()
+        return [math.exp(logs[first] - logs[second]) for first, second in pairs]
+
+    draw = np.random.default_rng(seed_for("ratios of cells", 0))
+    drawn = np.array([found(redrawn(errors, draw)) for _ in range(n_bootstrap)])
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    names = pd.DataFrame(pairs, columns=["cell", "over"])
+    return names.assign(factor=found(errors.logs()), low=low, high=high)
 
 # %% ../../nbs/experiments/matters_model.ipynb #4fd36fa2
 def main_effects(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataFrame:
