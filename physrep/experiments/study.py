@@ -49,7 +49,8 @@ def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path
         cell = command == "matters"  # all cells take the same number of operations
         key = f"{run.system.name}/{command if cell else run.name}"
         operations[key] = operations.get(key) or cost(run)["total"]
-        row = "-".join(run.row) + (f" at {run.recipe.lr:g}" if cell else "")
+        network = " periodic" if cell and "padding_mode" in run.encoder_config else ""
+        row = "-".join(run.row) + network + (f" at {run.recipe.lr:g}" if cell else "")
         about = {"make": command, "system": run.system.name, "row": row, "seed": run.seed}
         done = (run.folder(matters_root(run_dir) if cell else run_dir) / "encoder.safetensors").is_file()
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
