@@ -63,12 +63,11 @@ def test_exported_cells_have_one_idea(path):
 
 
 def short_methods(tree):
-    "Whether a cell is one class of at least seven methods, none of more than twelve statements."
+    "Whether a cell is one class of at least eight methods, none longer than ten lines."
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.ClassDef):
         return False
-    methods = [n for n in tree.body[0].body if isinstance(n, ast.FunctionDef)]
-    sizes = [sum(isinstance(n, ast.stmt) for n in ast.walk(method)) - 1 for method in methods]
-    return len(sizes) >= 7 and max(sizes) <= 12
+    lengths = [n.end_lineno - n.lineno + 1 for n in tree.body[0].body if isinstance(n, ast.FunctionDef)]
+    return len(lengths) >= 8 and max(lengths) <= 10
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
