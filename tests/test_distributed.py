@@ -21,22 +21,11 @@ from safetensors.torch import load_file
 from physrep.core.files import read_json
 from physrep.experiments.command import notebook_parameters, stage_path
 from physrep.objectives.methods import OBJECTIVES
-from physrep.training import distributed
-from physrep.training.distributed import (
-    OPTIONS,
-    Group,
-    ProcessLost,
-    Rank,
-    SharedBatches,
-    connected,
-    follow,
-    lead,
-    mean_over_samples,
-    parsed,
-    pretrain_together,
-)
+from physrep.training import distributed, processes
+from physrep.training.distributed import OPTIONS, follow, lead, parsed, pretrain_together
 from physrep.training.loop import TimeUp
 from physrep.training.pretrain import Session, pretrain, training_batches, training_windows
+from physrep.training.processes import Group, ProcessLost, Rank, SharedBatches, connected, mean_over_samples
 from physrep.training.run import build, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,12 +236,12 @@ def test_every_epoch_is_shared_and_covered(smoke_data):
     windows = training_windows(run, smoke_data)
     batches = training_batches(run, windows)["train"]
     n = len(windows["train"])
-    for processes in (2, 3):
-        shares = [SharedBatches(batches, build(run), Group(Rank(r, processes), "cpu")) for r in range(processes)]
+    for world in (2, 3):
+        shares = [SharedBatches(batches, build(run), Group(Rank(r, world), "cpu")) for r in range(world)]
         order = []
         for step in range(n):  # as many epochs as a batch has windows
             parts = [share.samples(step) for share in shares]
-            assert all(len(i) == 6 // processes for part in parts for i, _ in part)
+            assert all(len(i) == 6 // world for part in parts for i, _ in part)
             micro = [np.stack([part[k][0] for part in parts], 1).ravel() for k in range(2)]
             order += [*micro[0], *micro[1]]
         epochs = np.reshape(order, (12, n))
@@ -265,14 +254,14 @@ def test_a_killed_process_ends_the_others_and_the_next_call_resumes(two, smoke_d
     run = resolve("shear_flow", "jepa", preset="smoke", steps=16, recipe={"checkpoint_seconds": 0})
 
     def train(group: Group, kill: bool = False) -> None:
-        agree = distributed.agree
+        agree = processes.agree
 
         def agree_or_die(group: Group, step: int) -> None:
             agree(group, step)
             if step == 7 and group.rank == 1 and kill:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        distributed.agree = agree_or_die
+        processes.agree = agree_or_die
         pretrain_together(run, smoke_data, tmp_path, group=group, **quiet)
 
     start = time.monotonic()
@@ -394,13 +383,13 @@ def test_one_process_needs_no_launcher(smoke_data, tmp_path, capsys):
 KILLED = """
 import os, signal, sys
 from physrep.experiments.command import main
-from physrep.training import distributed
-agree = distributed.agree
+from physrep.training import processes
+agree = processes.agree
 def agree_or_die(group, step):
     agree(group, step)
     if step == 4 and group.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-distributed.agree = agree_or_die
+processes.agree = agree_or_die
 raise SystemExit(main(sys.argv[1:]))
 """
 
