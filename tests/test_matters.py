@@ -13,6 +13,7 @@ from physrep.data.scaling import LabelScaler
 from physrep.experiments import matters
 from physrep.experiments.matters import (
     BUDGET,
+    CELL_ENCODERS,
     CELLS,
     PAIRS,
     PAPER,
@@ -26,12 +27,16 @@ from physrep.experiments.matters import (
     read_errors,
     score_on_valid,
     scored_runs,
+    seeds_there,
+    untrained_run,
 )
 from physrep.experiments.matters_figures import cell_means, plot_cells, plot_main_effects, plot_shares
 from physrep.experiments.matters_model import (
     FACTORS,
     LEVELS,
+    PERIODIC,
     analyse,
+    cell_ratios,
     components,
     contributions,
     corners,
@@ -285,3 +290,29 @@ def test_figures_of_an_incomplete_experiment():
     found = analyse(errors, n_bootstrap=4)
     assert found.claim is None and plot_shares(found.shares, found.without_failed, found.claim).axes
     assert len(plot_main_effects({"shear_flow": main_effects(errors, n_bootstrap=4)}).axes) == len(FACTORS)
+
+
+def test_a_cell_is_compared_with_those_that_are_there():
+    errors = made_up(np.random.default_rng(8), 3, luck=0.01)
+    found = cell_ratios(errors, PAPER["JEPA"], [PAPER["VideoMAE"], PERIODIC], n_bootstrap=50)
+    assert found.over.tolist() == [PAPER["VideoMAE"]], "no run has periodic padding here"
+    true = dict(zip(["-".join(x) for x in GRID.to_numpy()], true_logs(GRID)))
+    row = found.iloc[0]
+    assert row.factor == pytest.approx(math.exp(true[PAPER["JEPA"]] - true[PAPER["VideoMAE"]]), rel=0.1)
+    assert row.low < row.factor < row.high
+    with pytest.raises(ValueError, match=f"no runs of {PERIODIC}; there are tube-pixels-vit"):
+        cell_ratios(errors)
+
+
+def test_seeds_that_are_there_are_found(tmp_path):
+    assert seeds_there("shear_flow", SMOKE, tmp_path) == list(SMOKE.seeds)
+    run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1).with_seed(7)
+    run.folder(matters_root(tmp_path)).mkdir(parents=True)
+    assert seeds_there("shear_flow", SMOKE, tmp_path) == [*SMOKE.seeds, 7]
+
+
+def test_random_weights_have_the_padding_of_their_network():
+    for encoder in CELL_ENCODERS:
+        mine = untrained_run(encoder, "shear_flow", "laptop")
+        cell = cell_run(f"tube-pixels-{encoder}", "shear_flow", "laptop", steps=1)
+        assert mine.objective == "random" and mine.encoder_config == cell.encoder_config

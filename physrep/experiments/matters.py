@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'CELL', 'RATES', 'BUDGET', 'check_cell', 'cell_coefficients',
-           'equal_steps', 'equal_budget', 'cell_run', 'untrained_run', 'at_rate', 'matters_root', 'score_on_valid',
-           'valid_errors', 'chosen_rate', 'Place', 'Errors', 'group_sums', 'read_errors', 'planned_cells',
-           'scored_runs']
+           'equal_steps', 'equal_budget', 'cell_run', 'untrained_run', 'at_rate', 'matters_root', 'seeds_there',
+           'score_on_valid', 'valid_errors', 'chosen_rate', 'Place', 'Errors', 'group_sums', 'read_errors',
+           'planned_cells', 'scored_runs']
 
 # %% ../../nbs/experiments/matters.ipynb #015d054a
 import json
@@ -24,6 +24,7 @@ from ..core.paths import project_root
 from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
+from ..physics.systems import get_system
 from ..probing.evaluate import FROZEN, probe_splits, score_run, valid_scores
 from ..probing.records import read_predictions
 from ..results.rows import periodic_padding
@@ -32,7 +33,7 @@ from ..training.cost import cost
 from ..training.loop import Recipe, TrainingDiverged, read_metrics
 from ..training.presets import Preset, get_preset
 from ..training.pretrain import pretrain
-from ..training.run import Run, resolve
+from ..training.run import Run, resolve, system_folder
 from ..training.watch import shortcomings
 
 # %% ../../nbs/experiments/matters.ipynb #87555fc3
@@ -152,6 +153,12 @@ def at_rate(run: Run, rate: str) -> Run:
 def matters_root(run_dir: str | Path | None = None) -> Path:
     "The folder of all runs of the experiment: `<run_dir>/matters`; `run_dir` defaults to `runs/` of the project."
     return Path(run_dir or project_root() / "runs") / "matters"
+
+
+def seeds_there(system: str, preset: Preset, run_dir: str | Path | None = None) -> list[int]:
+    "The seeds of a system that any cell was trained with, and those of the preset."
+    folders = system_folder(preset, get_system(system), matters_root(run_dir)).glob("*/seed*")
+    return sorted({*preset.seeds, *(int(folder.name.removeprefix("seed")) for folder in folders)})
 
 
 def score_on_valid(
