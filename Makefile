@@ -11,6 +11,8 @@ SYSTEM ?=
 ROWS ?=
 ONLY ?=
 NOTEBOOKS ?=
+PROFILE ?=
+GPUS ?=
 CONSTRAINTS ?= constraints.txt
 CORES ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)' 2>/dev/null || echo 1)
 
@@ -21,8 +23,9 @@ DRAWN := runs/$(NAME)/figures
 # the committed figures are those of the laptop preset
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
 READY := $(VENV)/.ready
-CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)")
-SNAKE = $(BIN)/python -m snakemake $(TARGET) --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
+CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
+# with a profile, jobs run where it says, e.g. on a cluster
+SNAKE = $(BIN)/python -m snakemake $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
 KEEP = echo "== the committed figures are as they were; make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/"
 CODE := nbs tests tools setup.py
@@ -37,6 +40,7 @@ help:  ## list the targets
 	@echo
 	@echo "  PRESET=smoke|laptop|gpu|paper|native (now: $(PRESET))   DATA=<folder of The Well's data>   CORES=$(CORES)"
 	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   NOTEBOOKS=<names, for make notebooks>"
+	@echo "  PROFILE=tools/slurm GPUS=1   jobs of a cluster (CORES: of a job that can use several)"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
 

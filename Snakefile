@@ -5,8 +5,9 @@
 # changed. Digests are of syntax trees: words, pictures of other jobs and commits change nothing. The notebook counts where it
 # draws a figure that is kept; where data, encoders or probes are made only the library counts, and what it draws is a look.
 #
-# config: preset (a name or a .yaml file), data (a folder), systems (comma-separated), rows (a rows.yaml with rows of your own),
-# only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there)
+# config: preset (a name or a .yaml file), data (a folder or an address), systems (comma-separated), rows (a rows.yaml with rows of
+# your own), only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there).
+# On a cluster also cores (of a job that can use several) and gpus (of a job that trains); see tools/slurm/config.yaml.
 import contextlib
 import hashlib
 import json
@@ -19,6 +20,7 @@ import torch
 from physrep.core.paths import default_data_dir, project_root
 from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
+from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.matters import CELLS, cell_run, matters_root
 from physrep.experiments.rollout import emulator_rows
@@ -33,7 +35,8 @@ from physrep.training.run import baseline_folder
 ROOT = project_root()
 ASKED = str(config.get("preset") or "laptop")
 PRESET = get_preset(ASKED)
-DATA = Path(config.get("data") or default_data_dir(PRESET.name)).resolve()
+DATA = config.get("data") or default_data_dir(PRESET.name)
+DATA = DATA if is_address(DATA) else Path(DATA).resolve()
 OUT = ROOT / "runs" / PRESET.name
 ONLY = str(config.get("only") or "")
 TABLE_ROWS = (*chosen_rows(ONLY), *(read_rows(config["rows"]) if config.get("rows") else ()))
@@ -80,6 +83,8 @@ def simulated(system):
     "The file that is written last when a system is simulated; for data that are read as they are, those files."
     if system in PRESET.sims:
         return [DATA / system / "stats.yaml"]
+    if is_address(DATA):  # nothing that the workflow could look at
+        return []
     found = []
     for split in ("train", "valid", "test"):
         with contextlib.suppress(FileNotFoundError):
@@ -107,10 +112,12 @@ def row_values(row, system):
     return {"objective": row.objective, "encoder": row.encoder} | tag | changes_of(row, system)
 
 
+# On a cluster every job parses this file for itself: numbers of cores and GPUs come from config there, not from the machine.
+CORES, GPUS = int(config.get("cores") or workflow.cores), int(config.get("gpus") or 0)
 # one job at a time on a GPU, which leaves cores for jobs that need none; on the CPU as many as there are cores, one thread each
-JOB_THREADS = workflow.cores // 2 + 1 if torch.cuda.is_available() else 1
+JOB_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
 # systems are simulated side by side: no core waits while one of them starts or ends
-SIM_WORKERS = max(1, workflow.cores // max(1, len(PRESET.sims)))
+SIM_WORKERS = max(1, CORES // max(1, len(PRESET.sims)))
 SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))}
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "frozen")]
@@ -129,7 +136,7 @@ for system, asked in SYSTEMS.items():
             name: f"simulate_{system}"
             output: simulated(system)
             params: code=solver, command=papermill("00_simulate", f"{system}-simulate", system=system, workers=SIM_WORKERS)
-            threads: workflow.cores if torch.cuda.is_available() else SIM_WORKERS
+            threads: CORES if torch.cuda.is_available() else SIM_WORKERS
             priority: 9
             shell: "{params.command}"
 
@@ -189,6 +196,7 @@ for system, runs_in, about in PLACES:
                 output: touch(finished(OUT / "finished" / name, all(f.is_file() for f in trained)))
                 params: code=code_digest(*runs[0].modules, entries=runs[0].entries), command=papermill("03_pretrain", f"{name}-pretrain", **values)
                 threads: JOB_THREADS
+                resources: gpu=GPUS
                 priority: row.cost  # long jobs first, and what the longest waits for
                 shell: "{params.command}"
         rule:
@@ -196,6 +204,7 @@ for system, runs_in, about in PLACES:
             input: inputs + ([OUT / "finished" / name] if row.kind == "trained" else [])
             output: results
             threads: JOB_THREADS
+            resources: gpu=GPUS
             priority: row.cost if row.pair in ACROSS else 0
             params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, finetuned=row.finetuned, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"})
             shell: "{params.command}"
@@ -223,6 +232,7 @@ for system, done in zip(SYSTEMS, SCORED):
         output: touch(done)
         params: rows=repr(TABLE_ROWS), code=code_digest("experiments.learning_curves") + PROBING, command=papermill("05a_learning_curves", f"{system}-learning-curves", systems=SYSTEMS[system], draw=False, **WITH_ROWS)
         threads: JOB_THREADS
+        resources: gpu=GPUS
         shell: "{params.command}"
 
 rule learning_curves:
@@ -251,6 +261,7 @@ rule across:
     output: figures("across")
     params: code=stage("08c_across_systems", "experiments.transfer") + PROBING, command=papermill("08c_across_systems", "across", **SHOWN)
     threads: JOB_THREADS
+    resources: gpu=GPUS
     priority: 5
     shell: "{params.command}"
 
@@ -267,6 +278,7 @@ rule regimes:
     output: figures("regimes")
     params: code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN)
     threads: JOB_THREADS
+    resources: gpu=GPUS
     priority: 1  # the longest of the last
     shell: "{params.command}"
 
@@ -276,6 +288,7 @@ rule rollout:
     output: figures("rollout", "rollout_spectra", "rollout_drift", "rollout_frames", "rollout_probes")
     params: code=stage("07_rollout", "experiments.rollout_figures") + PROBING, command=papermill("07_rollout", "rollout", **SHOWN)
     threads: JOB_THREADS
+    resources: gpu=GPUS
     shell: "{params.command}"
 
 # `make machines`: one row again, with other threads and other instructions
@@ -283,7 +296,7 @@ rule machines:
     input: RESULTS
     output: figures("machines")
     params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST])
-    threads: workflow.cores
+    threads: CORES
     shell: "{params.command}"
 
 # `make grid`: probes that are fitted and scored on a grid of labels, as sets of The Well have
@@ -291,7 +304,7 @@ rule grid:
     input: RESULTS
     output: figures("grid")
     params: rows=repr(TABLE_ROWS), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
-    threads: workflow.cores  # it simulates a set
+    threads: CORES  # it simulates a set
     shell: "{params.command}"
 
 # `make box`: flows in a box twice as long
@@ -299,7 +312,7 @@ rule box:
     input: RESULTS
     output: figures("box")
     params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
-    threads: workflow.cores  # it simulates a set
+    threads: CORES  # it simulates a set
     shell: "{params.command}"
 
 # `make tune`: a job per row of the table; trials that are done are kept
@@ -330,6 +343,7 @@ for name, seed, done in VARIED:
         output: touch(finished(done, any(probed)))
         params: code=code_digest("experiments.ablations", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=SYSTEMS[FIRST], variants=name, seed=seed, draw=False)
         threads: JOB_THREADS
+        resources: gpu=GPUS
         shell: "{params.command}"
 
 rule ablations:
@@ -350,6 +364,7 @@ for name, done in FACTORIAL.items():
         output: touch(finished(done, any(probed)))
         params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, draw=False)
         threads: JOB_THREADS
+        resources: gpu=GPUS
         shell: "{params.command}"
 
 rule matters:

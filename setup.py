@@ -40,6 +40,8 @@ setuptools.setup(
         "explore": cfg["explore_requirements"].split(),
         "download": cfg["download_requirements"].split(),
         "hub": cfg["hub_requirements"].split(),
+        "remote": cfg["remote_requirements"].split(),
+        "slurm": cfg["slurm_requirements"].split(),
     },
     zip_safe=False,
 )

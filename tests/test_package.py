@@ -14,7 +14,12 @@ from helpers import dry_run
 ROOT = Path(__file__).resolve().parent.parent
 # from the bottom: a package imports only from itself and from those before it
 FLOORS = ["core", "physics", "data", "models", "objectives", "training", "probing", "results", "experiments", "explore"]
-OPTIONAL = {"experiments/command.py": {"papermill"}, "data/download.py": {"huggingface_hub"}}  # asked for when needed
+# asked for when needed
+OPTIONAL = {
+    "experiments/command.py": {"papermill"},
+    "data/download.py": {"huggingface_hub"},
+    "data/remote.py": {"upath", "fsspec"},
+}
 WIDGETS = ("parts", "live_tab", "data_tab", "latent_tab", "saw_tab", "yours_tab", "page")  # of explore: the thin layer
 OPTIONAL |= {f"explore/{name}.py": {"ipywidgets", "IPython"} for name in WIDGETS}
 

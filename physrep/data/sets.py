@@ -16,13 +16,14 @@ import h5py
 import numpy as np
 import yaml
 
+from .remote import as_path, is_address, open_bytes, state_of
 from .well import WellFormatError, is_of, open_hdf5
 from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/sets.ipynb #e929c637
 def _folders(root: Path, system: System) -> list[Path]:
     "Where the folder of a dataset may be, seen from a root; NotADirectoryError if the root is a file."
-    if root.is_file():
+    if not is_address(root) and root.is_file():
         raise NotADirectoryError(f"{root} is a file; give the folder that holds {system.name}/data/<split>/*.hdf5")
     return [root / system.name, root / "datasets" / system.name, root]
 
@@ -46,7 +47,7 @@ def find_folder(root: str | os.PathLike, system: System | str) -> Path:
     itself if its files are of that system.
 
     Raises FileNotFoundError, or NotADirectoryError if the root is a file."""
-    root = Path(root)
+    root = as_path(root)
     system = get_system(system) if isinstance(system, str) else system
     folder, _ = _first_with(root, system, "data/*/*")
     if folder:
@@ -60,7 +61,7 @@ def find_files(root: str | os.PathLike, system: System | str, split: str) -> lis
 
     Raises FileNotFoundError that lists the folders that were searched and the splits that exist, or NotADirectoryError
     if the root is a file."""
-    root = Path(root)
+    root = as_path(root)
     system = get_system(system) if isinstance(system, str) else system
     _, files = _first_with(root, system, f"data/{glob.escape(split)}/*")
     if files:
@@ -101,7 +102,7 @@ def read_stats(
 
     Raises FileNotFoundError or WellFormatError that names what is missing, or NotADirectoryError if `dataset_dir` is a
     file, but no YAML file."""
-    root = Path(dataset_dir)
+    root = as_path(dataset_dir)
     system = get_system(system) if isinstance(system, str) else system
     is_file = root.suffix in (".yaml", ".yml")
     candidates = [root] if is_file else [folder / "stats.yaml" for folder in _folders(root, system)]
@@ -110,7 +111,8 @@ def read_stats(
         places = " or ".join(str(p) for p in candidates)
         raise FileNotFoundError(f"no statistics of {system.name} at {places}; write_stats makes them")
     try:
-        raw = yaml.safe_load(path.read_text())
+        with open_bytes(path) as file:
+            raw = yaml.safe_load(file.read().decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise WellFormatError(f"{path}: not YAML ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(raw, dict):
@@ -149,10 +151,11 @@ def _describe(value: object) -> bytes:
 # %% ../../nbs/data/sets.ipynb #4c71d89f
 def fingerprint(files: Iterable[str | os.PathLike]) -> str:
     "Hash (16 hex digits) of files by names, sizes, attributes, small arrays, sampled blocks; raises WellFormatError."
-    paths = [Path(f).resolve() for f in files]
+    paths = [f if is_address(f) else Path(f).resolve() for f in files]
     if not paths:
         raise ValueError("no files to take the fingerprint of")
-    common = os.path.commonpath([p.parent for p in paths])
+    places = {str(p): p for p in paths}
+    common = os.path.commonpath([os.path.dirname(place) for place in places])
     digest = hashlib.sha256()
 
     def add(*parts: bytes) -> None:
@@ -166,9 +169,10 @@ def fingerprint(files: Iterable[str | os.PathLike]) -> str:
         if isinstance(item, h5py.Dataset):
             add(str(item.dtype).encode(), str(item.shape).encode(), *map(_describe, _sampled(item)))
 
-    for name, path in sorted((os.path.relpath(p, common).replace(os.sep, "/"), p) for p in paths):
+    for place in sorted(places):
+        name, path = os.path.relpath(place, common).replace(os.sep, "/"), as_path(places[place])
         with open_hdf5(path) as file:
-            add(name.encode(), str(path.stat().st_size).encode())
+            add(name.encode(), str(state_of(path)[0]).encode())
             visit("/", file)
             file.visititems(visit)
     return digest.hexdigest()[:16]

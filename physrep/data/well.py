@@ -18,6 +18,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from .remote import NetworkError, as_path, is_address, open_bytes, state_of
 from ..physics.systems import SYSTEMS, System, get_system
 
 # %% ../../nbs/data/well.ipynb #d051ca7a
@@ -49,18 +50,31 @@ def _not_hdf5(path: Path, head: bytes) -> str:
 
 
 @contextmanager
+def _hdf5(path: Path) -> Iterator[h5py.File]:
+    "The file as h5py opens it, on this machine or on a network."
+    if is_address(path):
+        with open_bytes(path) as raw, h5py.File(raw, "r") as file:
+            yield file
+    else:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            yield file
+
+
+@contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """The file opened for reading. Raises FileNotFoundError, or DamagedFileError if HDF5 cannot read the file or what
     the block reads from it."""
-    if not path.is_file():
+    if state_of(path) is None:
         raise FileNotFoundError(f"{path}: no such file")
-    with open(path, "rb") as raw:
+    with open_bytes(path) as raw:
         head = raw.read(2048)  # the signature stands at 0, 512, 1024, ... (a user block may come first)
     if b"\x89HDF\r\n\x1a\n" not in (head[i : i + 8] for i in (0, 512, 1024)):
         raise DamagedFileError(_not_hdf5(path, head))
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with _hdf5(path) as file:
             yield file
+    except NetworkError:  # says by itself what is wrong
+        raise
     except (OSError, RuntimeError) as error:
         raise DamagedFileError(f"{path}: truncated or damaged, copy or write it again; HDF5 says: {error}") from error
 
@@ -114,6 +128,10 @@ class _Stored:
 def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
     """DamagedFileError if parts of the dataset were never written, lie past the end of the file, or in another file
     that is not there. HDF5 would read zeros."""
+    if is_address(path) and (dataset.is_virtual or dataset.external):
+        raise WellFormatError(
+            f"{path}: {dataset.name} stands in other files, which HDF5 cannot read over a network; copy the set"
+        )
     if dataset.is_virtual:
         for name, key in sorted({(s.file_name, s.dset_name) for s in dataset.virtual_sources()}):
             source = path.parent / name
@@ -133,8 +151,8 @@ def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
         complete = dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_NOT_ALLOCATED
     if not complete:
         raise DamagedFileError(f"{path}: {dataset.name} was declared but not (completely) written")
-    if start is not None and start + dataset.nbytes > path.stat().st_size:
-        size = path.stat().st_size
+    size = state_of(path)[0]
+    if start is not None and start + dataset.nbytes > size:
         raise DamagedFileError(
             f"{path}: truncated, {dataset.name} ends at byte {start + dataset.nbytes}, the file has {size}"
         )
@@ -258,22 +276,14 @@ def _read_initial_conditions(path: Path, file: h5py.File, n_trajectories: int) -
         raise WellFormatError(f"{path}: {INITIAL_CONDITION} must be {n_trajectories} integers, it is {found.shape}")
     return found
 
-# %% ../../nbs/data/well.ipynb #cb4f063e
-def _state_of(path: Path) -> tuple[int, int] | None:
-    "Size and time of the last change of a file; None if there is none."
-    if not path.is_file():
-        return None
-    state = os.stat(path)
-    return state.st_size, state.st_mtime_ns
-
 # %% ../../nbs/data/well.ipynb #44bf554c
 class WellContents:
     "What is in one file of The Well, but for the values of its fields; checked when it is made. Keeps nothing open."
 
     def __init__(self, path: str | os.PathLike, system: System | str):
-        self.path = Path(path)
+        self.path = as_path(path)
         self.system = get_system(system) if isinstance(system, str) else system
-        self._state = _state_of(self.path)  # before reading, so that a later change is noticed
+        self._state = state_of(self.path)  # before reading, so that a later change is noticed
         try:
             self._read()
         except (DamagedFileError, WellFormatError, FileNotFoundError):
@@ -333,7 +343,7 @@ class WellFile(WellContents):
         out = np.empty(shape, dtype=np.float32) if out is None else out
         if out.shape != shape or out.dtype != np.float32:
             raise ValueError(f"out must be float32 {shape}, it is {out.dtype} {out.shape}")
-        if _state_of(self.path) != self._state:  # offsets and labels may be others now
+        if state_of(self.path) != self._state:  # offsets and labels may be others now
             raise WellFormatError(f"{self.path}: changed since it was opened; open it again")
         _copy_window(self.path, self._stored, index, out)
         return out
@@ -393,7 +403,7 @@ def _copy_window(path: Path, stored: list[_Stored], index: tuple[int, slice, sli
     ends = [0, *itertools.accumulate(s.shape[-1] for s in stored)]
     parts = [(s, out[c : c + s.shape[-1]]) for s, c in zip(stored, ends)]
     if any(s.offset is not None for s in stored):
-        with open(path, "rb", buffering=0) as raw:
+        with open_bytes(path) as raw:
             for s, part in parts:
                 if s.offset is not None:
                     _copy_plain(raw, s, index, part)

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core.randomness import seed_for
+from .remote import as_path
 from .sets import find_files, fingerprint
 from .well import WellFile, WellFormatError
 from ..physics.systems import System, get_system
@@ -89,7 +90,7 @@ class Trajectories:
         memory_limit: int = 2**29,  # bytes; larger splits are read from the files, which costs milliseconds a batch
     ):
         self.system = get_system(system) if isinstance(system, str) else system
-        self.root = Path(root)
+        self.root = as_path(root)
         self.split = split
         self.crop = crop
         self.paths = [path for part in split.split("+") for path in find_files(root, self.system, part)]

@@ -9,10 +9,7 @@ __all__ = ['OPTIONS', 'follow', 'lead', 'pretrain_together', 'mapping', 'parsed'
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import filelock
@@ -21,14 +18,11 @@ import yaml
 from torch import nn
 
 from ..core.devices import fast_products, keep_memory
-from ..core.files import read_json, write_json
 from ..core.parameters import seeds_in
 from ..core.provenance import provenance
-from ..data.scaling import Normaliser
-from ..models.pretrained import save_encoder
 from . import loop
 from .loop import Recipe, TimeUp, TrainingDiverged, make_optimizer, update
-from .pretrain import Session, claim, fit, pretrain, training_batches, training_windows
+from .pretrain import Session, claim, fit, pretrain, train_claimed, training_batches, training_windows
 from .processes import Group, ProcessLost, Rank, SharedBatches, connected
 from .run import Run, build, ensure_data, load_splits, resolve
 from .watch import Watch
@@ -92,7 +86,7 @@ def pretrain_together(
         todo = not claim(folder, run.as_dict(), record, options.resume, say)
         group.tell(todo)
         if todo:
-            _lead(run, windows, folder, record, options, group, Path(data_dir))
+            _lead(run, windows, folder, record, options, group, data_dir)
     group.tell()
     return folder
 
@@ -115,38 +109,14 @@ def _follow(run: Run, windows: dict, folder: Path, session: Session, group: Grou
         follow(objective, run.recipe, batches["train"], folder, session)
 
 # %% ../../nbs/training/distributed.ipynb #41b7f937
-def _lead(run: Run, windows: dict, folder: Path, record: dict, session: Session, group: Group, data_dir: Path) -> None:
+def _lead(
+    run: Run, windows: dict, folder: Path, record: dict, session: Session, group: Group, data_dir: str | Path
+) -> None:
     "The part of rank 0: trains and saves the encoder of a claimed folder, as `pretrain` does."
     objective, batches = _shared(run, windows, session, group)
-    record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
-    before = read_json(folder / "provenance.json")["seconds"]
-    started = time.monotonic()
     clips = dict(frames=run.clip.frames, stride=run.preset.probe_stride)
     probed = load_splits(run, data_dir, ("train", "valid"), **clips)
-    single = replace(run, objective="random", coefficients={}, recipe=None)  # it asks for nothing but clips
-    plain = training_batches(single, probed, session.device)
-    save = partial(_save, run, plain["train"].normaliser, float(windows["train"].files[0].dt))
-    watch = Watch(
-        plain,
-        batches["valid"],
-        folder,
-        run.system.label_names,
-        last=run.recipe.steps if run.recipe else 0,
-        keep=lambda encoder, step: save(folder / "curve" / f"{step}.safetensors", encoder),
-    )
-    try:
-        lead(objective, run.recipe, batches, folder, session, watch=watch)
-    finally:
-        write_json(folder / "provenance.json", {**record, "seconds": round(before + time.monotonic() - started, 1)})
-    save(folder / "encoder.safetensors", objective.encoder)
-
-
-def _save(run: Run, normaliser: Normaliser, dt: float, path: Path, encoder: nn.Module) -> None:
-    "Writes an encoder of a run with all that is needed to use it, as `pretrain` does."
-    path.parent.mkdir(exist_ok=True)
-    made = dict(objective=run.objective, preset=run.preset.name, seed=run.seed)
-    statistics = dict(mean=normaliser.mean, std=normaliser.std, shape=run.clip_shape, dt=dt)
-    save_encoder(path, encoder, run.encoder, system=run.system, **statistics, **made)
+    train_claimed(run, objective, batches, probed, folder, record, session, lead)
 
 # %% ../../nbs/training/distributed.ipynb #d9cac31b
 OPTIONS: dict[str, tuple[object, str]] = {

@@ -21,6 +21,7 @@ from ..core.paths import default_data_dir, project_root
 from ..core.places import short_name, tagged
 from ..core.randomness import seed_for
 from ..data.generate import SOLVERS, SimPreset, make_dataset
+from ..data.remote import as_path
 from ..data.scaling import LabelScaler
 from ..data.sets import find_files
 from ..data.well import WellFile
@@ -303,7 +304,7 @@ def ensure_data(run: Run, data_dir: str | Path | None = None, **options) -> Path
                 f"preset {run.preset.name} does not simulate {run.system.name}: pass data_dir, the folder that holds "
                 f"{run.system.name}/data/train/*.hdf5 (The Well's, or your own in its format)"
             )
-        return Path(data_dir)
+        return as_path(data_dir)
     folder = Path(data_dir or default_data_dir(run.preset.name))
     make_dataset(run.system.name, run.data, folder, **options)
     return folder

@@ -1,0 +1,284 @@
+"Sets on a network: a web server that is slow, cuts connections and answers with error pages, read through the cache."
+
+import http.server
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from physrep.data import remote
+from physrep.data.remote import NetworkError, as_path, open_bytes
+from physrep.data.sets import find_files, read_stats
+from physrep.data.well import WellFile, WellFormatError
+from physrep.data.windows import Windows
+from physrep.data.write import write_stats, write_well
+from physrep.physics.systems import get_system
+
+PAGE = b"<html><body>503 Service Unavailable</body></html>"
+
+
+class FaultyHandler(http.server.SimpleHTTPRequestHandler):
+    "Serves a folder with ranges; `server.faults` holds what goes wrong with the next requests for a range."
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status: int, body: bytes, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        file = Path(self.translate_path(self.path))
+        if not file.is_file():
+            return super().do_GET() if self.command == "GET" else super().do_HEAD()
+        if self.server.head_faults and "Range" not in self.headers:
+            self.server.head_faults.pop()
+            return self.answer(503, PAGE)
+        body, tag = file.read_bytes(), f'"{file.stat().st_mtime_ns}"'
+        if "Range" not in self.headers:
+            return self.answer(200, body, ETag=tag, Accept_Ranges="bytes")
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        first, last = int(first), min(int(last or len(body)), len(body) - 1)
+        part = body[first : last + 1]
+        self.server.asked.append((file.name, first, last + 1))
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        if fault == "page":
+            return self.answer(503, PAGE)
+        if fault == "page as data":
+            return self.answer(200, PAGE)
+        if fault == "gone":
+            return self.answer(404, PAGE)
+        if fault == "slow":
+            time.sleep(0.3)
+        if fault == "cut":
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            self.wfile.write(part[: len(part) // 2])
+            self.close_connection = True
+            return self.connection.close()
+        return self.answer(206, part, ETag=tag, Content_Range=f"bytes {first}-{last}/{len(body)}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A set of three files of two trajectories each, of random numbers; the fields of each take 3 MB."
+    root = tmp_path_factory.mktemp("set")
+    shear, rng = get_system("shear_flow"), np.random.default_rng(0)
+    for schmidt in (0.2, 0.5, 1.0):
+        fields = {f.name: rng.standard_normal((2, 24, 64, 64) + (2,) * f.rank) for f in shear.fields}
+        write_well(
+            root / f"shear_flow/data/train/Schmidt_{schmidt:g}.hdf5",
+            "shear_flow",
+            fields,
+            parameters={"Reynolds": 1e4, "Schmidt": schmidt},
+            time=0.2 * np.arange(24),
+            box=(1.0, 1.0),
+        )
+    write_stats(root, "shear_flow")
+    return root
+
+
+@pytest.fixture
+def server(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(remote.LIMIT, "1")
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "BLOCK", 2**16)
+    monkeypatch.setattr(remote.fetch, "__kwdefaults__", {"pause": 0.01})
+    remote._STATES.clear()
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(FaultyHandler, directory=str(folder)))
+    found.faults, found.head_faults, found.asked, found.folder = [], [], [], folder
+    found.address = f"http://127.0.0.1:{found.server_port}"
+    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.shutdown()
+    found.server_close()
+    thread.join()
+
+
+def cached_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in (folder / "cache").glob("*/*/*"))
+
+
+def test_a_set_at_an_address_is_the_set_of_the_folder(server, folder):
+    here, there = (Windows(root, "shear_flow", "train", frames=4) for root in (folder, server.address))
+    assert len(here) == len(there) and [p.name for p in here.paths] == [p.name for p in there.paths]
+    assert here.fingerprint() == there.fingerprint()
+    assert (here.read([0, 5, -1]) == there.read([0, 5, -1])).all()
+    assert read_stats(folder, "shear_flow")["mean"].keys() == read_stats(server.address, "shear_flow")["mean"].keys()
+    asked = len(server.asked)
+    assert (here.read([0, 5, -1]) == there.read([0, 5, -1])).all() and len(server.asked) == asked  # from the cache
+
+
+def test_only_what_a_window_needs_is_fetched(server, folder):
+    path = find_files(server.address, "shear_flow", "train")[0]
+    file = WellFile(path, "shear_flow")
+    server.asked.clear()
+    file.window(1, 20, 4, crop=((0, 8), (0, 64)))
+    fetched = sum(last - first for _, first, last in server.asked)
+    size = (folder / "shear_flow/data/train" / path.name).stat().st_size
+    assert 0 < fetched <= 15 * remote.BLOCK < size / 3  # 4 frames of 3 fields, and a block at each of their ends
+
+
+@pytest.mark.parametrize("fault", ["page", "page as data", "cut", "slow"])
+def test_what_passes_is_waited_for(server, folder, fault):
+    path = find_files(server.address, "shear_flow", "train")[0]
+    file = WellFile(path, "shear_flow")
+    server.faults = [fault] * (1 if fault == "slow" else remote.TRIES - 1)
+    expected = WellFile(find_files(folder, "shear_flow", "train")[0], "shear_flow").window(1, 3, 8)
+    assert (file.window(1, 3, 8) == expected).all()
+    assert not server.faults  # all of them were met
+
+
+@pytest.mark.parametrize("fault, said", [("page", "503"), ("page as data", "<html>"), ("cut", "")])
+def test_what_does_not_pass_is_said(server, fault, said, tmp_path):
+    file = WellFile(find_files(server.address, "shear_flow", "train")[0], "shear_flow")
+    before = cached_bytes(tmp_path)
+    server.faults = [fault] * 20
+    with pytest.raises(
+        NetworkError, match=rf"Schmidt_0.2.hdf5: bytes \d+ to \d+ were not to be had in 5 tries.*{said}"
+    ):
+        file.window(1, 3, 8)
+    assert cached_bytes(tmp_path) == before  # nothing of it was kept
+
+
+def test_an_error_inside_hdf5_is_the_error_of_the_network(server):
+    path = find_files(server.address, "shear_flow", "train")[0]
+    remote._STATES.clear()
+    server.faults = ["page"] * 20
+    with pytest.raises(NetworkError, match="503"):
+        WellFile(path, "shear_flow")
+    server.faults.clear()
+    server.head_faults = [1] * 20
+    remote._STATES.clear()
+    with pytest.raises(NetworkError, match="the store does not say what it is"):
+        WellFile(path, "shear_flow")
+    server.head_faults = [1] * 3
+    assert WellFile(path, "shear_flow").n_trajectories == 2
+
+
+def test_a_file_that_goes_away_is_not_asked_for_again(server):
+    file = WellFile(find_files(server.address, "shear_flow", "train")[0], "shear_flow")
+    server.faults, before = ["gone"] * 20, len(server.asked)
+    with pytest.raises(FileNotFoundError, match="Schmidt_0.2"):
+        file.window(1, 3, 8)
+    assert len(server.asked) == before + 1
+    with pytest.raises(FileNotFoundError, match="no .h5 or .hdf5 files of shear_flow in .*http"):
+        find_files(server.address, "shear_flow", "valid")
+
+
+def test_the_cache_keeps_its_limit(server, folder, tmp_path, monkeypatch):
+    cache = remote.BlockCache(tmp_path / "cache", limit=60 * remote.BLOCK)
+    monkeypatch.setattr(remote, "block_cache", lambda: cache)
+    here, there = (Windows(root, "shear_flow", "train", frames=4, stride=4) for root in (folder, server.address))
+    assert sum(p.stat().st_size for p in here.paths) > 2 * cache.limit
+    for _ in range(2):
+        for trajectory in range(6):
+            frames = np.empty((2, *there.shape), dtype=np.float32)
+            here.copy(trajectory, 3, frames[0])
+            there.files[trajectory // 2].window(trajectory % 2, 3, 4, out=frames[1])
+            assert (frames[0] == frames[1]).all()
+            assert cached_bytes(tmp_path) <= 1.06 * cache.limit
+    assert cached_bytes(tmp_path) > 0.5 * cache.limit
+
+
+def test_a_file_that_changes_is_noticed(server, folder):
+    copy = folder / "changed" / "Schmidt.hdf5"
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes(find_files(folder, "shear_flow", "train")[0].read_bytes())
+    file = WellFile(f"{server.address}/changed/Schmidt.hdf5", "shear_flow")
+    first = file.window(0, 0, 4)
+    copy.write_bytes(find_files(folder, "shear_flow", "train")[1].read_bytes())
+    remote._STATES.clear()  # a minute later
+    with pytest.raises(WellFormatError, match="changed since it was opened"):
+        file.window(0, 0, 4)
+    again = WellFile(f"{server.address}/changed/Schmidt.hdf5", "shear_flow")
+    assert again.labels["Schmidt"] == 0.5 and (again.window(0, 0, 4) != first).any()
+
+
+def test_views_of_other_files_are_refused(server, folder):
+    view = folder / "view" / "view.hdf5"
+    view.parent.mkdir(exist_ok=True)
+    source = find_files(folder, "shear_flow", "train")[0]
+    view.write_bytes(source.read_bytes())
+    with h5py.File(view, "r+") as file:
+        shape = file["t0_fields/tracer"].shape
+        del file["t0_fields/tracer"]
+        layout = h5py.VirtualLayout(shape, dtype="f4")
+        layout[...] = h5py.VirtualSource("/etc/passwd", "tracer", shape=shape)
+        file["t0_fields"].create_virtual_dataset("tracer", layout)
+    with pytest.raises(WellFormatError, match="tracer stands in other files"):
+        WellFile(f"{server.address}/view/view.hdf5", "shear_flow")
+
+
+def test_a_full_or_read_only_cache_costs_a_warning(server, folder, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="blocks are not kept in"):
+        file = WellFile(find_files(server.address, "shear_flow", "train")[0], "shear_flow")
+        found = file.window(0, 0, 4)
+    assert (found == WellFile(find_files(folder, "shear_flow", "train")[0], "shear_flow").window(0, 0, 4)).all()
+
+
+@pytest.mark.parametrize("limit", ["many", "0.001", "-3", "nan"])
+def test_a_limit_that_is_none_is_refused(limit, monkeypatch):
+    monkeypatch.setenv(remote.LIMIT, limit)
+    with pytest.raises(ValueError, match="PHYSREP_CACHE_GB=.*must be a number of gigabytes"):
+        remote.block_cache()
+
+
+def test_an_address_that_pathlib_has_shortened_is_read(server, folder):
+    with open_bytes(as_path(Path(f"{server.address}/shear_flow/stats.yaml"))) as raw:
+        assert raw.read() == (folder / "shear_flow/stats.yaml").read_bytes()
+
+
+@pytest.mark.long
+def test_a_set_in_an_object_store(folder, tmp_path, monkeypatch):
+    'The same from S3, served by moto: pip install s3fs "moto[s3]" flask flask-cors'
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    import boto3
+    import fsspec
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://{host}:{port}"})
+    try:
+        store = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        store.create_bucket(Bucket="sets")
+        for path in sorted((folder / "shear_flow").rglob("*.*")):
+            store.upload_file(str(path), "sets", str(path.relative_to(folder)))
+        here, there = (Windows(root, "shear_flow", "train", frames=4) for root in (folder, "s3://sets"))
+        assert here.fingerprint() == there.fingerprint()
+        assert (here.read([0, 5, -1]) == there.read([0, 5, -1])).all()
+        assert read_stats("s3://sets", "shear_flow")["std"].keys() == read_stats(folder, "shear_flow")["std"].keys()
+        first = there.paths[0]
+        store.upload_file(str(here.paths[1]), "sets", str(here.paths[0].relative_to(folder)))
+        remote._STATES.clear()  # a minute later
+        with pytest.raises(WellFormatError, match="changed since it was opened"):
+            there.files[0].window(0, 0, 4)
+        store.delete_object(Bucket="sets", Key=str(here.paths[0].relative_to(folder)))
+        remote._STATES.clear()
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            WellFile(first, "shear_flow")
+    finally:
+        server.stop()
