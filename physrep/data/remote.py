@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'LONGEST', 'CACHE', 'LIMIT', 'TRIES', 'PAUSE', 'FRESH', 'is_address', 'as_path', 'BlockCache', 'block_cache',
-           'NetworkError', 'fetch', 'state_of', 'RemoteFile', 'open_bytes']
+           'NetworkError', 'fetch', 'state_of', 'RemoteFile', 'open_bytes', 'file_size']
 
 # %% ../../nbs/data/remote.ipynb #0aafff59
 import hashlib
@@ -205,14 +205,9 @@ def _ask_state(path: Any) -> tuple[int, str]:
     raise NetworkError(f"{path}: the store does not say what it is, {TRIES} times: {last}") from last
 
 
-def state_of(path: Any) -> tuple[int, object] | None:
-    """Size and version of a file: time of the last change here, what the store calls a version on a network (asked for
-    once a minute). None if there is no such file. Raises NetworkError."""
-    if not is_address(path):
-        if not path.is_file():
-            return None
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
+def state_of(path: Any) -> tuple[int, str] | None:
+    """Size of a file on a network, and what its store calls its version; asked for once a minute. None if there is no
+    such file. Raises NetworkError."""
     known = _STATES.get(str(path))
     if known is None or time.monotonic() - known[0] > FRESH:
         try:
@@ -281,3 +276,13 @@ def _blocks(file: RemoteFile, start: int, stop: int) -> list[tuple[int, bytes]]:
 def open_bytes(path: Any) -> io.RawIOBase:
     "A file opened for reading, without a buffer: on this machine, or on a network through the cache."
     return RemoteFile(path) if is_address(path) else open(path, "rb", buffering=0)
+
+
+def file_size(path: Any) -> int:
+    "Bytes of a file, on this machine or on a network; FileNotFoundError if there is none."
+    if not is_address(path):
+        return path.stat().st_size
+    state = state_of(path)
+    if state is None:
+        raise FileNotFoundError(f"{path}: no such file")
+    return state[0]

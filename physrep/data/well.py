@@ -18,7 +18,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from .remote import NetworkError, as_path, is_address, open_bytes, state_of
+from .remote import NetworkError, as_path, file_size, is_address, open_bytes, state_of
 from ..physics.systems import SYSTEMS, System, get_system
 
 # %% ../../nbs/data/well.ipynb #d051ca7a
@@ -64,7 +64,7 @@ def _hdf5(path: Path) -> Iterator[h5py.File]:
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """The file opened for reading. Raises FileNotFoundError, or DamagedFileError if HDF5 cannot read the file or what
     the block reads from it."""
-    if state_of(path) is None:
+    if _state_of(path) is None:
         raise FileNotFoundError(f"{path}: no such file")
     with open_bytes(path) as raw:
         head = raw.read(2048)  # the signature stands at 0, 512, 1024, ... (a user block may come first)
@@ -151,7 +151,7 @@ def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
         complete = dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_NOT_ALLOCATED
     if not complete:
         raise DamagedFileError(f"{path}: {dataset.name} was declared but not (completely) written")
-    size = state_of(path)[0]
+    size = file_size(path)
     if start is not None and start + dataset.nbytes > size:
         raise DamagedFileError(
             f"{path}: truncated, {dataset.name} ends at byte {start + dataset.nbytes}, the file has {size}"
@@ -276,6 +276,16 @@ def _read_initial_conditions(path: Path, file: h5py.File, n_trajectories: int) -
         raise WellFormatError(f"{path}: {INITIAL_CONDITION} must be {n_trajectories} integers, it is {found.shape}")
     return found
 
+# %% ../../nbs/data/well.ipynb #cb4f063e
+def _state_of(path: Path) -> tuple[int, object] | None:
+    "Size and time of the last change of a file, or its version on a network; None if there is none."
+    if is_address(path):
+        return state_of(path)
+    if not path.is_file():
+        return None
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
+
 # %% ../../nbs/data/well.ipynb #44bf554c
 class WellContents:
     "What is in one file of The Well, but for the values of its fields; checked when it is made. Keeps nothing open."
@@ -283,7 +293,7 @@ class WellContents:
     def __init__(self, path: str | os.PathLike, system: System | str):
         self.path = as_path(path)
         self.system = get_system(system) if isinstance(system, str) else system
-        self._state = state_of(self.path)  # before reading, so that a later change is noticed
+        self._state = _state_of(self.path)  # before reading, so that a later change is noticed
         try:
             self._read()
         except (DamagedFileError, WellFormatError, FileNotFoundError):
@@ -343,7 +353,7 @@ class WellFile(WellContents):
         out = np.empty(shape, dtype=np.float32) if out is None else out
         if out.shape != shape or out.dtype != np.float32:
             raise ValueError(f"out must be float32 {shape}, it is {out.dtype} {out.shape}")
-        if state_of(self.path) != self._state:  # offsets and labels may be others now
+        if _state_of(self.path) != self._state:  # offsets and labels may be others now
             raise WellFormatError(f"{self.path}: changed since it was opened; open it again")
         _copy_window(self.path, self._stored, index, out)
         return out
