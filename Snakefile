@@ -149,7 +149,7 @@ for system, asked in SYSTEMS.items():
             shell: "{params.command}"
 
 # The rows of a system: once on its data; The Well's shear flow once more on splits without leaks, with runs of its own.
-LEAK_FREE = [s for s in SYSTEMS if s in SOLVERS and s not in PRESET.sims and get_system(SYSTEMS[s]).group]
+LEAK_FREE = [s for s in SYSTEMS if s in SOLVERS and s not in PRESET.sims and get_system(SYSTEMS[s]).group and not is_address(DATA)]
 MORE, LEAKAGE = ROOT / "runs" / "leak_free", []
 for system in LEAK_FREE:
     rule:

@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from helpers import dry_run
 
 from physrep.data import remote
 from physrep.data.remote import NetworkError, as_path, open_bytes
@@ -244,6 +245,14 @@ def test_a_limit_that_is_none_is_refused(limit, monkeypatch):
 def test_an_address_that_pathlib_has_shortened_is_read(server, folder):
     with open_bytes(as_path(Path(f"{server.address}/shear_flow/stats.yaml"))) as raw:
         assert raw.read() == (folder / "shear_flow/stats.yaml").read_bytes()
+
+
+@pytest.mark.long
+def test_the_workflow_takes_an_address(server):
+    done = dry_run("--printshellcmds", preset="paper", data=server.address)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "pretrain_shear_flow_mae_vit" in done.stdout and "probe_shear_flow_baselines" in done.stdout
+    assert f"data_dir {server.address}" in done.stdout and "leak_free" not in done.stdout
 
 
 @pytest.mark.long
