@@ -22,6 +22,7 @@ from physrep.experiments.benchmarks import (
     summary,
     time_pieces,
 )
+from physrep.experiments.scaling import FACTORS
 from physrep.training.loop import Recipe, make_optimizer
 
 ROOT = project_root()
@@ -215,3 +216,18 @@ def test_the_stage_draws_the_figure_and_the_command_prints_its_table(smoke_data,
     assert len(pd.read_csv(figures / "benchmarks.csv")) == 2 * (len(PIECES) + 1)
     assert main([str(figures / "benchmarks.csv")]) == 0
     assert "windows/s" in capsys.readouterr().out
+
+
+def test_the_stage_of_scaling_draws_both_figures(tmp_path):
+    options = ["-p", "preset", "smoke", "-p", "rows", "mae-vit", "-p", "repeats", "1", "-p", "run_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "papermill", "nbs/10a_scaling.ipynb", str(tmp_path / "s.ipynb"), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = tmp_path / "smoke" / "figures"
+    drawn = {f"{name}.{e}" for name in ("scaling", "scaling_sources") for e in ("png", "svg", "csv", "json")}
+    assert {p.name for p in figures.iterdir()} == drawn
+    growth = pd.read_csv(figures / "scaling.csv")
+    assert growth.groupby("factor").size().to_dict() == {name: len(values) for name, values in FACTORS.items()}
+    sources = pd.read_csv(figures / "scaling_sources.csv")
+    speed = sources.dropna(subset=["reader"]).set_index("reader").windows_per_second
+    assert speed["copy"] > speed["the_well"], "no file is read faster than memory"

@@ -42,6 +42,7 @@ SHOWN = {
     "08e_grid": "grid",
     "08f_box": "box",
     "10_benchmarks": "benchmarks",
+    "10a_scaling": "scaling",
 }
 SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
 
