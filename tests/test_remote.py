@@ -18,6 +18,7 @@ from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows
 from physrep.data.write import write_stats, write_well
 from physrep.physics.systems import get_system
+from physrep.training.run import ensure_data, resolve
 
 PAGE = b"<html><body>503 Service Unavailable</body></html>"
 
@@ -245,6 +246,15 @@ def test_a_limit_that_is_none_is_refused(limit, monkeypatch):
 def test_an_address_that_pathlib_has_shortened_is_read(server, folder):
     with open_bytes(as_path(Path(f"{server.address}/shear_flow/stats.yaml"))) as raw:
         assert raw.read() == (folder / "shear_flow/stats.yaml").read_bytes()
+
+
+def test_nothing_is_simulated_into_an_address():
+    run = resolve("shear_flow", "mae", preset="smoke")
+    for place in ("memory://sets", Path("memory://sets")):
+        with pytest.raises(
+            ValueError, match="smoke simulates shear_flow, which needs a folder on this machine, not mem"
+        ):
+            ensure_data(run, place)
 
 
 @pytest.mark.long

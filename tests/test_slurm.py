@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROFILE = ROOT / "tools" / "slurm" / "config.yaml"
 DAEMONS, COMMANDS = (
     ("munged", "slurmctld", "slurmd"),
-    ("sbatch", "srun", "sinfo", "scancel", "squeue", "scontrol", "sacct"),
+    ("sbatch", "srun", "sinfo", "scancel", "squeue", "scontrol"),
 )
 SETTINGS = """
 ClusterName=test
@@ -98,7 +98,8 @@ def cluster(tmp_path_factory):
 def snakemake(folder: Path, environment: dict, *options: str) -> list[str]:
     "The command of the workflow as `make reproduce PROFILE=tools/slurm` gives it, at preset smoke for few rows."
     config = ["preset=smoke", "systems=shear_flow", "only=mae-vit,random-vit", "cores=2"]
-    fast = ["--slurm-init-seconds-before-status-checks", "2", "--slurm-no-account"]
+    # this Slurm keeps no accounts, so the queue says how jobs are
+    fast = ["--slurm-init-seconds-before-status-checks", "2", "--slurm-no-account", "--slurm-status-command", "squeue"]
     profile = ["--workflow-profile", str(PROFILE.parent), "--latency-wait", "5"]
     return [sys.executable, "-m", "snakemake", *profile, *fast, "--nolock", *options, "--config", *config]
 

@@ -21,7 +21,7 @@ from ..core.paths import default_data_dir, project_root
 from ..core.places import short_name, tagged
 from ..core.randomness import seed_for
 from ..data.generate import SOLVERS, SimPreset, make_dataset
-from ..data.remote import as_path
+from ..data.remote import as_path, is_address
 from ..data.scaling import LabelScaler
 from ..data.sets import find_files
 from ..data.well import WellFile
@@ -305,7 +305,11 @@ def ensure_data(run: Run, data_dir: str | Path | None = None, **options) -> Path
                 f"{run.system.name}/data/train/*.hdf5 (The Well's, or your own in its format)"
             )
         return as_path(data_dir)
-    folder = Path(data_dir or default_data_dir(run.preset.name))
+    folder = as_path(data_dir or default_data_dir(run.preset.name))
+    if is_address(folder):
+        raise ValueError(
+            f"preset {run.preset.name} simulates {run.system.name}, which needs a folder on this machine, not {folder}"
+        )
     make_dataset(run.system.name, run.data, folder, **options)
     return folder
 
