@@ -1,5 +1,6 @@
 """The training loop: killed and resumed runs are the same runs, for every objective; the run folder's guards."""
 
+import json
 import os
 import signal
 import subprocess
@@ -257,6 +258,39 @@ def test_metrics_are_heard_as_they_are_made(smoke_data, tmp_path):
         resolve("shear_flow", "mae", preset="smoke"), smoke_data, tmp_path, on_metrics=heard.append, **quiet
     )
     assert [row["step"] for row in heard] == pd.read_csv(folder / "metrics.csv").step.tolist()
+
+
+LONG = """
+import json, os, sys, torch
+from physrep.data import windows
+from physrep.training.pretrain import pretrain
+from physrep.training.run import resolve
+
+torch.set_num_threads(1)
+windows._fits = lambda *_: False  # windows are read from their files, as those of a large set
+seen = []
+
+def look(row):
+    pages = int(open("/proc/self/statm").read().split()[1])
+    seen.append((row["step"], pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+
+run = resolve("shear_flow", "mae", preset="smoke", steps=1500)
+pretrain(run, sys.argv[1], sys.argv[2], progress=False, checkpoint_seconds=5, on_metrics=look)
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel says there how much memory a process has")
+def test_memory_and_open_files_do_not_grow_over_a_thousand_updates(smoke_data, tmp_path):
+    command = [sys.executable, "-c", LONG, str(smoke_data), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = pd.DataFrame(json.loads(done.stdout.splitlines()[-1]), columns=["step", "bytes", "files"])
+    early, late = seen[seen.step.between(200, 500)], seen[seen.step >= 1200]
+    assert len(early) >= 3 and len(late) >= 3
+    assert late.bytes.median() < early.bytes.median() + 20e6, "twenty million bytes over 1000 updates"
+    assert late.files.max() <= early.files.max()
 
 
 def test_the_attention_of_a_vit_is_counted_as_the_products_that_it_is():
