@@ -19,6 +19,7 @@ OPTIONAL = {
     "experiments/command.py": {"papermill"},
     "data/download.py": {"huggingface_hub"},
     "data/remote.py": {"upath", "fsspec"},
+    "experiments/scaling.py": {"the_well"},
 }
 WIDGETS = ("parts", "live_tab", "data_tab", "latent_tab", "saw_tab", "yours_tab", "page")  # of explore: the thin layer
 OPTIONAL |= {f"explore/{name}.py": {"ipywidgets", "IPython"} for name in WIDGETS}

@@ -118,7 +118,7 @@ class BlockCache:
                         break
         self.written = 0
 
-
+# %% ../../nbs/data/remote.ipynb #fc65c3ac
 @lru_cache
 def _cache_in(folder: str, gigabytes: str) -> BlockCache:
     try:
