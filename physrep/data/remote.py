@@ -272,7 +272,7 @@ def _blocks(file: RemoteFile, start: int, stop: int) -> list[tuple[int, bytes]]:
         missing = missing[n:]
     return list(found.items())
 
-
+# %% ../../nbs/data/remote.ipynb #2e67f17b
 def open_bytes(path: Any) -> io.RawIOBase:
     "A file opened for reading, without a buffer: on this machine, or on a network through the cache."
     return RemoteFile(path) if is_address(path) else open(path, "rb", buffering=0)
