@@ -65,6 +65,7 @@ class Recipe:
 
     steps: int  # updates
     lr: float  # peak learning rate
+    predictor_lr: float = 1.0  # times lr: the rate of all that is not the encoder (predictor, decoder, projector)
     batch_size: int = 16  # windows an update
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
@@ -81,6 +82,10 @@ class Recipe:
     def __post_init__(self):
         if self.steps < 1 or not self.lr > 0 or self.accumulate < 1 or not self.clip_norm > 0:
             raise ValueError(f"steps, lr, accumulate and clip_norm must be positive, got {self}")
+        if not 0 < self.predictor_lr < math.inf:
+            raise ValueError(
+                f"predictor_lr must be a positive number (1: that of the encoder), got {self.predictor_lr}"
+            )
         if self.batch_size < 1 or self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a positive multiple of accumulate={self.accumulate}, got {self.batch_size}"
@@ -100,9 +105,9 @@ class Recipe:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON and YAML know only lists
 
     def decisive(self) -> dict:
-        "The fields that decide numbers, by name."
-        watching = ("evaluations", "checkpoint_seconds")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in watching}
+        "The fields that decide numbers, by name; without `predictor_lr` if it is 1, as it was in all runs before it."
+        without = {"evaluations", "checkpoint_seconds"} | ({"predictor_lr"} if self.predictor_lr == 1 else set())
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
 
 # %% ../../nbs/training/loop.ipynb #109b6073
 CURVE = (1 / 64, 1 / 16, 1 / 4)  # shares of a run at which encoders are finished, besides its end
@@ -136,12 +141,17 @@ def branches(recipe: Recipe) -> dict[int, int]:
 
 # %% ../../nbs/training/loop.ipynb #6025cd40
 def make_optimizer(objective: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    "AdamW over the parameters that need gradients; those of one dimension, and single tokens, without weight decay."
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.squeeze().ndim > 1]
-    others = [p for p in parameters if p.squeeze().ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas, fused=True)
+    """AdamW over the parameters that need gradients; those of one dimension, and single tokens, without weight decay.
+
+    `times` of a group is its share of the learning rate: `predictor_lr` for what is not the encoder."""
+    encoder = {id(p) for p in getattr(objective, "encoder", objective).parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p in objective.parameters():
+        if p.requires_grad:
+            decay = recipe.weight_decay if p.squeeze().ndim > 1 else 0.0
+            groups.setdefault((decay, 1.0 if id(p) in encoder else recipe.predictor_lr), []).append(p)
+    made = [{"params": some, "weight_decay": decay, "times": times} for (decay, times), some in groups.items()]
+    return torch.optim.AdamW(made, lr=recipe.lr, betas=recipe.betas, fused=True)
 
 # %% ../../nbs/training/loop.ipynb #f227de8c
 def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -189,7 +199,7 @@ def update(
     norm."""
     lr = learning_rate(step, recipe, end)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("times", 1.0)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, float] = {}
     for batch in micro_batches:
