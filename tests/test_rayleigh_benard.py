@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.physics.rayleigh_benard import (
-    interpolation,
-    layer_grid,
-    legendre_nodes,
-    simulate,
-    vertical_points,
-)
+from physrep.physics.layer import interpolation, layer_grid, legendre_nodes, vertical_points
+from physrep.physics.rayleigh_benard import simulate
 from physrep.physics.spectral import SimulationBlewUp
 from physrep.physics.systems import SYSTEMS
 

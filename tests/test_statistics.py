@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from physrep.data.batches import apply_symmetry
-from physrep.physics.rayleigh_benard import vertical_points
+from physrep.physics.layer import vertical_points
 from physrep.physics.shear_flow import simulate
 from physrep.physics.statistics import SMALLEST, STATISTICS, statistics_names, summary_statistics
 from physrep.physics.systems import SYSTEMS, get_system
