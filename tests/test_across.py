@@ -26,7 +26,7 @@ from physrep.experiments.transfer import Reader, score_reader
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import load_encoder
 from physrep.physics.systems import SYSTEMS, get_system
-from physrep.probing.evaluate import probe_splits
+from physrep.probing.reading import probe_splits
 from physrep.probing.records import read_predictions
 from physrep.training.loop import TimeUp
 from physrep.training.presets import PRESETS, get_preset

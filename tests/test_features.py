@@ -15,8 +15,9 @@ from physrep.data.windows import Windows
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import LoadedEncoder, load_encoder, save_encoder
 from physrep.physics.systems import get_system
-from physrep.probing.evaluate import _drop_others, features_of
+from physrep.probing.evaluate import _drop_others
 from physrep.probing.features import Features, cache_path, cached, encoder_digest, extract, features_key, key_text
+from physrep.probing.reading import features_of
 
 SYSTEM = get_system("shear_flow")
 KEY = {"encoder": "abc", "split": "train", "crop": ((0, 8), (0, 8)), "mean": [0.1, 0.2]}
@@ -296,7 +297,7 @@ def test_tokens_larger_than_memory(tmp_path):
 
 def test_large_clips_come_in_small_batches(smoke_data, monkeypatch):
     windows, seen = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20), []
-    monkeypatch.setattr("physrep.probing.evaluate._AT_ONCE", 3 * 4 * 16 * 32 * 32)
+    monkeypatch.setattr("physrep.probing.reading._AT_ONCE", 3 * 4 * 16 * 32 * 32)
 
     class Watched(torch.nn.Module):
         def forward(self, x):

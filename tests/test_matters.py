@@ -48,7 +48,7 @@ from physrep.experiments.matters_model import (
     term_columns,
 )
 from physrep.physics.systems import get_system
-from physrep.probing.evaluate import FROZEN
+from physrep.probing.reading import FROZEN
 from physrep.probing.records import write_predictions
 from physrep.results.figures import resolve_arguments
 from physrep.training.cost import cost, example_batch

@@ -14,7 +14,7 @@ import physrep.results.verify
 from physrep.core.files import read_json, write_json
 from physrep.core.provenance import provenance
 from physrep.data.sets import find_files, fingerprint
-from physrep.probing.evaluate import probe_splits
+from physrep.probing.reading import probe_splits
 from physrep.results.figures import figure_record, save_figure
 from physrep.results.verify import check_current, is_current, main, verify
 from physrep.training.presets import PRESETS, get_preset

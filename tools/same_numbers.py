@@ -46,7 +46,8 @@ def numbers(folder: Path) -> dict:
     import torch
 
     from physrep.core.files import read_json
-    from physrep.probing.evaluate import probe_splits, score_run
+    from physrep.probing.evaluate import score_run
+    from physrep.probing.reading import probe_splits
     from physrep.training.pretrain import pretrain
     from physrep.training.run import ensure_data
 

@@ -8,8 +8,8 @@ import shutil
 from physrep.core.paths import default_data_dir
 from physrep.explore.readers import measured_errors, write_statistics
 from physrep.models.pretrained import SHIPPED, load_encoder
-from physrep.probing.evaluate import probe_splits
 from physrep.probing.frozen import load_probe
+from physrep.probing.reading import probe_splits
 from physrep.training.run import baseline_folder, resolve
 
 SHIPPED_ROWS = [

@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from .variants import base_run, check_variant, variant_run
-from ..probing.evaluate import FROZEN, probe_splits, score_run
+from ..probing.evaluate import score_run
+from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_predictions
 from ..results.comparison import compare, interval_text
 from ..results.rows import title_of

@@ -22,8 +22,9 @@ from ..data.generate import SimPreset, make_dataset
 from ..data.windows import Windows, check_disjoint
 from ..physics.systems import get_system
 from ..probing.baselines import BASELINES, MEASURES, baselines_for, measured_features
-from ..probing.evaluate import FROZEN, ONE_TOKEN, bootstrap_groups, predict_windows, probe_splits
+from ..probing.evaluate import bootstrap_groups, predict_windows
 from ..probing.frozen import fit_probe
+from ..probing.reading import FROZEN, ONE_TOKEN, probe_splits
 from ..probing.records import Predictions, read_predictions
 from ..probing.scores import score_seeds
 from ..results.figures import using_style

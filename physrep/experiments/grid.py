@@ -21,10 +21,11 @@ from ..data.windows import Windows, check_disjoint
 from ..models.pretrained import load_encoder
 from ..physics.systems import System, get_system
 from ..probing.baselines import MEASURES, measured_features
-from ..probing.evaluate import ONE_TOKEN, SPLITS, bootstrap_groups, features_of, probe_splits
+from ..probing.evaluate import bootstrap_groups
 from ..probing.features import Features
 from ..probing.few_labels import fit_few
 from ..probing.frozen import Probe, fit_probe, load_probe
+from ..probing.reading import ONE_TOKEN, SPLITS, features_of, probe_splits
 from ..probing.scores import score_seeds
 from ..results.rows import ROWS, Row, run_of
 from ..training.presets import Preset

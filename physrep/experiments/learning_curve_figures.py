@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, StrMetho
 
 from .learning_curves import snapshots
 from ..physics.systems import SYSTEMS
-from ..probing.evaluate import FROZEN
+from ..probing.reading import FROZEN
 from ..probing.records import read_results
 from ..results.figures import using_style
 from ..results.panels import system_title

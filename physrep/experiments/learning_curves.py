@@ -16,7 +16,8 @@ from ..core.files import read_json
 from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..models.pretrained import load_encoder
-from ..probing.evaluate import FROZEN, bootstrap_groups, probe_encoder, probe_splits
+from ..probing.evaluate import bootstrap_groups
+from ..probing.reading import FROZEN, probe_encoder, probe_splits
 from ..probing.records import write_result
 from ..probing.scores import score
 from ..training.loop import branches

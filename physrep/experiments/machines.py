@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 from ..core.paths import project_root
 from ..models.pretrained import load_encoder
-from ..probing.evaluate import FROZEN, probe_splits, score_run
+from ..probing.evaluate import score_run
+from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_predictions, read_results
 from ..results.figures import using_style
 from ..results.rows import ROWS, color_of, title_of

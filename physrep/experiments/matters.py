@@ -25,7 +25,8 @@ from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..physics.systems import get_system
-from ..probing.evaluate import FROZEN, probe_splits, score_run, valid_scores
+from ..probing.evaluate import score_run, valid_scores
+from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_predictions
 from ..results.rows import periodic_padding
 from ..results.verify import is_current

@@ -25,7 +25,8 @@ from ..objectives.composite import Composite
 from ..objectives.gates import gate_of
 from ..objectives.targets import FeatureTarget
 from ..objectives.tasks import Window
-from ..probing.evaluate import FROZEN, probe_splits, score_run
+from ..probing.evaluate import score_run
+from ..probing.reading import FROZEN, probe_splits
 from ..results.comparison import compare
 from ..results.figures import using_style
 from ..results.panels import system_title

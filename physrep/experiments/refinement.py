@@ -17,7 +17,7 @@ from ..data.generate import make_dataset
 from ..data.windows import Windows
 from .resolution import same_flows
 from ..physics.systems import System, get_system
-from ..probing.evaluate import probe_splits
+from ..probing.reading import probe_splits
 from ..results.figures import using_style
 from ..training.presets import Preset
 from ..training.run import resolve

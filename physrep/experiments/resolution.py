@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..data.windows import Windows
-from ..probing.evaluate import FROZEN, predict_windows
+from ..probing.evaluate import predict_windows
+from ..probing.reading import FROZEN
 from ..probing.records import Predictions, read_predictions
 from ..probing.scores import score, score_difference
 from ..results.comparison import interval_text

@@ -21,7 +21,8 @@ from ..data.windows import Windows
 from .across import SHARED, Translated, pretrain_jointly, resolve_jointly, shared_names
 from ..models.pretrained import load_encoder, read_encoder
 from ..physics.systems import SYSTEMS, get_system
-from ..probing.evaluate import FROZEN, probe_splits, score_encoder
+from ..probing.evaluate import score_encoder
+from ..probing.reading import FROZEN, probe_splits
 from ..results.comparison import compare, interval_text, summarise
 from ..results.figures import using_style
 from ..results.rows import PROBE_TITLES, color_of

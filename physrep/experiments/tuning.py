@@ -27,8 +27,9 @@ from ..core.provenance import definitions, provenance
 from ..data.sets import find_files, fingerprint
 from ..models.pretrained import load_encoder
 from ..objectives.methods import objective_class
-from ..probing.evaluate import ATTENTIVE_ON, FEW, probe_encoder, probe_splits
+from ..probing.evaluate import ATTENTIVE_ON, FEW
 from ..probing.few_labels import score_few
+from ..probing.reading import probe_encoder, probe_splits
 from ..results.figures import using_style
 from ..results.rows import color_of, title_of
 from ..training.cost import cost

@@ -21,9 +21,10 @@ from ..physics.oracle import equation_oracle, has_oracle
 from ..physics.spectra import spectra
 from ..physics.statistics import summary_statistics
 from ..physics.systems import System
-from .evaluate import ONE_TOKEN, Scored, probe_splits, write_few, write_scores
+from .evaluate import Scored, write_few, write_scores
 from .features import Features
 from .frozen import fit_probe
+from .reading import ONE_TOKEN, probe_splits
 from ..training.run import Run, baseline_folder, label_scaler
 
 # %% ../../nbs/probing/baselines.ipynb #4ba9c85e
