@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box bench scaling figures verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box question bench scaling figures verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -67,7 +67,7 @@ data: $(READY)  ## simulate the data of PRESET only
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
-	@set -e; for experiment in reproduce ablations rollout machines grid box matters; do $(MAKE) --no-print-directory $$experiment; done
+	@set -e; for experiment in reproduce ablations rollout machines grid box question matters; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -109,6 +109,12 @@ box: TARGET = box
 box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) box
+	@$(KEEP)
+
+question: TARGET = question
+question: $(READY)  ## ask whether JEPA fails at its own question or only its predictor, and train it with a faster one; an hour of one core after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) own_question
 	@$(KEEP)
 
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else

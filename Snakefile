@@ -23,6 +23,7 @@ from physrep.data.generate import SOLVERS
 from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.matters import CELLS, cell_run, matters_root
+from physrep.experiments.own_question import asked_rows, faster
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
@@ -313,6 +314,29 @@ rule box:
     output: figures("box")
     params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
     threads: CORES  # it simulates a set
+    shell: "{params.command}"
+
+# `make question`: what a JEPA is asked, answered from its features; a job per row and system, for the row with a faster predictor
+QUESTIONED = {}
+for system, row in ((system, row) for system in SYSTEMS for row in asked_rows() if row in ENCODED):
+    run, name = run_of(faster(row), SYSTEMS[system], PRESET, 0, DATA), f"{system}-{row_name(row)}"
+    QUESTIONED[name] = OUT / "question" / f"{name}.done"
+    probed = (run.with_seed(seed).folder() / "result.json" for seed in PRESET.seeds)
+    rule:
+        name: f"question_{name}".replace("-", "_")
+        input: [result for result in OF_ROW[row.pair] if result.is_relative_to(OUT / system)]
+        output: touch(finished(QUESTIONED[name], all(file.is_file() for file in probed)))
+        params: code=code_digest("probing.evaluate", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08g_own_question", f"question-{name}", systems=SYSTEMS[system], rows=row_name(row), draw=False)
+        threads: JOB_THREADS
+        resources: gpu=GPUS
+        shell: "{params.command}"
+
+rule question:
+    input: list(QUESTIONED.values())
+    output: figures("own_question")
+    params: code=stage("08g_own_question", "experiments.own_question") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(dict.fromkeys(row_name(row) for row in asked_rows() if row in ENCODED)))
+    threads: JOB_THREADS
+    resources: gpu=GPUS
     shell: "{params.command}"
 
 # `make tune`: a job per row of the table; trials that are done are kept

@@ -1,6 +1,7 @@
-"""What several test files need: a row of results, a short training, and what Snakemake would do."""
+"""What several test files need: a row of results, a short training, papermill, and what Snakemake would do."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import pandas as pd
 import torch
 
 from physrep.core.paths import project_root
+
+ROOT = project_root()
 
 
 def row(**changes: object) -> dict:
@@ -45,6 +48,15 @@ def gappy() -> pd.DataFrame:
         row(system="active_matter", value=0.01, low=0.0),
     ]
     return pd.DataFrame(rows)
+
+
+def papermill(*arguments: str, **options) -> subprocess.CompletedProcess:
+    "papermill with these arguments, from no pipe and on one thread."
+    command = [sys.executable, "-m", "papermill", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, timeout=300, **options
+    )
 
 
 def dry_run(*options: str, preset: str, data: str) -> subprocess.CompletedProcess:

@@ -1,29 +1,18 @@
 """The notebooks: what papermill and nbdev need, parameters, links, and the stages through papermill at preset smoke."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+from helpers import ROOT, papermill
 
-ROOT = Path(__file__).resolve().parent.parent
 ALL = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 # the top of nbs/ is what a reader runs: stages and experiments have parameters, index, glossary and tutorials have none
 OTHERS = ("index", "glossary", "11_tutorial_row", "11_tutorial_objective", "11_tutorial_system")
 STAGES = [p.stem for p in ALL if p.parent.name == "nbs" and p.stem not in OTHERS]
-
-
-def papermill(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "papermill", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, timeout=300, **options
-    )
 
 
 def read(name: str):

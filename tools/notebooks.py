@@ -41,6 +41,7 @@ SHOWN = {
     "08d_regimes": "regimes",
     "08e_grid": "grid",
     "08f_box": "box",
+    "08g_own_question": "question",
     "10_benchmarks": "benchmarks",
     "10a_scaling": "scaling",
 }
