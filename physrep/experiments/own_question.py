@@ -256,7 +256,7 @@ def _draw_probes(ax: Axes, here: pd.DataFrame, y: int) -> None:
         clear = one.low > 0 or one.high < 0
         ax.plot(one.difference, at, _PROBES[one.probe], color=_FAST, mfc=_FAST if clear else "white", ms=4)
 
-
+# %% ../../nbs/experiments/own_question.ipynb #dd264a28
 def _legend(fig: Figure) -> None:
     "What marks and colours mean."
     look = {"ls": "none", "ms": 4.5}
