@@ -112,9 +112,9 @@ box: $(READY)  ## read flows in a box twice as long with the encoders and probes
 	@$(KEEP)
 
 question: TARGET = question
-question: $(READY)  ## ask whether JEPA fails at its own question or only its predictor, and train it with a faster one; an hour of one core after `make reproduce`
+question: $(READY)  ## ask what else answers the question of JEPA from its features, and train it with a faster predictor; an hour of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
-	@$(COMPARE) own_question
+	@$(COMPARE) own_question own_question_probes
 	@$(KEEP)
 
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else

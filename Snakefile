@@ -23,7 +23,7 @@ from physrep.data.generate import SOLVERS
 from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.matters import CELLS, cell_run, matters_root
-from physrep.experiments.own_question import asked_rows, faster
+from physrep.experiments.own_question import jepa_rows, faster
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
@@ -316,9 +316,9 @@ rule box:
     threads: CORES  # it simulates a set
     shell: "{params.command}"
 
-# `make question`: what a JEPA is asked, answered from its features; a job per row and system, for the row with a faster predictor
+# `make question`: what else answers the question of a JEPA; a job per row and system trains the row with a faster predictor
 QUESTIONED = {}
-for system, row in ((system, row) for system in SYSTEMS for row in asked_rows() if row in ENCODED):
+for system, row in ((system, row) for system in SYSTEMS for row in jepa_rows() if row in ENCODED):
     run, name = run_of(faster(row), SYSTEMS[system], PRESET, 0, DATA), f"{system}-{row_name(row)}"
     QUESTIONED[name] = OUT / "question" / f"{name}.done"
     probed = (run.with_seed(seed).folder() / "result.json" for seed in PRESET.seeds)
@@ -333,8 +333,8 @@ for system, row in ((system, row) for system in SYSTEMS for row in asked_rows() 
 
 rule question:
     input: list(QUESTIONED.values())
-    output: figures("own_question")
-    params: code=stage("08g_own_question", "experiments.own_question") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(dict.fromkeys(row_name(row) for row in asked_rows() if row in ENCODED)))
+    output: figures("own_question", "own_question_probes")
+    params: code=stage("08g_own_question", "experiments.own_question") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(row_name(row) for row in jepa_rows() if row in ENCODED) or "none")
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"

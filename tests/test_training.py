@@ -101,9 +101,12 @@ def test_a_whitened_target_is_fitted_by_the_first_update(smoke_data, tmp_path):
     assert np.isnan(curve.gate.iloc[0]) and np.isfinite(curve.gate.iloc[-1])
 
 
-def test_in_pieces(smoke_data, tmp_path):
+@pytest.mark.parametrize(
+    "change", [{"accumulate": 2}, {"predictor_lr": 3.0}], ids=["micro-batches", "a faster decoder"]
+)
+def test_in_pieces(change, smoke_data, tmp_path):
     "A time limit stops with a checkpoint; called again and again the run is finished, and is the undisturbed one."
-    run = resolve("shear_flow", "mae", preset="smoke", steps=4, recipe={"accumulate": 2})
+    run = resolve("shear_flow", "mae", preset="smoke", steps=4, recipe=change)
     whole, pieces = pretrain(run, smoke_data, tmp_path / "a", **quiet), 0
     while True:
         try:
@@ -196,6 +199,7 @@ def test_a_random_run_reports_how_much_its_features_vary(smoke_data, tmp_path):
         ({"recipe": {"warmup": -3}}, "warmup must be a share"),
         ({"recipe": {"foo": 1}}, "recipe has no foo"),
         ({"steps": 0}, "steps, lr, accumulate and clip_norm must be positive"),
+        ({"recipe": {"predictor_lr": 0.0}}, "predictor_lr must be a positive number .1: that of the encoder., got 0.0"),
     ],
 )
 def test_recipes_are_checked(wrong, message):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .matters import matters_root, planned_cells
-from .own_question import asked_rows, faster
+from .own_question import faster, jepa_rows
 from .rollout import emulator_rows
 from .variants import VARIANTS, variant_run
 from ..results.rows import ROWS, run_of
@@ -35,7 +35,7 @@ def planned_runs(
     found = [("reproduce", run_of(row, s, preset, k)) for s in systems for row in main for k in preset.seeds]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
-    asked = [faster(row) for row in asked_rows()]
+    asked = [faster(row) for row in jepa_rows()]
     found += [("question", run_of(row, s, preset, k)) for s in systems for row in asked for k in preset.seeds]
     found += [("matters", run) for _, run in planned_cells(preset, systems, run_dir)]
     once: dict[tuple[str, str], tuple[str, Run]] = {}
