@@ -23,7 +23,7 @@ from physrep.data.generate import SOLVERS
 from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.matters import CELLS, cell_run, matters_root
-from physrep.experiments.own_question import jepa_rows, faster
+from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
@@ -326,7 +326,7 @@ for system, row in ((system, row) for system in SYSTEMS for row in jepa_rows() i
         name: f"question_{name}".replace("-", "_")
         input: [result for result in OF_ROW[row.pair] if result.is_relative_to(OUT / system)]
         output: touch(finished(QUESTIONED[name], all(file.is_file() for file in probed)))
-        params: code=code_digest("probing.evaluate", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08g_own_question", f"question-{name}", systems=SYSTEMS[system], rows=row_name(row), draw=False)
+        params: code=code_digest("experiments.own_question", "probing.evaluate", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08g_own_question", f"question-{name}", systems=SYSTEMS[system], rows=row_name(row), draw=False)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"
@@ -334,7 +334,7 @@ for system, row in ((system, row) for system in SYSTEMS for row in jepa_rows() i
 rule question:
     input: list(QUESTIONED.values())
     output: figures("own_question", "own_question_probes")
-    params: code=stage("08g_own_question", "experiments.own_question") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(row_name(row) for row in jepa_rows() if row in ENCODED) or "none")
+    params: code=stage("08g_own_question", "experiments.own_question_figures", "results.forest") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(row_name(row) for row in jepa_rows() if row in ENCODED) or "none")
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import ROOT, papermill
 
-from physrep.experiments.own_question import FeaturePairs, faster, feature_pairs, jepa_rows, plot_questions
+from physrep.experiments.own_question import FeaturePairs, feature_pairs
+from physrep.experiments.own_question_figures import faster, jepa_rows, plot_questions
 from physrep.results.rows import row_name, run_of
 from physrep.training.run import build, resolve
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .matters import matters_root, planned_cells
-from .own_question import faster, jepa_rows
+from .own_question_figures import faster, jepa_rows
 from .rollout import emulator_rows
 from .variants import VARIANTS, variant_run
 from ..results.rows import ROWS, run_of
