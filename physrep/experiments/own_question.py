@@ -101,14 +101,15 @@ def fit_linear_answer(train: Sequence[FeaturePairs], most: int = PLACES) -> Pipe
     step = math.ceil(sum(pair.later[..., 0].numel() for pair in train) / most)
     x = torch.cat([neighbourhood(pair.context, pair.grid).flatten(0, 1)[::step] for pair in train])
     y = torch.cat([pair.later.flatten(0, 1)[::step] for pair in train])
-    return make_pipeline(StandardScaler(), Ridge(1.0)).fit(x.numpy(), y.numpy())
+    # neighbours are nearly alike: in float32 their products are singular
+    return make_pipeline(StandardScaler(), Ridge(1.0)).fit(x.double().numpy(), y.double().numpy())
 
 
 def linear_answer(train: Sequence[FeaturePairs], pairs: Sequence[FeaturePairs]) -> list[torch.Tensor]:
     "The linear answers for `pairs`, fitted on `train`."
     fitted = fit_linear_answer(train)
-    inputs = (neighbourhood(pair.context, pair.grid).flatten(0, 1).numpy() for pair in pairs)
-    return [torch.from_numpy(fitted.predict(x)).view_as(pair.later) for x, pair in zip(inputs, pairs)]
+    inputs = (neighbourhood(pair.context, pair.grid).flatten(0, 1).double().numpy() for pair in pairs)
+    return [torch.from_numpy(fitted.predict(x)).view_as(pair.later).float() for x, pair in zip(inputs, pairs)]
 
 # %% ../../nbs/experiments/own_question.ipynb #67d631d6
 SETTLE = 200  # updates, or as many as the run had if they were fewer
