@@ -25,7 +25,7 @@ from ..results.panels import system_title
 from ..results.rows import ROWS, Row, row_name, run_of
 from ..results.verify import is_current
 from ..training.presets import Preset
-from ..training.pretrain import pretrain
+from ..training.pretrain import pretrain, training_windows
 from ..training.run import Run
 
 # %% ../../nbs/experiments/own_question_figures.ipynb #0a70e580
@@ -53,11 +53,12 @@ def faster(row: Row, times: float = FASTER) -> Row:
 # %% ../../nbs/experiments/own_question_figures.ipynb #6031c214
 @dataclass(frozen=True)
 class Pair:
-    "A row of Table 1 on a system with one seed, and the same with a faster predictor."
+    "A row of Table 1 on a system with one seed, the same with a faster predictor, and what `kept_answers` has of both."
 
     title: str
     usual: Run
     fast: Run
+    answers: tuple[dict, dict]
 
 
 def train_pair(
@@ -72,24 +73,24 @@ def train_pair(
     progress: bool = True,
 ) -> Pair:
     "Both runs of a row, trained, probed as in Table 1, and asked; what is done is kept."
-    pair = Pair(row.title, *(run_of(r, system, preset, seed, data_dir) for r in (row, faster(row))))
-    for run in (pair.usual, pair.fast):
-        folder = pretrain(run, data_dir, run_dir, device=device, progress=progress)
-        if not is_current(folder / "result.json", run.preset, probe_splits(run, data_dir)):
-            probes = PROBES if row.finetuned else FROZEN
-            score_run(run, data_dir, run_dir, probes=probes, device=device, progress=progress)
-        kept_answers(run, data_dir, run_dir, device=device)
-    return pair
+    usual, fast = (run_of(r, system, preset, seed, data_dir) for r in (row, faster(row)))
+    asked, probed = training_windows(usual, data_dir), probe_splits(usual, data_dir)  # the same for both
+    options = dict(device=device, progress=progress)
+    probes = PROBES if row.finetuned else FROZEN
+    for run in (usual, fast):
+        folder = pretrain(run, data_dir, run_dir, windows=asked, **options)
+        if not is_current(folder / "result.json", run.preset, probed):
+            score_run(run, data_dir, run_dir, probes=probes, windows=probed, **options)
+    answers = tuple(kept_answers(run, data_dir, run_dir, device=device) for run in (usual, fast))
+    return Pair(row.title, usual, fast, answers)
 
 # %% ../../nbs/experiments/own_question_figures.ipynb #2682b71f
-def question_table(
-    pairs: Sequence[Pair], data_dir: str | Path, run_dir: str | Path | None = None, *, device: str = "cpu"
-) -> pd.DataFrame:
+def question_table(pairs: Sequence[Pair]) -> pd.DataFrame:
     "A row for each run of the pairs and for random weights: system, row, seed, `features` (whose), and all answers."
     found = []
     for pair in pairs:
         about = {"system": pair.usual.system.name, "row": pair.title, "seed": pair.usual.seed}
-        usual, fast = (kept_answers(run, data_dir, run_dir, device=device) for run in (pair.usual, pair.fast))
+        usual, fast = pair.answers
         for features, answers in zip(_FEATURES, (usual["trained"], fast["trained"], usual["random"])):
             found.append(about | {"features": features} | answers)
     return pd.DataFrame(found)
