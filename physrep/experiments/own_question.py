@@ -77,15 +77,15 @@ def mean_gate(pairs: Sequence[FeaturePairs], answers: Iterable[torch.Tensor]) ->
     return float(np.mean([pair.gate(answer) for pair, answer in zip(pairs, answers, strict=True)]))
 
 # %% ../../nbs/experiments/own_question.ipynb #194e1cf9
-PLACES = 2**17  # at most so many that a linear answer is fitted on, which bounds its memory
-
-
 def shrunk_copy(train: Sequence[FeaturePairs], pairs: Sequence[FeaturePairs]) -> list[torch.Tensor]:
     "The shrunk copies for `pairs`, fitted on `train`."
     x, y = (torch.cat([getattr(pair, name) for pair in train]).double() for name in ("context", "later"))
     before, after = x.mean(dim=0), y.mean(dim=0)
     share = float(((x - before) * (y - after)).sum() / (x - before).square().sum())
     return [(after + share * (pair.context - before)).float() for pair in pairs]
+
+# %% ../../nbs/experiments/own_question.ipynb #60f3c29f
+PLACES = 2**17  # at most so many that a linear answer is fitted on, which bounds its memory
 
 
 def neighbourhood(tokens: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
