@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box question bench scaling figures verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box question bench scaling figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +10,7 @@ DATA ?=
 SYSTEM ?=
 ROWS ?=
 ONLY ?=
+SEEDS ?=
 NOTEBOOKS ?=
 PROFILE ?=
 GPUS ?=
@@ -23,7 +24,7 @@ DRAWN := runs/$(NAME)/figures
 # the committed figures are those of the laptop preset
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
 READY := $(VENV)/.ready
-CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
+CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
 # with a profile, jobs run where it says, e.g. on a cluster
 SNAKE = $(BIN)/python -m snakemake $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
@@ -39,7 +40,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PRESET=smoke|laptop|gpu|paper|native (now: $(PRESET))   DATA=<folder or address of The Well's data>   CORES=$(CORES)"
-	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   NOTEBOOKS=<names, for make notebooks>"
+	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   SEEDS=<further ones: "1 2">   NOTEBOOKS=<names, for make notebooks>"
 	@echo "  PROFILE=tools/slurm GPUS=1   jobs of a cluster (CORES: of a job that can use several)"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
@@ -132,6 +133,12 @@ figures:  ## copy the figures that PRESET's runs have drawn over the committed o
 	@ls $(DRAWN)/*.png >/dev/null 2>&1 || { echo "no figures in $(DRAWN)/; make reproduce$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) draws them"; exit 1; }
 	@mkdir -p $(FIGURES) && cp $(DRAWN)/* $(FIGURES)/
 	@echo "$$(ls $(DRAWN)/*.png | wc -l) figure(s) with their data copied to $(FIGURES)/"
+
+results: $(READY)  ## put what PRESET's runs have measured into figures/results/, without encoders: 0.1 MB a run
+	@$(BIN)/python -m physrep.results.archive pack --preset $(PRESET)
+
+unpack: $(READY)  ## take the results in figures/results/ into runs/: rows of your own, or more SEEDS, then need no training of the others
+	@$(BIN)/python -m physrep.results.archive unpack --preset $(PRESET)
 
 verify: $(READY)  ## recompute the digests of every committed figure and say which are stale, and why
 	@$(BIN)/python -m physrep.results.verify figures

@@ -6,17 +6,20 @@
 # draws a figure that is kept; where data, encoders or probes are made only the library counts, and what it draws is a look.
 #
 # config: preset (a name or a .yaml file), data (a folder or an address), systems (comma-separated), rows (a rows.yaml with rows of
-# your own), only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there).
+# your own), only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there),
+# seeds (further ones, "1 2"; those of the preset are always there).
 # On a cluster also cores (of a job that can use several) and gpus (of a job that trains); see tools/slurm/config.yaml.
 import contextlib
 import hashlib
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from physrep.core.parameters import seeds_in
 from physrep.core.paths import default_data_dir, project_root
 from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
@@ -29,6 +32,7 @@ from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
+from physrep.results.archive import scored_elsewhere
 from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
@@ -39,6 +43,7 @@ PRESET = get_preset(ASKED)
 DATA = config.get("data") or default_data_dir(PRESET.name)
 DATA = DATA if is_address(DATA) else Path(DATA).resolve()
 OUT = ROOT / "runs" / PRESET.name
+FURTHER = [seed for seed in seeds_in(str(config.get("seeds", ""))) if seed not in PRESET.seeds]
 ONLY = str(config.get("only") or "")
 TABLE_ROWS = (*chosen_rows(ONLY), *(read_rows(config["rows"]) if config.get("rows") else ()))
 WITH_ROWS = ({"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}) | ({"only": ONLY} if ONLY else {})
@@ -119,7 +124,6 @@ CORES, GPUS = int(config.get("cores") or workflow.cores), int(config.get("gpus")
 JOB_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
 # systems are simulated side by side: no core waits while one of them starts or ends
 SIM_WORKERS = max(1, CORES // max(1, len(PRESET.sims)))
-SEEDS = {"seeds": " ".join(map(str, PRESET.seeds))}
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "frozen")]
 PREDICTED = [row for row in TABLE_ROWS if row.kind == "predictions"]
@@ -129,6 +133,7 @@ SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked
 KEEPS_CURVES = all(recipe.schedule == "constant" for recipe in PRESET.train.values()) and any(r.kind == "trained" for r in TABLE_ROWS)
 SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
+UNPACKED = []  # runs whose results `make unpack` took from the repository: their encoders are not here
 
 for system, asked in SYSTEMS.items():
     if system in PRESET.sims:
@@ -183,13 +188,20 @@ for system, runs_in, about in PLACES:
                 params: command=f"{shlex.quote(sys.executable)} -m physrep.experiments.command compare"
                 shell: f"{{params.command}} {{input.csv:q}} --reference $(dirname {{input.reference:q}}) --into $(dirname {{output:q}})"
 
-    # all seeds of a row in one job: starting one costs as much as a probe
-    for row in [*ENCODED, *(row for row in EMULATED if row not in ENCODED)]:
-        runs = [run_of(row, asked, PRESET, seed, DATA) for seed in PRESET.seeds]
-        name, values = f"{tag}{system}-{row_name(row)}", dict(system=asked, **row_values(row, asked), **SEEDS, **about)
+    # all seeds of the preset in one job, because starting one costs as much as a probe; each further seed is a job
+    jobs = [(row, seeds) for row in ENCODED for seeds in (PRESET.seeds, *((seed,) for seed in FURTHER))]
+    for row, seeds in [*jobs, *((row, PRESET.seeds) for row in EMULATED if row not in ENCODED)]:
+        every = [run_of(row, asked, PRESET, seed, DATA) for seed in seeds]
+        into += [run.folder(runs_in) / "result.json" for run in every] if row in ENCODED else []
+        if runs_in is None and seeds == PRESET.seeds:
+            OF_ROW.setdefault(row.pair, []).extend(run.folder() / "result.json" for run in every)
+        UNPACKED += [run for run in every if scored_elsewhere(run.folder(runs_in), PRESET)]
+        runs = [run for run in every if run not in UNPACKED]
+        if not runs:
+            continue
+        name = f"{tag}{system}-{row_name(row)}" + (f"-seed{seeds[0]}" if seeds[0] in FURTHER else "")
+        values = dict(system=asked, **row_values(row, asked), seeds=" ".join(str(run.seed) for run in runs), **about)
         trained, results = ([run.folder(runs_in) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
-        into += results if row in ENCODED else []
-        OF_ROW.setdefault(row.pair, []).extend(results if runs_in is None else [])
         if row.kind == "trained":  # where nothing is trained, probing makes the run
             rule:
                 name: f"pretrain_{name}".replace("-", "_")
@@ -397,6 +409,9 @@ rule matters:
     params: code=stage("08_what_matters", "experiments.matters_model", "experiments.matters_figures") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
+# what asks the encoders of all rows something new
+WHOLE = not ONLY and not any(run.seed in PRESET.seeds for run in UNPACKED)
+
 rule simulated:
     input: [simulated(system) for system in SYSTEMS]
 
@@ -406,7 +421,7 @@ rule all:
         rules.table1.output,
         rules.learning_curves.output if KEEPS_CURVES else [],
         rules.data_efficiency.output,
-        rules.regimes.output if BUILT_IN and not ONLY else [],
-        rules.across.output if BUILT_IN and len(SYSTEMS) > 1 and SAME_GRID and not ONLY else [],
-        rules.resolution.output if len(REFINED) == len(SYSTEMS) and not ONLY else [],
+        rules.regimes.output if BUILT_IN and WHOLE else [],
+        rules.across.output if BUILT_IN and len(SYSTEMS) > 1 and SAME_GRID and WHOLE else [],
+        rules.resolution.output if len(REFINED) == len(SYSTEMS) and WHOLE else [],
         rules.leakage.output if LEAK_FREE else [],

@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from physrep.results.archive import pack, unpack
+
 ROOT = Path(__file__).resolve().parent.parent
 # an encoder and an objective of a user's own package
 OWN_PACKAGE = """
@@ -144,6 +146,32 @@ def test_what_a_change_makes_run_again(few_rows_twice):
     assert "probe_shear_flow_MeanField_vit" in said and "pretrain" not in said and "mae" not in said
     rows.write_text(OWN_ROWS)
     pretrain.write_text(text, encoding="utf-8")
+
+
+def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(few_rows_twice, tmp_path):
+    "On a machine that has the archives and no encoder: the figures of before, and jobs for a further seed only."
+    first, folder = few_rows_twice[0].parent, tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("nbs", "data"):
+        (folder / name).symlink_to(first / name)
+    for name in ("Snakefile", "settings.ini"):
+        shutil.copy(ROOT / name, folder / name)
+    place = Path("runs") / "smoke" / "shear_flow"
+    pack(first / place, tmp_path / "archives")
+    assert set(unpack(tmp_path / "archives", folder / place).values()) == {"written"}
+    table = {"systems": "shear_flow", "only": "mae-vit,random-vit"}
+    said = snakemake(folder, "--dry-run", seeds="3", **table)
+    made = {line.split()[0] for line in said.splitlines() if line.startswith(("pretrain", "probe", "simulate"))}
+    assert made == {
+        f"{job}_shear_flow_{row}_seed3"
+        for job, row in (("pretrain", "mae_vit"), ("probe", "mae_vit"), ("probe", "random_vit"))
+    }
+    snakemake(folder, **table)
+    assert not list((folder / "runs").rglob("encoder.safetensors")), "nothing was trained"
+    for name in ("table1.csv", "data_efficiency.csv", "learning_curves.csv"):
+        drawn, before = (pd.read_csv(root / "runs" / "smoke" / "figures" / name) for root in (folder, first))
+        rows = before[before.encoder.isin(["vit", "none"]) & ~before.objective.isin(["frozen", "MeanField"])]
+        pd.testing.assert_frame_equal(drawn, rows.reset_index(drop=True))
 
 
 def test_a_tag_that_looks_like_a_number_stays_text(few_rows_twice):

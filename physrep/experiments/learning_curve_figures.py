@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from .learning_curves import snapshots
 from ..physics.systems import SYSTEMS
 from ..probing.reading import FROZEN
 from ..probing.records import read_results
@@ -33,7 +32,7 @@ def learning_curve(run: Run, run_dir: str | Path | None = None) -> pd.DataFrame:
     folder = run.folder(run_dir)
     steps = {folder / "result.json": run.recipe.steps if run.recipe else 0}
     if run.recipe and branches(run.recipe):
-        steps |= {path.with_suffix(".json"): step for step, path in snapshots(run, run_dir).items()}
+        steps |= {folder / "curve" / f"{step}.json": step for step in sorted(branches(run.recipe))}
     total = cost(run)["total"]
     parts = []
     for path, step in steps.items():
