@@ -3,9 +3,10 @@
     python tests/fuzz.py --seconds 60 [--seed 0] [--keep folder]
 
 It reads encoders, probes, predictions, checkpoints (safetensors), presets, rows, statistics (YAML), The Well's files
-(HDF5) and uploads. A *find* is any other exception, a message without the file's name, a result that is not finite,
-or a reader that takes more than ten seconds. Every kind of find is printed once with its seed, which makes it again;
-`--keep` saves the file. What was found stands as a case in tests/test_bad_input.py, or in `KNOWN`."""
+(HDF5), uploads and archives of results (zip). A *find* is any other exception, a message without the file's name, a
+result that is not finite, or a reader that takes more than ten seconds. Every kind of find is printed once with its
+seed, which makes it again; `--keep` saves the file. What was found stands as a case in tests/test_bad_input.py or
+tests/test_archive.py, or in `KNOWN`."""
 
 import argparse
 import faulthandler
@@ -30,6 +31,7 @@ from physrep.data.windows import Windows
 from physrep.data.write import write_stats
 from physrep.explore.your_flow import flow_from_bytes
 from physrep.probing.records import read_predictions
+from physrep.results.archive import read_archive, write_archive
 from physrep.results.rows import read_rows
 from physrep.training.loop import Recipe, load_checkpoint, make_optimizer, save_checkpoint
 from physrep.training.presets import read_preset
@@ -166,6 +168,8 @@ class Files:
         predictions_file(root)
         well_file(root / "set" / "shear_flow" / "data" / "train" / "flow.hdf5")
         write_stats(root / "set", SYSTEM)
+        results = {"result.json": b'{"rows": []}', "curve/11.json": b"{}", "curve.csv": b"step,loss\n1,0.5\n"}
+        write_archive(root / "seed0.zip", {"mae-vit-01234567/seed0": results, "random-vit-89abcdef/seed0": results})
         self.stats = (root / "set" / "shear_flow" / "stats.yaml").read_text()
         self.sources = {
             "encoder": root / "encoder.safetensors",
@@ -174,6 +178,7 @@ class Files:
             "checkpoint": root / "checkpoint.safetensors",
             "well": root / "set" / "shear_flow" / "data" / "train" / "flow.hdf5",
             "upload": root / "set" / "shear_flow" / "data" / "train" / "flow.hdf5",
+            "archive": root / "seed0.zip",
         }
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -189,7 +194,7 @@ class Files:
         path = folder / "shear_flow" / "data" / "train" / "flow.hdf5" if kind == "well" else folder / source.name
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
-        if rng.random() < 0.4:
+        if kind == "archive" or rng.random() < 0.4:
             path.write_bytes(mutated_bytes(source.read_bytes(), rng))
         elif path.suffix == ".hdf5":
             mutated_hdf5(path, rng)
@@ -216,12 +221,16 @@ class Files:
             return flow_from_bytes(path.name, path.read_bytes(), SYSTEM, 0.2, (1.0, 1.0)).fields
         if kind == "checkpoint":
             return load_checkpoint(path, self.model, self.optimizer())
-        readers: dict[str, Callable] = {"probe": physrep.load_probe, "predictions": read_predictions}
+        readers: dict[str, Callable] = {
+            "probe": physrep.load_probe,
+            "predictions": read_predictions,
+            "archive": read_archive,
+        }
         readers |= {"preset": read_preset, "rows": read_rows, "stats": lambda p: read_stats(p, SYSTEM)}
         return readers[kind](path)
 
 
-KINDS = ("encoder", "probe", "predictions", "checkpoint", "well", "upload", "preset", "rows", "stats")
+KINDS = ("encoder", "probe", "predictions", "checkpoint", "well", "upload", "preset", "rows", "stats", "archive")
 
 
 def find(files: Files, kind: str, seed: int, folder: Path) -> str:

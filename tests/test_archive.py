@@ -143,15 +143,24 @@ def test_a_file_that_no_run_has_is_refused_before_anything_is_written(tmp_path, 
 def broken_archives(folder: Path) -> dict[str, Path]:
     "Archives that are none, by what is wrong with them."
     folder.mkdir()
-    names = ("text", "cut", "flipped", "no result", "too large")
+    names = ("text", "cut", "flipped", "misplaced", "no result", "too large", "another packing")
     paths = {name: folder / name.replace(" ", "_") / "seed0.zip" for name in names}
     write_archive(paths["cut"], {RUN: {"result.json": b'{"value": 0.5}', "few.json": bytes(5000)}})
     whole = paths["cut"].read_bytes()
     paths["cut"].write_bytes(whole[: len(whole) // 2])
     write_archive(paths["no result"], {RUN: {"few.json": b"{}"}})
-    for name, content in (("text", b"not found"), ("flipped", whole[:60] + bytes([whole[60] ^ 255]) + whole[61:])):
+    start = whole.index(b"PK\x01\x02") + 42  # where the list of contents says the first file begins
+    contents = {
+        "text": b"not found",
+        "flipped": whole[:60] + bytes([whole[60] ^ 255]) + whole[61:],
+        "misplaced": whole[:start] + b"\xff\xff\xff\x00" + whole[start + 4 :],  # found by tests/fuzz.py
+    }
+    for name, content in contents.items():
         paths[name].parent.mkdir()
         paths[name].write_bytes(content)
+    paths["another packing"].parent.mkdir()
+    with zipfile.ZipFile(paths["another packing"], "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(f"{RUN}/result.json", "{}")
     paths["too large"].parent.mkdir()
     with zipfile.ZipFile(paths["too large"], "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"{RUN}/few.json", bytes(65 * 2**20))
@@ -163,6 +172,8 @@ def test_a_broken_archive_is_named_with_what_to_do(tmp_path):
         "text": "is no archive of results",
         "cut": "is no archive of results",
         "flipped": "is no archive of results",
+        "misplaced": "is no archive of results",
+        "another packing": "which is no result of seed0",
         "no result": f"{RUN} has no result.json",
         "too large": f"few.json has {65 * 2**20} bytes; a result has at most",
     }

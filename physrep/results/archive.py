@@ -6,7 +6,7 @@
 __all__ = ['kept_files', 'scored_elsewhere', 'read_archive', 'write_archive', 'pack', 'unpack', 'with_seeds_there', 'places',
            'main']
 
-# %% ../../nbs/results/archive.ipynb #4cc5c177
+# %% ../../nbs/results/archive.ipynb #da5d72c6
 import argparse
 import os
 import re
@@ -26,7 +26,7 @@ from .verify import is_current
 from ..training.presets import Preset, get_preset
 from ..training.run import system_folder
 
-# %% ../../nbs/results/archive.ipynb #77b6a98a
+# %% ../../nbs/results/archive.ipynb #54fe3836
 _KEPT = re.compile(r"(?:curve/)?\w+\.json|(?:curve|metrics)\.csv|predictions\.safetensors")
 _MEMBER = re.compile(rf"(\w[\w.-]{{0,127}}(?:/seed\d{{1,6}})?)/({_KEPT.pattern})")
 _LARGEST = 64 * 2**20  # bytes of a file, unpacked
@@ -45,7 +45,7 @@ def scored_elsewhere(folder: str | Path, preset: Preset | None = None) -> bool:
     here = (Path(folder) / _UNPACKED).is_file() and not (Path(folder) / "encoder.safetensors").is_file()
     return here and is_current(Path(folder) / "result.json", preset)
 
-# %% ../../nbs/results/archive.ipynb #f368b2c2
+# %% ../../nbs/results/archive.ipynb #2503f091
 def _seed_of(name: str) -> str:
     "`seed<k>` of a run's name `<row>/seed<k>`; `baselines` for one without."
     return name.split("/")[1] if "/" in name else "baselines"
@@ -54,7 +54,8 @@ def _seed_of(name: str) -> str:
 def _checked_member(archive: Path, member: zipfile.ZipInfo) -> tuple[str, str]:
     "(run, file) that a member of an archive is; ValueError that names both for anything that a run does not have."
     found = _MEMBER.fullmatch(member.filename)
-    if not found or _seed_of(found[1]) != archive.stem:
+    packed = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if not found or _seed_of(found[1]) != archive.stem or not packed:
         raise ValueError(
             f"{archive} holds {member.filename!r:.160}, which is no result of {archive.stem}; get it again, or "
             "`make results`"
@@ -73,13 +74,15 @@ def read_archive(path: str | Path) -> dict[str, dict[str, bytes]]:
             members = [(*_checked_member(path, member), member) for member in archive.infolist()]
             for run, name, member in members:
                 runs.setdefault(run, {})[name] = archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # or a password
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: it wants a password
         raise ValueError(f"{path} is no archive of results ({error}); get it again, or `make results`") from error
     if incomplete := [run for run, files in runs.items() if "result.json" not in files]:
         raise ValueError(f"{path}: {incomplete[0]} has no result.json; `make results` makes archives")
     return runs
 
-# %% ../../nbs/results/archive.ipynb #d9648358
+# %% ../../nbs/results/archive.ipynb #5d23691a
 def write_archive(path: str | Path, runs: Mapping[str, Mapping[str, bytes]]) -> None:
     "Writes an archive of `read_archive`, whole or not at all; the same content gives the same bytes."
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -115,7 +118,7 @@ def pack(
         write_archive(path, (read_archive(path) if path.is_file() else {}) | runs)
     return {path: list(runs) for path, runs in added.items()}
 
-# %% ../../nbs/results/archive.ipynb #39a85813
+# %% ../../nbs/results/archive.ipynb #97161885
 def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = None) -> dict[str, str]:
     """Writes the results in the archives of a system into `runs/<preset>/<system>`: name of the run -> `written`,
     `there` for one that has a folder, or `old` for results of other code than today's. FileNotFoundError if there is no
@@ -138,7 +141,7 @@ def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = Non
                 state[run] = "written"
     return state
 
-# %% ../../nbs/results/archive.ipynb #1a827a31
+# %% ../../nbs/results/archive.ipynb #ed6d1af3
 def with_seeds_there(
     preset: Preset,
     system: str,
@@ -155,7 +158,7 @@ def with_seeds_there(
             common = seeds if common is None else common & seeds
     return replace(preset, seeds=(*preset.seeds, *sorted((common or set()) - set(preset.seeds))))
 
-# %% ../../nbs/results/archive.ipynb #22488f6b
+# %% ../../nbs/results/archive.ipynb #8dc24313
 def places(preset: Preset, archives: str | Path, run_dir: str | Path | None = None) -> Iterator[tuple[Path, Path]]:
     "(folder of runs, folder of archives) of every system of a preset, of its main runs and of the cells of `matters`."
     runs = Path(run_dir or project_root() / "runs")
@@ -197,6 +200,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no results of preset {preset.name} to {asked.action}; `make reproduce` makes them")
     return 0 if done else 2
 
-# %% ../../nbs/results/archive.ipynb #3274c2d3
+# %% ../../nbs/results/archive.ipynb #a3592f49
 if __name__ == "__main__" and "__file__" in globals():  # as a command, not in a notebook
     raise SystemExit(main())
