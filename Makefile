@@ -40,7 +40,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PRESET=smoke|laptop|gpu|paper|native (now: $(PRESET))   DATA=<folder or address of The Well's data>   CORES=$(CORES)"
-	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   SEEDS=<further ones: "1 2">   NOTEBOOKS=<names, for make notebooks>"
+	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   SEEDS=<further ones, e.g. \"1 2\">   NOTEBOOKS=<names, for make notebooks>"
 	@echo "  PROFILE=tools/slurm GPUS=1   jobs of a cluster (CORES: of a job that can use several)"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
-from physrep.results.archive import scored_elsewhere
+from physrep.results.archive import scored_elsewhere, with_seeds_there
 from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
@@ -43,7 +42,7 @@ PRESET = get_preset(ASKED)
 DATA = config.get("data") or default_data_dir(PRESET.name)
 DATA = DATA if is_address(DATA) else Path(DATA).resolve()
 OUT = ROOT / "runs" / PRESET.name
-FURTHER = [seed for seed in seeds_in(str(config.get("seeds", ""))) if seed not in PRESET.seeds]
+ASKED_SEEDS = seeds_in(str("" if config.get("seeds") is None else config["seeds"]))
 ONLY = str(config.get("only") or "")
 TABLE_ROWS = (*chosen_rows(ONLY), *(read_rows(config["rows"]) if config.get("rows") else ()))
 WITH_ROWS = ({"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}) | ({"only": ONLY} if ONLY else {})
@@ -133,7 +132,8 @@ SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked
 KEEPS_CURVES = all(recipe.schedule == "constant" for recipe in PRESET.train.values()) and any(r.kind == "trained" for r in TABLE_ROWS)
 SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
-UNPACKED = []  # runs whose results `make unpack` took from the repository: their encoders are not here
+MORE_SEEDS = []  # results of further seeds: Table 1, learning curves and few labels show them
+ALL_ENCODERS = True  # False where `make unpack` took results of the preset's seeds from the repository
 
 for system, asked in SYSTEMS.items():
     if system in PRESET.sims:
@@ -171,12 +171,13 @@ for system, runs_in, about in PLACES:
     inputs, tag, into = (simulated(system), "", RESULTS) if runs_in is None else ([MORE / "data" / system / "stats.yaml"], "leak_free_", LEAKAGE)
     baselines = [baseline_folder(b, system, PRESET, runs_in) / "result.json" for b in baselines_for(get_system(asked))]
     into += baselines
-    rule:
-        name: f"probe_{tag}{system}_baselines".replace("-", "_")
-        input: inputs
-        output: baselines
-        params: code=code_digest("probing.baselines", entries=(system,)) + PROBING + definition(run_of(ENCODED[0], asked, PRESET, 0, DATA)), command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
-        shell: "{params.command}"
+    if not all(scored_elsewhere(result.parent, PRESET) for result in baselines):
+        rule:
+            name: f"probe_{tag}{system}_baselines".replace("-", "_")
+            input: inputs
+            output: baselines
+            params: code=code_digest("probing.baselines", entries=(system,)) + PROBING + definition(run_of(ENCODED[0], asked, PRESET, 0, DATA)), command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
+            shell: "{params.command}"
 
     for row in PREDICTED if runs_in is None else []:  # someone else's predictions, in a file
         if system in row.predictions:
@@ -189,17 +190,22 @@ for system, runs_in, about in PLACES:
                 shell: f"{{params.command}} {{input.csv:q}} --reference $(dirname {{input.reference:q}}) --into $(dirname {{output:q}})"
 
     # all seeds of the preset in one job, because starting one costs as much as a probe; each further seed is a job
-    jobs = [(row, seeds) for row in ENCODED for seeds in (PRESET.seeds, *((seed,) for seed in FURTHER))]
+    seeds_there = with_seeds_there(PRESET, asked, ENCODED, ROOT / "runs", DATA).seeds
+    further = [] if runs_in else [k for k in dict.fromkeys((*seeds_there, *ASKED_SEEDS)) if k not in PRESET.seeds]
+    jobs = [(row, seeds) for row in ENCODED for seeds in (PRESET.seeds, *((seed,) for seed in further))]
     for row, seeds in [*jobs, *((row, PRESET.seeds) for row in EMULATED if row not in ENCODED)]:
         every = [run_of(row, asked, PRESET, seed, DATA) for seed in seeds]
-        into += [run.folder(runs_in) / "result.json" for run in every] if row in ENCODED else []
+        wanted = [run.folder(runs_in) / "result.json" for run in every]
+        if row in ENCODED:
+            (into if seeds == PRESET.seeds else MORE_SEEDS).extend(wanted)
         if runs_in is None and seeds == PRESET.seeds:
-            OF_ROW.setdefault(row.pair, []).extend(run.folder() / "result.json" for run in every)
-        UNPACKED += [run for run in every if scored_elsewhere(run.folder(runs_in), PRESET)]
-        runs = [run for run in every if run not in UNPACKED]
+            OF_ROW.setdefault(row.pair, []).extend(wanted)
+        runs = [run for run in every if not scored_elsewhere(run.folder(runs_in), PRESET)]
+        if row in ENCODED and seeds == PRESET.seeds and len(runs) < len(every):
+            ALL_ENCODERS = False
         if not runs:
             continue
-        name = f"{tag}{system}-{row_name(row)}" + (f"-seed{seeds[0]}" if seeds[0] in FURTHER else "")
+        name = f"{tag}{system}-{row_name(row)}" + ("" if seeds == PRESET.seeds else f"-seed{seeds[0]}")
         values = dict(system=asked, **row_values(row, asked), seeds=" ".join(str(run.seed) for run in runs), **about)
         trained, results = ([run.folder(runs_in) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
         if row.kind == "trained":  # where nothing is trained, probing makes the run
@@ -231,7 +237,7 @@ SHOWN = {"systems": ",".join(SYSTEMS.values())}
 DIFFERENCES = {"random": "table1_differences", **{c: f"table1_differences_{c}" for c in CONTROLS}}
 
 rule table1:
-    input: RESULTS
+    input: RESULTS + MORE_SEEDS
     output: figures("table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
     params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
@@ -241,7 +247,7 @@ SCORED = [OUT / "finished" / f"{system}-learning-curves" for system in SYSTEMS]
 for system, done in zip(SYSTEMS, SCORED):
     rule:
         name: f"learning_curves_{system}".replace("-", "_")
-        input: [result for result in RESULTS if result.is_relative_to(OUT / system)]
+        input: [result for result in RESULTS + MORE_SEEDS if result.is_relative_to(OUT / system)]
         output: touch(done)
         params: rows=repr(TABLE_ROWS), code=code_digest("experiments.learning_curves") + PROBING, command=papermill("05a_learning_curves", f"{system}-learning-curves", systems=SYSTEMS[system], draw=False, **WITH_ROWS)
         threads: JOB_THREADS
@@ -249,14 +255,14 @@ for system, done in zip(SYSTEMS, SCORED):
         shell: "{params.command}"
 
 rule learning_curves:
-    input: RESULTS + SCORED
+    input: RESULTS + MORE_SEEDS + SCORED
     output: figures("learning_curves")
     params: rows=repr(TABLE_ROWS), code=stage("05a_learning_curves", "experiments.learning_curve_figures") + PROBING, command=papermill("05a_learning_curves", "learning_curves", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # few labels, and flows that start in another way
 rule data_efficiency:
-    input: RESULTS
+    input: RESULTS + MORE_SEEDS
     output: figures("data_efficiency", *(["table1_shifted", "shift"] if SHIFTED_TOO else []))
     params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
@@ -410,7 +416,7 @@ rule matters:
     shell: "{params.command}"
 
 # what asks the encoders of all rows something new
-WHOLE = not ONLY and not any(run.seed in PRESET.seeds for run in UNPACKED)
+WHOLE = ALL_ENCODERS and not ONLY
 
 rule simulated:
     input: [simulated(system) for system in SYSTEMS]

@@ -1,17 +1,22 @@
 """Results that come with the repository: packed and unpacked, added to by several machines, and broken on purpose."""
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from physrep.core.paths import project_root
 from physrep.core.provenance import provenance
+from physrep.data.sets import find_files, fingerprint
 from physrep.results.archive import (
+    check_same_flows,
     kept_files,
     main,
     pack,
     read_archive,
+    remove_unpacked,
     scored_elsewhere,
     unpack,
     with_seeds_there,
@@ -32,8 +37,10 @@ def scored(folder: Path, run: str = RUN, value: float = 0.5, **record: object) -
     probing = json.loads(json.dumps(get_preset("laptop").probing()))
     result = {"value": value, "config": config, "provenance": record, "probing": probing}
     (target / "result.json").write_text(json.dumps(result))
-    for name in ("few.json", "curve.csv", "metrics.csv", "predictions.safetensors", "curve/11.json", "config.json"):
+    for name in ("few.json", "curve.csv", "metrics.csv", "predictions.safetensors", "config.json"):
         (target / name).write_bytes(f"{name} of {run}".encode())
+    for name, of in (("11", provenance("core.files")), ("44", {"code": "0123456789abcdef"})):
+        (target / "curve" / f"{name}.json").write_text(json.dumps({"provenance": of}))
     for name in ("encoder.safetensors", "probe-linear.safetensors", "curve/11.safetensors", ".lock"):
         (target / name).write_bytes(b"weights")
     return target
@@ -45,15 +52,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_a_table_needs_comes_back_to_the_byte_and_nothing_else(tmp_path):
     there = scored(tmp_path / "runs")
-    assert pack(tmp_path / "runs", tmp_path / "archives") == {tmp_path / "archives" / "seed0.zip": [RUN]}
+    assert pack(tmp_path / "runs", tmp_path / "archives") == {RUN: "written"}
     assert unpack(tmp_path / "archives", tmp_path / "others") == {RUN: "written"}
     found = contents(tmp_path / "others" / RUN)
-    assert found.pop(".unpacked") == b""
+    assert len(found.pop(".unpacked")) == 16
     assert found == {name: path.read_bytes() for name, path in kept_files(there).items()}
     assert {*found} == {f"{name}.json" for name in ("result", "few", "config", "curve/11")} | {
         f"{name}.csv" for name in ("curve", "metrics")
     } | {"predictions.safetensors"}
-    assert [p.name for p in (tmp_path / "others").iterdir()] == [RUN.split("/")[0]], "no folder of unpacking is left"
+    assert [p.name for p in (tmp_path / "others").iterdir()] == [RUN.split("/")[0]]
+    assert not list(tmp_path.glob(".unpack*")), "no folder of unpacking is left"
 
 
 def test_an_archive_depends_on_nothing_but_what_is_in_it(tmp_path):
@@ -68,7 +76,8 @@ def test_machines_add_to_an_archive_and_the_last_result_of_a_run_counts(tmp_path
     archives = tmp_path / "archives"
     scored(tmp_path / "one")
     scored(tmp_path / "one", "statistics")
-    assert sorted(p.name for p in pack(tmp_path / "one", archives)) == ["baselines.zip", "seed0.zip"]
+    pack(tmp_path / "one", archives)
+    assert sorted(p.name for p in archives.iterdir()) == ["baselines.zip", "seed0.zip"]
     scored(tmp_path / "two", "jepa-vit-89abcdef/seed0")
     scored(tmp_path / "two", "jepa-vit-89abcdef/seed1")
     scored(tmp_path / "two", value=0.25)
@@ -82,8 +91,8 @@ def test_machines_add_to_an_archive_and_the_last_result_of_a_run_counts(tmp_path
 
 def test_results_of_other_code_are_neither_packed_nor_unpacked(tmp_path):
     scored(tmp_path / "runs", code="0123456789abcdef")
-    with pytest.raises(FileNotFoundError, match="no results of today's code in .*runs; `make reproduce` makes them"):
-        pack(tmp_path / "runs", tmp_path / "archives")
+    assert pack(tmp_path / "runs", tmp_path / "archives") == {RUN: "old"}
+    assert not (tmp_path / "archives").exists()
     old = {name: path.read_bytes() for name, path in kept_files(tmp_path / "runs" / RUN).items()}
     write_archive(tmp_path / "archives" / "seed0.zip", {RUN: old})
     assert unpack(tmp_path / "archives", tmp_path / "others") == {RUN: "old"}
@@ -100,20 +109,49 @@ def test_what_has_a_folder_here_is_left_as_it_is(tmp_path):
     assert not (begun / "result.json").exists(), "a training that is under way gets no result from elsewhere"
 
 
-def test_a_run_counts_as_scored_elsewhere_until_it_is_trained_here_or_its_code_changes(tmp_path):
+def test_a_run_counts_as_scored_elsewhere_until_it_is_trained_or_scored_here(tmp_path):
     here = scored(tmp_path / "runs")
     assert not scored_elsewhere(here)
     pack(tmp_path / "runs", tmp_path / "archives")
     unpack(tmp_path / "archives", tmp_path / "others")
     there = tmp_path / "others" / RUN
-    assert scored_elsewhere(there)
-    (there / "encoder.safetensors").write_bytes(b"weights")
+    for name in ("encoder.safetensors", "checkpoint"):
+        assert scored_elsewhere(there)
+        (there / name).write_bytes(b"weights")
+        assert not scored_elsewhere(there) and not remove_unpacked(there), name
+        (there / name).unlink()
+    (there / "result.json").write_text((there / "result.json").read_text() + "\n")
+    assert not scored_elsewhere(there), "another result"
+    assert there.is_dir()
+
+
+def test_results_from_elsewhere_are_renewed_when_their_code_is_of_yesterday(tmp_path):
+    scored(tmp_path / "runs", code="0123456789abcdef")
+    old = {name: path.read_bytes() for name, path in kept_files(tmp_path / "runs" / RUN).items()}
+    there = tmp_path / "others" / RUN
+    there.mkdir(parents=True)
+    for name in ("result.json", "few.json"):
+        (there / name).write_bytes(old[name])
+    (there / ".unpacked").write_text(hashlib.sha256(old["result.json"]).hexdigest()[:16])
     assert not scored_elsewhere(there)
-    (there / "encoder.safetensors").unlink()
-    result = json.loads((there / "result.json").read_text())
-    result["provenance"]["code"] = "0123456789abcdef"
-    (there / "result.json").write_text(json.dumps(result))
-    assert not scored_elsewhere(there)
+    scored(tmp_path / "today")
+    pack(tmp_path / "today", tmp_path / "archives")
+    assert unpack(tmp_path / "archives", tmp_path / "others") == {RUN: "written"}
+    assert scored_elsewhere(there) and remove_unpacked(there) and not there.exists()
+
+
+def test_results_of_other_flows_are_refused_with_what_to_do(tmp_path, smoke_data):
+    splits = {split: fingerprint(find_files(smoke_data, "shear_flow", split)) for split in ("train", "test")}
+    for place, data in (("same", splits), ("other", splits | {"test": "0123456789abcdef"})):
+        folder = scored(tmp_path / place)
+        result = json.loads((folder / "result.json").read_text()) | {"data": data}
+        (folder / "result.json").write_text(json.dumps(result))
+        check_same_flows(tmp_path / place, smoke_data, "shear_flow")  # nothing was unpacked
+        pack(tmp_path / place, tmp_path / f"archives_{place}")
+        unpack(tmp_path / f"archives_{place}", tmp_path / f"unpacked_{place}")
+    check_same_flows(tmp_path / "unpacked_same", smoke_data, "shear_flow")
+    with pytest.raises(ValueError, match="other flows of split 'test' .*0123456789abcdef.*archive remove"):
+        check_same_flows(tmp_path / "unpacked_other", smoke_data, "shear_flow")
 
 
 BAD_MEMBERS = {
@@ -143,16 +181,18 @@ def test_a_file_that_no_run_has_is_refused_before_anything_is_written(tmp_path, 
 def broken_archives(folder: Path) -> dict[str, Path]:
     "Archives that are none, by what is wrong with them."
     folder.mkdir()
-    names = ("text", "cut", "flipped", "misplaced", "no result", "too large", "another packing")
+    names = ("text", "cut", "flipped", "misplaced", "no result", "no record", "too large", "another packing")
     paths = {name: folder / name.replace(" ", "_") / "seed0.zip" for name in names}
     write_archive(paths["cut"], {RUN: {"result.json": b'{"value": 0.5}', "few.json": bytes(5000)}})
     whole = paths["cut"].read_bytes()
     paths["cut"].write_bytes(whole[: len(whole) // 2])
     write_archive(paths["no result"], {RUN: {"few.json": b"{}"}})
+    write_archive(paths["no record"], {RUN: {"result.json": b'{"config": 1, "provenance": []}'}})
+    place = whole.index(b"few.json") + len("few.json") + 4  # in what is packed
     start = whole.index(b"PK\x01\x02") + 42  # where the list of contents says the first file begins
     contents = {
         "text": b"not found",
-        "flipped": whole[:60] + bytes([whole[60] ^ 255]) + whole[61:],
+        "flipped": whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :],
         "misplaced": whole[:start] + b"\xff\xff\xff\x00" + whole[start + 4 :],  # found by tests/fuzz.py
     }
     for name, content in contents.items():
@@ -175,6 +215,7 @@ def test_a_broken_archive_is_named_with_what_to_do(tmp_path):
         "misplaced": "is no archive of results",
         "another packing": "which is no result of seed0",
         "no result": f"{RUN} has no result.json",
+        "no record": f"result.json of {RUN} is no result",
         "too large": f"few.json has {65 * 2**20} bytes; a result has at most",
     }
     for name, path in broken_archives(tmp_path / "broken").items():
@@ -184,14 +225,15 @@ def test_a_broken_archive_is_named_with_what_to_do(tmp_path):
         assert not (tmp_path / "runs").exists()
 
 
-def test_seeds_are_shown_that_every_row_has(tmp_path):
+def test_seeds_are_shown_that_every_row_has_of_todays_code(tmp_path):
     rows = (Row("mae", "vit"), Row("random", "vit"), Row("constant", "none", kind="baseline"))
     preset = get_preset("laptop")
-    for row, seeds in zip(rows, ((0, 1, 2), (0, 2, 5))):
+    for row, seeds in zip(rows, ((0, 1, 2, 3), (0, 2, 3, 5))):
         for seed in seeds:
             folder = run_of(row, "shear_flow", preset, seed).folder(tmp_path)
-            folder.mkdir(parents=True)
-            (folder / "result.json").write_text("{}")
+            scored(
+                folder.parents[1], str(folder.relative_to(folder.parents[1])), **{"code": "old"} if seed == 3 else {}
+            )
     assert with_seeds_there(preset, "shear_flow", rows, tmp_path).seeds == (*preset.seeds, 2)
     assert with_seeds_there(preset, "active_matter", rows, tmp_path).seeds == preset.seeds
     assert with_seeds_there(preset, "shear_flow", rows[:1], tmp_path).seeds == (*preset.seeds, 1, 2)
@@ -199,16 +241,28 @@ def test_seeds_are_shown_that_every_row_has(tmp_path):
 
 def test_by_command(tmp_path, capsys):
     places = ["--run-dir", str(tmp_path / "runs"), "--archives", str(tmp_path / "archives")]
-    assert main(["pack", *places]) == main(["unpack", *places]) == 2
-    assert "no results of preset laptop to unpack" in capsys.readouterr().out
+    for action in ("pack", "unpack", "remove"):
+        assert main([action, *places]) == 2
+        assert f"nothing to {action} of preset laptop in {tmp_path}" in capsys.readouterr().out
     scored(tmp_path / "runs" / "laptop" / "shear_flow")
     scored(tmp_path / "runs" / "laptop" / "shear_flow", "old-vit-01234567/seed0", code="0123456789abcdef")
-    scored(tmp_path / "runs" / "matters" / "laptop" / "shear_flow", "cell-vit-01234567/seed1")
+    scored(tmp_path / "runs" / "laptop" / "my_system", "mae-vit-89abcdef/seed1")
     assert main(["pack", *places]) == 0
-    assert "shear_flow: 1 results of other code than today's are left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "shear_flow: 1 results packed, 1 of other code than today's left out" in said
+    assert "my_system: 1 results packed, 0 of" in said
     places[1] = str(tmp_path / "others")
     assert main(["unpack", *places]) == 0
-    assert (tmp_path / "others" / "matters" / "laptop" / "shear_flow" / "cell-vit-01234567" / "seed1").is_dir()
+    assert "shear_flow: 1 results taken, 0 have a folder here, 0 of" in capsys.readouterr().out
+    assert main(["remove", *places]) == 0
+    assert "my_system: 1 results from elsewhere removed" in capsys.readouterr().out
+    assert not list((tmp_path / "others").rglob("result.json"))
     (tmp_path / "archives" / "laptop" / "shear_flow" / "seed0.zip").write_text("not found")
     assert main(["unpack", *places]) == 1
     assert "is no archive of results" in capsys.readouterr().err
+
+
+def test_the_archives_of_the_repository_can_be_read():
+    archives = sorted((project_root() / "figures" / "results").rglob("*.zip"))
+    assert {path.parent.name for path in archives} >= set(get_preset("laptop").systems)
+    assert all(read_archive(path) for path in archives)

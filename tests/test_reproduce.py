@@ -148,26 +148,30 @@ def test_what_a_change_makes_run_again(few_rows_twice):
     pretrain.write_text(text, encoding="utf-8")
 
 
+def made_by(plan: str) -> set[str]:
+    "The jobs of a dry run that simulate, train or probe."
+    return {line.split()[0] for line in plan.splitlines() if line.startswith(("pretrain", "probe", "simulate"))}
+
+
 def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(few_rows_twice, tmp_path):
-    "On a machine that has the archives and no encoder: the figures of before, and jobs for a further seed only."
+    "On a machine with archives, without encoders and data: the figures of before, and jobs for a further seed."
     first, folder = few_rows_twice[0].parent, tmp_path / "elsewhere"
     folder.mkdir()
-    for name in ("nbs", "data"):
-        (folder / name).symlink_to(first / name)
-    for name in ("Snakefile", "settings.ini"):
-        shutil.copy(ROOT / name, folder / name)
+    (folder / "nbs").symlink_to(first / "nbs")
+    for file in (ROOT / "Snakefile", ROOT / "settings.ini", first / "own_package.py"):
+        shutil.copy(file, folder)
     place = Path("runs") / "smoke" / "shear_flow"
     pack(first / place, tmp_path / "archives")
     assert set(unpack(tmp_path / "archives", folder / place).values()) == {"written"}
     table = {"systems": "shear_flow", "only": "mae-vit,random-vit"}
     said = snakemake(folder, "--dry-run", seeds="3", **table)
-    made = {line.split()[0] for line in said.splitlines() if line.startswith(("pretrain", "probe", "simulate"))}
-    assert made == {
-        f"{job}_shear_flow_{row}_seed3"
-        for job, row in (("pretrain", "mae_vit"), ("probe", "mae_vit"), ("probe", "random_vit"))
-    }
+    new = ("pretrain_shear_flow_mae_vit", "probe_shear_flow_mae_vit", "probe_shear_flow_random_vit")
+    assert made_by(said) == {"simulate_shear_flow", *(f"{job}_seed3" for job in new)}
+    said = snakemake(folder, "--dry-run", rows=str(first / "rows.yaml"), **table)
+    new = ("pretrain_shear_flow_MeanField_vit", "probe_shear_flow_MeanField_vit", "probe_shear_flow_frozen_make_bands")
+    assert made_by(said) == {"simulate_shear_flow", *new}
     snakemake(folder, **table)
-    assert not list((folder / "runs").rglob("encoder.safetensors")), "nothing was trained"
+    assert not (folder / "data").exists() and not list((folder / "runs").rglob("encoder.safetensors"))
     for name in ("table1.csv", "data_efficiency.csv", "learning_curves.csv"):
         drawn, before = (pd.read_csv(root / "runs" / "smoke" / "figures" / name) for root in (folder, first))
         rows = before[before.encoder.isin(["vit", "none"]) & ~before.objective.isin(["frozen", "MeanField"])]
