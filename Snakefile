@@ -424,6 +424,7 @@ rule simulated:
 rule all:
     default_target: True
     input:
+        MORE_SEEDS,
         rules.table1.output,
         rules.learning_curves.output if KEEPS_CURVES else [],
         rules.data_efficiency.output,
