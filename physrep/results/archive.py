@@ -6,7 +6,7 @@
 __all__ = ['kept_files', 'read_archive', 'write_archive', 'pack', 'is_unpacked', 'scored_elsewhere', 'remove_unpacked', 'unpack',
            'check_same_flows', 'with_seeds_there', 'main']
 
-# %% ../../nbs/results/archive.ipynb #6e1968dd
+# %% ../../nbs/results/archive.ipynb #29ddf969
 import argparse
 import hashlib
 import os
@@ -28,7 +28,7 @@ from .rows import Row, run_of
 from .verify import is_current
 from ..training.presets import Preset, get_preset
 
-# %% ../../nbs/results/archive.ipynb #bdf6254b
+# %% ../../nbs/results/archive.ipynb #e24c1e4a
 _KEPT = re.compile(r"(?:curve/)?\w+\.json|(?:curve|metrics)\.csv|predictions\.safetensors")
 _MEMBER = re.compile(rf"(\w[\w.-]{{0,127}}(?:/seed\d{{1,6}})?)/({_KEPT.pattern})")
 _LARGEST, _LARGEST_SUM = 2**26, 2**30  # bytes of a file and of an archive, unpacked
@@ -46,7 +46,7 @@ def kept_files(folder: str | Path) -> dict[str, Path]:
     kept = {name: p for name, p in files.items() if _KEPT.fullmatch(name) and _of_today(name, p)}
     return kept if "result.json" in kept else {}
 
-# %% ../../nbs/results/archive.ipynb #e6db1c1f
+# %% ../../nbs/results/archive.ipynb #db89dc5d
 def _seed_of(name: str) -> str:
     "`seed<k>` of a run's name `<row>/seed<k>`; `baselines` for one without."
     return name.split("/")[1] if "/" in name else "baselines"
@@ -85,7 +85,7 @@ def read_archive(path: str | Path) -> dict[str, dict[str, bytes]]:
         raise ValueError(f"{path}: {incomplete[0]} has no result.json; `make results` makes archives")
     return runs
 
-# %% ../../nbs/results/archive.ipynb #2a81cde4
+# %% ../../nbs/results/archive.ipynb #621ac52f
 def write_archive(path: str | Path, runs: Mapping[str, Mapping[str, bytes]]) -> None:
     "Writes an archive of `read_archive`, whole or not at all."
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -95,7 +95,7 @@ def write_archive(path: str | Path, runs: Mapping[str, Mapping[str, bytes]]) -> 
                 member.external_attr = 0o644 << 16
                 archive.writestr(member, content, zipfile.ZIP_DEFLATED, 9)
 
-# %% ../../nbs/results/archive.ipynb #9be235e0
+# %% ../../nbs/results/archive.ipynb #309e4106
 def _scored(folder: Path) -> Iterator[tuple[str, Path]]:
     "Name and folder of every run and baseline of a system that has results."
     for result in sorted([*folder.glob("*/result.json"), *folder.glob("*/seed*/result.json")]):
@@ -121,7 +121,7 @@ def pack(
         write_archive(path, before[path] | found)
     return state
 
-# %% ../../nbs/results/archive.ipynb #4789cc8b
+# %% ../../nbs/results/archive.ipynb #5974a80b
 _UNPACKED = ".unpacked"  # marks a folder that `unpack` made, with the digest of the result that it wrote
 
 
@@ -136,7 +136,7 @@ def is_unpacked(folder: str | Path) -> bool:
     begun = (folder / "encoder.safetensors").exists() or (folder / "checkpoint").exists()
     return result.is_file() and mark.is_file() and not begun and mark.read_text(encoding="utf-8") == _digest(result)
 
-# %% ../../nbs/results/archive.ipynb #959086b7
+# %% ../../nbs/results/archive.ipynb #5c716f71
 def scored_elsewhere(folder: str | Path, preset: Preset | None = None) -> bool:
     "Whether `unpack` wrote the results of a run (`is_unpacked`), and they are of today's code."
     return is_unpacked(folder) and is_current(Path(folder) / "result.json", preset)
@@ -148,7 +148,7 @@ def remove_unpacked(folder: str | Path) -> bool:
         shutil.rmtree(folder)
     return found
 
-# %% ../../nbs/results/archive.ipynb #2f20e1ca
+# %% ../../nbs/results/archive.ipynb #467a3077
 def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = None) -> dict[str, str]:
     """Writes the results in the archives of a system into `runs/<preset>/<system>`: name of the run -> `written`,
     `there` for one that has a folder, or `old` for results of other code than today's. FileNotFoundError if there is no
@@ -182,7 +182,7 @@ def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = Non
             os.replace(Path(room) / run, target)  # a run appears whole or not at all
     return state
 
-# %% ../../nbs/results/archive.ipynb #34ebe15f
+# %% ../../nbs/results/archive.ipynb #17113be3
 def check_same_flows(folder: str | Path, data_dir: str | Path, system: str) -> None:
     """ValueError if a result that was unpacked into the folder of a system is of other fields than those in `data_dir`,
     with what to do."""
@@ -199,7 +199,7 @@ def check_same_flows(folder: str | Path, data_dir: str | Path, system: str) -> N
                         "of runs/, and `make reproduce` then trains these rows here"
                     )
 
-# %% ../../nbs/results/archive.ipynb #77a444fb
+# %% ../../nbs/results/archive.ipynb #fba2c309
 def with_seeds_there(
     preset: Preset,
     system: str,
@@ -217,7 +217,7 @@ def with_seeds_there(
             common = {k for k in seeds if is_current(more[k], preset)}
     return replace(preset, seeds=(*preset.seeds, *sorted(common or ())))
 
-# %% ../../nbs/results/archive.ipynb #0a9f7c40
+# %% ../../nbs/results/archive.ipynb #6dfa5d90
 _SAID = {
     "pack": "{written} results packed, {old} of other code than today's left out",
     "unpack": "{written} results taken, {there} have a folder here, {old} of other code than today's left out",
@@ -263,6 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nothing to {asked.action} of preset {preset.name} in {where}")
     return 0 if done else 2
 
-# %% ../../nbs/results/archive.ipynb #1e149dc1
+# %% ../../nbs/results/archive.ipynb #5b54eb3b
 if __name__ == "__main__" and "__file__" in globals():  # as a command, not in a notebook
     raise SystemExit(main())
