@@ -26,6 +26,7 @@ from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.matters import CELLS, cell_run, matters_root
 from physrep.experiments.own_question_figures import jepa_rows, faster
+from physrep.experiments.rates import FACTORS, SEEDS, at_rate, trained_row
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
@@ -353,6 +354,30 @@ rule question:
     input: list(QUESTIONED.values())
     output: figures("own_question", "own_question_probes")
     params: code=stage("08g_own_question", "experiments.own_question_figures", "results.forest") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(row_name(row) for row in jepa_rows() if row in ENCODED) or "none")
+    threads: JOB_THREADS
+    resources: gpu=GPUS
+    shell: "{params.command}"
+
+# `make rates`: a row at other learning rates with several seeds, to tell its error from that of one training; a job each
+RATED = next((row for row in TABLE_ROWS if row.kind == "trained"), None) if ONLY else trained_row()
+RATE_SEEDS = ASKED_SEEDS or SEEDS
+AT_RATES = []
+for factor, seed in ((factor, seed) for factor in FACTORS for seed in RATE_SEEDS if RATED):
+    run, name = run_of(at_rate(RATED, factor, SYSTEMS[FIRST], PRESET), SYSTEMS[FIRST], PRESET, seed, DATA), f"{row_name(RATED)}-{factor:g}-seed{seed}"
+    AT_RATES.append(OUT / "rates" / f"{name}.done")
+    rule:
+        name: f"rate_{name}".replace("-", "_").replace(".", "_")
+        input: simulated(FIRST)
+        output: touch(finished(AT_RATES[-1], (run.folder() / "result.json").is_file()))
+        params: code=code_digest("experiments.rates", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08h_learning_rates", f"rates-{name}", system=SYSTEMS[FIRST], row=row_name(RATED), factors=f"{factor:g}", seeds=str(seed), draw=False)
+        threads: JOB_THREADS
+        resources: gpu=GPUS
+        shell: "{params.command}"
+
+rule rates:
+    input: AT_RATES
+    output: figures("rates", "rates_losses")
+    params: code=stage("08h_learning_rates", "experiments.rates") + PROBING, command=papermill("08h_learning_rates", "rates", system=SYSTEMS[FIRST], row=row_name(RATED) if RATED else "mae-vit", factors=" ".join(f"{factor:g}" for factor in FACTORS), seeds=" ".join(map(str, RATE_SEEDS)))
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"

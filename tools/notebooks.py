@@ -42,6 +42,7 @@ SHOWN = {
     "08e_grid": "grid",
     "08f_box": "box",
     "08g_own_question": "question",
+    "08h_learning_rates": "rates",
     "10_benchmarks": "benchmarks",
     "10a_scaling": "scaling",
 }

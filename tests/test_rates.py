@@ -1,0 +1,91 @@
+"""A row at other learning rates: bad input, runs that are shared with Table 1, and the notebook at preset smoke."""
+
+import nbformat
+import pandas as pd
+import pytest
+from helpers import ROOT, papermill
+
+from physrep.experiments.rates import (
+    at_rate,
+    factors_in,
+    plot_rates,
+    random_weights,
+    rate_differences,
+    trained_row,
+)
+from physrep.results.rows import PERIODIC, Row, row_name, run_of
+from physrep.training.presets import get_preset
+
+
+def test_rows_that_are_not_trained_are_refused():
+    assert trained_row().pair == ("mae", "vit")
+    with pytest.raises(ValueError, match="unknown row 'random-vit'; valid: jepa-convnext, "):
+        trained_row("random-vit")
+    with pytest.raises(ValueError, match="no row of random weights has the encoder axial"):
+        random_weights(trained_row("next_frame-axial"))
+
+
+def test_factors_are_numbers_above_zero():
+    assert factors_in("1 .25 0.5 0.50") == [0.25, 0.5, 1]
+    with pytest.raises(ValueError, match="such as \"0.5 1\"; got 'half'"):
+        factors_in("half")
+    for text in ("", "0 1", "-1", "inf", "nan"):
+        with pytest.raises(ValueError, match="must be numbers above 0, at least one; got"):
+            factors_in(text)
+
+
+@pytest.mark.parametrize("name", ["mae-vit", "jepa.circular-convnext"])
+def test_only_the_rate_changes(name):
+    row, preset = trained_row(name), get_preset("laptop")
+    usual, half = (run_of(at_rate(row, f, "shear_flow", preset), "shear_flow", preset) for f in (1, 0.5))
+    assert usual.path == run_of(row, "shear_flow", preset).path, "the run of Table 1"
+    changed = {k for k, v in half.as_dict().items() if v != usual.as_dict().get(k)}
+    assert changed == {"tag", "recipe"} and half.recipe.lr == usual.recipe.lr / 2
+    assert {k: v for k, v in half.recipe.decisive().items() if k != "lr"} == {
+        k: v for k, v in usual.recipe.decisive().items() if k != "lr"
+    }
+
+
+def test_a_rate_is_added_to_what_a_row_changes():
+    row = Row("jepa", "convnext", tag="own", encoder_config=PERIODIC, recipe={"weight_decay": 0.1})
+    half = at_rate(row, 0.5, "shear_flow", get_preset("laptop"))
+    assert row_name(half) == "jepa.own.rate0.5-convnext" and half.encoder_config == PERIODIC
+    assert half.recipe == {"weight_decay": 0.1, "lr": 0.0005}
+
+
+def test_differences_want_the_rate_of_the_table():
+    with pytest.raises(ValueError, match="factor 1 is what others are compared with; got 0.25, 0.5"):
+        rate_differences({0.25: [], 0.5: []})
+
+
+def test_the_notebook_draws_two_rates_and_keeps_the_run_of_the_table(smoke_data, tmp_path):
+    about = {"preset": "smoke", "factors": "0.5 1", "seeds": "0 1", "data_dir": smoke_data}
+    about |= {"run_dir": tmp_path / "runs"}
+    common = [word for name, value in about.items() for word in ("-r", name, str(value))]
+    out = tmp_path / "rates.ipynb"
+    done = papermill("nbs/08h_learning_rates.ipynb", str(out), *common, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = tmp_path / "runs" / "smoke"
+    table = pd.read_csv(runs / "figures" / "rates.csv")
+    assert {"linear", "knn", "kernel", "attentive"} <= set(table.probe)
+    assert set(zip(table.factor, table.seed)) == {(f, k) for f in (0.5, 1) for k in (0, 1)}
+    for (factor, seed), some in table.groupby(["factor", "seed"]):
+        (folder,) = runs.glob(f"shear_flow/{'mae.rate0.5' if factor < 1 else 'mae'}-vit-*/seed{seed}")
+        assert some.gate.unique() == pytest.approx(pd.read_csv(folder / "curve.csv").gate.iloc[-1], rel=1e-4)
+        assert some.loss.unique() == pytest.approx(
+            pd.read_csv(folder / "metrics.csv").valid_loss.dropna().iloc[-1], rel=1e-4
+        )
+    losses = pd.read_csv(runs / "figures" / "rates_losses.csv")
+    assert losses.groupby(["factor", "seed"]).size().eq(6).all(), "a record an update"
+    assert sum("image/png" in str(cell.get("outputs")) for cell in nbformat.read(out, 4).cells) == 2
+
+
+def test_the_figure_has_a_mark_for_each_run_and_a_line_for_random_weights():
+    table = pd.DataFrame({"factor": [0.5, 1, 1], "lr": [1e-3, 2e-3, 2e-3], "seed": [0, 0, 1], "loss": [0.1, 0.1, 0.3]})
+    table = table.assign(probe="linear", error=[0.2, 0.3, 0.4], low=0.1, high=0.5)
+    random = pd.DataFrame({"probe": ["linear", "linear", "knn"], "value": [0.3, 0.5, 0.9]})
+    (ax,) = plot_rates(table, random).axes
+    marks = sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o")
+    assert marks == [(0.1, 0.2), (0.1, 0.3), (0.3, 0.4)]
+    (dashed,) = (line for line in ax.lines if line.get_linestyle() == "--")
+    assert set(dashed.get_ydata()) == {0.4}
