@@ -10,6 +10,7 @@ import pytest
 from physrep.core.paths import project_root
 from physrep.core.provenance import provenance
 from physrep.data.sets import find_files, fingerprint
+from physrep.experiments import study
 from physrep.results.archive import (
     check_same_flows,
     kept_files,
@@ -237,6 +238,20 @@ def test_seeds_are_shown_that_every_row_has_of_todays_code(tmp_path):
     assert with_seeds_there(preset, "shear_flow", rows, tmp_path).seeds == (*preset.seeds, 2)
     assert with_seeds_there(preset, "active_matter", rows, tmp_path).seeds == preset.seeds
     assert with_seeds_there(preset, "shear_flow", rows[:1], tmp_path).seeds == (*preset.seeds, 1, 2)
+
+
+def test_a_study_does_not_plan_what_was_unpacked_unless_its_encoder_is_asked(tmp_path, monkeypatch):
+    preset, runs = get_preset("laptop"), tmp_path / "runs"
+    here, there = (run_of(Row("mae", "vit"), "shear_flow", preset, seed) for seed in (0, 1))
+    system = here.folder(runs).parents[1]
+    scored(tmp_path / "others", str(there.folder(runs).relative_to(system)))
+    pack(tmp_path / "others", tmp_path / "archives")
+    unpack(tmp_path / "archives", system)
+    planned = [(command, run) for command in ("reproduce", "rates", "question") for run in (here, there)]
+    monkeypatch.setattr(study, "planned_runs", lambda *_: planned)
+    monkeypatch.setattr(study, "cost", lambda run: {"total": 60e9})
+    table = study.study_table(preset, run_dir=runs)
+    assert [tuple(row) for row in table[table.done][["make", "seed"]].to_numpy()] == [("reproduce", 1), ("rates", 1)]
 
 
 def test_by_command(tmp_path, capsys):

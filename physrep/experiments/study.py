@@ -18,6 +18,7 @@ from .own_question_figures import faster, jepa_rows
 from .rates import FACTORS, SEEDS, at_rate, trained_row
 from .rollout import emulator_rows
 from .variants import VARIANTS, variant_run
+from ..results.archive import scored_elsewhere
 from ..results.rows import ROWS, run_of
 from ..training.cost import cost
 from ..training.presets import Preset, get_preset
@@ -58,7 +59,10 @@ def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path
         network = " periodic" if cell and "padding_mode" in run.encoder_config else ""
         row = "-".join(run.row) + network + (f" at {run.recipe.lr:g}" if cell else "")
         about = {"make": command, "system": run.system.name, "row": row, "seed": run.seed}
-        done = (run.folder(matters_root(run_dir) if cell else run_dir) / "encoder.safetensors").is_file()
+        folder = run.folder(matters_root(run_dir) if cell else run_dir)
+        # what is asked of results alone is not trained where `make unpack` took them from the repository
+        unpacked = command in ("reproduce", "rates") and scored_elsewhere(folder, preset)
+        done = (folder / "encoder.safetensors").is_file() or unpacked
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
     return pd.DataFrame(rows)
 
