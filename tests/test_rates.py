@@ -1,5 +1,7 @@
 """A row at other learning rates: bad input, runs that are shared with Table 1, and the notebook at preset smoke."""
 
+import math
+
 import nbformat
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from physrep.experiments.rates import (
     factors_in,
     plot_rates,
     random_weights,
+    rank_correlations,
     rate_differences,
     trained_row,
 )
@@ -67,6 +70,8 @@ def test_the_notebook_draws_two_rates_and_keeps_the_run_of_the_table(smoke_data,
     assert done.returncode == 0, done.stderr[-3000:]
     runs = tmp_path / "runs" / "smoke"
     table = pd.read_csv(runs / "figures" / "rates.csv")
+    untrained, table = table[table.factor == 0], table[table.factor > 0]
+    assert set(untrained.seed) == {0, 1} and untrained[["loss", "gate"]].isna().all(axis=None)
     assert {"linear", "knn", "kernel", "attentive"} <= set(table.probe)
     assert set(zip(table.factor, table.seed)) == {(f, k) for f in (0.5, 1) for k in (0, 1)}
     for (factor, seed), some in table.groupby(["factor", "seed"]):
@@ -80,12 +85,31 @@ def test_the_notebook_draws_two_rates_and_keeps_the_run_of_the_table(smoke_data,
     assert sum("image/png" in str(cell.get("outputs")) for cell in nbformat.read(out, 4).cells) == 2
 
 
-def test_the_figure_has_a_mark_for_each_run_and_a_line_for_random_weights():
-    table = pd.DataFrame({"factor": [0.5, 1, 1], "lr": [1e-3, 2e-3, 2e-3], "seed": [0, 0, 1], "loss": [0.1, 0.1, 0.3]})
-    table = table.assign(probe="linear", error=[0.2, 0.3, 0.4], low=0.1, high=0.5)
-    random = pd.DataFrame({"probe": ["linear", "linear", "knn"], "value": [0.3, 0.5, 0.9]})
-    (ax,) = plot_rates(table, random).axes
-    marks = sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o")
-    assert marks == [(0.1, 0.2), (0.1, 0.3), (0.3, 0.4)]
-    (dashed,) = (line for line in ax.lines if line.get_linestyle() == "--")
-    assert set(dashed.get_ydata()) == {0.4}
+@pytest.fixture
+def table() -> pd.DataFrame:
+    "Errors of three runs and of two random encoders, read by two probes."
+    found = pd.DataFrame(
+        {
+            "factor": [0, 0, 0.5, 1, 1],
+            "lr": [0, 0, 1e-3, 2e-3, 2e-3],
+            "seed": [0, 1, 0, 0, 1],
+            "loss": [math.nan, math.nan, 0.1, 0.2, 0.3],
+            "error": [0.3, 0.5, 0.2, 0.3, 0.4],
+        }
+    )
+    found = found.assign(low=0.1, high=0.9)
+    return pd.concat([found.assign(probe="linear"), found.assign(probe="knn", error=1 - found.error)])
+
+
+def test_the_figure_has_a_mark_for_each_run_and_a_line_for_random_weights(table):
+    linear, knn = plot_rates(table).axes
+    marks = sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in linear.lines if line.get_marker() == "o")
+    assert marks == [(0.1, 0.2), (0.2, 0.3), (0.3, 0.4)]
+    for ax, error in ((linear, 0.4), (knn, 0.6)):
+        (dashed,) = (line for line in ax.lines if line.get_linestyle() == "--")
+        assert dashed.get_ydata()[0] == pytest.approx(error)
+    assert linear.get_ylim()[0] == 0 and linear.get_ylim()[1] > 0.9, "no mark is cut off"
+
+
+def test_order_of_losses_and_errors(table):
+    assert rank_correlations(table).to_dict() == pytest.approx({"linear": 1, "knn": -1})

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'SEEDS', 'ASKED', 'SMOOTH', 'COLORS', 'trained_row', 'at_rate', 'factors_in', 'train_and_probe',
-           'random_weights', 'loss_curves', 'rate_table', 'rate_differences', 'rate_colors', 'plot_losses',
-           'plot_rates']
+           'random_weights', 'loss_curves', 'errors_on_test', 'rate_table', 'rank_correlations', 'rate_differences',
+           'rate_colors', 'plot_losses', 'plot_rates']
 
-# %% ../../nbs/experiments/rates.ipynb #5cecb5e4
+# %% ../../nbs/experiments/rates.ipynb #61056c3f
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ from ..training.presets import Preset
 from ..training.pretrain import pretrain
 from ..training.run import Run
 
-# %% ../../nbs/experiments/rates.ipynb #fbc2b9c0
+# %% ../../nbs/experiments/rates.ipynb #efe9caa7
 FACTORS, SEEDS = (0.25, 0.5, 1.0), (0, 1, 2)  # that `make rates` tries, on MAE
 ASKED = "mae-vit"
 
@@ -50,7 +50,7 @@ def at_rate(row: Row, factor: float, system: str, preset: Preset) -> Row:
     lr = factor * run_of(row, system, preset).recipe.lr
     return replace(row, tag=tag, recipe={**row.recipe, "lr": lr})
 
-# %% ../../nbs/experiments/rates.ipynb #3a2ed8ee
+# %% ../../nbs/experiments/rates.ipynb #eafcdaa2
 def factors_in(text: str) -> list[float]:
     "Factors written as `0.25 0.5 1`, each once, from the lowest. ValueError for what is no number above 0."
     try:
@@ -61,7 +61,7 @@ def factors_in(text: str) -> list[float]:
         raise ValueError(f"factors must be numbers above 0, at least one; got {text!r}")
     return sorted(found)
 
-# %% ../../nbs/experiments/rates.ipynb #4967be0b
+# %% ../../nbs/experiments/rates.ipynb #7ad0cacf
 def train_and_probe(
     row: Row,
     run: Run,  # of this row
@@ -87,7 +87,7 @@ def random_weights(row: Row) -> Row:
             return other
     raise ValueError(f"no row of random weights has the encoder {row.encoder}")
 
-# %% ../../nbs/experiments/rates.ipynb #40e1479a
+# %% ../../nbs/experiments/rates.ipynb #3d095c6b
 SMOOTH = 1 / 16  # of a training, over which its loss is averaged
 
 
@@ -102,18 +102,33 @@ def loss_curves(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | None 
     return pd.concat(found, ignore_index=True)[["factor", "lr", "seed", "step", "loss"]]
 
 
+def errors_on_test(run: Run, run_dir: str | Path | None = None) -> list[dict]:
+    "`probe`, `error`, `low` and `high` on `test` of a run that was probed, mean over labels."
+    rows = read_results(run.folder(run_dir) / "result.json")
+    rows = rows.query("metric == 'mse' and label == 'mean' and split == 'test'").rename(columns={"value": "error"})
+    return rows[["probe", "error", "low", "high"]].to_dict("records")
+
+
 def rate_table(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | None = None) -> pd.DataFrame:
     """A row for each run and probe: `factor`, `lr`, `seed`, the last `loss` on valid and `gate`, and the error on
-    `test`, mean over labels, with its interval."""
+    `test`, mean over labels, with its interval. Random weights have a factor and a rate of 0."""
     found = []
     for factor, run in ((factor, run) for factor, some in runs.items() for run in some):
-        folder = run.folder(run_dir)
-        losses = [row["valid_loss"] for row in read_metrics(folder / "metrics.csv") if "valid_loss" in row]
-        gate = read_metrics(folder / "curve.csv")[-1].get("gate")
-        about = {"factor": factor, "lr": run.recipe.lr, "seed": run.seed, "loss": losses[-1], "gate": gate}
-        rows = read_results(folder / "result.json").query("metric == 'mse' and label == 'mean' and split == 'test'")
-        found += [about | one for one in rows[["probe", "value", "low", "high"]].to_dict("records")]
-    return pd.DataFrame(found).rename(columns={"value": "error"})
+        about = {"factor": factor, "lr": 0.0, "seed": run.seed, "loss": math.nan, "gate": math.nan}
+        if run.recipe:
+            losses = [
+                row["valid_loss"] for row in read_metrics(run.folder(run_dir) / "metrics.csv") if "valid_loss" in row
+            ]
+            gate = read_metrics(run.folder(run_dir) / "curve.csv")[-1].get("gate", math.nan)
+            about |= {"lr": run.recipe.lr, "loss": losses[-1], "gate": gate}
+        found += [about | one for one in errors_on_test(run, run_dir)]
+    return pd.DataFrame(found)
+
+
+def rank_correlations(table: pd.DataFrame) -> pd.Series:
+    "For each probe, Spearman's rank correlation of the loss and the error over the trained runs of `rate_table`."
+    trained = table[table.factor > 0].groupby("probe", sort=False)
+    return pd.Series({probe: one.loss.corr(one.error, method="spearman") for probe, one in trained}, dtype=float)
 
 
 def rate_differences(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | None = None) -> pd.DataFrame:
@@ -130,7 +145,7 @@ def rate_differences(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | 
     columns = ["factor", "probe", "difference", "low", "high", "text"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
-# %% ../../nbs/experiments/rates.ipynb #71035df0
+# %% ../../nbs/experiments/rates.ipynb #6b157c5b
 COLORS = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#7A7A7A")  # of rates, from the lowest
 
 
@@ -155,25 +170,24 @@ def plot_losses(curves: pd.DataFrame, *, title: str = "") -> Figure:
     return fig
 
 
-def plot_rates(table: pd.DataFrame, random: pd.DataFrame, *, title: str = "") -> Figure:
+def plot_rates(table: pd.DataFrame, *, title: str = "") -> Figure:
     """A panel for each probe: error on `test` against the last loss on valid, a colour for each learning rate, a mark
-    for each seed; random weights (rows of `read_results`) as a dashed line, their mean over seeds."""
-    probes, colors = ordered(table.probe, PROBE_ORDER), rate_colors(table)
+    with its interval for each seed; random weights as a dashed line, their mean over seeds."""
+    trained, random = table[table.factor > 0], table[table.factor == 0]
+    probes, colors = ordered(trained.probe, PROBE_ORDER), rate_colors(trained)
     with using_style():
-        fig = Figure(figsize=(1.0 + 2.0 * len(probes), 3.1), layout="constrained")
+        fig = Figure(figsize=(0.8 + 1.5 * len(probes), 2.9), layout="constrained")
         axes = fig.subplots(1, len(probes), sharex=True, sharey=True, squeeze=False)[0]
         for ax, probe in zip(axes, probes):
-            for one in table[table.probe == probe].to_dict("records"):
+            for one in trained[trained.probe == probe].to_dict("records"):
                 span = [[one["error"] - one["low"]], [one["high"] - one["error"]]]
-                ax.errorbar(one["loss"], one["error"], span, fmt="o", ms=5, lw=0.8, color=colors[one["lr"]])
-            ax.axhline(random[random.probe == probe].value.mean(), color="#7A7A7A", ls="--", lw=1)
-            ax.set(xscale="log", title=PROBE_TITLES.get(probe, probe), ylim=(0, None))
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.xaxis.set_minor_formatter("")
-        axes[0].set_ylabel("error on test (z-scored)")
-        fig.supxlabel("loss on valid at the end of the training", fontsize=9)
+                ax.errorbar(one["loss"], one["error"], span, fmt="o", ms=4.5, lw=0.8, color=colors[one["lr"]])
+            ax.axhline(random[random.probe == probe].error.mean(), color="#7A7A7A", ls="--", lw=1)
+            ax.set(title=PROBE_TITLES.get(probe, probe), xlabel="loss on valid")
+        axes[0].set(ylabel="error on test (z-scored)", xlim=(0, None), ylim=(0, None))
         fig.suptitle(title, fontsize=9.5)
-        handles = [Line2D([], [], color=c, marker="o", ls="none", label=f"{lr:g}") for lr, c in colors.items()]
+        look = {"marker": "o", "ls": "none", "ms": 4.5}
+        handles = [Line2D([], [], color=c, label=f"learning rate {lr:g}", **look) for lr, c in colors.items()]
         handles.append(Line2D([], [], color="#7A7A7A", ls="--", label="random weights"))
-        fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), title="learning rate")
+        fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return fig
