@@ -26,7 +26,7 @@ from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.matters import CELLS, cell_run, matters_root
 from physrep.experiments.own_question_figures import jepa_rows, faster
-from physrep.experiments.rates import FACTORS, SEEDS, at_rate, trained_row
+from physrep.experiments.rates import ASKED as ASKED_ROW, FACTORS, SEEDS, at_rate
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
@@ -359,11 +359,12 @@ rule question:
     shell: "{params.command}"
 
 # `make rates`: a row at other learning rates with several seeds, to tell its error from that of one training; a job each
-RATED = next((row for row in TABLE_ROWS if row.kind == "trained"), None) if ONLY else trained_row()
-RATE_SEEDS = ASKED_SEEDS or SEEDS
+ONLY_TRAINED = [row for row in chosen_rows(ONLY or ASKED_ROW) if row.kind == "trained"]
+RATED = ONLY_TRAINED[0] if len(ONLY_TRAINED) == 1 else None  # of several or none the notebook says what would be right
+RATE_SEEDS = list(dict.fromkeys((*SEEDS, *ASKED_SEEDS)))
 AT_RATES = []
 for factor, seed in ((factor, seed) for factor in FACTORS for seed in RATE_SEEDS if RATED):
-    run, name = run_of(at_rate(RATED, factor, SYSTEMS[FIRST], PRESET), SYSTEMS[FIRST], PRESET, seed, DATA), f"{row_name(RATED)}-{factor:g}-seed{seed}"
+    run, name = run_of(at_rate(RATED, factor, SYSTEMS[FIRST], PRESET, DATA), SYSTEMS[FIRST], PRESET, seed, DATA), f"{row_name(RATED)}-{factor:g}-seed{seed}"
     AT_RATES.append(OUT / "rates" / f"{name}.done")
     rule:
         name: f"rate_{name}".replace("-", "_").replace(".", "_")
@@ -377,7 +378,7 @@ for factor, seed in ((factor, seed) for factor in FACTORS for seed in RATE_SEEDS
 rule rates:
     input: AT_RATES
     output: figures("rates", "rates_losses")
-    params: code=stage("08h_learning_rates", "experiments.rates") + PROBING, command=papermill("08h_learning_rates", "rates", system=SYSTEMS[FIRST], row=row_name(RATED) if RATED else "mae-vit", factors=" ".join(f"{factor:g}" for factor in FACTORS), seeds=" ".join(map(str, RATE_SEEDS)))
+    params: code=stage("08h_learning_rates", "experiments.rates") + PROBING, command=papermill("08h_learning_rates", "rates", system=SYSTEMS[FIRST], row=row_name(RATED) if RATED else ONLY, factors=" ".join(f"{factor:g}" for factor in FACTORS), seeds=" ".join(map(str, RATE_SEEDS)))
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"

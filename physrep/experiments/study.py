@@ -15,7 +15,7 @@ import pandas as pd
 
 from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
-from .rates import FACTORS, SEEDS, at_rate, trained_row
+from .rates import FACTORS, SEEDS, runs_at_rates, trained_row
 from .rollout import emulator_rows
 from .variants import VARIANTS, variant_run
 from ..results.archive import scored_elsewhere
@@ -39,8 +39,8 @@ def planned_runs(
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]
     found += [("question", run_of(row, s, preset, k)) for s in systems for row in asked for k in preset.seeds]
-    rated = [at_rate(trained_row(), factor, systems[0], preset) for factor in FACTORS]
-    found += [("rates", run_of(row, systems[0], preset, k)) for row in rated for k in SEEDS]
+    rated = runs_at_rates(trained_row(), FACTORS, SEEDS, systems[0], preset)
+    found += [("rates", run) for some in rated.values() for run in some]
     found += [("matters", run) for _, run in planned_cells(preset, systems, run_dir)]
     once: dict[tuple[str, str], tuple[str, Run]] = {}
     for command, run in found:
