@@ -7,7 +7,7 @@ __all__ = ['ASKED', 'FACTORS', 'SEEDS', 'SMOOTH', 'COLORS', 'trained_row', 'at_r
            'runs_at_rates', 'train_and_probe', 'loss_curves', 'errors_on_test', 'rate_table', 'rank_correlations',
            'rate_differences', 'rate_colors', 'plot_losses', 'plot_rates']
 
-# %% ../../nbs/experiments/rates.ipynb #b8360f24
+# %% ../../nbs/experiments/rates.ipynb #1c2156fe
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ from ..training.presets import Preset
 from ..training.pretrain import pretrain
 from ..training.run import Run
 
-# %% ../../nbs/experiments/rates.ipynb #1c75bb95
+# %% ../../nbs/experiments/rates.ipynb #b3cc3c06
 ASKED, FACTORS, SEEDS = "mae-vit", (0.25, 0.5, 1.0), (0, 1, 2)  # of `make rates`
 
 
@@ -58,7 +58,7 @@ def random_weights(row: Row) -> Row:
     tag = row.tag if row.encoder_config else ""
     return Row("random", row.encoder, kind="random", tag=tag, encoder_config=row.encoder_config)
 
-# %% ../../nbs/experiments/rates.ipynb #f9436879
+# %% ../../nbs/experiments/rates.ipynb #7e46d6b9
 def factors_in(text: str) -> list[float]:
     "Factors written as `0.25 0.5 1`, each once, from the lowest. ValueError for what is no number above 0."
     try:
@@ -69,7 +69,7 @@ def factors_in(text: str) -> list[float]:
         raise ValueError(f"factors must be numbers above 0, at least one; got {text!r}")
     return sorted(found)
 
-# %% ../../nbs/experiments/rates.ipynb #db1654f6
+# %% ../../nbs/experiments/rates.ipynb #d18910f5
 def runs_at_rates(
     row: Row,
     factors: Sequence[float],
@@ -84,7 +84,7 @@ def runs_at_rates(
     tried = {factor: at_rate(row, factor, system, preset, data_dir) for factor in factors}
     return {f: [run_of(one, system, preset, seed, data_dir) for seed in seeds] for f, one in tried.items()}
 
-# %% ../../nbs/experiments/rates.ipynb #1e97b88a
+# %% ../../nbs/experiments/rates.ipynb #f04765f6
 def train_and_probe(
     run: Run,
     data_dir: str | Path,
@@ -102,7 +102,7 @@ def train_and_probe(
         score_run(run, data_dir, run_dir, probes=probes, windows=windows, device=device, progress=progress)
     print(f"{run.path} is trained and probed")
 
-# %% ../../nbs/experiments/rates.ipynb #959ef286
+# %% ../../nbs/experiments/rates.ipynb #d6a3fdc4
 SMOOTH = 1 / 16  # of a training, over which its loss is averaged
 
 
@@ -117,7 +117,7 @@ def loss_curves(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | None 
         found.append(curve.assign(loss=loss, **about).dropna())
     return pd.concat(found, ignore_index=True)[["row", "factor", "lr", "seed", "step", "loss"]]
 
-
+# %% ../../nbs/experiments/rates.ipynb #fe3d5962
 def errors_on_test(run: Run, run_dir: str | Path | None = None) -> list[dict]:
     "`probe`, `error`, `low` and `high` on `test` of a run that was probed, mean over labels."
     rows = read_results(run.folder(run_dir) / "result.json")
@@ -147,7 +147,7 @@ def rate_table(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | None =
         found += [about | one for one in errors_on_test(run, run_dir)]
     return pd.DataFrame(found)
 
-
+# %% ../../nbs/experiments/rates.ipynb #eddcdf88
 def rank_correlations(table: pd.DataFrame) -> pd.Series:
     "For each probe, Spearman's rank correlation of the loss and the error over the trained runs of `rate_table`."
     trained = table[table.factor > 0].groupby("probe", sort=False)
@@ -168,7 +168,7 @@ def rate_differences(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | 
     columns = ["factor", "minus", "probe", "difference", "low", "high", "text"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
-# %% ../../nbs/experiments/rates.ipynb #7d2d3b6d
+# %% ../../nbs/experiments/rates.ipynb #6f19061b
 COLORS = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#7A7A7A")  # of rates, from the lowest
 
 
