@@ -119,7 +119,7 @@ question: $(READY)  ## ask what else answers the question of JEPA from its featu
 	@$(KEEP)
 
 rates: TARGET = rates
-rates: $(READY)  ## train MAE (or another row, ONLY=forecast-vit) at a half and a quarter of its learning rate, with three seeds; half an hour of two cores after `make reproduce`
+rates: $(READY)  ## train MAE (or another row, ONLY=forecast-vit) at a half and a quarter of its learning rate, with three seeds; forty minutes of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) rates rates_losses
 	@$(KEEP)
