@@ -26,7 +26,8 @@ from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.matters import CELLS, cell_run, matters_root
 from physrep.experiments.own_question_figures import jepa_rows, faster
-from physrep.experiments.rates import ASKED as ASKED_ROW, FACTORS, SEEDS, at_rate
+from physrep.experiments import longer, rates
+from physrep.experiments.recipes import at_length, at_rate, changed_runs
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
 from physrep.experiments.variants import VARIANTS, variant_run
@@ -359,29 +360,67 @@ rule question:
     shell: "{params.command}"
 
 # `make rates`: a row at other learning rates with several seeds, to tell its error from that of one training; a job each
-ONLY_TRAINED = [row for row in chosen_rows(ONLY or ASKED_ROW) if row.kind == "trained"]
-RATED = ONLY_TRAINED[0] if len(ONLY_TRAINED) == 1 else None  # of several or none the notebook says what would be right
-RATE_SEEDS = list(dict.fromkeys((*SEEDS, *ASKED_SEEDS)))
+def trained_rows(usual):
+    "The trained rows that are asked for, or else those of these names."
+    return [row for row in chosen_rows(ONLY or ",".join(usual)) if row.kind == "trained"]
+
+
+RATED = trained_rows([rates.ASKED])
+RATED = RATED[0] if len(RATED) == 1 else None  # of several or none the notebook says what would be right
+RATE_SEEDS = list(dict.fromkeys((*rates.SEEDS, *ASKED_SEEDS)))
 AT_RATES = []
-for factor, seed in ((factor, seed) for factor in FACTORS for seed in RATE_SEEDS if RATED):
-    run, name = run_of(at_rate(RATED, factor, SYSTEMS[FIRST], PRESET, DATA), SYSTEMS[FIRST], PRESET, seed, DATA), f"{row_name(RATED)}-{factor:g}-seed{seed}"
-    AT_RATES.append(OUT / "rates" / f"{name}.done")
-    rule:
-        name: f"rate_{name}".replace("-", "_").replace(".", "_")
-        input: simulated(FIRST)
-        output: touch(finished(AT_RATES[-1], (run.folder() / "result.json").is_file()))
-        params: code=code_digest("experiments.rates", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08h_learning_rates", f"rates-{name}", system=SYSTEMS[FIRST], row=row_name(RATED), factors=f"{factor:g}", seeds=str(seed), draw=False)
-        threads: JOB_THREADS
-        resources: gpu=GPUS
-        shell: "{params.command}"
+for factor, runs in (changed_runs(at_rate, RATED, rates.FACTORS, RATE_SEEDS, SYSTEMS[FIRST], PRESET, DATA) if RATED else {}).items():
+    for run in runs:
+        name = f"{row_name(RATED)}-{factor:g}-seed{run.seed}"
+        AT_RATES.append(OUT / "rates" / f"{name}.done")
+        rule:
+            name: f"rate_{name}".replace("-", "_").replace(".", "_")
+            input: simulated(FIRST)
+            output: touch(finished(AT_RATES[-1], (run.folder() / "result.json").is_file()))
+            params: code=code_digest("experiments.recipes", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08h_learning_rates", f"rates-{name}", system=SYSTEMS[FIRST], row=row_name(RATED), factors=f"{factor:g}", seeds=str(run.seed), draw=False)
+            threads: JOB_THREADS
+            resources: gpu=GPUS
+            shell: "{params.command}"
 
 rule rates:
     input: AT_RATES
     output: figures("rates", "rates_losses")
-    params: code=stage("08h_learning_rates", "experiments.rates") + PROBING, command=papermill("08h_learning_rates", "rates", system=SYSTEMS[FIRST], row=row_name(RATED) if RATED else ONLY, factors=" ".join(f"{factor:g}" for factor in FACTORS), seeds=" ".join(map(str, RATE_SEEDS)))
+    params: code=stage("08h_learning_rates", "experiments.rates", "experiments.recipes") + PROBING, command=papermill("08h_learning_rates", "rates", system=SYSTEMS[FIRST], row=row_name(RATED) if RATED else ONLY, factors=" ".join(f"{factor:g}" for factor in rates.FACTORS), seeds=" ".join(map(str, RATE_SEEDS)))
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"
+
+# `make longer`: rows with more updates than Table 1 gives them; a job for each system, row and seed, a figure for each system
+LONGER_ROWS = trained_rows(longer.ASKED)
+LONGER_SEEDS = list(dict.fromkeys((*longer.SEEDS, *ASKED_SEEDS)))
+LONGER = []
+for system in SYSTEMS:
+    stamps = []
+    for row, seed in ((row, seed) for row in LONGER_ROWS for seed in LONGER_SEEDS):
+        _, run = (run for (run,) in changed_runs(at_length, row, (1, longer.FACTOR), [seed], SYSTEMS[system], PRESET, DATA).values())
+        name = f"{system}-{row_name(row)}-seed{seed}"
+        stamps.append(OUT / "longer" / f"{name}.done")
+        rule:
+            name: f"longer_{name}".replace("-", "_").replace(".", "_")
+            input: simulated(system)
+            output: touch(finished(stamps[-1], (run.folder() / "result.json").is_file()))
+            params: code=code_digest("experiments.recipes", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08i_longer_training", f"longer-{name}", system=SYSTEMS[system], rows=row_name(row), factor=longer.FACTOR, seeds=str(seed), draw=False)
+            threads: JOB_THREADS
+            resources: gpu=GPUS
+            shell: "{params.command}"
+
+    LONGER += figures(f"longer_{system}")
+    rule:
+        name: f"longer_{system}"
+        input: stamps
+        output: figures(f"longer_{system}")
+        params: code=stage("08i_longer_training", "experiments.longer", "experiments.recipes") + PROBING, command=papermill("08i_longer_training", f"longer-{system}", system=SYSTEMS[system], rows=",".join(map(row_name, LONGER_ROWS)) or ONLY, factor=longer.FACTOR, seeds=" ".join(map(str, LONGER_SEEDS)))
+        threads: JOB_THREADS
+        resources: gpu=GPUS
+        shell: "{params.command}"
+
+rule longer:
+    input: LONGER
 
 # `make tune`: a job per row of the table; trials that are done are kept
 TUNED = {row: trial_path(FIRST, row, PRESET.name, 0, TUNING_SEED).parent for row in OWN}

@@ -43,6 +43,7 @@ SHOWN = {
     "08f_box": "box",
     "08g_own_question": "question",
     "08h_learning_rates": "rates",
+    "08i_longer_training": "longer-shear_flow",
     "10_benchmarks": "benchmarks",
     "10a_scaling": "scaling",
 }

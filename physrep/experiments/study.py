@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import longer, rates
 from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
-from .rates import FACTORS, SEEDS, runs_at_rates, trained_row
+from .recipes import at_rate, changed_runs, trained_row
 from .rollout import emulator_rows
 from .variants import VARIANTS, variant_run
 from ..results.archive import scored_elsewhere
@@ -39,8 +40,12 @@ def planned_runs(
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]
     found += [("question", run_of(row, s, preset, k)) for s in systems for row in asked for k in preset.seeds]
-    rated = runs_at_rates(trained_row(), FACTORS, SEEDS, systems[0], preset)
+    rated = changed_runs(at_rate, trained_row(rates.ASKED), rates.FACTORS, rates.SEEDS, systems[0], preset)
     found += [("rates", run) for some in rated.values() for run in some]
+    compared = [trained_row(name) for name in longer.ASKED]
+    for s in systems:
+        lengths = longer.longer_runs(compared, longer.FACTOR, longer.SEEDS, s, preset)
+        found += [("longer", run) for one in lengths.values() for some in one.values() for run in some]
     found += [("matters", run) for _, run in planned_cells(preset, systems, run_dir)]
     once: dict[tuple[str, str], tuple[str, Run]] = {}
     for command, run in found:
@@ -61,7 +66,7 @@ def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path
         about = {"make": command, "system": run.system.name, "row": row, "seed": run.seed}
         folder = run.folder(matters_root(run_dir) if cell else run_dir)
         # what is asked of results alone is not trained where `make unpack` took them from the repository
-        unpacked = command in ("reproduce", "rates") and scored_elsewhere(folder, preset)
+        unpacked = command in ("reproduce", "rates", "longer") and scored_elsewhere(folder, preset)
         done = (folder / "encoder.safetensors").is_file() or unpacked
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
     return pd.DataFrame(rows)
