@@ -16,7 +16,17 @@ from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import LoadedEncoder, load_encoder, save_encoder
 from physrep.physics.systems import get_system
 from physrep.probing.evaluate import _drop_others
-from physrep.probing.features import Features, cache_path, cached, encoder_digest, extract, features_key, key_text
+from physrep.probing.features import (
+    Features,
+    cache_path,
+    cached,
+    coarser_grid,
+    encoder_digest,
+    extract,
+    features_key,
+    fewer_tokens,
+    key_text,
+)
 from physrep.probing.reading import features_of
 
 SYSTEM = get_system("shear_flow")
@@ -293,6 +303,49 @@ def test_tokens_larger_than_memory(tmp_path):
         )
         assert (done.returncode == 0) == fits, done.stderr
     assert "memory" in done.stderr.lower()
+
+
+@pytest.mark.parametrize(
+    ("grid", "most", "coarser"),
+    [
+        ((8, 14, 14), 1568, (8, 14, 14)),
+        ((8, 14, 14), 1567, (8, 14, 7)),
+        ((8, 14, 14), 392, (8, 7, 7)),
+        ((8, 14, 14), 391, (4, 7, 7)),
+        ((8, 32, 8), 392, (8, 8, 4)),
+        ((1, 1, 35), 7, (1, 1, 7)),
+        ((8, 14, 14), 1, (1, 1, 1)),
+    ],
+)
+def test_the_longest_axis_of_a_grid_of_tokens_gets_coarser_first(grid, most, coarser):
+    assert coarser_grid(grid, most) == coarser
+
+
+def test_tokens_are_averaged_over_neighbours_in_the_grid_of_the_encoder():
+    vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(2, 8, 8))
+    tokens = torch.randn(3, 4 * 6 * 4, 24)  # the grid of clips of 8 frames of 48 x 32
+    few = fewer_tokens(tokens, vit, (8, 48, 32), 24)
+    by_hand = torch.nn.functional.avg_pool3d(tokens.mT.unflatten(2, (4, 6, 4)), (1, 2, 2)).flatten(2).mT
+    assert few.shape == (3, 24, 24) and torch.allclose(few, by_hand, atol=1e-6)
+    assert torch.allclose(few.mean(1), tokens.mean(1), atol=1e-6), "probes of the mean token read the same"
+    in_order = fewer_tokens(tokens, torch.nn.Identity(), (8, 48, 32), 48)  # an encoder that says no grid
+    assert torch.allclose(in_order, tokens.unflatten(1, (48, 2)).mean(2), atol=1e-6)
+    with pytest.raises(ValueError, match="at least one token of a window must be kept, got 0"):
+        fewer_tokens(tokens, vit, (8, 48, 32), 0)
+
+
+def test_fewer_tokens_are_kept_under_a_key_of_their_own_and_fill_less_of_the_disk(smoke_data, tmp_path):
+    vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(4, 8, 8))
+    save(tmp_path / "e", vit, shape=(16, 32, 32))
+    windows = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20)
+    options = dict(cache=tmp_path / "features", progress=False)
+    scaler = LabelScaler.fit(SYSTEM, windows.labels)
+    whole = features_of(load_encoder(tmp_path / "e"), windows, scaler, **options)
+    few = features_of(load_encoder(tmp_path / "e"), windows, scaler, max_tokens=16, **options)
+    assert (whole.tokens.shape[1], few.tokens.shape[1]) == (64, 16) and few.info["max_tokens"] == 16
+    assert "max_tokens" not in whole.info and torch.allclose(few.pooled, whole.pooled, atol=1e-3)
+    small, large = sorted(path.stat().st_size for path in options["cache"].iterdir())
+    assert small < 0.3 * large
 
 
 def test_large_clips_come_in_small_batches(smoke_data, monkeypatch):

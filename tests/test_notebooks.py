@@ -75,7 +75,10 @@ def test_notebook_is_clean(path):
     for cell in nbformat.reads(text, 4).cells:
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", "warnings and progress bars are no documentation"
-            for image in [v for k, v in output.get("data", {}).items() if k == "image/png"]:
+            data = output.get("data", {})
+            shown = "image/png" in data or not str(data.get("text/plain", "")).startswith("<Figure size")
+            assert shown, "a figure is not drawn: `%matplotlib inline` is missing"
+            for image in [v for k, v in data.items() if k == "image/png"]:
                 assert len(image) * 3 // 4 < 200_000, "a picture is over 200 KB"
 
 

@@ -1,6 +1,7 @@
 """Probes: known answers, selection on valid only, clipping, determinism, intervals, files, fine-tuning."""
 
 import itertools
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,12 +13,14 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
 from physrep.core.files import read_tensors, write_tensors
+from physrep.core.randomness import generator
 from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.windows import Windows
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import LoadedEncoder
 from physrep.physics.systems import Label, System, get_system
+from physrep.probing import frozen
 from physrep.probing.evaluate import _finetune
 from physrep.probing.features import Features, encoder_digest, extract
 from physrep.probing.finetune import FinetuneRecipe, fit_finetune
@@ -29,10 +32,12 @@ from physrep.probing.frozen import (
     fit_probe,
     load_probe,
     ridge_path,
+    shuffled,
     squared_error,
     standardiser,
     token_standardiser,
 )
+from physrep.probing.reading import features_of
 from physrep.training.presets import get_preset
 
 SYSTEM = get_system("shear_flow")
@@ -409,6 +414,39 @@ def test_a_saved_probe_answers_for_raw_fields_as_for_features(flows, tmp_path):
                 probe.predict_fields(stranger, raw, dt=0.2)
     with pytest.raises(ValueError, match="frames 0.2 apart, got dt=0.4"):
         probe.predict_fields(encoder, raw, dt=0.4)
+
+
+def test_a_probe_of_averaged_tokens_averages_those_of_raw_fields(flows, tmp_path):
+    encoder, scaler = small_encoder(), LabelScaler.fit(SYSTEM, flows["train"].labels)
+    kept = {s: features_of(encoder, w, scaler, max_tokens=2, progress=False) for s, w in flows.items()}
+    assert kept["test"].tokens.shape[1] == 2 < encoder.embed(flows["test"].read([0]), 0.2, pool=False).shape[1]
+    fit_probe("attentive", kept["train"], kept["valid"], scaler, **QUICK["attentive"]).save(tmp_path / "probe")
+    raw = flows["test"].read(np.arange(20))
+    found = load_probe(tmp_path / "probe").predict_fields(encoder, raw, dt=0.2)
+    assert np.allclose(found, load_probe(tmp_path / "probe").predict(kept["test"].subset(np.arange(20))), rtol=1e-2)
+
+
+@pytest.mark.parametrize("count", [1, 37, 1000])
+def test_windows_beyond_memory_are_shuffled_in_blocks(monkeypatch, count):
+    tokens = torch.arange(count)[:, None, None].expand(-1, 4, 8).half().contiguous()  # 64 bytes a window
+    in_memory = list(shuffled(tokens, 32, "some", 0))
+    assert torch.equal(torch.cat(in_memory), torch.randperm(count, generator=generator("some", 0))), (
+        "as it always was, up to 8 GB"
+    )
+    monkeypatch.setattr(frozen, "BLOCK", 64 * 10)
+    monkeypatch.setattr(frozen, "TOGETHER", 5)
+    read = []
+    monkeypatch.setattr(frozen, "_read_through", lambda block: read.append(block[:, 0, 0].int().tolist()))
+    seen = []
+    for index in shuffled(tokens, 32, "some", 0, in_any_order=63):
+        assert set(index.tolist()) <= {window for block in read for window in block}, "read before it is asked for"
+        seen.append(index)
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(count))
+    assert [len(index) for index in seen] == [len(index) for index in in_memory]
+    assert all(block == list(range(block[0], block[-1] + 1)) for block in read) and len(read) == math.ceil(count / 10)
+    if count == 1000:
+        assert read != sorted(read) and len(set((seen[0] // 10).tolist())) == 5, "a batch has windows of several blocks"
+        assert not torch.equal(torch.cat(seen), torch.cat(list(shuffled(tokens, 32, "some", 1, in_any_order=63))))
 
 
 class Amplitudes:

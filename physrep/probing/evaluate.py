@@ -290,14 +290,18 @@ def score_run(
     reading = dict(size=run.clip.size, cache=kept, scratch=folder)
     probed = probe_encoder(encoder, windows, scaler, run.preset, probes=frozen, seed=run.seed, **reading, **options)
     if cache and isinstance(encoder, LoadedEncoder):
-        _drop_others(kept, encoder, windows, size=run.clip.size, device=device)
+        _drop_others(kept, encoder, windows, size=run.clip.size, max_tokens=run.preset.probe_tokens, device=device)
     about = {"objective": run.objective, "preset": run.preset.name, "seed": run.seed}
     for name, probe in probed.probes.items():
         probe.save(folder / f"probe-{name}.safetensors", info=about)
     fitted = dict(probed.probes)
     predictions = dict(probed.predictions)
     if run.objective == "supervised":
-        predictions |= _own_head(run, run_dir, probed.features, scaler)
+        whole = probed.features
+        if run.preset.probe_tokens:  # its head reads every token
+            one = dict(size=run.clip.size, scratch=folder, **options)
+            whole = {s: features_of(encoder, w, scaler, **one) for s, w in windows.items() if s != "train"}
+        predictions |= _own_head(run, run_dir, whole, scaler)
     if set(FROZEN) <= set(probes):
         row = {"objective": run.row[0], "encoder": run.row[1], "seed": run.seed, "run": run.path}
         options_few = dict(preset=run.preset, labels_seen=run.recipe is not None and run.reads_labels, device=device)
@@ -370,5 +374,5 @@ def predict_windows(
     fitted = {name: load_probe(folder / f"probe-{name}.safetensors", device=device) for name in probes}
     scaler = fitted[probes[0]].scaler
     options = dict(size=run.clip.size, device=device, scratch=folder, progress=False)
-    features = features_of(encoder, windows, scaler, **options)
+    features = features_of(encoder, windows, scaler, max_tokens=run.preset.probe_tokens, **options)
     return {name: probe.predict(features) for name, probe in fitted.items()}

@@ -69,6 +69,7 @@ def features_of(
     device: str = "cpu",
     cache: str | Path | None = None,  # folder that keeps the tokens of a LoadedEncoder
     scratch: str | Path | None = None,  # folder for tokens beyond memory, while they are in use; default: `cache`
+    max_tokens: int | None = None,  # of a window; more are averaged, see `fewer_tokens`
     progress: bool = True,
 ) -> Features:
     """Frozen tokens of all windows with their physical labels and groups. ValueError for a normaliser that is not the
@@ -86,13 +87,16 @@ def features_of(
     )
 
     def make() -> torch.Tensor:
-        return extract(encoder, batches.evaluation(), device=device, scratch=scratch or cache, progress=progress)
+        options = dict(device=device, scratch=scratch or cache, max_tokens=max_tokens, progress=progress)
+        return extract(encoder, batches.evaluation(), **options)
 
     if cache and known:
-        tokens = cached(cache, windows.split, features_key(encoder, windows, size=size, device=device), make)
+        key = features_key(encoder, windows, size=size, max_tokens=max_tokens, device=device)
+        tokens = cached(cache, windows.split, key, make)
     else:
         tokens = make()
-    info = {"split": windows.split} | ({"encoder": encoder_digest(encoder)} if known else {})
+    info: dict = {"split": windows.split} | ({"encoder": encoder_digest(encoder)} if known else {})
+    info |= {"max_tokens": max_tokens} if max_tokens else {}
     labels = windows.targets(np.arange(len(windows)))
     return Features(tokens=tokens, labels=labels, groups=windows.window_groups(), info=info)
 
@@ -139,7 +143,8 @@ def probe_encoder(
 ) -> Probed:
     "Reads an encoder with frozen probes."
     options = dict(device=device, progress=progress)
-    features = {s: features_of(encoder, w, scaler, **reading, **options) for s, w in windows.items()}
+    kept = dict(max_tokens=preset.probe_tokens, **reading)
+    features = {s: features_of(encoder, w, scaler, **kept, **options) for s, w in windows.items()}
     fitted = fit_probes(features, scaler, preset, probes=probes, seed=seed, **options)
     scored = [s for s in features if s != "train"]
     predictions = {(name, s): probe.predict(features[s]) for name, probe in fitted.items() for s in scored}

@@ -32,6 +32,8 @@ class Numbers:
     probe_epochs: int = 20  # of the attentive probe
     probe_lr: float = 1e-3  # of the attentive probe
     probe_batch: int = 32
+    # tokens of a window that are kept for the attentive probe; more are averaged; None: all
+    probe_tokens: int | None = None
     finetune_epochs: int = 2  # 0: no fine-tuning
     finetune_accumulate: int = 1  # micro-batches of probe_batch, in fine-tuning
     # split -> flows of each draw that are simulated again at twice the resolution
@@ -48,6 +50,7 @@ class Numbers:
             "lr": self.probe_lr,
             "batch_size": self.probe_batch,
         }
+        frozen |= {"tokens": self.probe_tokens} if self.probe_tokens else {}
         return frozen | ({"finetune_epochs": self.finetune_epochs} if self.finetune_epochs else {})
 
     def scope(self) -> dict:
@@ -313,6 +316,7 @@ _PAPER = Preset(
     probe_stride=None,
     augment=False,
     probe_epochs=100,
+    probe_tokens=392,  # all 1568 of the ViT would take 99 GB of disk for Rayleigh-Benard, these take 25 GB
     finetune_accumulate=8,  # 32 clips at once would take 90 GB
     paper_labels=True,
 )

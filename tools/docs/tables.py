@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -141,22 +142,27 @@ def windows_of(system, frames: int, split: int, stride: int) -> int:
 
 
 def features_disk() -> str:
-    "What the tokens of all windows take on disk, for the encoders of preset `paper`."
+    "What the tokens of all windows take on disk, for the ViT of preset `paper`: those that are kept, and all."
     from physrep.physics.systems import SYSTEMS
+    from physrep.probing.features import coarser_grid
     from physrep.training.presets import get_preset
     from physrep.training.run import stride_of
 
     preset = get_preset("paper")
     vit = preset.encoder_config("vit")
     t, h, w = vit["tubelet"]
-    tokens = (preset.frames // t) * (preset.size // h) * (preset.size // w)
-    per_window = tokens * vit["dim"] * 2
+    grid = (preset.frames // t, preset.size // h, preset.size // w)
+    tokens, kept = math.prod(grid), math.prod(coarser_grid(grid, preset.probe_tokens))
     lines = []
     for name in PUBLISHED:
         system = SYSTEMS[name]
         n = sum(windows_of(system, preset.frames, k, stride_of(system, preset.probe_stride)) for k in range(3))
-        lines.append([f"`{name}`", f"{n:,}", f"{tokens} x {vit['dim']} x 2 B", f"{n * per_window / 1e9:.0f} GB"])
-    return markdown(["set", "windows of the three splits", "tokens of a window (float16)", "on disk"], lines)
+        one = f"{kept} x {vit['dim']} x 2 B"
+        sizes = [f"{n * count * vit['dim'] * 2 / 1e9:.0f} GB" for count in (kept, tokens)]
+        lines.append([f"`{name}`", f"{n:,}", one, *sizes])
+    return markdown(
+        ["set", "windows of the three splits", "tokens of a window (float16)", "on disk", f"all {tokens}"], lines
+    )
 
 
 def gpu_hours() -> str:
