@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from physrep.core.randomness import generator
 from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.windows import Windows
+from physrep.experiments import token_reading
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import LoadedEncoder
 from physrep.physics.systems import Label, System, get_system
@@ -609,3 +611,13 @@ def test_the_papers_presets_finetune_in_micro_batches(finetuning, monkeypatch):
         with pytest.raises(InterruptedError):
             _finetune(run, encoder, None, windows, scaler, device="cpu", progress=False)
         assert seen == {"train": (32, [4] * 8), "valid": 4}
+
+
+def test_the_reading_of_tokens_is_timed_by_command(tmp_path, capsys):
+    assert token_reading.main(["--gigabytes", "0.02", "--folder", str(tmp_path)]) == 0
+    assert re.search(
+        r"window by window [\d.]+ GB/s, in shuffled blocks [\d.]+ GB/s; ratio [\d.]+", capsys.readouterr().out
+    )
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="gigabytes must hold a window of 301056 bytes, got 0"):
+        token_reading.reading_rates(tmp_path, 0)
