@@ -247,11 +247,15 @@ def test_a_study_does_not_plan_what_was_unpacked_unless_its_encoder_is_asked(tmp
     scored(tmp_path / "others", str(there.folder(runs).relative_to(system)))
     pack(tmp_path / "others", tmp_path / "archives")
     unpack(tmp_path / "archives", system)
-    planned = [(command, run) for command in ("reproduce", "rates", "question") for run in (here, there)]
+    planned = [(command, run) for command in ("reproduce", "rates", "longer", "question") for run in (here, there)]
     monkeypatch.setattr(study, "planned_runs", lambda *_: planned)
     monkeypatch.setattr(study, "cost", lambda run: {"total": 60e9})
     table = study.study_table(preset, run_dir=runs)
-    assert [tuple(row) for row in table[table.done][["make", "seed"]].to_numpy()] == [("reproduce", 1), ("rates", 1)]
+    assert [tuple(row) for row in table[table.done][["make", "seed"]].to_numpy()] == [
+        ("reproduce", 1),
+        ("rates", 1),
+        ("longer", 1),
+    ]
 
 
 def test_by_command(tmp_path, capsys):

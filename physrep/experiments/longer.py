@@ -84,7 +84,7 @@ def _row_look(name: str) -> dict:
 
 
 def plot_lengths(table: pd.DataFrame, *, title: str = "") -> Figure:
-    """A panel for each probe: error on `test` against how many times the updates of Table 1 a training has. A colour is
+    """A panel for each probe: error on `test` against updates, as multiples of those of Table 1. A colour is
     a row, a line is a seed, a bar is the interval of one encoder; random weights as dashed lines, their means over
     seeds."""
     trained, random = table[table.factor > 0], table[table.factor == 0]
@@ -107,12 +107,11 @@ def plot_lengths(table: pd.DataFrame, *, title: str = "") -> Figure:
                     ax.errorbar(x, one.error, span, ms=4.5, lw=1.2, elinewidth=0.6, **_row_look(name))
             for _, one in random[random.probe == probe].groupby("row"):
                 ax.axhline(one.error.mean(), color="#7A7A7A", ls="--", lw=1)
-            ax.set(title=PROBE_TITLES.get(probe, probe), xlim=(-0.4, len(factors) - 0.6))
+            ax.set(title=PROBE_TITLES.get(probe, probe), xlabel="updates", xlim=(-0.4, len(factors) - 0.6))
             ax.set_xticks(range(len(factors)), [f"{factor:g}x" for factor in factors])
         axes[0].set(ylabel="error on test (z-scored)", ylim=(0, None))
-        fig.supxlabel("updates, times those of Table 1", fontsize=9)
         fig.suptitle(title, fontsize=9.5)
         handles = [Line2D([], [], ms=4.5, **_row_look(name)) for name in rows]
-        handles.append(Line2D([], [], color="#7A7A7A", ls="--", label="random weights"))
+        handles += [Line2D([], [], color="#7A7A7A", ls="--", label="random weights")] * (not random.empty)
         fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return fig

@@ -43,7 +43,9 @@ def order_changes(summary: pd.DataFrame, rows: Sequence[Row] = ROWS, split: str 
     number of `pairs` that it is in (with another row, same system and probe), in how many the order `changed`, and the
     median and largest `ratio` of its errors with two seeds. A last line has all pairs, each once. Systems with one seed
     are left out; the table is empty if there is no other."""
-    blind = [row for row in rows if row.kind == "trained" and not getattr(objective_class(row.objective), "reads_labels", 0)]
+    blind = [
+        row for row in rows if row.kind == "trained" and not getattr(objective_class(row.objective), "reads_labels", 0)
+    ]
     titles = {row.pair: row.title for row in blind}
     asked = summary.query("metric == 'mse' and label == 'mean' and split == @split and seeds > 1")
     errors: dict[tuple, dict[str, tuple]] = {}
