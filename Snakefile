@@ -241,7 +241,7 @@ DIFFERENCES = {"random": "table1_differences", **{c: f"table1_differences_{c}" f
 rule table1:
     input: RESULTS + MORE_SEEDS
     output: figures("table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
-    params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
+    params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.seeds", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # a method is a curve: the encoders that every run kept on its way are probed, one job a system, then drawn
@@ -266,7 +266,7 @@ rule learning_curves:
 rule data_efficiency:
     input: RESULTS + MORE_SEEDS
     output: figures("data_efficiency", *(["table1_shifted", "shift"] if SHIFTED_TOO else []))
-    params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
+    params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "results.seeds", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # the same flows at twice the resolution, read by the same encoders and probes

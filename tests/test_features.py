@@ -15,9 +15,10 @@ from physrep.data.windows import Windows
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import LoadedEncoder, load_encoder, save_encoder
 from physrep.physics.systems import get_system
-from physrep.probing.evaluate import _drop_others
+from physrep.probing.evaluate import Reader, _drop_others
 from physrep.probing.features import (
     Features,
+    FewerTokens,
     cache_path,
     cached,
     coarser_grid,
@@ -38,6 +39,20 @@ def save(path, encoder: torch.nn.Module, *, std: float = 1.0, shape: tuple[int, 
     "A small ViT as a file, with the same normalisation for all channels."
     scale = {"mean": torch.zeros(4), "std": torch.full((4,), std)}
     save_encoder(path, encoder, "vit", system="shear_flow", **scale, shape=shape, dt=0.2)
+
+
+class Grid(torch.nn.Module):
+    "An encoder with given tokens on the grid of a ViT with tubelets of 2 x 8 x 8."
+
+    def __init__(self, tokens: torch.Tensor):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tokens
+
+    def grid(self, shape) -> tuple[int, int, int]:
+        return shape[0] // 2, shape[1] // 8, shape[2] // 8
 
 
 class Make:
@@ -330,6 +345,12 @@ def test_tokens_are_averaged_over_neighbours_in_the_grid_of_the_encoder():
     assert torch.allclose(few.mean(1), tokens.mean(1), atol=1e-6), "probes of the mean token read the same"
     in_order = fewer_tokens(tokens, torch.nn.Identity(), (8, 48, 32), 48)  # an encoder that says no grid
     assert torch.allclose(in_order, tokens.unflatten(1, (48, 2)).mean(2), atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"97 tokens on a grid \(1, 1, 97\) cannot be averaged to about 96, only to 1; set"
+    ):
+        fewer_tokens(torch.randn(2, 97, 3), torch.nn.Identity(), (8, 48, 32), 96)
+    assert torch.equal(FewerTokens(Grid(tokens), 24)(torch.zeros(3, 4, 8, 48, 32)), few)
+    assert torch.equal(FewerTokens(Reader(Grid(tokens), "of mine"), 24)(torch.zeros(3, 4, 8, 48, 32)), few)
     with pytest.raises(ValueError, match="at least one token of a window must be kept, got 0"):
         fewer_tokens(tokens, vit, (8, 48, 32), 0)
 

@@ -11,20 +11,27 @@ from physrep.training.presets import get_preset
 
 
 def test_rows_are_read_once_each_and_none_are_refused():
-    assert [row_name(row) for row in rows_in("mae-vit,jepa.circular-convnext,mae-vit")] == [
+    assert [row_name(row) for row in rows_in("mae-vit, jepa.circular-convnext,mae-vit")] == [
         "mae-vit",
         "jepa.circular-convnext",
     ]
     with pytest.raises(ValueError, match='no rows; write for example "mae-vit,forecast-vit"'):
         rows_in(",")
-    with pytest.raises(ValueError, match="unknown row 'mae'; valid: jepa-convnext, "):
+    with pytest.raises(ValueError, match="'mae' is no row that is trained; valid: jepa-convnext, "):
         rows_in("mae")
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5, -2.0, float("nan")])
+@pytest.mark.parametrize("factor", [1.0, 0.5, -2.0, float("nan"), float("inf")])
 def test_a_training_that_is_no_longer_is_refused(factor):
     with pytest.raises(ValueError, match=f"more than 1, such as 2; got {factor:g}"):
         longer_runs(rows_in("mae-vit"), factor, [0], "shear_flow", get_preset("smoke"))
+
+
+def test_a_factor_that_adds_no_update_is_refused():
+    with pytest.raises(
+        ValueError, match="with a factor of 1.05, mae-vit has 6 updates as in Table 1; give a larger one"
+    ):
+        longer_runs(rows_in("mae-vit"), 1.05, [0], "shear_flow", get_preset("smoke"))
 
 
 def test_the_notebook_compares_two_lengths_of_two_rows(smoke_data, tmp_path):

@@ -436,7 +436,7 @@ def test_windows_beyond_memory_are_shuffled_in_blocks(monkeypatch, count):
         "as it always was, up to 8 GB"
     )
     monkeypatch.setattr(frozen, "BLOCK", 64 * 10)
-    monkeypatch.setattr(frozen, "TOGETHER", 5)
+    monkeypatch.setattr(frozen, "BLOCKS_TOGETHER", 5)
     read = []
     monkeypatch.setattr(frozen, "_read_through", lambda block: read.append(block[:, 0, 0].int().tolist()))
     seen = []
@@ -550,15 +550,15 @@ def test_finetuning_finds_what_the_frozen_encoder_does_not_show_and_leaves_it_as
     assert 0.8 < np.mean((low <= test.labels) & (test.labels <= high)) < 0.98
 
 
-def test_finetuning_starts_at_the_attentive_probe(finetuning):
+@pytest.mark.parametrize("most", [None, 2])  # of 4 tokens
+def test_finetuning_starts_at_the_attentive_probe(finetuning, most):
     encoder, windows, scaler = finetuning
-    info = {"encoder": encoder_digest(encoder)}
-    features = {
-        s: Features(
-            extract(encoder, batches_of(finetuning, s).evaluation(), progress=False), w.labels, np.arange(len(w)), info
-        )
-        for s, w in windows.items()
+    info = {"encoder": encoder_digest(encoder)} | ({"max_tokens": most} if most else {})
+    tokens = {
+        s: extract(encoder, batches_of(finetuning, s).evaluation(), max_tokens=most, progress=False) for s in windows
     }
+    assert tokens["train"].shape[1] == (most or 4)
+    features = {s: Features(tokens[s], w.labels, np.arange(len(w)), info) for s, w in windows.items()}
     probes = {
         name: fit_probe(name, features["train"], features["valid"], scaler, **QUICK.get(name, {}))
         for name in ("linear", "attentive")
@@ -613,11 +613,14 @@ def test_the_papers_presets_finetune_in_micro_batches(finetuning, monkeypatch):
         assert seen == {"train": (32, [4] * 8), "valid": 4}
 
 
-def test_the_reading_of_tokens_is_timed_by_command(tmp_path, capsys):
+def test_the_reading_of_tokens_is_timed_by_command(tmp_path, capsys, monkeypatch):
+    orders, plain = [], token_reading.shuffled
+    monkeypatch.setattr(token_reading, "shuffled", lambda *a, **k: orders.append(k["in_any_order"]) or plain(*a, **k))
     assert token_reading.main(["--gigabytes", "0.02", "--folder", str(tmp_path)]) == 0
     assert re.search(
         r"window by window [\d.]+ GB/s, in shuffled blocks [\d.]+ GB/s; ratio [\d.]+", capsys.readouterr().out
     )
+    assert orders == [2**63, 0], "whatever the size of the file, in any order and in blocks"
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="gigabytes must hold a window of 301056 bytes, got 0"):
         token_reading.reading_rates(tmp_path, 0)

@@ -11,7 +11,7 @@ from physrep.training.presets import get_preset
 
 def test_rows_that_are_not_trained_are_refused():
     assert trained_row("mae-vit").pair == ("mae", "vit")
-    with pytest.raises(ValueError, match="unknown row 'random-vit'; valid: jepa-convnext, "):
+    with pytest.raises(ValueError, match="'random-vit' is no row that is trained; valid: jepa-convnext, "):
         trained_row("random-vit")
 
 
@@ -59,7 +59,12 @@ def test_a_training_has_at_least_one_update():
 
 def test_a_rate_is_added_to_what_a_row_changes():
     row = Row("jepa", "convnext", tag="own", encoder_config=PERIODIC, recipe={"weight_decay": 0.1})
-    half = at_rate(row, 0.5, run_of(row, "shear_flow", get_preset("laptop")))
+    usual = run_of(row, "shear_flow", get_preset("laptop"))
+    assert (
+        at_rate(row, 1e-7, usual).tag == "own.rate0.0000001" and at_length(row, 1e6, usual).tag == "own.updates1000000"
+    )
+    assert at_rate(row, 0.1234567, usual).tag != at_rate(row, 0.1234568, usual).tag
+    half = at_rate(row, 0.5, usual)
     assert row_name(half) == "jepa.own.rate0.5-convnext" and half.encoder_config == PERIODIC
     assert half.recipe == {"weight_decay": 0.1, "lr": 0.0005}
 

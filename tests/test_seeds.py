@@ -17,7 +17,7 @@ def summary(errors: dict[str, tuple], **about) -> pd.DataFrame:
 
 def test_a_pair_counts_once_whatever_the_number_of_seeds():
     found = order_changes(summary({"mae": (1.0, 3.0, 1.0), "jepa": (2.0, 2.0, 2.0), "forecast": (0.5, 0.5, 0.4)}))
-    found = found.set_index("title")
+    found = found.set_index("row")
     assert found.pairs.to_dict() == {"MAE ViT": 2, "JEPA ViT": 2, "forecast ViT": 2, "all": 3}
     assert found.changed.to_dict() == {"MAE ViT": 1, "JEPA ViT": 1, "forecast ViT": 0, "all": 1}
     assert found.loc["MAE ViT", "largest ratio"] == 3 and found.loc["forecast ViT", "median ratio"] == 1.25
@@ -26,7 +26,7 @@ def test_a_pair_counts_once_whatever_the_number_of_seeds():
 def test_systems_and_probes_are_told_apart():
     swapped, same = {"mae": (1.0, 3.0), "jepa": (2.0, 2.0)}, {"mae": (1.0, 1.1), "jepa": (2.0, 2.0)}
     tables = [summary(swapped), summary(same, probe="knn"), summary(same, system="active_matter")]
-    found = order_changes(pd.concat(tables)).set_index("title")
+    found = order_changes(pd.concat(tables)).set_index("row")
     assert (found.loc["all", "pairs"], found.loc["all", "changed"]) == (3, 1)
     assert found.loc["MAE ViT", "median ratio"] == pytest.approx(1.1)
 
@@ -39,8 +39,21 @@ def test_one_seed_other_splits_and_rows_that_saw_labels_are_left_out():
 
 def test_a_row_of_ones_own_is_compared_too():
     mine = Row("mae", "vit", "MAE of mine", tag="mine")
-    found = order_changes(summary({"mae": (1.0, 3.0), "mae.mine": (2.0, 2.0)}), (*ROWS, mine)).set_index("title")
+    found = order_changes(summary({"mae": (1.0, 3.0), "mae.mine": (2.0, 2.0)}), (*ROWS, mine)).set_index("row")
     assert found.loc["MAE of mine", "changed"] == 1
+
+
+def test_rows_with_other_numbers_of_seeds_are_not_compared_and_rows_need_no_title():
+    both = {
+        "mae": (1.0, 3.0),
+        "jepa": (2.0, 2.0),
+        "mae.a": (1.0, 3.0),
+        "mae.b": (2.5, 2.5),
+        "forecast": (1.0, 3.0, 1.0),
+    }
+    found = order_changes(summary(both), (*ROWS, Row("mae", "vit", tag="a"), Row("mae", "vit", tag="b")))
+    assert found.pairs.tolist() == [3, 3, 3, 3, 0, 6] and found.changed.tolist()[-1] == 4
+    assert found.row.iloc[-2] == "forecast ViT"
 
 
 def test_results_that_are_missing_are_named(tmp_path):

@@ -7,6 +7,7 @@ __all__ = ['ASKED', 'FACTOR', 'SEEDS', 'Runs', 'rows_in', 'longer_runs', 'length
            'plot_lengths']
 
 # %% ../../nbs/experiments/longer.ipynb #a72b3708
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,8 +16,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .recipes import at_length, changed_runs, factor_differences, factor_table, trained_row
-from ..results.comparison import compare, interval_text
+from physrep.experiments.recipes import (
+    at_length,
+    changed_runs,
+    difference_on_test,
+    factor_differences,
+    factor_table,
+    trained_row,
+)
 from ..results.figures import using_style
 from ..results.rows import PROBE_ORDER, PROBE_TITLES, Row, ordered, row_name
 from ..training.presets import Preset
@@ -28,7 +35,7 @@ ASKED, FACTOR, SEEDS = ("mae-vit", "forecast-vit"), 2.0, (0, 1)  # of `make long
 
 def rows_in(text: str) -> list[Row]:
     "Trained rows written as `mae-vit,forecast-vit`, each once. ValueError for none and for unknown names."
-    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise ValueError('no rows; write for example "mae-vit,forecast-vit"')
     return [trained_row(name) for name in names]
@@ -43,10 +50,18 @@ def longer_runs(
     data_dir: str | Path | None = None,
 ) -> dict[str, dict[float, list[Run]]]:
     """For each row its runs as in Table 1 (factor 1) and those with so many times the updates, one a seed. ValueError
-    without a seed, or for a factor of at most 1."""
-    if not factor > 1:
+    without a seed, or for a factor that adds no update."""
+    if not 1 < factor < math.inf:
         raise ValueError(f"factor is how many times as long a training is, more than 1, such as 2; got {factor:g}")
-    return {row_name(row): changed_runs(at_length, row, (1.0, factor), seeds, system, preset, data_dir) for row in rows}
+    found = {
+        row_name(row): changed_runs(at_length, row, (1.0, factor), seeds, system, preset, data_dir) for row in rows
+    }
+    for name, runs in found.items():
+        if runs[1][0].recipe.steps == (steps := runs[factor][0].recipe.steps):
+            raise ValueError(
+                f"with a factor of {factor:g}, {name} has {steps} updates as in Table 1; give a larger one"
+            )
+    return found
 
 # %% ../../nbs/experiments/longer.ipynb #3ddceb10
 Runs = Mapping[str, Mapping[float, Sequence[Run]]]  # row -> factor -> one run a seed
@@ -64,17 +79,19 @@ def length_differences(runs: Runs, run_dir: str | Path | None = None) -> pd.Data
 
 
 def between_rows(runs: Runs, run_dir: str | Path | None = None) -> pd.DataFrame:
-    """The error on `test` of each row minus that of each later one, at equal factors: columns `factor`, `of`, `minus`,
-    `probe`, `difference`, `low`, `high`, `text`; without lines for a single row."""
-    found = []
-    for a, b in combinations(runs, 2):
-        for factor in (f for f in runs[a] if f > 0 and f in runs[b]):
-            both = [[run.folder(run_dir) for run in runs[name][factor]] for name in (a, b)]
-            pair = compare(*both, metric="mse").query("label == 'mean'")
-            text = [interval_text(*numbers) for numbers in zip(pair.difference, pair.low, pair.high)]
-            found.append(pair.assign(factor=factor, of=a, minus=b, text=text))
-    columns = ["factor", "of", "minus", "probe", "difference", "low", "high", "text"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    """`difference_on_test` of each row (`of`) from each later one (`minus`), at equal factors; without lines for a
+    single row."""
+    found = [
+        difference_on_test(runs[a][factor], runs[b][factor], run_dir, factor=factor, of=a, minus=b)
+        for a, b in combinations(runs, 2)
+        for factor in runs[a]
+        if factor > 0 and factor in runs[b]
+    ]
+    return (
+        pd.concat(found, ignore_index=True)
+        if found
+        else pd.DataFrame(columns=["factor", "of", "minus", "probe", "text"])
+    )
 
 # %% ../../nbs/experiments/longer.ipynb #1808d7b9
 def _row_look(name: str) -> dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['trained_row', 'at_rate', 'at_length', 'random_weights', 'factors_in', 'changed_runs', 'train_and_probe',
-           'factor_table', 'factor_differences']
+           'factor_table', 'difference_on_test', 'factor_differences']
 
 # %% ../../nbs/experiments/recipes.ipynb #b7280c62
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..probing.evaluate import PROBES, score_run
@@ -30,23 +31,24 @@ def trained_row(name: str) -> Row:
     "The row of this name that is trained; ValueError for another name, with the valid ones."
     there = {row_name(row): row for row in ROWS if row.kind == "trained"}
     if name not in there:
-        raise ValueError(f"unknown row {name!r}; valid: {', '.join(there)}")
+        raise ValueError(f"{name!r} is no row that is trained; valid: {', '.join(there)}")
     return there[name]
 
 
 def at_rate(row: Row, factor: float, usual: Run) -> Row:
     "The row with so many times the learning rate of its usual run; with a factor of 1 the row itself."
-    return _changed(row, f"rate{factor:g}", lr=factor * usual.recipe.lr) if factor != 1 else row
+    return _changed(row, "rate", factor, lr=factor * usual.recipe.lr) if factor != 1 else row
 
 
 def at_length(row: Row, factor: float, usual: Run) -> Row:
     "The row with so many times the updates of its usual run, at least one; with a factor of 1 the row itself."
     steps = max(1, round(factor * usual.recipe.steps))
-    return _changed(row, f"updates{factor:g}", steps=steps) if factor != 1 else row
+    return _changed(row, "updates", factor, steps=steps) if factor != 1 else row
 
 # %% ../../nbs/experiments/recipes.ipynb #b95940f9
-def _changed(row: Row, tag: str, **recipe: float) -> Row:
-    "The row with a changed recipe, and with a tag that says so."
+def _changed(row: Row, what: str, factor: float, **recipe: float) -> Row:
+    "The row with a changed recipe, and with a tag that says so, such as `rate0.5`."
+    tag = what + np.format_float_positional(factor, trim="-")  # a tag has no exponent
     return replace(row, tag=".".join(part for part in (row.tag, tag) if part), recipe={**row.recipe, **recipe})
 
 
@@ -132,16 +134,27 @@ def factor_table(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | None
     return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/recipes.ipynb #bc2ff55e
+_DIFFERENCE = ["probe", "difference", "low", "high", "text"]
+
+
+def difference_on_test(
+    runs: Sequence[Run], others: Sequence[Run], run_dir: str | Path | None = None, **about: object
+) -> pd.DataFrame:
+    """The error of runs on `test` minus that of others on the same flows, mean over labels, for each probe: columns
+    `probe`, `difference`, `low`, `high` (over flows and seeds), `text`, and those of `about`."""
+    folders = ([run.folder(run_dir) for run in some] for some in (runs, others))
+    pair = compare(*folders, metric="mse").query("label == 'mean'")
+    text = [interval_text(*numbers) for numbers in zip(pair.difference, pair.low, pair.high)]
+    return pair.assign(**about, text=text)[[*about, *_DIFFERENCE]]
+
+
 def factor_differences(runs: Mapping[float, Sequence[Run]], run_dir: str | Path | None = None) -> pd.DataFrame:
-    """The error on `test` at each factor minus that of random weights (factor 0) and minus that of the row in Table 1
-    (factor 1), where these are among the runs: columns `factor`, `minus`, `probe`, `difference`, `low`, `high`, `text`.
-    The flows are the same, and intervals are over flows and seeds."""
-    folders = {factor: [run.folder(run_dir) for run in some] for factor, some in runs.items()}
-    found = []
-    for other, name in ((0, "random weights"), (1, "row of Table 1")):
-        for factor in (f for f in folders if f not in (0, other) and other in folders):
-            pair = compare(folders[factor], folders[other], metric="mse").query("label == 'mean'")
-            text = [interval_text(*numbers) for numbers in zip(pair.difference, pair.low, pair.high)]
-            found.append(pair.assign(factor=factor, minus=name, text=text))
-    columns = ["factor", "minus", "probe", "difference", "low", "high", "text"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    """`difference_on_test` at each `factor` from random weights (factor 0) and from the row in Table 1 (factor 1),
+    where these are among the runs: `minus` says which."""
+    found = [
+        difference_on_test(runs[factor], runs[other], run_dir, factor=factor, minus=name)
+        for other, name in ((0, "random weights"), (1, "row of Table 1"))
+        for factor in runs
+        if factor not in (0, other) and other in runs
+    ]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["factor", "minus", *_DIFFERENCE])

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..core.files import open_tensors, write_tensors
-from ..probing.frozen import BLOCK, TOGETHER, shuffled
+from ..probing.frozen import BLOCK, BLOCKS_TOGETHER, shuffled
 
 # %% ../../nbs/experiments/token_reading.ipynb #76b8f9da
 def _forget(path: Path) -> None:
@@ -39,18 +39,21 @@ def _rate(path: Path, asked: int, **order: int) -> float:
 
 
 def reading_rates(
-    folder: str | Path, gigabytes: float = 4.0, shape: tuple[int, int] = (392, 384), together: int = BLOCK * TOGETHER
+    folder: str | Path,
+    gigabytes: float = 4.0,
+    shape: tuple[int, int] = (392, 384),
+    asked: int = BLOCK * BLOCKS_TOGETHER,
 ) -> dict[str, float]:
     """GB a second of an epoch in any order (`windows`) and in shuffled blocks (`blocks`), with windows of `shape`
-    (tokens, channels) in float16. `together` bytes are read of each. ValueError for less than one window."""
+    (tokens, channels) in float16. `asked` bytes are read of each. ValueError for less than one window."""
     count = int(gigabytes * 1e9 / (2 * shape[0] * shape[1]))
     if count < 1:
         raise ValueError(f"gigabytes must hold a window of {2 * shape[0] * shape[1]} bytes, got {gigabytes:g}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "tokens.safetensors"
-        write_tensors(path, {"tokens": torch.rand(count, *shape).half()}, {})
-        asked = min(together, path.stat().st_size)
-        return {"windows": _rate(path, asked), "blocks": _rate(path, asked, in_any_order=0)}
+        write_tensors(path, {"tokens": torch.rand(count, *shape, dtype=torch.float16)}, {})
+        asked = min(asked, path.stat().st_size)
+        return {"windows": _rate(path, asked, in_any_order=2**63), "blocks": _rate(path, asked, in_any_order=0)}
 
 # %% ../../nbs/experiments/token_reading.ipynb #7cac4dcd
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -183,16 +183,12 @@ def score_encoder(
 PROBES = (*FROZEN, "finetune")  # all that can be asked for
 
 # %% ../../nbs/probing/evaluate.ipynb #24800124
-def _own_head(run: Run, run_dir: str | Path | None, features: Mapping[str, Features], scaler: LabelScaler) -> dict:
-    "Physical predictions `{(head, split): (n, n_labels)}` of a supervised run's own head."
+def _own_head(run: Run, run_dir: str | Path | None, features: Features, scaler: LabelScaler) -> np.ndarray:
+    "Physical predictions `(n, n_labels)` of a supervised run's own head."
     head = restore(run, run_dir).head.eval()
-    found = {}
     with torch.no_grad():
-        for split, f in features.items():
-            if split != "train":
-                z = torch.cat([head(part.float()) for part in f.tokens.split(256)]).double().numpy()
-                found["head", split] = scaler.inverse(scaler.clip(z))
-    return found
+        z = torch.cat([head(part.float()) for part in features.tokens.split(256)]).double().numpy()
+    return scaler.inverse(scaler.clip(z))
 
 
 def _finetune(
@@ -229,6 +225,8 @@ class Reader(torch.nn.Module):
         self.function = function
         self.name = name
         self.normalised = bool(getattr(function, "normalised", True))
+        if hasattr(function, "grid"):  # of its tokens
+            self.grid = function.grid
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -297,11 +295,11 @@ def score_run(
     fitted = dict(probed.probes)
     predictions = dict(probed.predictions)
     if run.objective == "supervised":
-        whole = probed.features
-        if run.preset.probe_tokens:  # its head reads every token
-            one = dict(size=run.clip.size, scratch=folder, **options)
-            whole = {s: features_of(encoder, w, scaler, **one) for s, w in windows.items() if s != "train"}
-        predictions |= _own_head(run, run_dir, whole, scaler)
+        for split in (s for s in windows if s != "train"):
+            whole = probed.features[split]
+            if run.preset.probe_tokens:  # its head reads every token
+                whole = features_of(encoder, windows[split], scaler, size=run.clip.size, scratch=folder, **options)
+            predictions["head", split] = _own_head(run, run_dir, whole, scaler)
     if set(FROZEN) <= set(probes):
         row = {"objective": run.row[0], "encoder": run.row[1], "seed": run.seed, "run": run.path}
         options_few = dict(preset=run.preset, labels_seen=run.recipe is not None and run.reads_labels, device=device)

@@ -20,7 +20,7 @@ from ..core.randomness import seed_for
 from ..data.batches import Batches
 from ..data.scaling import LabelScaler, Normaliser
 from ..models.pretrained import LoadedEncoder
-from .features import encoder_digest
+from .features import FewerTokens, encoder_digest
 from .frozen import Predictor, Probe, best_trial, fitted_head, new_head, squared_error
 from ..training.loop import warmup_cosine
 
@@ -144,6 +144,8 @@ def fit_finetune(
     scaler = train.scaler
     labels = valid.windows.targets(np.arange(len(valid.windows)))
     copied = copy.deepcopy(encoder.encoder).requires_grad_(True)
+    if start is not None and start.info.get("max_tokens"):  # the head goes on with what it was fitted on
+        copied = FewerTokens(copied, start.info["max_tokens"])
     standardiser, head = _starting_head(encoder, labels.shape[1], recipe, start, seed)
     network = nn.Sequential(copied, standardiser, head).to(train.device)
     rates = (recipe.encoder_lr, recipe.lr)

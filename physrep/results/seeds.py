@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..objectives.methods import objective_class
 from .archive import with_seeds_there
-from .rows import ROWS, Row, row_folders
+from .rows import ROWS, Row, row_folders, title_of
 from ..training.presets import Preset
 
 # %% ../../nbs/results/seeds.ipynb #a8e9044f
@@ -35,35 +35,37 @@ def folders_of_seeds(
 # %% ../../nbs/results/seeds.ipynb #89a24e14
 def _changes(a: Sequence[float], b: Sequence[float]) -> bool:
     "Whether the order of two rows differs between any two seeds."
-    return len({np.sign(x - y) for x, y in zip(a, b, strict=True)}) > 1
+    return len({np.sign(x - y) for x, y in zip(a, b)}) > 1
 
 
 def order_changes(summary: pd.DataFrame, rows: Sequence[Row] = ROWS, split: str = "test") -> pd.DataFrame:
-    """What seeds change among the trained rows without labels, by mean error over labels: for each row `title` the
-    number of `pairs` that it is in (with another row, same system and probe), in how many the order `changed`, and the
-    median and largest `ratio` of its errors with two seeds. A last line has all pairs, each once. Systems with one seed
-    are left out; the table is empty if there is no other."""
+    """What seeds change among the trained rows without labels, by mean error over labels: for each `row` the
+    number of `pairs` that it is in (with another row of as many seeds, same system and probe), in how many the order
+    `changed`, and the median and largest `ratio` of its errors with two seeds. A last line has all pairs, each once.
+    Systems with one seed are left out; the table is empty if there is no other."""
     blind = [
-        row for row in rows if row.kind == "trained" and not getattr(objective_class(row.objective), "reads_labels", 0)
+        row.pair
+        for row in rows
+        if row.kind == "trained" and not getattr(objective_class(row.objective), "reads_labels", False)
     ]
-    titles = {row.pair: row.title for row in blind}
     asked = summary.query("metric == 'mse' and label == 'mean' and split == @split and seeds > 1")
-    errors: dict[tuple, dict[str, tuple]] = {}
+    errors: dict[tuple, dict[tuple[str, str], tuple]] = {}
     for one in asked.itertuples():
-        if (one.objective, one.encoder) in titles:
-            errors.setdefault((one.system, one.probe), {})[titles[one.objective, one.encoder]] = one.by_seed
-    return _counted(errors)
+        if (one.objective, one.encoder) in blind:
+            errors.setdefault((one.system, one.probe, one.seeds), {})[one.objective, one.encoder] = one.by_seed
+    table = _counted(errors)
+    return table.assign(row=[title_of(*pair, rows=rows) if pair else "all" for pair in table.row])
 
 
-def _counted(errors: Mapping[tuple, Mapping[str, tuple]]) -> pd.DataFrame:
-    "The table of `order_changes` from the errors by seed of each row, for each (system, probe)."
+def _counted(errors: Mapping[tuple, Mapping[tuple[str, str], tuple]]) -> pd.DataFrame:
+    "The table of `order_changes`, with pairs as `row`, from the errors by seed of what can be compared."
     pairs = [(a, b, _changes(some[a], some[b])) for some in errors.values() for a, b in combinations(some, 2)]
-    found = []
-    for title in dict.fromkeys(name for some in errors.values() for name in some):
-        own = [changed for a, b, changed in pairs if title in (a, b)]
-        ratios = [max(some[title]) / min(some[title]) for some in errors.values() if title in some]
-        about = {"title": title, "pairs": len(own), "changed": sum(own)}
+    found: list[dict] = []
+    for row in dict.fromkeys(name for some in errors.values() for name in some):
+        own = [changed for a, b, changed in pairs if row in (a, b)]
+        ratios = [max(some[row]) / min(some[row]) for some in errors.values() if row in some]
+        about = {"row": row, "pairs": len(own), "changed": sum(own)}
         found.append(about | {"median ratio": np.median(ratios), "largest ratio": max(ratios)})
     if found:
-        found.append({"title": "all", "pairs": len(pairs), "changed": sum(changed for *_, changed in pairs)})
-    return pd.DataFrame(found, columns=["title", "pairs", "changed", "median ratio", "largest ratio"])
+        found.append({"row": (), "pairs": len(pairs), "changed": sum(changed for *_, changed in pairs)})
+    return pd.DataFrame(found, columns=["row", "pairs", "changed", "median ratio", "largest ratio"])

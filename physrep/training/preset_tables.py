@@ -327,6 +327,7 @@ _NATIVE = replace(
     name="native",
     description="The Well on its native grids, otherwise as paper",
     size=None,
+    probe_tokens=512,  # all of the ConvNeXt, an eighth to a quarter of the ViT
     # 8 clips of 256x512 would take about 70 GB
     encoders=_with_codes(_PAPER_ENCODERS | {"convnext": {"recompute": True}}, code=64),
 )
