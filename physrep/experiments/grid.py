@@ -152,7 +152,6 @@ def run_predictions(
     for split in ("test", *GRID_SPLITS):
         kept = folder / "features" if split == "test" else feature_dir
         reading = dict(size=run.clip.size, device=device, cache=kept, progress=False)
-        reading |= dict(max_tokens=run.preset.probe_tokens)
         features[split] = features_of(encoder, windows[split], scaler, **reading)
     return fit_all(features, scaler, seed=run.seed, saved=saved)
 
