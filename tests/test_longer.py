@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from helpers import ROOT, papermill
 
-from physrep.experiments.longer import longer_runs, plot_lengths, rows_in
+from physrep.experiments.longer import longer_runs, plot_lengths
+from physrep.experiments.recipes import rows_in
 from physrep.results.rows import row_name
 from physrep.training.presets import get_preset
 
