@@ -308,22 +308,11 @@ def score_run(
         fitted["finetune"], tuned = _finetune(run, encoder, fitted.get("attentive"), windows, scaler, **options)
         predictions |= tuned
     return write_scores(
-        folder,
-        predictions,
-        windows,
-        scaler,
-        objective=run.row[0],
-        encoder=run.row[1],
-        seed=run.seed,
-        run=run.path,
+        folder, predictions, windows, scaler, objective=run.row[0], encoder=run.row[1], seed=run.seed, run=run.path,
         result="result.json" if set(FROZEN) <= set(probes) else f"result-{'-'.join(probes)}.json",
-        probes=fitted,
-        config=run.as_dict(),
-        probing=run.preset.probing(),
-        provenance=record,
-        seconds=round(time.monotonic() - started, 1),
-        parameters=sum(p.numel() for p in encoder.parameters()),
-    )
+        probes=fitted, config=run.as_dict(), probing=run.preset.probing(), provenance=record,
+        seconds=round(time.monotonic() - started, 1), parameters=sum(p.numel() for p in encoder.parameters()),
+    )  # fmt: skip
 
 # %% ../../nbs/probing/evaluate.ipynb #638c90b4
 def coverage(scored: Scored, system: System, level: float = 0.9) -> pd.DataFrame:
