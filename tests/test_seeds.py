@@ -56,6 +56,11 @@ def test_rows_with_other_numbers_of_seeds_are_not_compared_and_rows_need_no_titl
     assert found.row.iloc[-2] == "forecast ViT"
 
 
+def test_errors_of_zero_have_no_ratio():
+    found = order_changes(summary({"mae": (0.0, 0.5), "jepa": (0.0, 0.0)})).set_index("row")
+    assert found.loc["MAE ViT", "largest ratio"] == float("inf") and pd.isna(found.loc["JEPA ViT", "median ratio"])
+
+
 def test_results_that_are_missing_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no results yet of mae-vit-"):
         folders_of_seeds(get_preset("smoke"), ["shear_flow"], [Row("mae", "vit")], tmp_path)

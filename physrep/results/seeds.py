@@ -63,7 +63,8 @@ def _counted(errors: Mapping[tuple, Mapping[tuple[str, str], tuple]]) -> pd.Data
     found: list[dict] = []
     for row in dict.fromkeys(name for some in errors.values() for name in some):
         own = [changed for a, b, changed in pairs if row in (a, b)]
-        ratios = [max(some[row]) / min(some[row]) for some in errors.values() if row in some]
+        with np.errstate(divide="ignore", invalid="ignore"):  # errors of 0: no ratio
+            ratios = [np.float64(max(some[row])) / min(some[row]) for some in errors.values() if row in some]
         about = {"row": row, "pairs": len(own), "changed": sum(own)}
         found.append(about | {"median ratio": np.median(ratios), "largest ratio": max(ratios)})
     if found:
