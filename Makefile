@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box question rates longer bench scaling figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -140,6 +140,10 @@ scaling: $(READY)  ## time reading, solvers, and updates by grid, frames, batch 
 	@mkdir -p runs/$(NAME)/notebooks
 	@$(BIN)/python -m papermill nbs/10a_scaling.ipynb runs/$(NAME)/notebooks/scaling.ipynb --no-progress-bar -p preset $(PRESET) \
 	  $(if $(SYSTEM),-p system $(SYSTEM)) $(if $(ONLY),-p rows "$(ONLY)") < /dev/null
+
+peer: $(READY)  ## time the shear flow solver beside Dedalus, if that is installed; some minutes, on a machine that does nothing else
+	@mkdir -p runs/$(NAME)/notebooks
+	@$(BIN)/python -m papermill nbs/10b_peer_solver.ipynb runs/$(NAME)/notebooks/peer_solver.ipynb --no-progress-bar -p preset $(PRESET) < /dev/null
 
 figures:  ## copy the figures that PRESET's runs have drawn over the committed ones
 	@ls $(DRAWN)/*.png >/dev/null 2>&1 || { echo "no figures in $(DRAWN)/; make reproduce$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) draws them"; exit 1; }

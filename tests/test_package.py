@@ -20,6 +20,7 @@ OPTIONAL = {
     "data/download.py": {"huggingface_hub"},
     "data/remote.py": {"upath", "fsspec"},
     "experiments/scaling.py": {"the_well"},
+    "experiments/peer_solver.py": {"dedalus"},
 }
 WIDGETS = ("parts", "live_tab", "data_tab", "latent_tab", "saw_tab", "yours_tab", "page")  # of explore: the thin layer
 OPTIONAL |= {f"explore/{name}.py": {"ipywidgets", "IPython"} for name in WIDGETS}

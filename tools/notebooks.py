@@ -46,6 +46,7 @@ SHOWN = {
     "08i_longer_training": "longer-shear_flow",
     "10_benchmarks": "benchmarks",
     "10a_scaling": "scaling",
+    "10b_peer_solver": "peer_solver",
 }
 SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
 
