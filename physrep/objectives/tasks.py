@@ -371,9 +371,11 @@ def interpolate_hidden(
     laplacian = _laplacian((h, w), tuple(periodic))
     out = rearrange(fields, "b c t h w -> b (h w) t c").double().cpu().numpy()
     for sample, masks in zip(out, hidden):
-        different, which = np.unique(masks, axis=0, return_inverse=True)
-        for i, one in enumerate(different):
-            frames = np.flatnonzero(which.ravel() == i)
+        alike: dict[bytes, list[int]] = {}  # frames with the same mask
+        for frame, one in enumerate(masks):
+            alike.setdefault(one.tobytes(), []).append(frame)
+        for frames in alike.values():
+            one = masks[frames[0]]
             if one.any():
                 known = sample[np.ix_(~one, frames)]
                 filled = _harmonic(known.reshape(len(known), -1), one, laplacian)

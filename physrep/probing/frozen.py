@@ -329,8 +329,8 @@ def shuffled(tokens: Tensor, batch_size: int, *seed: int | str, in_any_order: in
         yield from torch.randperm(len(tokens), generator=rng).tensor_split(batches)
         return
     groups = _drawn_blocks(len(tokens), max(1, BLOCK // tokens[0].nbytes), rng)
-    together = [torch.cat(group) for group in groups]
-    order = torch.cat([windows[torch.randperm(len(windows), generator=rng)] for windows in together])
+    grouped = [torch.cat(group) for group in groups]
+    order = torch.cat([windows[torch.randperm(len(windows), generator=rng)] for windows in grouped])
     asked = read = 0  # windows so far
     for index in order.tensor_split(batches):
         asked += len(index)
