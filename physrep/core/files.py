@@ -123,6 +123,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     tensors, metadata = open_tensors(path)
     try:
         text, digest = json.loads(metadata["physrep"])
+        if not isinstance(text, str):
+            raise TypeError(f"the description is {type(text).__name__}")
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path} was not written by physrep, or is damaged: its metadata have no description with a digest"

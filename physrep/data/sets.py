@@ -113,7 +113,7 @@ def read_stats(
     try:
         with open_bytes(path) as file:
             raw = yaml.safe_load(file.read().decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise WellFormatError(f"{path}: not YAML ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(raw, dict):
         raise WellFormatError(f"{path}: not statistics but {str(raw)[:60]!r}")

@@ -271,9 +271,11 @@ def _read_initial_conditions(path: Path, file: h5py.File, n_trajectories: int) -
     "Which trajectories start alike, `(B,)` integers; None where the file does not record it."
     if INITIAL_CONDITION not in file:
         return None
-    found = file[INITIAL_CONDITION][()]
-    if found.shape != (n_trajectories,):
-        raise WellFormatError(f"{path}: {INITIAL_CONDITION} must be {n_trajectories} integers, it is {found.shape}")
+    found = np.asarray(file[INITIAL_CONDITION][()])
+    if found.shape != (n_trajectories,) or found.dtype.kind not in "iu":
+        raise WellFormatError(
+            f"{path}: {INITIAL_CONDITION} must be {n_trajectories} integers, it is {found.dtype} {found.shape}"
+        )
     return found
 
 # %% ../../nbs/data/well.ipynb #cb4f063e

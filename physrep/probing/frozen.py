@@ -494,8 +494,10 @@ def load_probe(path: str | Path, name: str = "", *, device: str | torch.device =
         raise ValueError(f"{path} holds no probe; a probe is one of {', '.join(PROBES)}, written by Probe.save")
     try:
         scaler = _scaler_in(record)
+        kept = {k: record[k] for k in ("name", "chosen", "trials", "config", "info")}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    kept = {k: record[k] for k in ("name", "chosen", "trials", "config", "info")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, a part of its description is missing or wrong: {error!r}") from error
     arrays = {k: v.numpy().copy() for k, v in tensors.items()}  # a copy: the file may go
     return Probe(**kept, scaler=scaler, arrays=arrays, device=device)

@@ -328,7 +328,7 @@ def read_predictions(path: str | Path) -> Predictions:
         info = _info_of(info)
         scaler = scaler_from(info["system"], info["scaler"])
         arrays = _checked(arrays, len(scaler.mean))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not a predictions file of physrep 0.2: {error!r}") from error
     parts = {
         kind: {tuple(n.split("/")[1:]): v for n, v in arrays.items() if n.startswith(kind)}
