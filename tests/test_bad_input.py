@@ -1,5 +1,7 @@
 """Bad input of every kind: the error names the value, the file and what would be right, or the result is right."""
 
+import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +28,8 @@ from broken import (
 )
 
 import physrep
-from physrep.core.files import read_json
+from physrep.core.files import read_json, read_tensors, write_tensors
+from physrep.core.places import load_object
 from physrep.data.download import check_files
 from physrep.data.generate import make_dataset
 from physrep.data.sets import read_stats
@@ -34,6 +37,9 @@ from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows
 from physrep.experiments.command import main, output_path
 from physrep.explore.your_flow import flow_from_array, flow_from_bytes
+from physrep.models.encoders import ENCODERS
+from physrep.models.metadata import FRACTIONS
+from physrep.probing.records import read_predictions
 from physrep.results.rows import read_rows
 from physrep.results.submissions import predictions_from_csv
 from physrep.training.presets import get_preset, read_preset
@@ -197,6 +203,11 @@ ROWS = [
     (ROW % "kind: random", "kind is 'random'; with this objective it is 'trained'"),
     ("rows: [{objective: mae, encoder: vit}]", "there is a row mae-vit already; give yours a `tag`"),
     ("rows: [{objective: '..', predictions: {shear_flow: a.csv}}]", "row 1: '..'", "use letters, digits, _ and ."),
+    (
+        "rows: [{objective: own, predictions: {shear_flow: }}]",
+        "row 1: predictions must name a CSV file for each system",
+    ),
+    ("[" * 5000, "is no YAML"),
 ]
 
 
@@ -273,7 +284,9 @@ HDF5 = [  # what is done to the file (or what is put in the place of which part)
     ("no logarithm", ("scalars/Reynolds", 0.0), "Reynolds must be positive (its log10 is the target), got 0.0"),
     ("a label of NaN", ("scalars/Reynolds", np.nan), "/scalars/Reynolds is nan"),
     ("three labels", ("scalars/Reynolds", np.ones(3)), "must be one number, or one per trajectory, it is (3,)"),
-    ("conditions", ("physrep_initial_condition", np.arange(3)), "must be 2 integers, it is (3,)"),
+    ("conditions", ("physrep_initial_condition", np.arange(3)), "must be 2 integers, it is int64 (3,)"),
+    ("conditions of text", ("physrep_initial_condition", [b"a", b"b"]), "must be 2 integers, it is object (2,)"),
+    ("conditions of NaN", ("physrep_initial_condition", np.full(2, np.nan)), "must be 2 integers, it is float64 (2,)"),
     ("a link to nothing", (TRACER, h5py.ExternalLink("gone.hdf5", "/x")), "no dataset 't0_fields/tracer'"),
     ("a link to no HDF5", (TRACER, h5py.ExternalLink("/etc/passwd", "/x")), "no dataset 't0_fields/tracer'"),
     ("a link to itself", (TRACER, h5py.SoftLink(f"/{TRACER}")), "too many links"),
@@ -284,6 +297,7 @@ STATS = [
     ("mean: {tracer: a, pressure: 0}", "mean of tracer is 'a', not numbers"),
     (b"\xff", "not YAML"),
     ("!!python/object/apply:os.getcwd []", "not YAML"),
+    ("[" * 5000, "not YAML"),
 ]
 
 
@@ -338,6 +352,8 @@ ENCODER = [
     ("a time of text", {"dt": "fast"}, "dt must be a positive number, or null, got 'fast'"),
     ("no shape", {"shape": None}, "shape must be three positive integers (frames, height, width)"),
     ("two sizes", {"shape": [4, 8]}, "shape must be three positive integers"),
+    ("half a pixel", {"shape": [4, 8, 8.5]}, "shape must be three positive integers"),
+    ("a mean far away", {"mean": [0.0, 2.0**64, 0.0, 0.0]}, "mean of pressure must be at most 1e+07 std from 0"),
     ("no system", {"system": None}, "system must be one of shear_flow, rayleigh_benard"),
     ("an unknown system", {"system": "waves"}, "system must be one of", "got 'waves'"),
     ("a module", {"system": "this:s"}, "system must be one of", "got 'this:s'"),
@@ -345,6 +361,8 @@ ENCODER = [
     ("a word for a width", {"config": {"dim": "wide"}}, "no encoder can be built as its description says"),
     ("an unknown argument", {"config": {"dimm": 8}}, "no encoder can be built", "dimm"),
     ("weights of NaN", lambda p: p.write_bytes(p.read_bytes()[:-64] + b"\xff" * 64), "are not finite", "damaged"),
+    ("half a head", {"config": {"dim": 8, "heads": 0.5}}, "heads in config must be an integer, got 0.5"),
+    ("half a tubelet", {"config": {"tubelet": [2, 4, 4.5]}}, "tubelet in config must be an integer, got [2, 4, 4.5]"),
     ("too wide", {"config": {"dim": 10**9}}, "config asks for 1000000000, and the file has"),
     ("too few channels", {"channels": ["a"] * 3, "mean": [0.0] * 3, "std": [1.0] * 3}, "do not fit the encoder 'vit'"),
     (
@@ -377,7 +395,27 @@ PROBE_FILES = [
     ("no metadata", lambda p: with_header(p, lambda h: h.pop("__metadata__")), "was not written by physrep"),
     ("an encoder", lambda p: encoder_file(p), "was not written by physrep, or is damaged"),
     ("pickle", lambda p: p.write_bytes(PICKLE), "is not a whole safetensors file"),
+    ("a list for a text", lambda p: with_description(p, [[], "00aa"]), "have no description with a digest"),
+    ("no labels", lambda p: written_again(p, scaler={"mean": [0.0]}), "a part of its description is missing or wrong"),
+    ("no trials", lambda p: written_again(p, trials=None), "a part of its description is missing or wrong"),
 ]
+PREDICTIONS = [
+    ("no draw", {"draw": None}, "is not a predictions file of physrep 0.2: KeyError('draw')"),
+    ("an infinite draw", {"draw": float("inf")}, "is not a predictions file of physrep 0.2: OverflowError"),
+    ("no labels", {"scaler": []}, "is not a predictions file of physrep 0.2: TypeError"),
+]
+
+
+def with_description(path: Path, description: object) -> None:
+    "The file with another description where `read_tensors` looks for it."
+    with_header(path, lambda h: h["__metadata__"].update(physrep=json.dumps(description)))
+
+
+def written_again(path: Path, **changes: object) -> None:
+    "The probe with changes to its description (None takes an entry out), and with the digest that belongs to them."
+    tensors, record = read_tensors(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    write_tensors(path, tensors, {k: v for k, v in (record | changes).items() if v is not None})
 
 
 def weights() -> list[Case]:
@@ -394,6 +432,11 @@ def weights() -> list[Case]:
             (lambda p: (edit(p), p)[1])(copy(s.root / "probe.safetensors", f / "probe.safetensors"))
         )
         found.append(Case(f"probe {name}", load, ValueError, ("probe.safetensors", *says)))
+    for name, changes, *says in PREDICTIONS:
+        read = lambda f, s, changes=changes: read_predictions(  # noqa: E731
+            with_info(copy(s.root / "predictions.safetensors", f / "predictions.safetensors"), **changes)
+        )
+        found.append(Case(f"predictions {name}", read, ValueError, ("predictions.safetensors", *says)))
     missing = ("no encoder at nothing", "shear_flow-forecast-vit")
     found.append(Case("encoder nowhere", lambda f, s: physrep.load_encoder("nothing"), FileNotFoundError, missing))
     hub = ("a name on the Hub is hf:user/name, got 'hf:../../x'",)
@@ -529,6 +572,12 @@ def test_bad_input_is_named(case, sound, tmp_path, capsys, monkeypatch):
     said = str(error.value) + "".join(capsys.readouterr())
     for words in case.says:
         assert words in said, f"{words!r} is not in {said!r}"
+
+
+def test_every_argument_of_our_encoders_that_may_be_a_fraction_is_known():
+    signatures = [inspect.signature(load_object(name, ENCODERS)) for name in ENCODERS]
+    found = {name for one in signatures for name, p in one.parameters.items() if p.annotation is float}
+    assert found == set(FRACTIONS)
 
 
 def test_what_is_not_broken_is_read(sound, tmp_path):
