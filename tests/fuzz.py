@@ -4,15 +4,19 @@
 
 It reads encoders, probes, predictions, checkpoints (safetensors), presets, rows, statistics (YAML), The Well's files
 (HDF5), uploads and archives of results (zip). A *find* is any other exception, a message without the file's name, a
-result that is not finite, or a reader that takes more than ten seconds. Every kind of find is printed once with its
-seed, which makes it again; `--keep` saves the file. What was found stands as a case in tests/test_bad_input.py or
-tests/test_archive.py."""
+result that is not finite, or a reader that takes more than ten seconds, hangs, or ends its process. Every kind of find
+is printed once with its seed, which makes it again; `--keep` saves the file. What was found stands as a case in
+tests/test_bad_input.py or tests/test_archive.py. What hangs or ends in C, inside HDF5, cannot be a case."""
 
 import argparse
-import faulthandler
+import itertools
+import json
+import os
 import random
 import re
+import select
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -237,6 +241,40 @@ def find(files: Files, kind: str, seed: int, folder: Path) -> str:
     return "slow" if time.monotonic() - started > 10 else ""
 
 
+class Reader:
+    "A process that reads mutated files one after the other, from a seed on, and says what is wrong with each."
+
+    def __init__(self, files: Files, kinds: tuple[str, ...], seed: int, root: Path):
+        reading, writing = os.pipe()
+        self.child = os.fork()
+        if self.child == 0:
+            os.close(reading)
+            for k in itertools.count(seed):
+                folder = root / f"broken-{k}"
+                folder.mkdir()
+                what = find(files, kinds[k % len(kinds)], k, folder)
+                shutil.rmtree(folder)
+                os.write(writing, json.dumps(what[:2000]).encode() + b"\n")
+        os.close(writing)
+        self.said = os.fdopen(reading, "rb", buffering=0)
+
+    def next(self, seconds: float = 30) -> tuple[str, bool]:
+        "What is wrong with the next file, and whether the process lives: C code may hang, or end it."
+        if not select.select([self.said], [], [], seconds)[0]:
+            self.end()
+            return f"hangs, ended after {seconds:g} s", False
+        line = self.said.readline()
+        if line:
+            return json.loads(line), True
+        return f"the process ended with {self.end()}", False
+
+    def end(self) -> int:
+        "Ends the process; its exit code, minus a signal if it was killed."
+        os.kill(self.child, signal.SIGKILL)
+        self.said.close()
+        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+
+
 def shortened(what: str) -> str:
     "A find without what changes from one file to the next, so that each kind is told once."
     return re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?|'[^']*'|\"[^\"]*\"|/\S+", "…", what)[:90]
@@ -245,32 +283,29 @@ def shortened(what: str) -> str:
 def fuzz(seconds: float, seed: int = 0, keep: Path | None = None, kinds: tuple[str, ...] = KINDS) -> dict[str, int]:
     "Mutates and reads for so long; what was found, by kind and message, with how often."
     found: Counter[str] = Counter()
-    tried: Counter[str] = Counter()
     torch.set_num_threads(1)
+    first, deadline = seed, time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        print(
-            f"a reader that hangs ends this after a minute; its file, with the seed in its path, is then below {root}"
-        )
         (root / "sound").mkdir()
-        files, deadline = Files(root / "sound"), time.monotonic() + seconds
+        files = Files(root / "sound")
+        reader, lives = Reader(files, kinds, seed, root), True
         while time.monotonic() < deadline:
-            kind, folder = kinds[sum(tried.values()) % len(kinds)], root / f"broken-{seed}"
-            tried[kind] += 1
-            folder.mkdir()
-            faulthandler.dump_traceback_later(60, exit=True)  # HDF5 may hang where no signal is heard
-            what = find(files, kind, seed, folder)
-            faulthandler.cancel_dump_traceback_later()
+            what, lives = reader.next()
+            kind = kinds[seed % len(kinds)]
             if what:
                 name = f"{kind}: {shortened(what)}"
                 if not found[name]:
                     print(f"FOUND {kind}, seed {seed}: {what[:300]}", flush=True)
                     if keep:
-                        shutil.copytree(folder, keep / f"{kind}-{seed}")
+                        (keep / f"{kind}-{seed}").mkdir(parents=True)
+                        files.broken(kind, keep / f"{kind}-{seed}", random.Random(f"{kind} {seed}"))
                 found[name] += 1
-            shutil.rmtree(folder)
             seed += 1
-    print(f"{sum(tried.values())} files, {dict(tried)}; {len(found)} kinds of finds, next seed {seed}")
+            if not lives:
+                reader = Reader(files, kinds, seed, root)
+        reader.end()
+    print(f"{seed - first} files of {', '.join(kinds)}; {len(found)} kinds of finds {dict(found)}; next seed {seed}")
     return dict(found)
 
 
