@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from physrep.core.files import open_tensors, read_tensors, write_tensors
 from physrep.data.download import check_files
 from physrep.data.outside import parts_outside
 from physrep.data.windows import Windows
+from physrep.explore import your_flow
 from physrep.explore.your_flow import LARGEST, UNPACKED, flow_from_bytes
 from physrep.models import elsewhere
 from physrep.models.encoders import build_encoder
@@ -325,3 +328,27 @@ def test_symbolic_links_are_followed_as_the_owner_set_them(tmp_path):
     path.symlink_to(path)
     with pytest.raises(FileNotFoundError, match="flow.hdf5: no such file"):
         Windows(root, "shear_flow", "train", frames=5)
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("import time; time.sleep(60)", "HDF5 was not through with it after 1 s"),
+        ("import os; os.abort()", "signal 6 on"),
+    ],
+)
+def test_a_file_on_which_hdf5_hangs_or_dies_does_not_take_the_page_with_it(what, says, tmp_path, monkeypatch):
+    path = well_file(tmp_path / "flow.hdf5")
+    monkeypatch.setattr(your_flow, "_VISIT", what)
+    with pytest.raises(ValueError, match=f"the file is damaged: .*{says}"):
+        flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0), patience=1)
+
+
+def test_the_first_look_goes_through_a_sound_file(tmp_path):
+    path = well_file(tmp_path / "flow.hdf5")
+    look = [sys.executable, "-c", your_flow._VISIT, path]
+    assert subprocess.run(look, timeout=60, check=False).returncode == 0
+    path.write_bytes(path.read_bytes()[:100])
+    assert subprocess.run(look, timeout=60, check=False, capture_output=True).returncode == 1, (
+        "our reader says it better"
+    )

@@ -8,6 +8,8 @@ __all__ = ['LARGEST', 'UNPACKED', 'flow_from_array', 'flow_from_bytes', 'Check',
 # %% ../../nbs/explore/your_flow.ipynb #f391b6ab
 import io
 import math
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +67,27 @@ def _array_in(content: bytes) -> np.ndarray:
         raise ValueError(f"this is no whole .npy file with numbers ({error})") from error
 
 
+_VISIT = """
+import sys
+import h5py
+with h5py.File(sys.argv[1], "r") as file:
+    look = lambda _, item: (dict(item.attrs), getattr(item, "shape", None))
+    look("/", file)
+    file.visititems(look)
+"""
+
+
+def _check_readable(path: Path, patience: float) -> None:
+    """ValueError for a file in which HDF5 hangs, or on which it ends the process: both happen in C with some damaged
+    files, and would take the page with them. So another process looks at the file first, for `patience` seconds."""
+    try:
+        code = subprocess.run([sys.executable, "-c", _VISIT, path], capture_output=True, timeout=patience).returncode
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"the file is damaged: HDF5 was not through with it after {patience:g} s") from None
+    if code < 0:
+        raise ValueError(f"the file is damaged: HDF5 ends with signal {-code} on it")
+
+
 def _check_own(path: Path) -> None:
     "ValueError for a file that shows what stands in other files, or that holds more than `UNPACKED` bytes."
     if outside := parts_outside(path):
@@ -77,7 +100,15 @@ def _check_own(path: Path) -> None:
         raise ValueError(f"the file unpacks to {sum(sizes) / 1e6:.0f} MB; at most {UNPACKED / 1e6:.0f} MB are read")
 
 # %% ../../nbs/explore/your_flow.ipynb #c3b3ed91
-def flow_from_bytes(name: str, content: bytes, system: System, dt: float, box: tuple[float, float]) -> Flow:
+def flow_from_bytes(
+    name: str,
+    content: bytes,
+    system: System,
+    dt: float,
+    box: tuple[float, float],
+    *,
+    patience: float = 20.0,  # seconds that HDF5 may take for a first look in a process of its own; 0: no such look
+) -> Flow:
     "A flow from an uploaded file: .npy, or .hdf5 and .h5 in The Well's format. ValueError, in words, for another."
     if len(content) > LARGEST:
         raise ValueError(f"the file has {len(content) / 1e6:.1f} MB; at most {LARGEST / 1e6:.0f} MB can be uploaded")
@@ -90,6 +121,8 @@ def flow_from_bytes(name: str, content: bytes, system: System, dt: float, box: t
         path = Path(folder) / f"upload{suffix}"
         path.write_bytes(content)
         try:
+            if patience:
+                _check_readable(path, patience)
             _check_own(path)
             WellFile(path, system)
             flow = replace(open_flow(path, system), title="your file")
