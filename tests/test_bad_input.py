@@ -44,6 +44,7 @@ from physrep.results.rows import read_rows
 from physrep.results.submissions import predictions_from_csv
 from physrep.training.presets import get_preset, read_preset
 
+DEEP = "[" * 10**5
 PICKLE = b"\x80\x04K\x01."
 
 
@@ -347,6 +348,7 @@ ENCODER = [
     ("no channels", {"channels": None}, "channels must be a list of names"),
     ("no mean", {"mean": None}, "mean must be 4 finite numbers, one a channel, got None"),
     ("a short mean", {"mean": [0.0]}, "mean must be 4 finite numbers", "got [0.0]"),
+    ("a mean of 401 digits", {"mean": [0, 0, 0, 10**400]}, "mean must be 4 finite numbers"),
     ("a std of 0", {"std": [0.0] * 4}, "std must be 4 positive numbers, one a channel"),
     ("a std of NaN", {"std": [float("nan")] * 4}, "std must be 4 positive numbers"),
     ("a time of text", {"dt": "fast"}, "dt must be a positive number, or null, got 'fast'"),
@@ -362,6 +364,7 @@ ENCODER = [
     ("an unknown argument", {"config": {"dimm": 8}}, "no encoder can be built", "dimm"),
     ("weights of NaN", lambda p: p.write_bytes(p.read_bytes()[:-64] + b"\xff" * 64), "are not finite", "damaged"),
     ("half a head", {"config": {"dim": 8, "heads": 0.5}}, "heads in config must be an integer, got 0.5"),
+    ("half a part", {"name": "vit_code", "config": {"inner": {"dim": 8.5}}}, "inner in config must be an integer"),
     ("half a tubelet", {"config": {"tubelet": [2, 4, 4.5]}}, "tubelet in config must be an integer, got [2, 4, 4.5]"),
     ("too wide", {"config": {"dim": 10**9}}, "config asks for 1000000000, and the file has"),
     ("too few channels", {"channels": ["a"] * 3, "mean": [0.0] * 3, "std": [1.0] * 3}, "do not fit the encoder 'vit'"),
@@ -396,13 +399,16 @@ PROBE_FILES = [
     ("an encoder", lambda p: encoder_file(p), "was not written by physrep, or is damaged"),
     ("pickle", lambda p: p.write_bytes(PICKLE), "is not a whole safetensors file"),
     ("a list for a text", lambda p: with_description(p, [[], "00aa"]), "have no description with a digest"),
-    ("no labels", lambda p: written_again(p, scaler={"mean": [0.0]}), "a part of its description is missing or wrong"),
-    ("no trials", lambda p: written_again(p, trials=None), "a part of its description is missing or wrong"),
+    ("deep brackets", lambda p: with_header(p, lambda h: h["__metadata__"].update(physrep=DEEP)), "no description"),
+    ("no labels", lambda p: written_again(p, scaler={"mean": [0.0]}), "its scaler is missing or damaged: KeyError"),
+    ("no trials", lambda p: written_again(p, trials=None), "in its description trials is missing or of another type"),
+    ("a word chosen", lambda p: written_again(p, chosen="x", config=3), "chosen, config is missing or of another type"),
 ]
 PREDICTIONS = [
     ("no draw", {"draw": None}, "is not a predictions file of physrep 0.2: KeyError('draw')"),
     ("an infinite draw", {"draw": float("inf")}, "is not a predictions file of physrep 0.2: OverflowError"),
     ("no labels", {"scaler": []}, "is not a predictions file of physrep 0.2: TypeError"),
+    ("deep brackets", lambda p: with_header(p, lambda h: h["__metadata__"].update(physrep=DEEP)), "is torn or no"),
 ]
 
 
@@ -432,9 +438,10 @@ def weights() -> list[Case]:
             (lambda p: (edit(p), p)[1])(copy(s.root / "probe.safetensors", f / "probe.safetensors"))
         )
         found.append(Case(f"probe {name}", load, ValueError, ("probe.safetensors", *says)))
-    for name, changes, *says in PREDICTIONS:
-        read = lambda f, s, changes=changes: read_predictions(  # noqa: E731
-            with_info(copy(s.root / "predictions.safetensors", f / "predictions.safetensors"), **changes)
+    for name, edit, *says in PREDICTIONS:
+        make = edit if callable(edit) else lambda p, edit=edit: with_info(p, **edit)
+        read = lambda f, s, make=make: read_predictions(  # noqa: E731
+            make(copy(s.root / "predictions.safetensors", f / "predictions.safetensors"))
         )
         found.append(Case(f"predictions {name}", read, ValueError, ("predictions.safetensors", *says)))
     missing = ("no encoder at nothing", "shear_flow-forecast-vit")

@@ -123,12 +123,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     tensors, metadata = open_tensors(path)
     try:
         text, digest = json.loads(metadata["physrep"])
-        if not isinstance(text, str):
-            raise TypeError(f"the description is {type(text).__name__}")
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
+        text = digest = None
+    if not isinstance(text, str):
         raise ValueError(
             f"{path} was not written by physrep, or is damaged: its metadata have no description with a digest"
-        ) from None
+        )
     if _file_digest(tensors, text) != digest:
         raise ValueError(f"{path} is damaged: its content does not match its digest")
     return tensors, json.loads(text)

@@ -33,7 +33,8 @@ def train_variants(
 ) -> dict[str, list[Run]]:
     "The finished and probed runs of each variant, one a seed. ValueError for an unknown variant."
     runs = {name: [variant_run(name, system, preset, seed=k) for k in seeds] for name in names}
-    for run in (run for variant in runs.values() for run in variant):
+    for name, run in ((name, run) for name, variant in runs.items() for run in variant):
+        print(f"{name}, seed {run.seed}")
         train_and_probe(run, data_dir, run_dir, device=device, progress=progress)
     return runs
 

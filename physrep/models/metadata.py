@@ -8,6 +8,7 @@ __all__ = ['FARTHEST', 'FRACTIONS', 'read_description', 'check_metadata']
 # %% ../../nbs/models/metadata.ipynb #ea767210
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ FARTHEST = 1e7  # std from 0: beyond that all values of a float32 field are the 
 
 def _is_number(value: object, *, above: float = -math.inf) -> bool:
     "Whether a value is a finite number above a limit."
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and float(value) > above
-    )
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > sys.float_info.max:
+        return False  # also infinity, and integers that no float can hold
+    return math.isfinite(value) and value > above
 
 
 def _is_list(value: object, length: int, *, above: float = -math.inf) -> bool:
@@ -77,8 +78,9 @@ FRACTIONS = ("layer_scale", "mlp_ratio", "temperature")  # arguments of our enco
 
 
 def _has_fraction(value: object) -> bool:
-    "Whether a JSON value is a float or a list with one in it."
-    return any(map(_has_fraction, value)) if isinstance(value, list) else isinstance(value, float)
+    "Whether a JSON value is a float, or has one in it."
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return any(map(_has_fraction, parts)) if isinstance(parts, list) else isinstance(value, float)
 
 
 def _read(path: Path) -> tuple[dict[str, str], int]:

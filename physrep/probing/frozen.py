@@ -494,10 +494,13 @@ def load_probe(path: str | Path, name: str = "", *, device: str | torch.device =
         raise ValueError(f"{path} holds no probe; a probe is one of {', '.join(PROBES)}, written by Probe.save")
     try:
         scaler = _scaler_in(record)
-        kept = {k: record[k] for k in ("name", "chosen", "trials", "config", "info")}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, a part of its description is missing or wrong: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: its scaler is missing or damaged: {error!r}") from error
+    kinds = {"name": str, "chosen": dict, "trials": list, "config": dict, "info": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]:
+        raise ValueError(f"{path} is damaged: in its description {', '.join(wrong)} is missing or of another type")
+    kept = {name: record[name] for name in kinds}
     arrays = {k: v.numpy().copy() for k, v in tensors.items()}  # a copy: the file may go
     return Probe(**kept, scaler=scaler, arrays=arrays, device=device)

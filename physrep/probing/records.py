@@ -318,7 +318,7 @@ def read_predictions(path: str | Path) -> Predictions:
         with safe_open(path, "np") as f:
             info = json.loads((f.metadata() or {}).get("physrep", "{}"))
             arrays = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is torn or no safetensors file ({error}); delete it and probe the run again"
         ) from error
