@@ -40,8 +40,25 @@ from physrep.results.rows import read_rows
 from physrep.training.loop import Recipe, load_checkpoint, make_optimizer, save_checkpoint
 from physrep.training.presets import read_preset
 
-ODD_TEXT = ["", "..", "\x00", "é", "../x", "null", "-1", ".nan", "1e400", "!!python/name:os", "[" * 40, "{", "&a", "*a"]
-ODD_NUMBERS = [0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 0.5, 1e400, float("nan")]
+DEEP = "[" * 10**5
+ODD_TEXT = [
+    DEEP,
+    "",
+    "..",
+    "\x00",
+    "é",
+    "../x",
+    "null",
+    "-1",
+    ".nan",
+    "1e400",
+    "!!python/name:os",
+    "[" * 40,
+    "{",
+    "&a",
+    "*a",
+]
+ODD_NUMBERS = [0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e400, float("nan")]
 ODD_VALUES = [*ODD_NUMBERS, *ODD_TEXT, None, True, [], {}, [[]], [1, "a"], {"a": 1}]
 
 
@@ -83,7 +100,6 @@ def mutated_value(value: object, rng: random.Random) -> object:
 
 def mutated_header(path: Path, rng: random.Random) -> None:
     "A safetensors file with a sound frame and a changed header, or with a changed description inside of it."
-    import json
 
     def edit(found: dict) -> None:
         metadata = found.get("__metadata__", {})
@@ -248,13 +264,15 @@ class Reader:
         reading, writing = os.pipe()
         self.child = os.fork()
         if self.child == 0:
-            os.close(reading)
-            for k in itertools.count(seed):
-                folder = root / f"broken-{k}"
-                folder.mkdir()
-                what = find(files, kinds[k % len(kinds)], k, folder)
-                shutil.rmtree(folder)
-                os.write(writing, json.dumps(what[:2000]).encode() + b"\n")
+            try:
+                for k in itertools.count(seed):
+                    with tempfile.TemporaryDirectory(dir=root) as folder:
+                        what = find(files, kinds[k % len(kinds)], k, Path(folder))
+                    os.write(writing, json.dumps(what[:2000]).encode() + b"\n")
+            except BaseException:  # of the mutations, or SystemExit of a reader
+                traceback.print_exc()
+            finally:
+                os._exit(1)  # what is below belongs to the parent
         os.close(writing)
         self.said = os.fdopen(reading, "rb", buffering=0)
 
@@ -269,10 +287,12 @@ class Reader:
         return f"the process ended with {self.end()}", False
 
     def end(self) -> int:
-        "Ends the process; its exit code, minus a signal if it was killed."
-        os.kill(self.child, signal.SIGKILL)
-        self.said.close()
-        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        "Ends the process, if it lives; its exit code, or minus the signal that killed it."
+        if not self.said.closed:
+            self.said.close()
+            os.kill(self.child, signal.SIGKILL)
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        return self.code
 
 
 def shortened(what: str) -> str:
@@ -284,27 +304,29 @@ def fuzz(seconds: float, seed: int = 0, keep: Path | None = None, kinds: tuple[s
     "Mutates and reads for so long; what was found, by kind and message, with how often."
     found: Counter[str] = Counter()
     torch.set_num_threads(1)
-    first, deadline = seed, time.monotonic() + seconds
+    first = seed
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         (root / "sound").mkdir()
         files = Files(root / "sound")
-        reader, lives = Reader(files, kinds, seed, root), True
-        while time.monotonic() < deadline:
-            what, lives = reader.next()
-            kind = kinds[seed % len(kinds)]
-            if what:
-                name = f"{kind}: {shortened(what)}"
-                if not found[name]:
-                    print(f"FOUND {kind}, seed {seed}: {what[:300]}", flush=True)
-                    if keep:
-                        (keep / f"{kind}-{seed}").mkdir(parents=True)
-                        files.broken(kind, keep / f"{kind}-{seed}", random.Random(f"{kind} {seed}"))
-                found[name] += 1
-            seed += 1
-            if not lives:
-                reader = Reader(files, kinds, seed, root)
-        reader.end()
+        reader, deadline = Reader(files, kinds, seed, root), time.monotonic() + seconds
+        try:
+            while seed == first or time.monotonic() < deadline:
+                what, lives = reader.next()
+                kind = kinds[seed % len(kinds)]
+                if what:
+                    name = f"{kind}: {shortened(what)}"
+                    if not found[name]:
+                        print(f"FOUND {kind}, seed {seed}: {what[:300]}", flush=True)
+                        if keep:
+                            (keep / f"{kind}-{seed}").mkdir(parents=True)
+                            files.broken(kind, keep / f"{kind}-{seed}", random.Random(f"{kind} {seed}"))
+                    found[name] += 1
+                seed += 1
+                if not lives:
+                    reader = Reader(files, kinds, seed, root)
+        finally:
+            reader.end()
     print(f"{seed - first} files of {', '.join(kinds)}; {len(found)} kinds of finds {dict(found)}; next seed {seed}")
     return dict(found)
 

@@ -84,8 +84,8 @@ def _checked_stat(path: Path, system: System, name: str, key: str, values: dict)
     shape = (len(system.axes),) * system.field(name).rank
     try:
         value = np.array(values[name], dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise WellFormatError(f"{path}: {key} of {name} is {values[name]!r}, not numbers") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WellFormatError(f"{path}: {key} of {name} is {values[name]!r:.60}, not numbers") from error
     if value.shape != shape or not np.isfinite(value).all():
         raise WellFormatError(
             f"{path}: {key} of {name} must be finite numbers of shape {shape}, it is {values[name]!r}"

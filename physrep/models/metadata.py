@@ -36,7 +36,7 @@ def _is_list(value: object, length: int, *, above: float = -math.inf) -> bool:
 
 def _is_shape(value: object) -> bool:
     "Whether a value is a list of frames, height and width."
-    return _is_list(value, 3, above=0) and all(isinstance(n, int) for n in value)
+    return isinstance(value, list) and _is_list(value, 3, above=0) and all(isinstance(n, int) for n in value)
 
 
 def _problem(info: Mapping[str, Any]) -> str:
@@ -77,10 +77,12 @@ def _largest(value: object) -> int:
 FRACTIONS = ("layer_scale", "mlp_ratio", "temperature")  # arguments of our encoders that are no sizes
 
 
-def _has_fraction(value: object) -> bool:
-    "Whether a JSON value is a float, or has one in it."
-    parts = list(value.values()) if isinstance(value, dict) else value
-    return any(map(_has_fraction, parts)) if isinstance(parts, list) else isinstance(value, float)
+def _are_sizes(value: object) -> bool:
+    "Whether all numbers in a JSON value are positive integers."
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return isinstance(value, int) and value > 0
+    parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return all(map(_are_sizes, parts))
 
 
 def _read(path: Path) -> tuple[dict[str, str], int]:
@@ -120,7 +122,7 @@ def check_metadata(path: str | Path) -> dict:
     own = info["name"] in ENCODERS or info["name"].startswith("physrep.")  # arguments of others may mean anything
     if own and (largest := _largest(info["config"])) > weights:
         raise ValueError(f"{path}: config asks for {largest}, and the file has {weights} weights in all")
-    fractions = [name for name, value in info["config"].items() if name not in FRACTIONS and _has_fraction(value)]
-    if own and fractions:
-        raise ValueError(f"{path}: {fractions[0]} in config must be an integer, got {info['config'][fractions[0]]}")
+    wrong = [name for name, value in info["config"].items() if name not in FRACTIONS and not _are_sizes(value)]
+    if own and wrong:
+        raise ValueError(f"{path}: {wrong[0]} in config must be a positive integer, got {info['config'][wrong[0]]}")
     return info

@@ -132,7 +132,8 @@ class LoadedEncoder(nn.Module):
         """Features `(b, d)`, the mean over tokens, or tokens `(b, n, d)` with `pool=False`; float32.
 
         ValueError for fields that are not real and finite numbers, for other channels, another number of frames,
-        another `dt` and, but for `any_grid=True`, another grid than the encoder was trained on."""
+        another `dt` and, but for `any_grid=True`, another grid than the encoder was trained on, and for features that
+        are not finite."""
         x = _read_fields(fields)
         _check_fields(x, dt, self.info, any_grid=any_grid)
         if batch_size < 1:
@@ -140,7 +141,12 @@ class LoadedEncoder(nn.Module):
         device = next(self.encoder.parameters()).device
         clips = x if len(x) else x.new_zeros(1, *x.shape[1:])  # of no clips the number of tokens is still asked for
         tokens = [self.encoder(self.normalise(part.to(device))).float() for part in clips.split(batch_size)]
-        return torch.cat([(part.mean(1) if pool else part).cpu() for part in tokens])[: len(x)].numpy()
+        features = torch.cat([(part.mean(1) if pool else part).cpu() for part in tokens])[: len(x)]
+        if not torch.isfinite(features).all():
+            raise ValueError(
+                "features are not finite: the weights are damaged, or the fields far from those of training"
+            )
+        return features.numpy()
 
 # %% ../../nbs/models/pretrained.ipynb #0c118ccc
 def _check_fields(x: torch.Tensor, dt: float, info: dict, *, any_grid: bool) -> None:

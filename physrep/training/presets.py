@@ -8,6 +8,7 @@ __all__ = ['get_preset', 'read_preset']
 # %% ../../nbs/training/presets.ipynb #e8a15e8e
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -110,8 +111,8 @@ def _given(path: Path) -> dict:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and (value < 0 or (value == 0 and smallest == "more than 0")):
             raise ValueError(f"{path}: {name} must be {smallest}, got {value}")
-        if number and not math.isfinite(value):
-            raise ValueError(f"{path}: {name} must be a finite number, got {value}")
+        if number and not value <= sys.float_info.max:  # also NaN, and integers that no float can hold
+            raise ValueError(f"{path}: {name} must be a finite number, got {value!r:.60}")
     return given
 
 # %% ../../nbs/training/presets.ipynb #b0390d96
