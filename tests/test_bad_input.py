@@ -205,11 +205,6 @@ ROWS = [
     (ROW % "kind: random", "kind is 'random'; with this objective it is 'trained'"),
     ("rows: [{objective: mae, encoder: vit}]", "there is a row mae-vit already; give yours a `tag`"),
     ("rows: [{objective: '..', predictions: {shear_flow: a.csv}}]", "row 1: '..'", "use letters, digits, _ and ."),
-    (
-        "rows: [{objective: own, predictions: {shear_flow: }}]",
-        "row 1: predictions must name a CSV file for each system",
-    ),
-    ("[" * 5000, "is no YAML"),
 ]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from physrep.core.files import write_json
 from physrep.data.scaling import LabelScaler
-from physrep.experiments import matters, recipes
+from physrep.experiments import matters
 from physrep.experiments.matters import (
     BUDGET,
     CELL_ENCODERS,
@@ -129,9 +129,8 @@ def test_a_training_that_diverges_has_no_score_and_is_not_repeated(tmp_path, mon
         tried.append(run.recipe.lr)
         raise TrainingDiverged("the loss is nan")
 
-    for module in (matters, recipes):
-        monkeypatch.setattr(module, "pretrain", diverges)
-        monkeypatch.setattr(module, "probe_splits", lambda *args: {})
+    monkeypatch.setattr(matters, "pretrain", diverges)
+    monkeypatch.setattr(matters, "probe_splits", lambda *args: {})
     run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1)
     for _ in range(2):
         found = score_on_valid(run, "", tmp_path)

@@ -10,13 +10,14 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
 import numpy as np
 import yaml
 
-from .remote import as_path, file_size, is_address, open_bytes
+from .remote import as_path, file_size, is_address, open_bytes, state_of
 from .well import WellFormatError, is_of, open_hdf5
 from ..physics.systems import System, get_system
 
@@ -150,12 +151,28 @@ def _describe(value: object) -> bytes:
 
 # %% ../../nbs/data/sets.ipynb #4c71d89f
 def fingerprint(files: Iterable[str | os.PathLike]) -> str:
-    "Hash (16 hex digits) of files by names, sizes, attributes, small arrays, sampled blocks; raises WellFormatError."
+    """Hash (16 hex digits) of files by names, sizes, attributes, small arrays, sampled blocks; raises WellFormatError.
+
+    Files that did not change since a process asked for it are not read again."""
     paths = [f if is_address(f) else Path(f).resolve() for f in files]
     if not paths:
         raise ValueError("no files to take the fingerprint of")
     places = {str(p): p for p in paths}
-    common = os.path.commonpath([os.path.dirname(place) for place in places])
+    return _fingerprint(tuple((places[place], _version(places[place])) for place in sorted(places)))
+
+
+def _version(path: str | os.PathLike) -> str:
+    "What is another one after any change of a file."
+    if is_address(path):
+        return str(state_of(path))
+    found = os.stat(path) if os.path.isfile(path) else None  # of a file that is missing, reading says more
+    return str(found and (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=256)
+def _fingerprint(versions: tuple[tuple[str | os.PathLike, str], ...]) -> str:
+    "The fingerprint of files, each with its version."
+    common = os.path.commonpath([os.path.dirname(str(place)) for place, _ in versions])
     digest = hashlib.sha256()
 
     def add(*parts: bytes) -> None:
@@ -169,8 +186,8 @@ def fingerprint(files: Iterable[str | os.PathLike]) -> str:
         if isinstance(item, h5py.Dataset):
             add(str(item.dtype).encode(), str(item.shape).encode(), *map(_describe, _sampled(item)))
 
-    for place in sorted(places):
-        name, path = os.path.relpath(place, common).replace(os.sep, "/"), as_path(places[place])
+    for place, _ in versions:
+        name, path = os.path.relpath(str(place), common).replace(os.sep, "/"), as_path(place)
         with open_hdf5(path) as file:
             add(name.encode(), str(file_size(path)).encode())
             visit("/", file)

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from .recipes import train_and_probe
 from .variants import base_run, check_variant, variant_run
+from ..probing.evaluate import score_run
+from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_predictions
 from ..results.comparison import compare, interval_text
 from ..results.rows import title_of
+from ..results.verify import is_current
 from ..training.cost import cost
+from ..training.pretrain import pretrain
 from ..training.run import Run
 
 # %% ../../nbs/experiments/ablations.ipynb #1b9cbb28
@@ -33,9 +36,12 @@ def train_variants(
 ) -> dict[str, list[Run]]:
     "The finished and probed runs of each variant, one a seed. ValueError for an unknown variant."
     runs = {name: [variant_run(name, system, preset, seed=k) for k in seeds] for name in names}
+    windows = probe_splits(runs[names[0]][0], data_dir)  # the same for all
     for name, run in ((name, run) for name, variant in runs.items() for run in variant):
-        print(f"{name}, seed {run.seed}")
-        train_and_probe(run, data_dir, run_dir, device=device, progress=progress)
+        folder = pretrain(run, data_dir, run_dir, device=device, progress=progress)
+        if not is_current(folder / "result.json", run.preset, windows):
+            score_run(run, data_dir, run_dir, probes=FROZEN, windows=windows, device=device, progress=progress)
+        print(f"{name}, seed {run.seed}: {run.name}")
     return runs
 
 

@@ -23,10 +23,9 @@ from ..core.files import read_json, write_json
 from ..core.paths import project_root
 from ..core.provenance import provenance
 from ..data.windows import Windows
-from .recipes import train_and_probe
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..physics.systems import get_system
-from ..probing.evaluate import valid_scores
+from ..probing.evaluate import score_run, valid_scores
 from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_predictions
 from ..results.rows import periodic_padding
@@ -224,12 +223,16 @@ class Place:
 
     def _score(self, run: Run) -> bool:
         "Whether a run is trained and scored now, which is done where it is missing; False if its training diverged."
-        options = dict(device=self.device, progress=self.progress)
+        root = matters_root(self.run_dir)
         try:
-            train_and_probe(run, self.data_dir, matters_root(self.run_dir), **options)
+            folder = pretrain(run, self.data_dir, root, device=self.device, progress=self.progress)
         except TrainingDiverged as error:
             print(f"{run.path} diverged: {error}")
             return False
+        windows = probe_splits(run, self.data_dir)
+        if not is_current(folder / "result.json", run.preset, windows):
+            options = dict(device=self.device, progress=self.progress)
+            score_run(run, self.data_dir, root, probes=FROZEN, windows=windows, **options)
         return True
 
     def score_untrained(self) -> None:

@@ -106,13 +106,10 @@ def train_and_probe(
     device: str = "cpu",
     progress: bool = True,
 ) -> None:
-    """Trains a run and probes it, unless it has a result of today's code on these data. Where its encoder is there,
-    `pretrain` has to find that done, too; results of an archive come without one."""
+    "Trains a run and probes it, unless it has a result of today's code on these data."
     windows = probe_splits(run, data_dir)
-    result = run.folder(run_dir) / "result.json"
-    if result.with_name("encoder.safetensors").is_file() or not is_current(result, run.preset, windows):
+    if not is_current(run.folder(run_dir) / "result.json", run.preset, windows):
         pretrain(run, data_dir, run_dir, device=device, progress=progress)
-    if not is_current(result, run.preset, windows):
         probes = PROBES if finetune else FROZEN
         score_run(run, data_dir, run_dir, probes=probes, windows=windows, device=device, progress=progress)
     print(f"{run.path} is trained and probed")

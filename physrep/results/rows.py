@@ -237,8 +237,6 @@ def _row_from(entry: object, folder: Path) -> Row:
             raise ValueError(
                 f"objective names the predictions: letters, digits, '.' and '_', got {entry['objective']!r}"
             )
-        if wrong := [path for path in entry["predictions"].values() if not isinstance(path, str)]:
-            raise ValueError(f"predictions must name a CSV file for each system, got {wrong[0]!r}")
         files = {system: str(folder / path) for system, path in entry["predictions"].items()}
         return Row(**entry | {"kind": kind, "predictions": files})
     if kind == "frozen" and entry.get("finetuned"):
@@ -260,7 +258,7 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
         raise FileNotFoundError(f"no file {path}; it holds `rows:`, a list of rows with objective and encoder")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict) or list(content) != ["rows"] or not isinstance(content["rows"], list):
         raise ValueError(f"{path} must hold `rows:` and nothing else, a list of rows with objective and encoder")

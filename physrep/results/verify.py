@@ -133,12 +133,6 @@ def _changed_preset(record: dict) -> list[str]:
     return why
 
 # %% ../../nbs/results/verify.ipynb #a1982741
-@lru_cache(maxsize=256)
-def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
-    "The fingerprint of files with these sizes and times of change; many figures are about the same sets."
-    return fingerprint([file for file, *_ in files])
-
-
 def _changed_data(record: dict, data_dir: Path) -> tuple[list[str], list[str]]:
     "What is not as it was, and what could not be checked."
     why, unchecked = [], []
@@ -149,8 +143,7 @@ def _changed_data(record: dict, data_dir: Path) -> tuple[list[str], list[str]]:
             except FileNotFoundError:
                 unchecked.append(f"{system} {split}: data not here, not checked")
                 continue
-            stats = [(file, file.stat()) for file in files]
-            if _fingerprint(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)) != then:
+            if fingerprint(files) != then:
                 why.append(f"data of {system}, split {split}, are not those that were used")
     return why, unchecked
 

@@ -6,7 +6,6 @@
 __all__ = ['get_preset', 'read_preset']
 
 # %% ../../nbs/training/presets.ipynb #e8a15e8e
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -125,7 +124,7 @@ def _check_names(preset: Preset, path: Path) -> None:
     for system, sim in preset.sims.items():
         for name in ("grid", "store_grid", "n_frames", "frame_dt", "dt", "box"):
             value = getattr(sim, name)
-            if not all(math.isfinite(v) and v > 0 for v in (value if isinstance(value, tuple) else (value,))):
+            if not all(0 < v <= sys.float_info.max for v in (value if isinstance(value, tuple) else (value,))):
                 raise ValueError(f"{path}: sims.{system}: {name} must be positive, got {value}")
         if wrong := [split for split in sim.splits if not re.fullmatch(r"\w+", split)]:
             raise ValueError(f"{path}: sims.{system}: a split is a folder; use letters, digits and _, not {wrong[0]!r}")
