@@ -104,7 +104,7 @@ def import_dedalus() -> ModuleType:
         with _without_log():
             import dedalus.public as dedalus
     except ModuleNotFoundError as error:
-        if error.name != "dedalus":
+        if error.name.partition(".")[0] != "dedalus":
             raise
         raise ModuleNotFoundError(
             "our solver is compared with Dedalus, which is not installed: install FFTW and MPI (Debian: libfftw3-dev, "
