@@ -38,7 +38,7 @@ def _is_shape(value: object) -> bool:
     "Whether a value is a list of frames, height and width."
     return isinstance(value, list) and _is_list(value, 3, above=0) and all(isinstance(n, int) for n in value)
 
-
+# %% ../../nbs/models/metadata.ipynb #6fd391c3
 def _problem(info: Mapping[str, Any]) -> str:
     "The first entry that is missing or wrong, and what would be right; empty if all are well."
     channels = info.get("channels")
