@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from broken import (
     SYSTEM,
     change,
@@ -26,9 +27,10 @@ from broken import (
     with_header,
     with_info,
 )
+from safetensors.torch import save_file
 
 import physrep
-from physrep.core.files import read_json, read_tensors, write_tensors
+from physrep.core.files import open_tensors, read_json, read_tensors, write_tensors
 from physrep.core.places import load_object
 from physrep.data.download import check_files
 from physrep.data.generate import make_dataset
@@ -591,6 +593,14 @@ def test_every_argument_of_our_encoders_that_may_be_a_fraction_is_known():
     signatures = [inspect.signature(load_object(name, ENCODERS)) for name in ENCODERS]
     found = {name for one in signatures for name, p in one.parameters.items() if p.annotation is float}
     assert found == set(FRACTIONS)
+
+
+def test_weights_that_are_finite_and_give_features_that_are_not(sound, tmp_path):
+    path = copy(sound.root / "encoder.safetensors", tmp_path / "encoder.safetensors")
+    weights, metadata = open_tensors(path)
+    save_file({name: torch.full_like(value, 3e38) for name, value in weights.items()}, path, metadata)
+    with pytest.raises(ValueError, match="features are not finite: the weights are damaged"):
+        physrep.load_encoder(path).embed(zeros(1, 4, 4, 8, 8), 0.2)
 
 
 def test_what_is_not_broken_is_read(sound, tmp_path):
