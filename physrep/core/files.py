@@ -123,12 +123,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     tensors, metadata = open_tensors(path)
     try:
         text, digest = json.loads(metadata["physrep"])
+        sound, info = _file_digest(tensors, text) == digest, json.loads(text)
     except (KeyError, TypeError, ValueError, RecursionError):
-        text = digest = None
-    if not isinstance(text, str):
         raise ValueError(
             f"{path} was not written by physrep, or is damaged: its metadata have no description with a digest"
-        )
-    if _file_digest(tensors, text) != digest:
+        ) from None
+    if not sound:
         raise ValueError(f"{path} is damaged: its content does not match its digest")
-    return tensors, json.loads(text)
+    return tensors, info

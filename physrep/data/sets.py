@@ -9,8 +9,7 @@ __all__ = ['STATS', 'find_folder', 'find_files', 'read_stats', 'fingerprint']
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import h5py
@@ -153,12 +152,22 @@ def _describe(value: object) -> bytes:
 def fingerprint(files: Iterable[str | os.PathLike]) -> str:
     """Hash (16 hex digits) of files by names, sizes, attributes, small arrays, sampled blocks; raises WellFormatError.
 
-    Files that did not change since a process asked for it are not read again."""
-    paths = [f if is_address(f) else Path(f).resolve() for f in files]
+    Files that did not change since a process asked for it are not read again, but for those that show parts of
+    others."""
+    paths = [as_path(f) if is_address(f) else Path(f).resolve() for f in files]
     if not paths:
         raise ValueError("no files to take the fingerprint of")
     places = {str(p): p for p in paths}
-    return _fingerprint(tuple((places[place], _version(places[place])) for place in sorted(places)))
+    versions = tuple((place, _version(places[place])) for place in sorted(places))
+    if versions in _KNOWN:
+        return _KNOWN[versions]
+    found, alone = _fingerprint(places)
+    if alone:
+        _KNOWN[versions] = found
+    return found
+
+
+_KNOWN: dict[tuple, str] = {}  # fingerprints of files, each with its version
 
 
 def _version(path: str | os.PathLike) -> str:
@@ -169,11 +178,10 @@ def _version(path: str | os.PathLike) -> str:
     return str(found and (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
 
 
-@lru_cache(maxsize=256)
-def _fingerprint(versions: tuple[tuple[str | os.PathLike, str], ...]) -> str:
-    "The fingerprint of files, each with its version."
-    common = os.path.commonpath([os.path.dirname(str(place)) for place, _ in versions])
-    digest = hashlib.sha256()
+def _fingerprint(places: Mapping[str, os.PathLike]) -> tuple[str, bool]:
+    "The fingerprint of files, and whether they hold all that they show."
+    common = os.path.commonpath([os.path.dirname(place) for place in places])
+    digest, borrowed = hashlib.sha256(), []
 
     def add(*parts: bytes) -> None:
         for part in parts:  # with its length, so that no two lists of parts run into the same bytes
@@ -185,11 +193,12 @@ def _fingerprint(versions: tuple[tuple[str | os.PathLike, str], ...]) -> str:
             add(key.encode(), _describe(item.attrs[key]))
         if isinstance(item, h5py.Dataset):
             add(str(item.dtype).encode(), str(item.shape).encode(), *map(_describe, _sampled(item)))
+            borrowed.append(item.is_virtual or bool(item.external))
 
-    for place, _ in versions:
-        name, path = os.path.relpath(str(place), common).replace(os.sep, "/"), as_path(place)
+    for place in sorted(places):
+        name, path = os.path.relpath(place, common).replace(os.sep, "/"), as_path(places[place])
         with open_hdf5(path) as file:
             add(name.encode(), str(file_size(path)).encode())
             visit("/", file)
             file.visititems(visit)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16], not any(borrowed)

@@ -490,17 +490,17 @@ def load_probe(path: str | Path, name: str = "", *, device: str | torch.device =
     its system."""
     path = model_folder(path) / f"probe-{name}.safetensors" if name else Path(path)
     tensors, record = read_tensors(path)
-    if not isinstance(record, dict) or record.get("kind") != "probe" or record.get("name") not in PROBES:
+    if not isinstance(record, dict) or record.get("kind") != "probe" or record.get("name") not in list(PROBES):
         raise ValueError(f"{path} holds no probe; a probe is one of {', '.join(PROBES)}, written by Probe.save")
     try:
         scaler = _scaler_in(record)
+        arrays = {k: v.numpy().copy() for k, v in tensors.items()}  # a copy: the file may go
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: its scaler is missing or damaged: {error!r}") from error
+        raise ValueError(f"{path} is damaged: its scaler is missing or of another type ({error!r})") from error
     kinds = {"name": str, "chosen": dict, "trials": list, "config": dict, "info": dict}
     if wrong := [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]:
         raise ValueError(f"{path} is damaged: in its description {', '.join(wrong)} is missing or of another type")
     kept = {name: record[name] for name in kinds}
-    arrays = {k: v.numpy().copy() for k, v in tensors.items()}  # a copy: the file may go
     return Probe(**kept, scaler=scaler, arrays=arrays, device=device)
