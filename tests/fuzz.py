@@ -217,7 +217,9 @@ class Files:
         "Features of fields; None where the clip of the description has no blocks of the network's size."
         try:
             return encoder.embed(fields, dt=encoder.info["dt"] or 1.0)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError) as error:
+            if "features are not finite" in str(error):
+                raise ValueError(f"encoder.safetensors: {error}") from error  # said of the encoder, which has no name
             return None
 
     def read(self, kind: str, path: Path) -> object:
@@ -268,6 +270,7 @@ class Reader:
         reading, writing = os.pipe()
         self.child = os.fork()
         if self.child == 0:
+            os.close(reading)  # so that it ends with the parent
             try:
                 for k in itertools.count(seed):
                     with tempfile.TemporaryDirectory(dir=root) as folder:

@@ -39,14 +39,17 @@ from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows
 from physrep.experiments.command import main, output_path
 from physrep.explore.your_flow import flow_from_array, flow_from_bytes
-from physrep.models.encoders import ENCODERS
+from physrep.models.encoders import ENCODERS, build_encoder
 from physrep.models.metadata import FRACTIONS
+from physrep.models.pretrained import save_encoder
 from physrep.probing.records import read_predictions
+from physrep.probing.sharing import BUILDERS
 from physrep.results.rows import read_rows
 from physrep.results.submissions import predictions_from_csv
 from physrep.training.presets import get_preset, read_preset
 
 DEEP = "[" * 10**5
+NESTED = json.loads("[" * 800 + "]" * 800)
 PICKLE = b"\x80\x04K\x01."
 
 
@@ -363,6 +366,9 @@ ENCODER = [
     ("an unknown argument", {"config": {"dimm": 8}}, "no encoder can be built", "dimm"),
     ("weights of NaN", lambda p: p.write_bytes(p.read_bytes()[:-64] + b"\xff" * 64), "are not finite", "damaged"),
     ("half a head", {"config": {"dim": 8, "heads": 0.5}}, "heads in config must be a positive integer, got 0.5"),
+    ("too many neurons", {"config": {"dim": 8, "mlp_ratio": 1e8}}, "mlp_ratio in config must be a number from 0"),
+    ("endless neurons", {"config": {"dim": 8, "mlp_ratio": float("inf")}}, "mlp_ratio in config must be a number"),
+    ("many brackets", {"config": {"inner": NESTED}}, "config has brackets in brackets beyond what can be read"),
     ("no heads", {"config": {"dim": 8, "heads": 0}}, "heads in config must be a positive integer, got 0"),
     (
         "half a part",
@@ -408,7 +414,8 @@ PROBE_FILES = [
     ("pickle", lambda p: p.write_bytes(PICKLE), "is not a whole safetensors file"),
     ("a list for a text", lambda p: with_description(p, [[], "00aa"]), "have no description with a digest"),
     ("deep brackets", lambda p: with_header(p, lambda h: h["__metadata__"].update(physrep=DEEP)), "no description"),
-    ("no labels", lambda p: written_again(p, scaler={"mean": [0.0]}), "its scaler is missing or damaged: KeyError"),
+    ("no labels", lambda p: written_again(p, scaler={"mean": [0.0]}), "its scaler is missing or of another type"),
+    ("a list for a name", lambda p: written_again(p, name=[]), "holds no probe; a probe is one of"),
     ("no trials", lambda p: written_again(p, trials=None), "in its description trials is missing or of another type"),
     ("a word chosen", lambda p: written_again(p, chosen="x", config=3), "chosen, config is missing or of another type"),
 ]
@@ -590,9 +597,22 @@ def test_bad_input_is_named(case, sound, tmp_path, capsys, monkeypatch):
 
 
 def test_every_argument_of_our_encoders_that_may_be_a_fraction_is_known():
-    signatures = [inspect.signature(load_object(name, ENCODERS)) for name in ENCODERS]
-    found = {name for one in signatures for name, p in one.parameters.items() if p.annotation is float}
+    signatures = [inspect.signature(load_object(name, ENCODERS)) for name in BUILDERS]
+    found = {name for one in signatures for name, p in one.parameters.items() if "float" in str(p.annotation)}
     assert found == set(FRACTIONS)
+
+
+def test_an_encoder_whose_columns_count_from_0_is_loaded(tmp_path):
+    name = "physrep.models.avit:AViT"
+    small = dict(columns=[0, 1, 2, 3], dim=16, depth=1, heads=2, strides=(4, 2, 2))
+    encoder = build_encoder(name, in_channels=4, **small)
+    about = dict(objective="mpp", preset="laptop", seed=0, shape=(4, 32, 32), dt=0.2)
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, encoder, name, system=SYSTEM, mean=torch.zeros(4), std=torch.ones(4), **about)
+    assert physrep.load_encoder(path).encoder.config["columns"] == [0, 1, 2, 3]
+    with_info(path, config=encoder.config | {"columns": [-1, 1, 2, 3]})
+    with pytest.raises(ValueError, match="columns in config must be an integer, got"):
+        physrep.load_encoder(path)
 
 
 def test_weights_that_are_finite_and_give_features_that_are_not(sound, tmp_path):

@@ -13,7 +13,7 @@ from helpers import dry_run
 
 from physrep.data import remote
 from physrep.data.remote import NetworkError, as_path, open_bytes
-from physrep.data.sets import find_files, read_stats
+from physrep.data.sets import find_files, fingerprint, read_stats
 from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows
 from physrep.data.write import write_stats, write_well
@@ -121,6 +121,7 @@ def test_a_set_at_an_address_is_the_set_of_the_folder(server, folder):
     here, there = (Windows(root, "shear_flow", "train", frames=4) for root in (folder, server.address))
     assert len(here) == len(there) and [p.name for p in here.paths] == [p.name for p in there.paths]
     assert here.fingerprint() == there.fingerprint()
+    assert fingerprint([str(path) for path in there.paths]) == fingerprint(here.paths), "addresses may be text"
     assert (here.read([0, 5, -1]) == there.read([0, 5, -1])).all()
     assert read_stats(folder, "shear_flow")["mean"].keys() == read_stats(server.address, "shear_flow")["mean"].keys()
     asked = len(server.asked)

@@ -346,7 +346,7 @@ def test_a_file_on_which_hdf5_hangs_or_dies_does_not_take_the_page_with_it(what,
 
 def test_the_first_look_goes_through_a_sound_file(tmp_path):
     path = well_file(tmp_path / "flow.hdf5")
-    look = [sys.executable, "-c", your_flow._VISIT, path]
+    look = [sys.executable, "-c", your_flow._VISIT, path, str(UNPACKED)]
     assert subprocess.run(look, timeout=60, check=False).returncode == 0
     path.write_bytes(path.read_bytes()[:100])
     assert subprocess.run(look, timeout=60, check=False, capture_output=True).returncode == 1, (

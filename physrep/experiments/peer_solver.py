@@ -40,7 +40,7 @@ class Problem:
 
     def errors(self, fields: np.ndarray) -> dict[str, float]:
         """Root mean square of what velocity and tracer differ from the reference by, over the root mean square of the
-        reference. The mean shear is part of that: a flow that does not move at all has 0.1 to 0.3."""
+        reference. The mean shear is part of that: a flow that does not move at all has 0.07 to 0.3."""
         square = np.square(fields - self.end).sum((1, 2))
         size = np.square(self.end).sum((1, 2))
         return {

@@ -70,18 +70,35 @@ def _array_in(content: bytes) -> np.ndarray:
 _VISIT = """
 import sys
 import h5py
+
+
+def tried(read):
+    try:
+        return read()
+    except Exception:  # an error is no danger: the reader of the page says more about it
+        return ()
+
+
+def look(_, item):
+    for name in tried(lambda: list(item.attrs)):
+        tried(lambda: item.attrs[name])
+    own = isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external
+    if own and item.nbytes <= int(sys.argv[2]):
+        tried(lambda: item[()])
+
+
 with h5py.File(sys.argv[1], "r") as file:
-    look = lambda _, item: (dict(item.attrs), getattr(item, "shape", None))
     look("/", file)
-    file.visititems(look)
+    file.visititems(lambda name, item: tried(lambda: look(name, item)))
 """
 
 
 def _check_readable(path: Path, patience: float) -> None:
     """ValueError for a file in which HDF5 hangs, or on which it ends the process: both happen in C with some damaged
-    files, and would take the page with them. So another process looks at the file first, for `patience` seconds."""
+    files, and would take the page with them. So another process reads the file first, for `patience` seconds."""
+    read = [sys.executable, "-P", "-c", _VISIT, path, str(UNPACKED)]  # -P: no module from the folder that one is in
     try:
-        code = subprocess.run([sys.executable, "-c", _VISIT, path], capture_output=True, timeout=patience).returncode
+        code = subprocess.run(read, capture_output=True, timeout=patience).returncode
     except subprocess.TimeoutExpired:
         raise ValueError(f"the file is damaged: HDF5 was not through with it after {patience:g} s") from None
     if code < 0:
@@ -107,7 +124,7 @@ def flow_from_bytes(
     dt: float,
     box: tuple[float, float],
     *,
-    patience: float = 20.0,  # seconds that HDF5 may take for a first look in a process of its own; 0: no such look
+    patience: float = 20.0,  # seconds that HDF5 may take to read it in a process of its own first; 0: not done
 ) -> Flow:
     "A flow from an uploaded file: .npy, or .hdf5 and .h5 in The Well's format. ValueError, in words, for another."
     if len(content) > LARGEST:
