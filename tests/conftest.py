@@ -11,6 +11,16 @@ from physrep.training.presets import get_preset
 torch.set_num_threads(1)  # for what is made once for all tests
 
 
+# minutes each, with the workflow or stages in processes of their own
+LONGEST = ("test_reproduce.py", "test_command.py", "test_longer.py", "test_rates.py", "test_notebooks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "The longest files first, the others in the order of their names."
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     "A test that needs more threads takes them; the next one has a single one again."

@@ -114,7 +114,8 @@ def check_notebooks(everything: bool) -> None:
 def check_tests(everything: bool) -> None:
     "pytest, counted from its own report; the tests of a file stay together, because they share what is made for them."
     chosen = () if everything else ("-m", "not long")
-    side_by_side = ("-n", str(CORES), "--dist", "loadfile") if CORES > 1 else ()
+    # files in the order of tests/conftest.py: the longest first, so that no core waits for one at the end
+    side_by_side = ("-n", str(CORES), "--dist", "loadfile", "--no-loadscope-reorder") if CORES > 1 else ()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ("-q", "--durations=5", f"--junitxml={report}", *side_by_side, *chosen)
