@@ -66,7 +66,7 @@ def _array_in(content: bytes) -> np.ndarray:
     except (ValueError, TypeError, SyntaxError, EOFError, OSError, RecursionError, MemoryError) as error:
         raise ValueError(f"this is no whole .npy file with numbers ({error})") from error
 
-
+# %% ../../nbs/explore/your_flow.ipynb #c5d35740
 _VISIT = """
 import sys
 import h5py

@@ -100,7 +100,7 @@ def _wrong_argument(config: Mapping[str, Any], weights: int) -> str:
             return f"{name} in config must be {'an' if name in INDICES else 'a positive'} integer, got {value!r:.60}"
     return ""
 
-
+# %% ../../nbs/models/metadata.ipynb #5462d767
 def _read(path: Path) -> tuple[dict[str, str], int]:
     "Metadata and number of weights of a safetensors file, from its header alone."
     if not path.is_file():
