@@ -217,9 +217,8 @@ def seconds_at(table: pd.DataFrame, error: float, column: str = "velocity") -> p
     found = {}
     for solver, one in table.dropna(subset=[column]).groupby("solver", sort=False):
         one = one.sort_values("seconds")
-        one = one[one[column] < one[column].cummin().shift(fill_value=np.inf)][
-            ::-1
-        ]  # each better than all cheaper ones
+        # each better than all cheaper ones, from the smallest error
+        one = one[one[column] < one[column].cummin().shift(fill_value=np.inf)][::-1]
         x, y = np.log(one[column].to_numpy()), np.log(one.seconds.to_numpy())
         found[solver] = float(np.exp(np.interp(np.log(error), x, y, left=np.nan, right=np.nan)))
     return pd.Series(found, name="seconds")

@@ -104,7 +104,7 @@ def _check_readable(path: Path, patience: float) -> None:
     if code < 0:
         raise ValueError(f"the file is damaged: HDF5 ends with signal {-code} on it")
 
-
+# %% ../../nbs/explore/your_flow.ipynb #7eee424e
 def _check_own(path: Path) -> None:
     "ValueError for a file that shows what stands in other files, or that holds more than `UNPACKED` bytes."
     if outside := parts_outside(path):
