@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from physrep.core.paths import default_data_dir
 from physrep.data.generate import make_dataset
 from physrep.training.presets import get_preset
 
@@ -28,8 +29,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def smoke_data(tmp_path_factory) -> Path:
-    "The data of preset smoke, shear flow; a `data_dir`."
-    folder = tmp_path_factory.mktemp("data")
+def smoke_data() -> Path:
+    "A `data_dir` with the shear flow of preset smoke: `data/smoke`, made once and shared with the notebooks."
+    folder = default_data_dir("smoke")
     make_dataset("shear_flow", get_preset("smoke").sim("shear_flow"), folder, workers=1, progress=False)
     return folder

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from physrep.core.files import read_json
+from physrep.core.paths import default_data_dir
 from physrep.core.provenance import is_current
 from physrep.data.batches import Batches
 from physrep.data.generate import make_dataset
@@ -36,8 +37,9 @@ PAIR = ["shear_flow", "active_matter"]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
+def two():
+    "A `data_dir` with two systems."
+    folder = default_data_dir("smoke")
     for system in PAIR:
         make_dataset(system, get_preset("smoke").sim(system), folder, workers=1, progress=False)
     return folder

@@ -251,8 +251,7 @@ def test_a_result_on_other_data_is_not_current(tmp_path, smoke_data):
 
 
 def test_data_of_a_preset_of_a_file_are_looked_for_by_its_name(tmp_path, smoke_data, monkeypatch):
-    (tmp_path / "root" / "data").mkdir(parents=True)
-    shutil.copytree(smoke_data, tmp_path / "root" / "data" / "mine")
+    shutil.copytree(smoke_data / "shear_flow", tmp_path / "root" / "data" / "mine" / "shear_flow")
     (tmp_path / "mine.yaml").write_text("base: smoke\n")
     preset = str(tmp_path / "mine.yaml")
     files = find_files(smoke_data, "shear_flow", "test")
