@@ -4,6 +4,7 @@
 
 Rows of two tables are the same row if they agree in all columns that are not measured: names, splits, numbers of
 samples. Measured are floats and lists of floats; names of runs, seconds, and text made from numbers are passed over.
+Where two rows are of other numbers of seeds, the errors of the seeds that both have are compared, and nothing else.
 """
 
 import math
@@ -25,6 +26,11 @@ def read(path: Path) -> pd.DataFrame:
 def is_passed_over(name: str) -> bool:
     "Names of runs change with any setting, seconds with the machine; `text` is the numbers beside it, rounded."
     return name in ("run", "text") or name.endswith("_run") or "seconds" in name
+
+
+def counts_seeds(name: str) -> bool:
+    "Numbers of seeds: they do not tell rows apart."
+    return name == "seeds" or name.startswith("seeds_")
 
 
 def is_list_of_numbers(column: pd.Series) -> bool:
@@ -62,15 +68,22 @@ def differences(new: pd.DataFrame, old: pd.DataFrame) -> tuple[dict, list[tuple]
     be compared. The difference is infinite where only one is a finite number, or where lists have other lengths."""
     common = [c for c in old.columns if c in new.columns and not is_passed_over(c)]
     measured = [c for c in common if is_measured(c, (new, old))]
-    keys = [c for c in common if c not in measured and not pd.api.types.is_bool_dtype(old[c])]
-    said = [c for c in common if c not in measured and c not in keys]  # yes and no: found, not asked for
+    seeds = [c for c in common if counts_seeds(c)]
+    apart = [c for c in common if c not in measured and c not in seeds]
+    keys = [c for c in apart if not pd.api.types.is_bool_dtype(old[c])]
+    said = [c for c in apart if c not in keys]  # yes and no: found, not asked for
     left, right = keyed(new, keys), keyed(old, keys)
     both = [key for key in right if key in left]
     pairs, notes = [], []
+    fewer = {key for key in both if any(left[key][c] != right[key][c] for c in seeds)}
+    if fewer:
+        notes.append(f"{len(fewer)} row(s) of other numbers of seeds, compared by seed")
     for key in both:
         about = " ".join(part for part in key[:-1] if part and len(part) <= 40)
-        for c in measured:
+        for c in [c for c in measured if c == "by_seed"] if key in fewer else measured:
             a, b = numbers(right[key][c]), numbers(left[key][c])
+            if key in fewer:  # in the order of the seeds: those that both have
+                a, b = a[: len(b)], b[: len(a)]
             if len(a) != len(b):
                 pairs.append((math.inf, c, about, right[key][c], left[key][c]))
             for x, y in zip(a, b):
