@@ -13,7 +13,17 @@ torch.set_num_threads(1)  # for what is made once for all tests
 
 
 # minutes each, with the workflow or stages in processes of their own
-LONGEST = ("test_reproduce.py", "test_command.py", "test_longer.py", "test_rates.py", "test_notebooks.py")
+LONGEST = (
+    "test_reproduce.py",
+    "test_command.py",
+    "test_training.py",
+    "test_notebooks.py",
+    "test_distributed.py",
+    "test_longer.py",
+    "test_rates.py",
+    "test_native.py",
+    "test_app.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

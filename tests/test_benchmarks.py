@@ -218,6 +218,7 @@ def test_the_stage_draws_the_figure_and_the_command_prints_its_table(smoke_data,
     assert "windows/s" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_stage_of_scaling_draws_both_figures(tmp_path):
     options = ["-p", "preset", "smoke", "-p", "rows", "mae-vit", "-p", "repeats", "1", "-p", "run_dir", str(tmp_path)]
     command = [sys.executable, "-m", "papermill", "nbs/10a_scaling.ipynb", str(tmp_path / "s.ipynb"), *options]

@@ -151,7 +151,7 @@ def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{own}:{ROOT}"}
     environment.pop("PHYSREP_ROOT", None)
-    config = ["preset=smoke", "systems=own_waves:WAVES", f"data={own / 'data'}", "only=mae-vit,random-vit"]
+    config = ["preset=smoke", "systems=own_waves:WAVES", f"data={own / 'data'}", "only=forecast-vit,random-vit"]
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", "--quiet", "rules", "host"]
 
     def snakemake(*options: str) -> str:
@@ -172,18 +172,18 @@ def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path):
     table = pd.read_csv(figures / "table1.csv")
     assert set(table.system) == {"waves"}
     baselines = {("statistics", "none"), ("spectra", "none"), ("constant", "none")}
-    rows = {("mae", "vit"), ("random", "vit")} | baselines
+    rows = {("forecast", "vit"), ("random", "vit")} | baselines
     assert set(zip(table.objective, table.encoder)) == rows, "no equations are known"
     assert (figures / "table1_waves.png").is_file() and (figures / "table1_differences.csv").is_file()
     assert "Nothing to be done" in snakemake("--dry-run", "--config", *config)
-    without = snakemake("--dry-run", "--config", *config[:3], "only=mae-vit", "--until", "table1")
+    without = snakemake("--dry-run", "--config", *config[:3], "only=forecast-vit", "--until", "table1")
     assert "table1" in without
     changed = (own / "own_waves.py").read_text().replace('latex="c"', 'latex="v"')
     (tmp_path / "changed").mkdir()
     (tmp_path / "changed" / "own_waves.py").write_text(changed)
     environment["PYTHONPATH"] = f"{tmp_path / 'changed'}:{ROOT}"
     again = snakemake("--dry-run", "--config", *config)
-    assert "probe_waves_baselines" in again and "pretrain_waves_mae_vit" in again, "the system is another one"
+    assert "probe_waves_baselines" in again and "pretrain_waves_forecast_vit" in again, "the system is another one"
 
 
 def test_help_shows_the_parameters_of_the_notebook(capsys):

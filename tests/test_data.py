@@ -175,6 +175,7 @@ def test_out_of_time_is_an_error_that_can_be_resumed(tmp_path):
     make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
 
 
+@pytest.mark.long  # only a change of the preset or of a solver can break it
 @pytest.mark.parametrize(
     "system, pair",
     [

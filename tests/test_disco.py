@@ -217,10 +217,10 @@ def test_views_of_the_same_and_of_another_window():
         objective(method="rk5")
 
 
-@pytest.mark.parametrize("name", ["disco", "disco_film"])
-def test_from_preset_to_probe(name, smoke_data, tmp_path):
-    run = resolve("shear_flow", name, preset="smoke", steps=2, batch_size=4)
-    assert run.encoder == "vit_code"
+@pytest.mark.parametrize("name,encoder", [("disco", "vit_code"), ("disco_film", "convnext_code")])
+def test_from_preset_to_probe(name, encoder, smoke_data, tmp_path):
+    assert resolve("shear_flow", name, preset="smoke").encoder == "vit_code", "by default"
+    run = resolve("shear_flow", name, encoder, preset="smoke", steps=2, batch_size=4)
     folder = pretrain(run, smoke_data, tmp_path, progress=False, say=lambda text: None)
     curve = pd.read_csv(folder / "curve.csv")
     assert {"gate", "gate_own", "gate_shuffled", "gate_persistence"} <= set(curve) and curve.gate.notna().all()

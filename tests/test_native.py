@@ -145,13 +145,13 @@ def test_the_papers_crop_and_size(native):
 
 def test_native_grids_instead_of_the_papers_crop(native, tmp_path, monkeypatch):
     base, name, _ = native
-    paper = resolve(name, "mae", preset="paper")
+    paper = resolve(name, "supervised", "vit", preset="paper")
     assert paper.clip_shape == (16, 224, 224) and paper.crop == dict(get_system(name).paper)["crop"]
     vit, train = dict(dim=16, depth=1, heads=2, tubelet=(2, 16, 16)), Recipe(steps=1, batch_size=2, lr=1e-3)
     monkeypatch.setitem(
-        PRESETS, "native", replace(get_preset("native"), frames=2, encoders={"vit": vit}, train={"mae": train})
+        PRESETS, "native", replace(get_preset("native"), frames=2, encoders={"vit": vit}, train={"supervised": train})
     )
-    run = resolve(name, "mae", preset="native")
+    run = resolve(name, "supervised", "vit", preset="native")
     assert run.clip.stride == paper.clip.stride == (1 if name == "active_matter" else 4) and run.crop is None
     encoder = load_encoder(pretrain(run, base, tmp_path, progress=False))
     assert tuple(encoder.info["shape"]) == run.clip_shape == (2, *NATIVE[name][0])

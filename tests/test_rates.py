@@ -11,7 +11,7 @@ from physrep.experiments.rates import plot_rates, rank_correlations
 
 
 def test_the_notebook_draws_two_rates_and_keeps_the_run_of_the_table(smoke_data, tmp_path):
-    about = {"preset": "smoke", "factors": "0.5 1", "seeds": "0 1", "data_dir": smoke_data}
+    about = {"preset": "smoke", "row": "jepa-vit", "factors": "0.5 1", "seeds": "0 1", "data_dir": smoke_data}
     about |= {"run_dir": tmp_path / "runs"}
     common = [word for name, value in about.items() for word in ("-r", name, str(value))]
     out = tmp_path / "rates.ipynb"
@@ -24,13 +24,13 @@ def test_the_notebook_draws_two_rates_and_keeps_the_run_of_the_table(smoke_data,
     assert {"linear", "knn", "kernel", "attentive"} <= set(table.probe)
     assert set(zip(table.factor, table.seed)) == {(f, k) for f in (0.5, 1) for k in (0, 1)}
     for (factor, seed), some in table.groupby(["factor", "seed"]):
-        (folder,) = runs.glob(f"shear_flow/{'mae.rate0.5' if factor < 1 else 'mae'}-vit-*/seed{seed}")
+        (folder,) = runs.glob(f"shear_flow/{'jepa.rate0.5' if factor < 1 else 'jepa'}-vit-*/seed{seed}")
         assert some.gate.unique() == pytest.approx(pd.read_csv(folder / "curve.csv").gate.iloc[-1], rel=1e-4)
         assert some.loss.unique() == pytest.approx(
             pd.read_csv(folder / "metrics.csv").valid_loss.dropna().iloc[-1], rel=1e-4
         )
     losses = pd.read_csv(runs / "figures" / "rates_losses.csv")
-    assert set(losses.row) == {"mae-vit", "mae.rate0.5-vit"}
+    assert set(losses.row) == {"jepa-vit", "jepa.rate0.5-vit"}
     assert losses.groupby(["factor", "seed"]).step.agg(["min", "max"]).eq([1, 6]).all(axis=None), "the whole training"
     assert sum("image/png" in str(cell.get("outputs")) for cell in nbformat.read(out, 4).cells) == 2
 

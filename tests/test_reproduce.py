@@ -93,7 +93,7 @@ def same_files(roots: tuple[Path, Path], pattern: str) -> list[Path]:
     return list(second)
 
 
-FEW = {"preset": "few.yaml", "systems": "shear_flow", "only": "mae-vit,random-vit", "rows": "rows.yaml"}
+FEW = {"preset": "few.yaml", "systems": "shear_flow", "only": "forecast-vit,random-vit", "rows": "rows.yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_rows_of_ones_own_stand_in_the_table(few_rows_twice):
     own = table[table.split == "test"].groupby(["objective", "encoder"]).probe.agg(set)
     assert own["frozen", "make_bands"] == {"linear", "knn", "kernel", "attentive"}
     assert own["MeanField", "vit"] == {"linear", "knn", "kernel", "attentive"}
-    assert {("mae", "vit"), ("random", "vit"), ("statistics", "none")} <= set(own.index)
+    assert {("forecast", "vit"), ("random", "vit"), ("statistics", "none")} <= set(own.index)
     pictures = (few_rows_twice[0] / "few" / "figures" / "table1.svg").read_text()
     assert "#e69f00" in pictures, "the colour that the file asks for"
 
@@ -124,10 +124,10 @@ def test_rows_of_ones_own_stand_in_the_table(few_rows_twice):
 def test_a_job_that_runs_again_does_not_cost_the_encoder(few_rows_twice):
     """Snakemake deletes declared outputs before a job: the encoder is none of them, and training finds it."""
     root = few_rows_twice[1].parent
-    stamp = root / "runs" / "few" / "finished" / "shear_flow-mae-vit"
+    stamp = root / "runs" / "few" / "finished" / "shear_flow-forecast-vit"
     encoders = {
         p: (p.stat().st_mtime_ns, p.read_bytes())
-        for p in stamp.parents[1].glob("shear_flow/mae-vit-*/seed*/encoder.safetensors")
+        for p in stamp.parents[1].glob("shear_flow/forecast-vit-*/seed*/encoder.safetensors")
     }
     stamp.unlink()
     snakemake(root, str(stamp), **FEW)
@@ -149,7 +149,7 @@ def test_what_a_change_makes_run_again(few_rows_twice):
     assert "table1" in said and "probe" not in said
     rows.write_text(OWN_ROWS.replace("recipe:", "finetuned: true, recipe:"))
     said = snakemake(root, "--dry-run", **FEW)
-    assert "probe_shear_flow_MeanField_vit" in said and "pretrain" not in said and "mae" not in said
+    assert "probe_shear_flow_MeanField_vit" in said and "pretrain" not in said and "forecast" not in said
     rows.write_text(OWN_ROWS)
     pretrain.write_text(text, encoding="utf-8")
 
@@ -169,9 +169,9 @@ def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(
     place = Path("runs") / "few" / "shear_flow"
     pack(first / place, tmp_path / "archives")
     assert set(unpack(tmp_path / "archives", folder / place).values()) == {"written"}
-    table = {"preset": str(first / "few.yaml"), "systems": "shear_flow", "only": "mae-vit,random-vit"}
+    table = {"preset": str(first / "few.yaml"), "systems": "shear_flow", "only": "forecast-vit,random-vit"}
     said = snakemake(folder, "--dry-run", seeds="3", **table)
-    new = ("pretrain_shear_flow_mae_vit", "probe_shear_flow_mae_vit", "probe_shear_flow_random_vit")
+    new = ("pretrain_shear_flow_forecast_vit", "probe_shear_flow_forecast_vit", "probe_shear_flow_random_vit")
     assert made_by(said) == {"simulate_shear_flow", *(f"{job}_seed3" for job in new)}
     said = snakemake(folder, "--dry-run", rows=str(first / "rows.yaml"), **table)
     new = ("pretrain_shear_flow_MeanField_vit", "probe_shear_flow_MeanField_vit", "probe_shear_flow_frozen_make_bands")
