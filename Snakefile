@@ -316,7 +316,7 @@ rule rollout:
 rule machines:
     input: RESULTS
     output: figures("machines")
-    params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST])
+    params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST], seeds=" ".join(map(str, ASKED_SEEDS)) or None)
     threads: CORES
     shell: "{params.command}"
 
