@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +112,14 @@ def check_notebooks(everything: bool) -> None:
         record("nbdev_test", False, "it failed without naming a notebook")
 
 
+def seconds_by_file(cases: list[ElementTree.Element]) -> Counter[str]:
+    "How long the tests of each file took, what they share included."
+    seconds: Counter[str] = Counter()
+    for case in cases:
+        seconds[case.get("classname", "").split(".")[-1]] += float(case.get("time", 0))
+    return seconds
+
+
 def check_tests(everything: bool) -> None:
     "pytest, counted from its own report; the tests of a file stay together, because they share what is made for them."
     chosen = () if everything else ("-m", "not long")
@@ -118,9 +127,10 @@ def check_tests(everything: bool) -> None:
     side_by_side = ("-n", str(CORES), "--dist", "loadfile", "--no-loadscope-reorder") if CORES > 1 else ()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ("-q", "--durations=5", f"--junitxml={report}", *side_by_side, *chosen)
+        options = ("-q", "--durations=12", f"--junitxml={report}", *side_by_side, *chosen)
         code, _ = run("python", "-m", "pytest", *options, "tests")
         cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
+    print("  seconds by file: " + ", ".join(f"{name} {n:.0f}" for name, n in seconds_by_file(cases).most_common(12)))
     before = len(failed)
     for case in cases:
         kinds = {child.tag for child in case}
