@@ -122,7 +122,7 @@ def test_what_a_system_of_ones_own_lacks_is_said(importable, tmp_path):
         LabelScaler.fit(get_system("own_waves:WAVES"), labels, source=tmp_path / "here")
 
 
-def test_a_preset_and_an_objective_of_ones_own_by_command(own):
+def test_a_preset_and_an_objective_of_ones_own_by_command(own, importable, monkeypatch, capsys):
     (own / "short.yaml").write_text("base: smoke\nseeds: [0]\ntrain:\n  mae: {steps: 2, batch_size: 4, lr: 0.001}\n")
     where = ("--data-dir", "data", "--run-dir", "runs", "--preset", "short.yaml", "--system", "own_waves:WAVES")
     done = physrep(own, "pretrain", "--objective", "own_waves:MeanField", *where)
@@ -133,17 +133,19 @@ def test_a_preset_and_an_objective_of_ones_own_by_command(own):
     done = physrep(own, "probe", "own_waves:make_bands", *where)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (result,) = (own / "runs" / "short" / "waves").glob("frozen-make_bands-*/seed0/result.json")
-    done = physrep(own, "compare", "theirs.csv", "--template", "--reference", str(result.parent))
-    assert done.returncode == 0, done.stderr
+    reference = ("--reference", str(result.parent))
+    monkeypatch.chdir(own)
+    assert main(["compare", "theirs.csv", "--template", *reference]) == 0
     lines = (own / "theirs.csv").read_text().splitlines()
     assert lines[0].startswith("# physrep benchmark ") and "system waves split test" in lines[0]
     filled = [line.replace(",speed,,", ",speed,1.0,") for line in lines]
     (own / "theirs.csv").write_text("\n".join(filled) + "\n")
-    done = physrep(own, "compare", "theirs.csv", "--reference", str(result.parent))
-    assert done.returncode == 0 and "difference from ours" in done.stdout, done.stderr
+    capsys.readouterr()
+    assert main(["compare", "theirs.csv", *reference]) == 0
+    assert "difference from ours" in capsys.readouterr().out
     (own / "theirs.csv").write_text("\n".join(["# physrep benchmark 0000 system waves split test", *filled[1:]]) + "\n")
-    done = physrep(own, "compare", "theirs.csv", "--reference", str(result.parent))
-    assert done.returncode == 1 and "not comparable" in done.stderr
+    assert main(["compare", "theirs.csv", *reference]) == 1
+    assert "not comparable" in capsys.readouterr().err
 
 
 def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path):
