@@ -469,7 +469,7 @@ for name, done in FACTORIAL.items():
         name: f"cell_{name}".replace("-", "_")
         input: [file for system in SYSTEMS for file in simulated(system)]
         output: touch(finished(done, any(probed)))
-        params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, draw=False)
+        params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))) if ASKED_SEEDS else None, draw=False)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from physrep.core.paths import project_root
 from physrep.core.provenance import provenance
-from physrep.data.sets import find_files, fingerprint
+from physrep.data.same_flows import KNOWN
+from physrep.data.sets import COUNTS_AS, find_files, fingerprint
 from physrep.experiments import study
 from physrep.results.archive import (
     check_same_flows,
@@ -153,6 +155,37 @@ def test_results_of_other_flows_are_refused_with_what_to_do(tmp_path, smoke_data
     check_same_flows(tmp_path / "unpacked_same", smoke_data, "shear_flow")
     with pytest.raises(ValueError, match="other flows of split 'test' .*0123456789abcdef.*archive remove"):
         check_same_flows(tmp_path / "unpacked_other", smoke_data, "shear_flow")
+    rounded = tmp_path / "rounded"
+    shutil.copytree(smoke_data / "shear_flow", rounded / "shear_flow")
+    (rounded / "shear_flow" / COUNTS_AS).write_text(json.dumps({splits["test"]: "0123456789abcdef"}))
+    check_same_flows(tmp_path / "unpacked_other", rounded, "shear_flow")
+
+
+def test_the_flows_of_the_committed_results_are_known_by_their_recipe():
+    known = {entry["fingerprint"]: entry for entry in json.loads(KNOWN.read_text())}
+    assert len({entry["recipe"] for entry in known.values()}) == len(known)
+    archives = project_root() / "figures" / "results" / "laptop"
+    for system in get_preset("laptop").systems:
+        result = json.loads(read_archive(archives / system / "baselines.zip")["constant"]["result.json"])
+        for split, fingerprint_then in result["data"].items():
+            assert known[fingerprint_then]["set"] == f"laptop, {system}"
+            assert known[fingerprint_then]["split"] == split
+
+
+def test_the_runs_of_what_matters_are_packed_beside_those_of_the_table(tmp_path, capsys):
+    runs, archives = tmp_path / "runs", tmp_path / "archives"
+    cell = "Cell.tube_pixels-vit-01234567/seed1"
+    scored(runs / "laptop" / "shear_flow")
+    scored(runs / "matters" / "laptop" / "shear_flow", cell)
+    assert main(["pack", "--run-dir", str(runs), "--archives", str(archives)]) == 0
+    assert set(read_archive(archives / "matters" / "laptop" / "shear_flow" / "seed1.zip")) == {cell}
+    others = tmp_path / "others"
+    assert main(["unpack", "--run-dir", str(others), "--archives", str(archives)]) == 0
+    assert (others / "matters" / "laptop" / "shear_flow" / cell / "result.json").is_file()
+    assert (others / "laptop" / "shear_flow" / RUN / "result.json").is_file()
+    assert main(["remove", "--run-dir", str(others), "--archives", str(archives)]) == 0
+    assert not list(others.rglob("result.json"))
+    assert "matters/laptop/shear_flow: 1 results taken" in capsys.readouterr().out
 
 
 BAD_MEMBERS = {

@@ -17,10 +17,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from physrep.core.files import read_json
 from physrep.core.randomness import sample_seeds
 from physrep.data.batches import Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
 from physrep.data.generate import FLOWS_A_CALL, _batches, draw_parameters, make_dataset, make_files, plan
+from physrep.data.same_flows import count_as_known, recipe_digest
 from physrep.data.scaling import LabelScaler, Normaliser
+from physrep.data.sets import COUNTS_AS, find_files, fingerprint
 from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.physics import rayleigh_benard
@@ -204,6 +207,48 @@ def test_new_code_makes_the_data_anew(tmp_path):
     write_json(folder / "plan.json", plan | {"code": "0" * 16})
     make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
     assert fingerprints(folder) == before and read_json(folder / "plan.json") == plan
+
+
+def test_flows_that_are_rounded_differently_count_as_those_of_the_recipe(tmp_path, smoke_data, monkeypatch):
+    folder = tmp_path / "set" / "shear_flow"
+    shutil.copytree(smoke_data / "shear_flow", folder)
+    before, recipe = fingerprints(tmp_path / "set"), read_json(folder / "plan.json")
+    known = {recipe_digest(recipe, "test"): before["test"], recipe_digest(recipe, "valid"): before["valid"]}
+    monkeypatch.setattr("physrep.data.same_flows.known_flows", lambda: known)
+    assert count_as_known(folder) == {} and not (folder / COUNTS_AS).exists(), "to the last digit the same"
+    victim = find_files(tmp_path / "set", SHEAR, "test")[0]
+    with h5py.File(victim, "r+") as file:
+        file["t0_fields/tracer"][0, 0] *= 1 + 1e-6
+    changed = fingerprints(tmp_path / "set")
+    assert changed["test"] != before["test"] and changed["valid"] == before["valid"]
+    assert list(count_as_known(folder).values()) == [before["test"]]
+    assert fingerprints(tmp_path / "set") == before
+    monkeypatch.setattr("physrep.data.same_flows.known_flows", dict)
+    assert count_as_known(folder) == {}, "no longer known"
+    assert fingerprints(tmp_path / "set") == changed
+
+
+def test_a_simulated_set_says_what_it_counts_as(tmp_path, monkeypatch):
+    tiny = replace(BARE, draws={"train": (2, 1)}, n_frames=2)
+    folder = make_dataset("shear_flow", tiny, tmp_path / "first", workers=1, progress=False)
+    recipe = recipe_digest(read_json(folder / "plan.json"), "train")
+    monkeypatch.setattr("physrep.data.same_flows.known_flows", lambda: {recipe: "0123456789abcdef"})
+    make_dataset("shear_flow", tiny, tmp_path / "second", workers=1, progress=False)
+    here = [fingerprint(find_files(tmp_path / name, SHEAR, "train")) for name in ("first", "second")]
+    assert here[0] != here[1] == "0123456789abcdef"
+    assert here[0] == fingerprint(find_files(tmp_path / "second", SHEAR, "train"), exact=True)
+
+
+@pytest.mark.parametrize("told", ['{"HERE": "../../etc"}', '{"HERE": 7}', '["HERE"]'])
+def test_a_set_that_counts_as_no_fingerprint_is_refused(tmp_path, smoke_data, told):
+    folder = tmp_path / "shear_flow"
+    shutil.copytree(smoke_data / "shear_flow", folder)
+    files = find_files(tmp_path, SHEAR, "valid")
+    (folder / COUNTS_AS).write_text(told.replace("HERE", fingerprint(files)))
+    with pytest.raises(
+        WellFormatError, match=r"counts_as\.json: .* is no fingerprint .16 hex digits.; delete the file"
+    ):
+        fingerprint(files)
 
 
 def test_planted_leak_is_found(tmp_path, smoke_data):

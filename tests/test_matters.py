@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 import torch
 
-from physrep.core.files import write_json
+from physrep.core.files import read_json, write_json
+from physrep.core.paths import project_root
 from physrep.data.scaling import LabelScaler
 from physrep.experiments import matters
 from physrep.experiments.matters import (
     BUDGET,
     CELL_ENCODERS,
     CELLS,
+    FOUND,
     PAIRS,
     PAPER,
     RATES,
@@ -24,6 +26,7 @@ from physrep.experiments.matters import (
     cell_run,
     check_cell,
     matters_root,
+    rate_of,
     read_errors,
     score_on_valid,
     scored_runs,
@@ -120,6 +123,37 @@ def test_the_rate_is_chosen_on_valid_and_what_is_missing_is_said(tmp_path, monke
         f"{SOME[1]}: 2 of 4 learning rates tried",
         f"{SOME[2]}: diverged at all learning rates",
     ]
+
+
+def test_a_rate_that_was_found_before_is_taken_until_all_are_tried_here(tmp_path):
+    laptop = get_preset("laptop")
+    run = cell_run("tube-pixels-vit", "shear_flow", laptop, steps=1)
+    assert rate_of("tube-pixels-vit", run, tmp_path) == FOUND["laptop", "shear_flow"]["tube-pixels-vit"] == "high"
+    write_scores(run, tmp_path, {"lowest": 0.1, "low": 0.2, "middle": 0.3})
+    assert rate_of("tube-pixels-vit", run, tmp_path) == "high"
+    write_scores(run, tmp_path, {"high": 0.4})
+    assert rate_of("tube-pixels-vit", run, tmp_path) == "lowest"
+    assert rate_of("tube-ema-vit", cell_run("tube-ema-vit", "shear_flow", laptop, steps=1), tmp_path) is None
+
+
+def test_the_rates_that_were_found_are_those_of_the_committed_figure():
+    configs = read_json(project_root() / "figures" / "matters.json")["configs"]
+    used = {(c["tag"], c["encoder"], "padding_mode" in c.get("encoder_config", {})): c for c in configs.values()}
+    found = FOUND["laptop", "shear_flow"]
+    assert len(used) == len(found) == 12
+    for name, rate in found.items():
+        run = cell_run(name, "shear_flow", "laptop", rate=rate, steps=1)
+        config = used[run.tag, run.encoder, "circular" in name]
+        assert config["recipe"]["lr"] == run.recipe.lr, name
+
+
+def test_what_was_scored_elsewhere_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(matters, "pretrain", lambda *args, **kwargs: pytest.fail("it is trained again"))
+    monkeypatch.setattr(matters, "probe_splits", lambda *args: {})
+    monkeypatch.setattr(matters, "is_current", lambda path, *rest: path.is_file())
+    run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1)
+    write_json(run.folder(matters_root(tmp_path)) / "result.json", {})
+    assert Place("shear_flow", SMOKE, "", tmp_path).train_at(run, "middle", [0]) == [at_rate(run, "middle")]
 
 
 def test_a_training_that_diverges_has_no_score_and_is_not_repeated(tmp_path, monkeypatch):

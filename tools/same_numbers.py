@@ -70,12 +70,14 @@ def numbers(folder: Path) -> dict:
 
 
 def used() -> dict[str, list[str]]:
-    "The digests of all definitions behind the runs that are compared, by name."
+    "The digests of all definitions behind the runs that are compared and their data, by name."
     from physrep.core import provenance
+    from physrep.data.generate import SOLVERS
 
     found: dict[str, set[str]] = {}
     for run in runs_compared():
-        for name, digests in provenance._used((*run.modules, "probing.evaluate"), run.entries).items():
+        modules = (*run.modules, "probing.evaluate", "data.generate", SOLVERS[run.system.name])
+        for name, digests in provenance._used(modules, run.entries).items():
             found.setdefault(name, set()).update(digests)
     return {name: sorted(digests) for name, digests in found.items()}
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ..core.files import read_json, write_json
 from ..core.provenance import code_digest
 from ..core.randomness import generator, seed_for
+from .same_flows import count_as_known
 from .well import WellFile, WellFormatError
 from .write import write_stats, write_well
 from ..physics.systems import get_system
@@ -359,4 +360,5 @@ def make_dataset(
                 )
         bar.close()
         write_stats(folder, get_system(system), split=sim.splits[0])  # of `train`, where there is one
+        count_as_known(folder)
     return folder

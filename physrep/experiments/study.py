@@ -66,7 +66,7 @@ def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path
         about = {"make": command, "system": run.system.name, "row": row, "seed": run.seed}
         folder = run.folder(matters_root(run_dir) if cell else run_dir)
         # what is asked of results alone is not trained where `make unpack` took them from the repository
-        unpacked = command in ("reproduce", "rates", "longer") and scored_elsewhere(folder, preset)
+        unpacked = command in ("reproduce", "rates", "longer", "matters") and scored_elsewhere(folder, preset)
         done = (folder / "encoder.safetensors").is_file() or unpacked
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
     return pd.DataFrame(rows)

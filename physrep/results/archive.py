@@ -194,9 +194,9 @@ def check_same_flows(folder: str | Path, data_dir: str | Path, system: str) -> N
                 if here[split] != told:
                     raise ValueError(
                         f"{run} was scored on other flows of split {split!r} (fingerprint {told}) than those in "
-                        f"{data_dir} ({here[split]}), so nothing can be paired with it: another processor may round "
-                        "differently. `python -m physrep.results.archive remove` takes the results from elsewhere out "
-                        "of runs/, and `make reproduce` then trains these rows here"
+                        f"{data_dir} ({here[split]}), so nothing can be paired with it. `python -m "
+                        "physrep.results.archive remove` takes the results from elsewhere out of runs/, and `make "
+                        "reproduce` then trains these rows here"
                     )
 
 # %% ../../nbs/results/archive.ipynb #fba2c309
@@ -225,6 +225,9 @@ _SAID = {
 }
 
 
+_PLACES = ("", "matters")  # below `runs/` and `figures/results/`: what Table 1 is made of, and 08_what_matters
+
+
 def _done(action: str, name: str, runs: Path, archives: Path, preset: Preset) -> list[str]:
     "What was done with every run of a system."
     if action == "pack":
@@ -243,12 +246,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--archives", default=None, help="folder of the archives (default: figures/results/)")
     asked = parser.parse_args(arguments)
     preset = get_preset(asked.preset)
-    runs = Path(asked.run_dir or project_root() / "runs") / preset.name
-    archives = Path(asked.archives or project_root() / "figures" / "results") / preset.name
+    runs = Path(asked.run_dir or project_root() / "runs")
+    archives = Path(asked.archives or project_root() / "figures" / "results")
+    places = [Path(place) / preset.name for place in _PLACES]
+    where = archives if asked.action == "unpack" else runs
     done = 0
-    for folder in sorted((archives if asked.action == "unpack" else runs).glob("*/")):
+    for place, folder in [(p, folder) for p in places for folder in sorted((where / p).glob("*/"))]:
         try:
-            states = _done(asked.action, folder.name, runs, archives, preset)
+            states = _done(asked.action, folder.name, runs / place, archives / place, preset)
         except FileNotFoundError:  # a folder without archives
             continue
         except ValueError as error:
@@ -256,11 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         if states:
             counts = {state: states.count(state) for state in ("written", "there", "old", "removed")}
-            print(f"{folder.name}: {_SAID[asked.action].format(**counts)}")
+            print(f"{folder.relative_to(where)}: {_SAID[asked.action].format(**counts)}")
         done += len(states) - states.count("old")
     if not done:
-        where = archives if asked.action == "unpack" else runs
-        print(f"nothing to {asked.action} of preset {preset.name} in {where}")
+        print(f"nothing to {asked.action} of preset {preset.name} in {' or '.join(str(where / p) for p in places)}")
     return 0 if done else 2
 
 # %% ../../nbs/results/archive.ipynb #5b54eb3b

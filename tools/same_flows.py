@@ -1,0 +1,108 @@
+"""Shows that the sets of data that are here hold the flows of the committed results, and writes that down.
+
+    python tools/same_flows.py                   # all systems of preset laptop
+
+A solver rounds differently on another processor. All baselines (summary statistics with every probe, power spectra, the
+equations) are fitted and scored here, and their predictions are compared with the committed ones, window by window. If
+labels and groups are equal and no prediction differs by more than `TOLERANCE` (root mean square over the windows of a
+split, where the labels have a standard deviation of 1), the recipes of the sets are written into
+`physrep/data/known_flows.json`. Every computer that simulates by these recipes then counts its flows as the same ones
+(`physrep.data.same_flows`)."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from physrep.core.files import read_json, write_json
+from physrep.core.paths import default_data_dir, project_root
+from physrep.data.same_flows import count_as_known, recipe_digest
+from physrep.physics.systems import get_system
+from physrep.probing.baselines import baselines_for, score_baseline
+from physrep.probing.records import read_predictions
+from physrep.results.archive import read_archive
+from physrep.training.presets import Preset, get_preset
+from physrep.training.run import baseline_folder, resolve
+
+FILE = project_root() / "physrep" / "data" / "known_flows.json"
+TOLERANCE = 0.02  # of a prediction; two seeds of an encoder differ by ten times as much
+
+
+def differences(here: Path, there: Path) -> dict[str, float]:
+    "`probe, split` -> how far the predictions of a baseline differ; ValueError if they are of other labels or groups."
+    new, old = read_predictions(here), read_predictions(there)
+    found = {}
+    for (probe, split), predicted in old.predictions.items():
+        if not np.allclose(old.scaler.transform(old.truth[split]), old.scaler.transform(new.truth[split]), atol=1e-5):
+            raise ValueError(f"{here} and {there} have other labels in split {split!r}")
+        if not np.array_equal(old.groups[split], new.groups[split]):
+            raise ValueError(f"{here} and {there} have other groups of flows in split {split!r}")
+        z = [old.scaler.clip(old.scaler.transform(p)) for p in (predicted, new.predictions[probe, split])]
+        found[f"{probe}, {split}"] = float(np.sqrt(np.mean((z[0] - z[1]) ** 2)))
+    return found
+
+
+def committed(system: str, preset: Preset, folder: Path) -> Path:
+    "The committed results of all baselines of a system, in `<folder>/<preset>/<system>`, of whatever code."
+    archive = project_root() / "figures" / "results" / preset.name / system / "baselines.zip"
+    for name, files in read_archive(archive).items():
+        place = baseline_folder(name, get_system(system), preset, folder)
+        place.mkdir(parents=True)
+        for file, content in files.items():
+            (place / file).write_bytes(content)
+    return folder
+
+
+def compare(system: str, preset: Preset, data_dir: Path, folder: Path) -> float:
+    "The largest difference of a prediction of a baseline from the committed one; prints all."
+    here, there = folder / "here", committed(system, preset, folder / "there")
+    run = resolve(system, "mae", "vit", preset, data_dir=data_dir)
+    largest = 0.0
+    for name in baselines_for(get_system(system)):
+        score_baseline(name, run, data_dir, here)
+        found = differences(*(baseline_folder(name, run.system, preset, place) for place in (here, there)))
+        worst = max(found, key=lambda key: found[key])
+        print(f"{system}, {name}: predictions differ by at most {found[worst]:.2g} ({worst})", flush=True)
+        largest = max(largest, found[worst])
+    return largest
+
+
+def entries(system: str, preset: Preset, data_dir: Path) -> list[dict]:
+    "What is written down about the splits of a set that have committed results."
+    plan = read_json(data_dir / system / "plan.json")
+    with tempfile.TemporaryDirectory() as name:
+        there = baseline_folder("constant", get_system(system), preset, committed(system, preset, Path(name)))
+        told = read_json(there / "result.json")["data"]
+    about = {"set": f"{preset.name}, {system}"}
+    return [
+        about | {"split": split, "recipe": recipe_digest(plan, split), "fingerprint": fingerprint}
+        for split, fingerprint in sorted(told.items())
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="laptop", help="a name (default: laptop)")
+    asked = parser.parse_args()
+    preset = get_preset(asked.preset)
+    data_dir = default_data_dir(preset.name)
+    largest = {}
+    with tempfile.TemporaryDirectory() as name:
+        for system in preset.systems:
+            largest[system] = compare(system, preset, data_dir, Path(name) / system)
+    if other := [system for system, difference in largest.items() if not difference <= TOLERANCE]:
+        print(f"{', '.join(other)}: predictions differ by more than {TOLERANCE}; nothing was written")
+        return 1
+    before = {entry["recipe"]: entry for entry in (json.loads(FILE.read_text()) if FILE.is_file() else [])}
+    found = {entry["recipe"]: entry for system in preset.systems for entry in entries(system, preset, data_dir)}
+    write_json(FILE, sorted((before | found).values(), key=lambda entry: (entry["set"], entry["split"])))
+    for system in preset.systems:
+        count_as_known(data_dir / system)
+    print(f"{len(found)} splits are the same but for rounding; {FILE.relative_to(project_root())} says so")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
