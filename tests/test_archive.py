@@ -1,18 +1,23 @@
 """Results that come with the repository: packed and unpacked, added to by several machines, and broken on purpose."""
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from physrep.core.paths import project_root
 from physrep.core.provenance import provenance
 from physrep.data.same_flows import KNOWN
+from physrep.data.scaling import LabelScaler
 from physrep.data.sets import COUNTS_AS, find_files, fingerprint
 from physrep.experiments import study
+from physrep.physics.systems import get_system
+from physrep.probing.records import write_predictions
 from physrep.results.archive import (
     check_same_flows,
     kept_files,
@@ -170,6 +175,34 @@ def test_the_flows_of_the_committed_results_are_known_by_their_recipe():
         for split, fingerprint_then in result["data"].items():
             assert known[fingerprint_then]["set"] == f"laptop, {system}"
             assert known[fingerprint_then]["split"] == split
+
+
+def test_flows_are_told_from_others_by_what_baselines_predict(tmp_path):
+    path = project_root() / "tools" / "same_flows.py"
+    spec = importlib.util.spec_from_file_location("same_flows", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    scaler = LabelScaler(get_system("active_matter"), *(np.array([v, v]) for v in (0.0, 1.0, -9.0, 9.0)))
+    truth, groups = np.random.default_rng(0).normal(size=(6, 2)), np.arange(6)
+    about = dict(system="active_matter", objective="spectra", encoder="none", seed=0, labelled_flows=16, run="spectra")
+
+    def written(name: str, shift: float, other: int = 0, moved: float = 0.0) -> Path:
+        predictions = {(probe, "test"): truth + shift for probe in ("linear", "knn")}
+        labels = {"test": truth + moved}
+        folder = tmp_path / name
+        folder.mkdir()
+        file = folder / "predictions.safetensors"
+        write_predictions(file, predictions, labels, {"test": groups + other}, scaler=scaler, **about)
+        return folder
+
+    first, near = written("first", 0.0), written("near", 0.1)
+    predictions, errors = tool.differences(near, first)
+    assert predictions == {"linear, test": pytest.approx(0.1)}, "neighbours jump, so only their errors count"
+    assert errors == {"linear, test": pytest.approx(0.01), "knn, test": pytest.approx(0.01)}
+    with pytest.raises(ValueError, match="other groups of flows in split 'test'"):
+        tool.differences(written("grouped", 0.0, other=1), first)
+    with pytest.raises(ValueError, match="other labels in split 'test'"):
+        tool.differences(written("labelled", 0.0, moved=0.1), first)
 
 
 def test_the_runs_of_what_matters_are_packed_beside_those_of_the_table(tmp_path, capsys):
