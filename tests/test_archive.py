@@ -17,7 +17,7 @@ from physrep.data.scaling import LabelScaler
 from physrep.data.sets import COUNTS_AS, find_files, fingerprint
 from physrep.experiments import study
 from physrep.physics.systems import get_system
-from physrep.probing.records import write_predictions
+from physrep.probing.records import write_predictions, write_result
 from physrep.results.archive import (
     check_same_flows,
     kept_files,
@@ -186,23 +186,23 @@ def test_flows_are_told_from_others_by_what_baselines_predict(tmp_path):
     truth, groups = np.random.default_rng(0).normal(size=(6, 2)), np.arange(6)
     about = dict(system="active_matter", objective="spectra", encoder="none", seed=0, labelled_flows=16, run="spectra")
 
-    def written(name: str, shift: float, other: int = 0, moved: float = 0.0) -> Path:
-        predictions = {(probe, "test"): truth + shift for probe in ("linear", "knn")}
-        labels = {"test": truth + moved}
+    def written(name: str, error: float, other: int = 0, moved: float = 0.0) -> Path:
         folder = tmp_path / name
         folder.mkdir()
+        predictions = {("knn", "test"): truth}
+        labels = {"test": truth + moved}
         file = folder / "predictions.safetensors"
         write_predictions(file, predictions, labels, {"test": groups + other}, scaler=scaler, **about)
+        row = dict(probe="knn", split="test", label="mean", metric="mse", value=error, low=0.3, high=0.5, n=6, draw=0)
+        write_result(folder / "result.json", [about | row])
         return folder
 
-    first, near = written("first", 0.0), written("near", 0.1)
-    predictions, errors = tool.differences(near, first)
-    assert predictions == {"linear, test": pytest.approx(0.1)}, "neighbours jump, so only their errors count"
-    assert errors == {"linear, test": pytest.approx(0.01), "knn, test": pytest.approx(0.01)}
+    first = written("first", 0.4)
+    assert tool.differences(written("near", 0.41), first) == {"knn, test": pytest.approx(0.05)}
     with pytest.raises(ValueError, match="other groups of flows in split 'test'"):
-        tool.differences(written("grouped", 0.0, other=1), first)
+        tool.differences(written("grouped", 0.4, other=1), first)
     with pytest.raises(ValueError, match="other labels in split 'test'"):
-        tool.differences(written("labelled", 0.0, moved=0.1), first)
+        tool.differences(written("labelled", 0.4, moved=0.1), first)
 
 
 def test_the_runs_of_what_matters_are_packed_beside_those_of_the_table(tmp_path, capsys):
