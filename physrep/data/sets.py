@@ -150,10 +150,22 @@ def _describe(value: object) -> bytes:
     body = repr(value.tolist()).encode() if value.dtype.kind in "OSU" else np.ascontiguousarray(value).tobytes()
     return f"{value.dtype.str}{value.shape}".encode() + body
 
-# %% ../../nbs/data/sets.ipynb #4c71d89f
+# %% ../../nbs/data/sets.ipynb #f684cbdf
 COUNTS_AS = "counts_as.json"  # in the folder of a set: fingerprint of a split -> the one that it counts as
 
 
+def _counts_as(file: os.PathLike, found: str) -> str:
+    "What the fingerprint of a split counts as, where its set says so; WellFormatError if it says no fingerprint."
+    path = Path(file).parent.parent.parent / COUNTS_AS
+    if is_address(file) or not path.is_file():
+        return found
+    told = read_json(path)
+    other = told.get(found, found) if isinstance(told, dict) else told
+    if not (isinstance(other, str) and re.fullmatch(r"[0-9a-f]{16}", other)):
+        raise WellFormatError(f"{path}: {other!r:.60} is no fingerprint (16 hex digits); delete the file")
+    return other
+
+# %% ../../nbs/data/sets.ipynb #4c71d89f
 def fingerprint(files: Iterable[str | os.PathLike], *, exact: bool = False) -> str:
     """Hash (16 hex digits) of files by names, sizes, attributes, small arrays, sampled blocks; raises WellFormatError.
 
@@ -173,18 +185,6 @@ def fingerprint(files: Iterable[str | os.PathLike], *, exact: bool = False) -> s
 
 
 _KNOWN: dict[tuple, str] = {}  # fingerprints of files, each with its version
-
-
-def _counts_as(file: os.PathLike, found: str) -> str:
-    "What the fingerprint of a split counts as, where its set says so; WellFormatError if it says no fingerprint."
-    path = Path(file).parent.parent.parent / COUNTS_AS
-    if is_address(file) or not path.is_file():
-        return found
-    told = read_json(path)
-    other = told.get(found, found) if isinstance(told, dict) else told
-    if not (isinstance(other, str) and re.fullmatch(r"[0-9a-f]{16}", other)):
-        raise WellFormatError(f"{path}: {other!r:.60} is no fingerprint (16 hex digits); delete the file")
-    return other
 
 
 def _version(path: str | os.PathLike) -> str:
