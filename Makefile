@@ -11,6 +11,7 @@ SYSTEM ?=
 ROWS ?=
 ONLY ?=
 SEEDS ?=
+CELLS ?=
 NOTEBOOKS ?=
 PROFILE ?=
 GPUS ?=
@@ -24,7 +25,7 @@ DRAWN := runs/$(NAME)/figures
 # the committed figures are those of the laptop preset
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
 READY := $(VENV)/.ready
-CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
+CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(CELLS),cells="$(CELLS)") $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
 # with a profile, jobs run where it says, e.g. on a cluster
 SNAKE = $(BIN)/python -m snakemake $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
@@ -40,7 +41,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PRESET=smoke|laptop|gpu|paper|native (now: $(PRESET))   DATA=<folder or address of The Well's data>   CORES=$(CORES)"
-	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   SEEDS=<further ones, e.g. \"1 2\">   NOTEBOOKS=<names, for make notebooks>"
+	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   SEEDS=<further ones, e.g. \"1 2\">   CELLS=<all, or cells, for make matters>   NOTEBOOKS=<names, for make notebooks>"
 	@echo "  PROFILE=tools/slurm GPUS=1   jobs of a cluster (CORES: of a job that can use several)"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)

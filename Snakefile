@@ -7,7 +7,7 @@
 #
 # config: preset (a name or a .yaml file), data (a folder or an address), systems (comma-separated), rows (a rows.yaml with rows of
 # your own), only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there),
-# seeds (further ones, "1 2"; those of the preset are always there).
+# seeds (further ones, "1 2"; those of the preset are always there), cells (of `make matters`).
 # On a cluster also cores (of a job that can use several) and gpus (of a job that trains); see tools/slurm/config.yaml.
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
 from physrep.data.remote import is_address
 from physrep.data.sets import find_files
-from physrep.experiments.matters import CELLS, cell_run, matters_root
+from physrep.experiments.matters import CELLS, FOUND, cell_run, matters_root
 from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments import longer, rates
 from physrep.experiments.recipes import at_length, at_rate, changed_runs
@@ -459,9 +459,12 @@ rule ablations:
     params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
     shell: "{params.command}"
 
-# `make matters`: a job per cell of the factorial, all its learning rates, seeds and systems; the figures show what is there
+# `make matters`: a job per cell of the factorial, with its seeds and systems (and rates, where none was found before); the
+# figures show what is there
 ELSEWHERE = [asked for system, asked in SYSTEMS.items() if system != FIRST]
-FACTORIAL = {name: OUT / "matters" / f"{name}.done" for name in CELLS}
+COMBINED = str(config.get("cells") or "")  # cells, or `all`; default: those whose learning rate was found before, or all
+COMBINED = CELLS if COMBINED == "all" else COMBINED.split(",") if COMBINED else FOUND.get((PRESET.name, FIRST), CELLS)
+FACTORIAL = {name: OUT / "matters" / f"{name}.done" for name in COMBINED}
 for name, done in FACTORIAL.items():
     run = cell_run(name, SYSTEMS[FIRST], PRESET, steps=1, data_dir=DATA)  # as many updates as make operations equal are found later
     probed = (matters_root(ROOT / "runs") / PRESET.name / FIRST).glob(f"{'-'.join(run.row)}-*/seed{PRESET.seeds[-1]}/result.json")
@@ -469,7 +472,7 @@ for name, done in FACTORIAL.items():
         name: f"cell_{name}".replace("-", "_")
         input: [file for system in SYSTEMS for file in simulated(system)]
         output: touch(finished(done, any(probed)))
-        params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))) if ASKED_SEEDS else None, draw=False)
+        params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))), draw=False)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"

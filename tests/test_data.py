@@ -1,5 +1,6 @@
 """Data sets: interruption, leaks between splits, batches from files of The Well's layout."""
 
+import json
 import os
 import pickle
 import shutil
@@ -20,8 +21,8 @@ from torch.utils.data import DataLoader
 from physrep.core.files import read_json
 from physrep.core.randomness import sample_seeds
 from physrep.data.batches import Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
-from physrep.data.generate import FLOWS_A_CALL, _batches, draw_parameters, make_dataset, make_files, plan
-from physrep.data.same_flows import count_as_known, recipe_digest
+from physrep.data.generate import FLOWS_A_CALL, _batches, _recipe, draw_parameters, make_dataset, make_files, plan
+from physrep.data.same_flows import count_as_known, known_flows, recipe_digest
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.sets import COUNTS_AS, find_files, fingerprint
 from physrep.data.well import WellFile, WellFormatError
@@ -213,19 +214,32 @@ def test_flows_that_are_rounded_differently_count_as_those_of_the_recipe(tmp_pat
     folder = tmp_path / "set" / "shear_flow"
     shutil.copytree(smoke_data / "shear_flow", folder)
     before, recipe = fingerprints(tmp_path / "set"), read_json(folder / "plan.json")
-    known = {recipe_digest(recipe, "test"): before["test"], recipe_digest(recipe, "valid"): before["valid"]}
+    files = {split: find_files(tmp_path / "set", SHEAR, split) for split in ("valid", "test")}
+    known = {recipe_digest(recipe, split): before[split] for split in files}
     monkeypatch.setattr("physrep.data.same_flows.known_flows", lambda: known)
-    assert count_as_known(folder) == {} and not (folder / COUNTS_AS).exists(), "to the last digit the same"
-    victim = find_files(tmp_path / "set", SHEAR, "test")[0]
-    with h5py.File(victim, "r+") as file:
+    assert count_as_known(folder, files) == {} and not (folder / COUNTS_AS).exists(), "to the last digit the same"
+    with h5py.File(files["test"][0], "r+") as file:
         file["t0_fields/tracer"][0, 0] *= 1 + 1e-6
     changed = fingerprints(tmp_path / "set")
     assert changed["test"] != before["test"] and changed["valid"] == before["valid"]
-    assert list(count_as_known(folder).values()) == [before["test"]]
+    assert list(count_as_known(folder, files).values()) == [before["test"]]
     assert fingerprints(tmp_path / "set") == before
-    monkeypatch.setattr("physrep.data.same_flows.known_flows", dict)
-    assert count_as_known(folder) == {}, "no longer known"
-    assert fingerprints(tmp_path / "set") == changed
+    with h5py.File(files["test"][0], "r+") as file:
+        file["t0_fields/tracer"][0, 0] *= 2
+    assert fingerprints(tmp_path / "set")["test"] not in (before["test"], changed["test"]), "changed later"
+    files["test"][1].unlink()
+    assert count_as_known(folder, files) == {}, "a file that was planned is missing"
+    assert fingerprints(tmp_path / "set")["test"] != before["test"]
+
+
+def test_the_recipes_of_todays_code_are_known():
+    for system in ("shear_flow", "rayleigh_benard", "active_matter"):
+        recipe = json.loads(json.dumps(_recipe(system, get_preset("laptop").sim(system))))
+        for split in ("train", "valid", "test", "shifted"):
+            assert recipe_digest(recipe, split) in known_flows(), (
+                f"{system}, {split}: the solver or what plans and writes has changed; tools/same_numbers.py shows that "
+                "flows did not, or tools/same_flows.py that they are the same but for rounding"
+            )
 
 
 def test_a_simulated_set_says_what_it_counts_as(tmp_path, monkeypatch):
@@ -246,7 +260,7 @@ def test_a_set_that_counts_as_no_fingerprint_is_refused(tmp_path, smoke_data, to
     files = find_files(tmp_path, SHEAR, "valid")
     (folder / COUNTS_AS).write_text(told.replace("HERE", fingerprint(files)))
     with pytest.raises(
-        WellFormatError, match=r"counts_as\.json: .* is no fingerprint .16 hex digits.; delete the file"
+        WellFormatError, match=r"counts_as\.json must name fingerprints .16 hex digits., it has .*; delete the file"
     ):
         fingerprint(files)
 

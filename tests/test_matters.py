@@ -1,5 +1,6 @@
 """The factorial: equal terms, the learning rate that valid chooses, shares that are known, and what is missing."""
 
+import hashlib
 import json
 import math
 
@@ -154,6 +155,38 @@ def test_what_was_scored_elsewhere_is_not_trained(tmp_path, monkeypatch):
     run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1)
     write_json(run.folder(matters_root(tmp_path)) / "result.json", {})
     assert Place("shear_flow", SMOKE, "", tmp_path).train_at(run, "middle", [0]) == [at_rate(run, "middle")]
+
+
+@pytest.mark.parametrize("call", ["train", "search"])
+def test_a_training_takes_the_place_of_results_from_elsewhere(tmp_path, monkeypatch, call):
+    run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1)
+    folder = run.folder(matters_root(tmp_path))
+    write_json(folder / "result.json", {})
+    (folder / ".unpacked").write_text(hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()[:16])
+
+    def diverges(run, *args, **kwargs):
+        assert not folder.exists(), "nothing from elsewhere stands beside an encoder from here"
+        raise TrainingDiverged("the loss is nan")
+
+    monkeypatch.setattr(matters, "pretrain", diverges)
+    monkeypatch.setattr(matters, "probe_splits", lambda *args: {})
+    monkeypatch.setattr(matters, "is_current", lambda path, *rest: False)
+    if call == "train":
+        assert Place("shear_flow", SMOKE, "", tmp_path).train_at(run, "middle", [0]) == []
+    else:
+        assert score_on_valid(run, "", tmp_path)["score"] is None
+
+
+def test_a_search_that_is_asked_for_takes_no_rate_of_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(matters, "FOUND", {("smoke", "shear_flow"): {SOME[0]: "high"}})
+    tried, trained = [], []
+    monkeypatch.setattr(matters, "score_on_valid", lambda run, *args, **kwargs: tried.append(run.recipe.lr))
+    monkeypatch.setattr(Place, "train_at", lambda self, run, rate, seeds: trained.append(rate) or [])
+    place = Place("shear_flow", SMOKE, "", tmp_path)
+    place.train_cell(SOME[0], [0], ["low"])
+    assert len(tried) == 1 and not trained, "three rates are not tried yet"
+    place.train_cell(SOME[0], [0])
+    assert len(tried) == 1 and trained == ["high"]
 
 
 def test_a_training_that_diverges_has_no_score_and_is_not_repeated(tmp_path, monkeypatch):

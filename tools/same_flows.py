@@ -6,7 +6,7 @@ A solver rounds differently on another processor, and chaotic flows make such di
 statistics with every probe, power spectra, the equations) are fitted and scored here, and compared with the committed
 results. If labels and groups are equal, and no error differs by more than `SHARE` of the width of its 95 % interval,
 the recipes of the sets are written into `physrep/data/known_flows.json`. Every computer that simulates by these recipes
-then counts its flows as the same ones (`physrep.data.same_flows`)."""
+from then on counts its flows as the same ones (`physrep.data.same_flows`)."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ import numpy as np
 
 from physrep.core.files import read_json, write_json
 from physrep.core.paths import default_data_dir, project_root
-from physrep.data.same_flows import count_as_known, recipe_digest
+from physrep.data.same_flows import recipe_digest
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for, score_baseline
 from physrep.probing.records import read_predictions, read_results
@@ -40,6 +40,8 @@ def differences(here: Path, there: Path) -> dict[str, float]:
             raise ValueError(f"{here} and {there} have other groups of flows in split {split!r}")
     tables = [read_results(folder / "result.json") for folder in (here, there)]
     a, b = (t[(t.metric == "mse") & (t.label == "mean")].set_index(["probe", "split"]) for t in tables)
+    if set(a.index) != set(b.index):
+        raise ValueError(f"{here} and {there} have other probes or splits")
     shares = (a.value - b.value).abs() / (b.high - b.low)
     return {", ".join(key): float(share) for key, share in shares.items() if b.high[key] > b.low[key]}
 
@@ -66,7 +68,7 @@ def compare(system: str, preset: Preset, data_dir: Path, folder: Path) -> bool:
         if found:  # not of a constant
             worst = max(found, key=lambda key: found[key])
             print(f"{system}, {name}: errors differ by at most {found[worst]:.2g} of an interval ({worst})", flush=True)
-            alike &= found[worst] <= SHARE
+            alike &= all(share <= SHARE for share in found.values())
     return alike
 
 
@@ -97,8 +99,6 @@ def main() -> int:
     before = {entry["recipe"]: entry for entry in (json.loads(FILE.read_text()) if FILE.is_file() else [])}
     found = {entry["recipe"]: entry for system in preset.systems for entry in entries(system, preset, data_dir)}
     write_json(FILE, sorted((before | found).values(), key=lambda entry: (entry["set"], entry["split"])))
-    for system in preset.systems:
-        count_as_known(data_dir / system)
     print(f"{len(found)} splits are the same but for rounding; {FILE.relative_to(project_root())} says so")
     return 0
 

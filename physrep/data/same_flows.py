@@ -8,7 +8,7 @@ __all__ = ['KNOWN', 'recipe_digest', 'known_flows', 'count_as_known']
 # %% ../../nbs/data/same_flows.ipynb #b3ee9176
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -32,16 +32,18 @@ def known_flows() -> dict[str, str]:
     return {entry["recipe"]: entry["fingerprint"] for entry in entries}
 
 # %% ../../nbs/data/same_flows.ipynb #fdc0c823
-def count_as_known(folder: str | Path) -> dict[str, str]:
-    """Writes `counts_as.json` into the folder of a set that was simulated here, and returns it: the fingerprint of a
-    split -> the one that it counts as, for splits whose flows are known from elsewhere and rounded differently here."""
+def count_as_known(folder: str | Path, planned: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """Notes what the splits of a set count as that was simulated here, in its `counts_as.json`, and returns it: the
+    fingerprint of a split -> another one. `planned` are the files that each split must have, whole and no others."""
     folder, known = Path(folder), known_flows()
     plan = read_json(folder / "plan.json")
     found = {}
-    for split in sorted(plan["draws"] | plan["counts"]):
-        if there := known.get(recipe_digest(plan, split)):
-            here = fingerprint(find_files(folder.parent, folder.name, split), exact=True)
+    for split, files in planned.items():
+        there = known.get(recipe_digest(plan, split))
+        if there and sorted(files) == find_files(folder.parent, folder.name, split):
+            here = fingerprint(files, exact=True)
             found |= {here: there} if here != there else {}
-    if found or (folder / COUNTS_AS).is_file():
-        write_json(folder / COUNTS_AS, found)
+    if found:
+        before = read_json(folder / COUNTS_AS) if (folder / COUNTS_AS).is_file() else {}
+        write_json(folder / COUNTS_AS, before | found)
     return found

@@ -155,14 +155,14 @@ COUNTS_AS = "counts_as.json"  # in the folder of a set: fingerprint of a split -
 
 
 def _counts_as(file: os.PathLike, found: str) -> str:
-    "What the fingerprint of a split counts as, where its set says so; WellFormatError if it says no fingerprint."
+    "What the fingerprint of a split counts as, where its set says so; ValueError if that file says something else."
     path = Path(file).parent.parent.parent / COUNTS_AS
     if is_address(file) or not path.is_file():
         return found
     told = read_json(path)
-    other = told.get(found, found) if isinstance(told, dict) else told
+    other = told.get(found, found) if isinstance(told, dict) else None
     if not (isinstance(other, str) and re.fullmatch(r"[0-9a-f]{16}", other)):
-        raise WellFormatError(f"{path}: {other!r:.60} is no fingerprint (16 hex digits); delete the file")
+        raise WellFormatError(f"{path} must name fingerprints (16 hex digits), it has {told!r:.60}; delete the file")
     return other
 
 # %% ../../nbs/data/sets.ipynb #4c71d89f

@@ -28,6 +28,7 @@ from ..physics.systems import get_system
 from ..probing.evaluate import score_run, valid_scores
 from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_predictions
+from ..results.archive import remove_unpacked
 from ..results.rows import periodic_padding
 from ..results.verify import is_current
 from ..training.cost import cost
@@ -180,6 +181,7 @@ def score_on_valid(
         return read_json(path)
     record = provenance(*run.modules, "probing.evaluate", device=device, entries=run.entries)
     found: dict = {"score": None}
+    remove_unpacked(path.parent)
     try:
         pretrain(run, data_dir, root, device=device, progress=progress)
         found = valid_scores(run, data_dir, root, device=device, progress=progress)
@@ -244,6 +246,7 @@ class Place:
         if is_current(run.folder(root) / "result.json", run.preset, windows):  # here or elsewhere
             return True
         options = dict(device=self.device, progress=self.progress)
+        remove_unpacked(run.folder(root))
         try:
             pretrain(run, self.data_dir, root, **options)
         except TrainingDiverged as error:
@@ -258,16 +261,18 @@ class Place:
             self._score(untrained_run(encoder, self.system, self.preset, self.data_dir))
 
     def train_cell(self, name: str, seeds: Sequence[int], rates: Sequence[str] = ()) -> list[Run]:
-        """The finished runs of a cell: rates (all, if none is given and none is known) are tried with the first seed of
-        the preset, and these seeds are trained at the best one. ValueError for an unknown cell or rate."""
+        """The finished runs of a cell with these seeds, at the rate that is known, or, if `rates` are given or none is
+        known, at the best of all once the last one was tried. ValueError for an unknown cell or rate."""
         run = cell_run(name, self.system, self.preset, seed=self.preset.seeds[0], data_dir=self.data_dir)
-        for rate in rates or ([] if rate_of(name, run, self.run_dir) else RATES):
+        known = None if rates else rate_of(name, run, self.run_dir)
+        for rate in [] if known else rates or RATES:
             options = dict(device=self.device, progress=self.progress)
             score_on_valid(at_rate(run, rate), self.data_dir, self.run_dir, **options)
         scores = valid_errors(run, self.run_dir)
-        text = ", ".join(f"{rate} {score:.3f}" for rate, score in scores.items()) or "of no rate here"
-        rate = rate_of(name, run, self.run_dir)
-        print(f"{name}: error on valid {text}; chosen: {rate or 'none yet'}")
+        text = ", ".join(f"{rate} {score:.3f}" for rate, score in scores.items()) or "not tried here"
+        rate = known or chosen_rate(scores)
+        says = "none yet" if rate is None else rate if rate == chosen_rate(scores) else f"{rate}, found before"
+        print(f"{name}: error on valid: {text}; learning rate: {says}")
         return self.train_at(run, rate, seeds) if rate else []
 
     def train_at(self, run: Run, rate: str, seeds: Sequence[int]) -> list[Run]:
@@ -356,13 +361,15 @@ def read_errors(
 ) -> Errors:
     """The errors of probed runs. ValueError without any, or if two were not scored on the same windows."""
     rows, sums = [], []
+    flows: set[str] = set()  # fingerprints
     first: np.ndarray | None = None
     sizes = np.zeros(0)
     for name, run in ((name, run) for name, some in runs.items() for run in some):
         folder = run.folder(matters_root(run_dir))
         one, sizes, windows = group_sums(folder, split, label)
+        flows.add(read_predictions(folder).data.get(split, ""))
         first = windows if first is None else first
-        if not np.array_equal(first, windows):
+        if not np.array_equal(first, windows) or len(flows) > 1:
             raise ValueError(f"{run.path} was not scored on the same windows of {split!r} as {rows[0]['run']}")
         rate = next(rate for rate in RATES if at_rate(run, rate).recipe.lr == run.recipe.lr)
         rows.append(_about(name, run, rate, folder))
@@ -376,10 +383,11 @@ def planned_cells(
     preset: Preset, systems: Sequence[str], run_dir: str | Path | None = None, data_dir: str | Path | None = None
 ) -> list[tuple[str, Run]]:
     """(cell, run) of every training: all seeds on the first system, after all rates with the first one where no rate is
-    known, and one seed on the others. Where no rate is known yet, the middle one stands for it."""
+    known, and one seed on the others. All cells, or those in FOUND. Where no rate is known, the middle one stands for
+    it."""
     budgets = {system: equal_budget(system, preset, data_dir) for system in systems}
     found = []
-    for name in CELLS:
+    for name in FOUND.get((preset.name, get_system(systems[0]).name), CELLS):
         about = dict(seed=preset.seeds[0], data_dir=data_dir)
         run = cell_run(name, systems[0], preset, budget=budgets[systems[0]], **about)
         known = rate_of(name, run, run_dir)

@@ -194,9 +194,10 @@ def check_same_flows(folder: str | Path, data_dir: str | Path, system: str) -> N
                 if here[split] != told:
                     raise ValueError(
                         f"{run} was scored on other flows of split {split!r} (fingerprint {told}) than those in "
-                        f"{data_dir} ({here[split]}), so nothing can be paired with it. `python -m "
-                        "physrep.results.archive remove` takes the results from elsewhere out of runs/, and `make "
-                        "reproduce` then trains these rows here"
+                        f"{data_dir} ({here[split]}), so nothing can be paired with it. Are they of "
+                        "another preset, or simulated by another version? Delete them, and they are simulated again. "
+                        "Or `python -m physrep.results.archive remove` takes the results from elsewhere out of runs/, "
+                        "and `make reproduce` trains these rows here"
                     )
 
 # %% ../../nbs/results/archive.ipynb #fba2c309
