@@ -35,7 +35,7 @@ TITLES = {
     "shared": "features,\nwith VICReg",
     "pooled": "one vector,\nwith VICReg",
     **ENCODER_TITLES,
-    "convnext_circular": "ConvNeXt, circular padding",
+    "convnext_circular": "ConvNeXt, periodic padding",
 }
 COLORS = {"pixels": "#D55E00", "ema": "#009E73", "shared": "#0072B2", "pooled": "#CC79A7"}
 FACTOR_COLORS = {"task": "#AA4499", "target": "#DDAA33", "encoder": "#4477AA"}
@@ -49,11 +49,13 @@ def _plain_log(axis, values: tuple[float, ...]) -> None:
 
 # %% ../../nbs/experiments/matters_figures.ipynb #36cfd918
 def cell_means(errors: Errors) -> pd.DataFrame:
-    "A row for each cell: its factors, `error` (geometric mean over heads and seeds), `passed` (all runs), `seeds`."
+    """A row for each cell: its factors, `error` (geometric mean over heads and seeds), `lowest` and `highest` of its
+    seeds, `passed` (all runs), `seeds`."""
     runs = errors.runs.assign(log_error=errors.logs().mean(axis=1))
     named = runs.groupby(["cell", *FACTORS], sort=False)
-    found = named.agg(log_error=("log_error", "mean"), passed=("passed", "all"), seeds=("seed", "size")).reset_index()
-    return found.assign(error=np.exp(found.log_error)).drop(columns="log_error")
+    found = named.agg(passed=("passed", "all"), seeds=("seed", "size")).reset_index()
+    of = named.log_error.agg(error="mean", lowest="min", highest="max").pipe(np.exp).reset_index(drop=True)
+    return pd.concat([found, of], axis=1)
 
 
 def untrained_errors(
@@ -84,6 +86,7 @@ def _draw_cells(ax: Axes, means: pd.DataFrame, heads: pd.DataFrame) -> None:
             each = heads[heads.cell == cell]
             ax.plot(np.full(len(each), place), each.error, "_", ms=7, color=color, alpha=0.35, zorder=1)
         ax.plot(x, some.error, "-", color=color, lw=2, zorder=2)
+        ax.vlines(x, some.lowest, some.highest, color=color, lw=5, alpha=0.5, zorder=2)
         for passed, face in ((True, color), (False, "white")):
             which = (some.passed == passed).to_numpy()
             ax.plot(x[which], some.error[which], "o", ms=8, mec=color, mew=1.6, mfc=face, zorder=3)
@@ -113,6 +116,7 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
         axes = np.atleast_1d(fig.subplots(1, len(networks), sharey=True))
         for ax, encoder in zip(axes, networks):
             mine = means[means.encoder == encoder]
+            there = [t for t in _TASKS if t in set(means.task)]
             _draw_cells(ax, mine, heads)
             _name_paper(ax, mine)
             if encoder in (untrained or {}):
@@ -120,8 +124,9 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
                 place = dict(
                     xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color="#7A7A7A"
                 )
-                ax.annotate("before training", (1.0, untrained[encoder]), (0, 3), **place)
-            there = [t for t in _TASKS if t in set(means.task)]
+                beside = mine[mine.task == there[-1]].error / untrained[encoder]
+                below = ((beside > 1) & (beside < 1.12)).any()
+                ax.annotate("before training", (1.0, untrained[encoder]), (0, -11 if below else 3), **place)
             ax.set_xticks([_TASKS.index(t) for t in there], [TITLES[t] for t in there])
             first, last = _TASKS.index(there[0]), _TASKS.index(there[-1])
             ax.set(yscale="log", xlim=(first - 0.45, last + 0.45))
@@ -139,7 +144,7 @@ def _legend(fig: Figure, targets: Sequence[str], failed: bool) -> None:
     fig.legend(handles=lines, loc="outside right upper", title="what is predicted", labelspacing=1.1, alignment="left")
     grey = dict(color="#555555", mec="#555555")
     handles = [
-        Line2D([], [], marker="o", ls="", ms=8, **grey, label="a cell"),
+        Line2D([], [], marker="o", ls="", ms=8, **grey, label="a cell, and the range of its seeds"),
         Line2D([], [], marker="_", ls="", ms=8, **grey, label="one probe"),
     ]
     if failed:
