@@ -266,13 +266,11 @@ class Place:
         run = cell_run(name, self.system, self.preset, seed=self.preset.seeds[0], data_dir=self.data_dir)
         known = None if rates else rate_of(name, run, self.run_dir)
         for rate in [] if known else rates or RATES:
-            options = dict(device=self.device, progress=self.progress)
-            score_on_valid(at_rate(run, rate), self.data_dir, self.run_dir, **options)
+            score_on_valid(at_rate(run, rate), self.data_dir, self.run_dir, device=self.device, progress=self.progress)
         scores = valid_errors(run, self.run_dir)
         text = ", ".join(f"{rate} {score:.3f}" for rate, score in scores.items()) or "not tried here"
         rate = known or chosen_rate(scores)
-        says = "none yet" if rate is None else rate if rate == chosen_rate(scores) else f"{rate}, found before"
-        print(f"{name}: error on valid: {text}; learning rate: {says}")
+        print(f"{name}: error on valid: {text}; learning rate: {rate or 'none yet'}{', found before' if known else ''}")
         return self.train_at(run, rate, seeds) if rate else []
 
     def train_at(self, run: Run, rate: str, seeds: Sequence[int]) -> list[Run]:
