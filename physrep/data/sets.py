@@ -156,8 +156,10 @@ COUNTS_AS = "counts_as.json"  # in the folder of a set: fingerprint of a split -
 
 def _counts_as(file: os.PathLike, found: str) -> str:
     "What the fingerprint of a split counts as, where its set says so; ValueError if that file says something else."
+    if is_address(file):
+        return found
     path = Path(file).parent.parent.parent / COUNTS_AS
-    if is_address(file) or not path.is_file():
+    if not path.is_file():
         return found
     told = read_json(path)
     other = told.get(found, found) if isinstance(told, dict) else None
