@@ -65,10 +65,9 @@ def compare(system: str, preset: Preset, data_dir: Path, folder: Path) -> bool:
     for name in baselines_for(get_system(system)):
         score_baseline(name, run, data_dir, here)
         found = differences(*(baseline_folder(name, run.system, preset, place) for place in (here, there)))
-        if found:  # not of a constant
-            worst = max(found, key=lambda key: found[key])
-            print(f"{system}, {name}: errors differ by at most {found[worst]:.2g} of an interval ({worst})", flush=True)
-            alike &= all(share <= SHARE for share in found.values())
+        worst = max(found, key=lambda key: found[key])
+        print(f"{system}, {name}: errors differ by at most {found[worst]:.2g} of an interval ({worst})", flush=True)
+        alike &= all(share <= SHARE for share in found.values())
     return alike
 
 
