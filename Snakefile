@@ -29,7 +29,7 @@ from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments import longer, rates
 from physrep.experiments.recipes import at_length, at_rate, changed_runs
 from physrep.experiments.rollout import emulator_rows
-from physrep.experiments.tuning import OWN, TUNING_SEED, trial_path
+from physrep.experiments.tuning import OWN, TUNING_SEED, tuning_root
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
@@ -423,18 +423,19 @@ rule longer:
     input: LONGER
 
 # `make tune`: a job per row of the table; trials that are done are kept
-TUNED = {row: trial_path(FIRST, row, PRESET.name, 0, TUNING_SEED).parent for row in OWN}
-for row, folder in TUNED.items():
+TUNED = {row: OUT / "tuning" / f"{'-'.join(row)}.done" for row in OWN}
+for row, done in TUNED.items():
     run = run_of(Row(*row), SYSTEMS[FIRST], PRESET, 0, DATA)
+    tried = (tuning_root(ROOT / "runs") / PRESET.name / FIRST).glob(f"{'-'.join(row)}-*/seed{TUNING_SEED}/result.json")
     rule:
         name: f"tune_{'_'.join(row)}"
         input: simulated(FIRST)
-        output: touch(finished(folder.with_name(f"{folder.name}.done"), any(folder.glob("*.json"))))
+        output: touch(finished(done, any(tried)))
         params: code=code_digest("experiments.tuning", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08a_tuning", f"tuning-{'-'.join(row)}", system=SYSTEMS[FIRST], rows="-".join(row), draw=False)
         shell: "{params.command}"
 
 rule tuning:
-    input: [folder.with_name(f"{folder.name}.done") for folder in TUNED.values()]
+    input: list(TUNED.values())
     output: figures("tuning")
     params: code=stage("08a_tuning", "experiments.tuning"), command=papermill("08a_tuning", "tuning", system=SYSTEMS[FIRST])
     shell: "{params.command}"

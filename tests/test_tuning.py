@@ -17,10 +17,11 @@ from physrep.experiments.tuning import (
     read_trials,
     run_row,
     run_trial,
-    trial_path,
+    trial_record,
     trial_run,
 )
 from physrep.objectives.methods import objective_class
+from physrep.results.archive import main as archive
 from physrep.results.rows import ROWS
 from physrep.training.cost import cost
 from physrep.training.presets import get_preset
@@ -77,9 +78,21 @@ def test_a_trial_is_run_once_and_sees_train_and_valid_only(tmp_path, smoke_data)
     encoder = next(tmp_path.rglob("encoder.safetensors"))
     made = encoder.stat().st_mtime_ns
     assert run_trial(*arguments) == first and encoder.stat().st_mtime_ns == made
-    path = trial_path(*arguments[:4], TUNING_SEED, tmp_path)
-    write_json(path, {**read_json(path), "code": {"update": "0123456789ab"}, "score": 9.0})
-    assert run_trial(*arguments)["score"] == first["score"], "a record of other code is not taken"
+    path = trial_record(trial_run(*arguments[:4]), tmp_path)
+    record = read_json(path)
+    write_json(path, {**record, "provenance": {**record["provenance"], "code": "0123456789abcdef"}, "score": 9.0})
+    assert not read_trials("shear_flow", [("mae", "vit")], "smoke", tmp_path), "a record of other code is not drawn"
+    assert run_trial(*arguments)["score"] == first["score"], "nor taken"
+
+
+def test_a_search_goes_on_where_another_machine_stopped(tmp_path, smoke_data):
+    here, there, archives = tmp_path / "here", tmp_path / "there", tmp_path / "archives"
+    first = run_trial("shear_flow", ("supervised", "vit"), "smoke", 1, smoke_data, here)
+    assert archive(["pack", "--preset", "smoke", "--run-dir", str(here), "--archives", str(archives)]) == 0
+    assert archive(["unpack", "--preset", "smoke", "--run-dir", str(there), "--archives", str(archives)]) == 0
+    assert run_trial("shear_flow", ("supervised", "vit"), "smoke", 1, smoke_data, there) == first
+    assert not list(there.rglob("encoder.safetensors")), "nothing is trained"
+    assert [t["number"] for t in read_trials("shear_flow", [("supervised", "vit")], "smoke", there)] == [1]
 
 
 def test_a_supervised_encoder_has_no_few_labels(tmp_path, smoke_data):

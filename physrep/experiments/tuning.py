@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEARNING_RATE', 'WEIGHT_DECAY', 'BATCH', 'Choices', 'OWN', 'BEFORE', 'TUNING_SEED', 'REPEATED', 'CONFIGURATIONS',
-           'points', 'pick', 'between', 'configuration', 'trial_run', 'trial_scores', 'trial_path', 'run_trial',
-           'best_two', 'run_row', 'read_trials', 'tuning_table', 'noise', 'chosen_configurations', 'plot_tuning']
+           'points', 'pick', 'between', 'configuration', 'trial_run', 'trial_scores', 'tuning_root', 'trial_record',
+           'run_trial', 'best_two', 'run_row', 'read_trials', 'tuning_table', 'noise', 'chosen_configurations',
+           'plot_tuning']
 
 # %% ../../nbs/experiments/tuning.ipynb #7806fa99
 import json
@@ -23,15 +24,17 @@ from matplotlib.figure import Figure
 
 from ..core.files import read_json, write_json
 from ..core.paths import project_root
-from ..core.provenance import definitions, provenance
-from ..data.sets import find_files, fingerprint
+from ..core.provenance import provenance
+from ..data.windows import Windows
 from ..models.pretrained import load_encoder
 from ..objectives.methods import objective_class
 from ..probing.evaluate import ATTENTIVE_ON, FEW
 from ..probing.few_labels import score_few
 from ..probing.reading import probe_encoder, probe_splits
+from ..results.archive import remove_unpacked
 from ..results.figures import using_style
 from ..results.rows import color_of, title_of
+from ..results.verify import is_current
 from ..training.cost import cost
 from ..training.presets import Preset, get_preset
 from ..training.pretrain import pretrain
@@ -138,13 +141,17 @@ def _mean_errors(rows: Sequence[dict]) -> dict[str, float]:
 
 
 def trial_scores(
-    run: Run, data_dir: str | Path, run_dir: str | Path | None = None, *, device: str = "cpu", progress: bool = False
+    run: Run,
+    windows: Mapping[str, Windows],  # of `train` and `valid`, from `probe_splits`
+    run_dir: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    progress: bool = False,
 ) -> dict:
     """`{score, all, few, parameters}` of a finished run: mean errors on `valid` by probe with all labelled flows and
     with 16. Other splits are not read."""
     folder = run.folder(run_dir)
     encoder = load_encoder(folder, device)
-    windows = probe_splits(run, data_dir, ("train", "valid"))
     scaler = label_scaler(run, windows["train"])
     options = dict(size=run.clip.size, scratch=folder, seed=run.seed, device=device, progress=progress)
     probed = probe_encoder(encoder, windows, scaler, run.preset, **options)
@@ -164,25 +171,20 @@ def trial_scores(
     return {"score": score, "all": every, "few": few, "parameters": parameters}
 
 # %% ../../nbs/experiments/tuning.ipynb #b3a9e506
-def trial_path(
-    system: str, row: tuple[str, str], preset: str, number: int, seed: int, run_dir: str | Path | None = None
-) -> Path:
-    "`<run_dir>/<preset>/tuning/<system>/<objective>-<encoder>/<number>-seed<seed>.json`, the record of a trial."
-    folder = Path(run_dir or project_root() / "runs") / preset / "tuning" / system / "-".join(row)
-    return folder / f"{number}-seed{seed}.json"
+def tuning_root(run_dir: str | Path | None = None) -> Path:
+    "Folder of the trials, apart from the runs of Table 1: `<run_dir>/tuning`."
+    return Path(run_dir or project_root() / "runs") / "tuning"
 
 
-def _made_by(run: Run, data_dir: str | Path) -> dict:
-    "What the score of a trial depends on: configuration, definitions, data, and how encoders are probed."
-    data = {split: fingerprint(find_files(data_dir, run.system.name, split)) for split in ("train", "valid")}
-    code = definitions(*run.modules, "probing.evaluate", entries=run.entries)
-    return {"hash": run.hash, "code": code, "data": data, "probing": run.preset.probing()}
+def trial_record(run: Run, run_dir: str | Path | None = None) -> Path:
+    "The file with the score of a trial, beside its encoder."
+    return run.folder(tuning_root(run_dir)) / "result.json"
 
 
 def run_trial(
     system: str,
     row: tuple[str, str],  # (objective, encoder), a key of OWN
-    preset: str,
+    preset: str | Preset,
     number: int,
     data_dir: str | Path,
     run_dir: str | Path | None = None,
@@ -192,20 +194,21 @@ def run_trial(
 ) -> dict:
     "Trains and scores a configuration and returns its record; nothing is done if today's code has done it already."
     run = trial_run(system, row, preset, number, seed, data_dir)
-    path = trial_path(system, row, preset, number, seed, run_dir)
-    made = _made_by(run, data_dir)
-    if path.is_file():
-        found = read_json(path)
-        if all(found.get(k) == v for k, v in made.items()):
-            return found
+    path, root = trial_record(run, run_dir), tuning_root(run_dir)
+    windows = probe_splits(run, data_dir, ("train", "valid"))
+    if is_current(path, run.preset, windows):  # here or elsewhere
+        return read_json(path) | {"number": number}
+    remove_unpacked(path.parent)
     started = time.monotonic()
-    folder = pretrain(run, data_dir, path.parent.parent / "runs", progress=progress, say=lambda text: None)
-    scores = trial_scores(run, data_dir, path.parent.parent / "runs", progress=progress)
+    pretrain(run, data_dir, root, progress=progress, say=lambda text: None)
     about = {"system": system, "objective": row[0], "encoder": row[1], "number": number, "seed": seed}
-    seconds = read_json(folder / "provenance.json")["seconds"]
-    entry = {**about, **scores, "seconds": seconds, "seconds_in_all": round(time.monotonic() - started, 1)}
-    record = provenance(*run.modules, "experiments.tuning", entries=run.entries)
-    write_json(path, {**entry, "config": run.as_dict(), **made, "provenance": record})
+    about |= trial_scores(run, windows, root, progress=progress)
+    about["seconds"] = read_json(path.with_name("provenance.json"))["seconds"]
+    about["seconds_in_all"] = round(time.monotonic() - started, 1)
+    data = {split: one.fingerprint() for split, one in windows.items()}
+    made = provenance(*run.modules, "probing.evaluate", entries=run.entries)
+    about |= {"config": run.as_dict(), "data": data, "probing": run.preset.probing(), "provenance": made}
+    write_json(path, about)
     return read_json(path)
 
 # %% ../../nbs/experiments/tuning.ipynb #ae72e7f4
@@ -218,7 +221,7 @@ def best_two(trials: Sequence[dict]) -> list[int]:
 def run_row(
     system: str,
     row: tuple[str, str],
-    preset: str,
+    preset: str | Preset,
     data_dir: str | Path,
     run_dir: str | Path | None = None,
     *,
@@ -240,15 +243,23 @@ def run_row(
 
 
 def read_trials(
-    system: str, rows: Sequence[tuple[str, str]], preset: str, run_dir: str | Path | None = None
+    system: str,
+    rows: Sequence[tuple[str, str]],
+    preset: str | Preset,
+    run_dir: str | Path | None = None,
+    *,
+    configurations: int = CONFIGURATIONS,
+    data_dir: str | Path | None = None,  # as in `resolve`
 ) -> list[dict]:
-    "The records of all trials of these rows that are there, in the order of rows, seeds and numbers."
+    "The records of today's code of all trials of these rows that are there, in the order of rows, seeds and numbers."
     found = []
     for row in rows:
-        folder = trial_path(system, row, preset, 0, TUNING_SEED, run_dir).parent
-        found += sorted(
-            (read_json(path) for path in folder.glob("*-seed*.json")), key=lambda t: (t["seed"], t["number"])
-        )
+        tried = [trial_run(system, row, preset, number, data_dir=data_dir) for number in range(configurations)]
+        for seed in (TUNING_SEED, *REPEATED):
+            for number, run in enumerate(tried):
+                path = trial_record(run.with_seed(seed), run_dir)
+                if is_current(path, run.preset):
+                    found.append(read_json(path) | {"number": number})  # two may be the same configuration
     return found
 
 # %% ../../nbs/experiments/tuning.ipynb #383ba7c9

@@ -226,7 +226,8 @@ _SAID = {
 }
 
 
-_PLACES = ("", "matters")  # below `runs/` and `figures/results/`: what Table 1 is made of, and 08_what_matters
+# below `runs/` and `figures/results/`: what Table 1 is made of, 08_what_matters, 08a_tuning
+_PLACES = ("", "matters", "tuning")
 
 
 def _done(action: str, name: str, runs: Path, archives: Path, preset: Preset) -> list[str]:
