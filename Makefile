@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune ablations matters machines rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune tuned ablations matters machines rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -69,12 +69,18 @@ data: $(READY)  ## simulate the data of PRESET only
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
-	@set -e; for experiment in reproduce ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
+	@set -e; for experiment in reproduce tuned ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
 	@$(SNAKE) </dev/null
 	@$(COMPARE) tuning
+	@$(KEEP)
+
+tuned: TARGET = tuned
+tuned: $(READY)  ## train the rows of Table 1 with the recipes that tuning chose, in every system; an hour of two cores after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) tuned
 	@$(KEEP)
 
 ablations: TARGET = ablations

@@ -29,6 +29,7 @@ from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments import longer, rates
 from physrep.experiments.recipes import at_length, at_rate, changed_runs
 from physrep.experiments.rollout import emulator_rows
+from physrep.experiments.tuned import CHOSEN, SEEDS as TUNED_SEEDS, tuned_row
 from physrep.experiments.tuning import OWN, TUNING_SEED, tuning_root
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
@@ -438,6 +439,32 @@ rule tuning:
     input: list(TUNED.values())
     output: figures("tuning")
     params: code=stage("08a_tuning", "experiments.tuning"), command=papermill("08a_tuning", "tuning", system=SYSTEMS[FIRST])
+    shell: "{params.command}"
+
+# `make tuned`: rows with the configurations that tuning chose; a job for each system and row, with its seeds
+CHOSEN_ROWS = [row for row in trained_rows(CHOSEN) if row_name(row) in CHOSEN]
+CHOSEN_SEEDS = " ".join(map(str, dict.fromkeys((*TUNED_SEEDS, *ASKED_SEEDS))))
+CHOSEN_DONE = []
+for system, row in ((system, row) for system in SYSTEMS for row in CHOSEN_ROWS):
+    name = f"{system}-{row_name(row)}"
+    run = run_of(tuned_row(row, SYSTEMS[system], PRESET, DATA, steps=1), SYSTEMS[system], PRESET, 0, DATA)  # counting updates takes a second a row
+    there = run.folder().parents[1].glob(f"{'-'.join(run.row)}-*/seed{CHOSEN_SEEDS.split()[-1]}/result.json")
+    CHOSEN_DONE.append(OUT / "tuned" / f"{name}.done")
+    rule:
+        name: f"tuned_{name}".replace("-", "_").replace(".", "_")
+        input: simulated(system)
+        output: touch(finished(CHOSEN_DONE[-1], any(there)))
+        params: code=code_digest("experiments.tuned", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08j_chosen_recipes", f"tuned-{name}", systems=SYSTEMS[system], rows=row_name(row), seeds=CHOSEN_SEEDS, draw=False)
+        threads: JOB_THREADS
+        resources: gpu=GPUS
+        shell: "{params.command}"
+
+rule tuned:
+    input: CHOSEN_DONE
+    output: figures("tuned")
+    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", systems=",".join(SYSTEMS.values()), rows=",".join(map(row_name, CHOSEN_ROWS)) or ONLY, seeds=CHOSEN_SEEDS)
+    threads: JOB_THREADS
+    resources: gpu=GPUS
     shell: "{params.command}"
 
 # `make ablations`: a job per variant and seed

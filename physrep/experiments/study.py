@@ -18,6 +18,7 @@ from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
 from .rollout import emulator_rows
+from .tuned import CHOSEN, SEEDS, tuned_row
 from .variants import VARIANTS, variant_run
 from ..results.archive import scored_elsewhere
 from ..results.rows import ROWS, run_of
@@ -36,6 +37,8 @@ def planned_runs(
     systems = systems or preset.systems
     main = [row for row in ROWS if row.main and row.kind == "trained"]
     found = [("reproduce", run_of(row, s, preset, k)) for s in systems for row in main for k in preset.seeds]
+    chosen = [tuned_row(trained_row(name), s, preset) for s in systems for name in CHOSEN]
+    found += [("tuned", run_of(row, s, preset, k)) for s in systems for row in chosen for k in SEEDS]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]
@@ -66,7 +69,7 @@ def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path
         about = {"make": command, "system": run.system.name, "row": row, "seed": run.seed}
         folder = run.folder(matters_root(run_dir) if cell else run_dir)
         # what is asked of results alone is not trained where `make unpack` took them from the repository
-        unpacked = command in ("reproduce", "rates", "longer", "matters") and scored_elsewhere(folder, preset)
+        unpacked = command in ("reproduce", "tuned", "rates", "longer", "matters") and scored_elsewhere(folder, preset)
         done = (folder / "encoder.safetensors").is_file() or unpacked
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
     return pd.DataFrame(rows)
