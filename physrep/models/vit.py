@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..core.devices import products_are_fast
+
 # %% ../../nbs/models/vit.ipynb #c0c53088
 def token_grid(shape: Sequence[int], tubelet: Sequence[int]) -> tuple[int, int, int]:
     "Number of tubelets along (t, h, w) of a clip of that shape; ValueError says which sizes fit."
@@ -118,15 +120,22 @@ class ProductAttention(torch.autograd.Function):
         return found.permute(1, 3, 0, 2, 4)
 
 # %% ../../nbs/models/vit.ipynb #8b24df2f
+def _by_torch(qkv: Tensor) -> Tensor:
+    "What `attention` returns, by PyTorch's kernel."
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def attention(qkv: Tensor) -> Tensor:
     """Scaled dot-product attention of queries, keys, values `(b, n, 3, h, d)`; the heads side by side `(b, n, h*d)`.
 
-    On a CPU it is `ProductAttention` for up to 1024 tokens, and bfloat16 is computed in float32."""
-    if qkv.device.type != "cpu" or qkv.shape[1] > 1024:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    It is `ProductAttention` for up to 1024 tokens on a CPU with `fast_products`, else PyTorch's kernel. On a CPU
+    bfloat16 is computed in float32."""
+    if qkv.device.type != "cpu":
+        return _by_torch(qkv)
+    way = ProductAttention.apply if products_are_fast() and qkv.shape[1] <= 1024 else _by_torch
     with torch.autocast("cpu", enabled=False):
-        return ProductAttention.apply(qkv.to(torch.promote_types(qkv.dtype, torch.float32))).to(qkv.dtype)
+        return way(qkv.to(torch.promote_types(qkv.dtype, torch.float32))).to(qkv.dtype)
 
 # %% ../../nbs/models/vit.ipynb #320be864
 class Block(nn.Module):
