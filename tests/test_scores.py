@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import get_system
@@ -141,19 +142,25 @@ def test_equal_seeds_add_nothing_and_different_seeds_widen_the_interval():
     assert all(b["high"] - b["low"] > 1.3 * (a["high"] - a["low"]) for a, b in zip(same, wide) if a["metric"] == "mse")
 
 
-def test_the_interval_of_seeds_on_certain_groups_is_that_of_the_drawn_means():
-    "Errors that are the same in every window: groups bring no chance, and a draw is a mean of three values."
+def test_the_interval_of_seeds_on_certain_groups_is_that_of_student():
+    "Errors that are the same in every window: groups bring no chance, and the seeds are all there is."
     u = np.random.default_rng(0).uniform(-1, 1, (30, 2))
     u -= u.mean(0)
     truth, groups = 10 ** (u + [5, 0]), np.arange(30)
-    errors = (0.1, 0.2, 0.3)
+    errors = (0.2, 0.22, 0.24)
     row = score_seeds([truth * 10**e for e in errors], truth, groups, SYSTEM, SCALER, n_bootstrap=4000)[0]
     values = np.square(errors) / SCALER.std[0] ** 2
-    means = np.sort([np.mean([a, b, c]) for a in values for b in values for c in values])  # 27 equally likely
+    low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
     assert (row["metric"], row["label"]) == ("mse", "Reynolds") and row["value"] == pytest.approx(values.mean())
-    assert row["low"] == pytest.approx(means[0]) and row["high"] == pytest.approx(
-        means[-1]
-    )  # 1 / 27 each, more than 2.5 %
+    assert row["low"] == pytest.approx(max(low, 0), rel=0.01) and row["high"] == pytest.approx(high, rel=0.01)
+
+
+def test_the_interval_of_an_error_is_not_below_zero_and_that_of_a_difference_may_be():
+    u = np.random.default_rng(0).uniform(-1, 1, (30, 2))
+    truth, groups = 10 ** (u + [5, 0]), np.arange(30)
+    pair = [truth * 10**0.01, truth * 10**0.5]
+    assert min(r["low"] for r in score_seeds(pair, truth, groups, SYSTEM, SCALER) if r["metric"] != "r2") == 0
+    assert difference_seeds(pair, pair[::-1], truth, groups, SYSTEM, SCALER)[0]["low"] < 0
 
 
 def test_groups_are_paired_between_methods_and_seeds_are_not():

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from scipy import stats
 
 from ..core.randomness import seed_for
 from ..data.scaling import LabelScaler
@@ -73,7 +74,7 @@ def _check_scored(prediction: np.ndarray, truth: np.ndarray, groups: np.ndarray,
 def _draws(
     prediction: np.ndarray, truth: np.ndarray, scaler: LabelScaler, weights: np.ndarray, index: np.ndarray
 ) -> dict[str, np.ndarray]:
-    "Each metric `(1 + n_bootstrap, n_labels)` of the data (row 0) and of every draw of groups."
+    "Each metric `(1 + n_bootstrap, n_labels + 1)`, labels and their mean: of the data in row 0, then of draws."
     z = scaler.clip(scaler.transform(prediction))
     target = scaler.transform(truth)
     terms = np.stack([np.ones_like(z), (z - target) ** 2, target, target**2], axis=1)
@@ -84,7 +85,8 @@ def _draws(
         r2 = np.where(variance > 1e-12, 1 - error / count / variance, np.nan)  # a draw of equal labels has no R2
     relative = np.abs(prediction - truth) / np.abs(truth)
     medians = np.stack([_weighted_medians(column, weights, index) for column in relative.T], axis=1)
-    return {"mse": error / count, "r2": r2, "relative_error": medians}
+    found = {"mse": error / count, "r2": r2, "relative_error": medians}
+    return {m: np.concatenate([values, values.mean(1, keepdims=True)], axis=1) for m, values in found.items()}
 
 # %% ../../nbs/probing/scores.ipynb #338820a0
 def _rows(draws: dict[str, np.ndarray], system: System, n: int, n_groups: int) -> list[dict]:
@@ -92,7 +94,6 @@ def _rows(draws: dict[str, np.ndarray], system: System, n: int, n_groups: int) -
     group."""
     rows = []
     for metric, values in draws.items():
-        values = np.concatenate([values, values.mean(1, keepdims=True)], axis=1)
         for label, column in zip([*system.label_names, "mean"], values.T):
             inside = column[1:][np.isfinite(column[1:])]
             low, high = np.quantile(inside, (0.025, 0.975)) if n_groups > 1 and len(inside) else (math.nan, math.nan)
@@ -158,13 +159,19 @@ def _seed_draws(
     index: np.ndarray,
     rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-    """Each metric `(1 + n_bootstrap, n_labels)`, mean over seeds: over all of them in row 0, over as many drawn with
-    replacement in the others."""
-    n = len(predictions)
-    times = rng.multinomial(n, np.full(n, 1 / n), size=len(weights) - 1)
-    share = np.concatenate([np.ones((1, n)), times]) / n
+    """Each metric `(1 + n_bootstrap, n_labels + 1)`, mean over seeds: of the data in row 0, then of draws of groups,
+    with an error of the mean over seeds."""
     per_seed = [_draws(p, truth, scaler, weights, index) for p in predictions]
-    return {m: sum(w[:, None] * draws[m] for w, draws in zip(share.T, per_seed)) for m in METRICS}
+    n, draws = len(predictions), len(weights) - 1
+    places = (rng.permutation(draws) + 0.5) / draws if draws else np.zeros(0)
+    student = stats.t.ppf(places, n - 1) if n > 1 else np.zeros(draws)
+    found = {}
+    for m in METRICS:
+        values = np.stack([one[m] for one in per_seed])
+        found[m] = values.mean(axis=0)
+        if n > 1:
+            found[m][1:] += student[:, None] * values[:, 0].std(axis=0, ddof=1) / math.sqrt(n)
+    return found
 
 
 def score_seeds(
@@ -177,15 +184,16 @@ def score_seeds(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[dict]:
-    """Rows `{label, metric, value, low, high, n, seeds}`: means over seeds, with 95 % intervals by bootstrap over
-    groups and seeds.
+    """Rows `{label, metric, value, low, high, n, seeds}`: means over seeds, with 95 % intervals: bootstrap over groups,
+    and Student's distribution for so few seeds.
 
-    With one seed it is `score`: the interval then does not cover seeds. With few it is too narrow in what comes from
-    seeds. Raises what `score` raises, and ValueError if there are no predictions."""
+    With one seed it is `score`: the interval then does not cover seeds. An error has no interval below 0. Raises what
+    `score` raises, and ValueError if there are no predictions."""
     predictions, truth = _prepare(predictions, truth, groups, system)
     weights, index = bootstrap_weights(groups, n_bootstrap, seed)
     rng = np.random.default_rng(seed_for("bootstrap-seeds", seed, 0))
     draws = _seed_draws(predictions, truth, scaler, weights, index, rng)
+    draws |= {m: np.maximum(draws[m], 0.0) for m in ("mse", "relative_error")}
     return [row | {"seeds": len(predictions)} for row in _rows(draws, system, len(truth), weights.shape[1])]
 
 # %% ../../nbs/probing/scores.ipynb #2bd05033
