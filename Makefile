@@ -92,7 +92,7 @@ ablations: $(READY)  ## variants of rows of Table 1 (SIGReg, blocks, controls of
 matters: TARGET = matters
 matters: $(READY)  ## task x target x encoder, each cell at its best learning rate: what the paper's comparison rests on; some hours of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
-	@$(COMPARE) matters matters_shares $(if $(SYSTEM),,matters_systems)
+	@$(COMPARE) matters matters_shares matters_probes $(if $(SYSTEM),,matters_systems)
 	@$(KEEP)
 
 machines: TARGET = machines

@@ -507,8 +507,8 @@ for name, done in FACTORIAL.items():
 
 rule matters:
     input: RESULTS + list(FACTORIAL.values())
-    output: figures("matters", "matters_shares", *(["matters_systems"] if ELSEWHERE else []))
-    params: code=stage("08_what_matters", "experiments.matters_model", "experiments.matters_figures") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
+    output: figures("matters", "matters_shares", "matters_probes", *(["matters_systems"] if ELSEWHERE else []))
+    params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
 # what asks the encoders of all rows something new

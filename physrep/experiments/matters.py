@@ -307,6 +307,13 @@ class Errors:
         "Those runs, by index or by a mask."
         return replace(self, runs=self.runs.iloc[np.arange(len(self.runs))[which]], sums=self.sums[which])
 
+    def read_by(self, head: str) -> "Errors":
+        "The errors of one head. ValueError for one that is not there."
+        if head not in self.heads:
+            raise ValueError(f"unknown head {head!r}; there are {', '.join(self.heads)}")
+        where = self.heads.index(head)
+        return replace(self, heads=(head,), sums=self.sums[:, where : where + 1])
+
     def factorial(self) -> "Errors":
         "The runs of the cells of three factors, without the pairs that stand beside them."
         return self.take((self.runs.task != "pair").to_numpy())
