@@ -8,6 +8,8 @@ from physrep.core.files import read_json, write_json
 from physrep.experiments import tuning
 from physrep.experiments.tuning import (
     CONFIGURATIONS,
+    FILLING,
+    LOWER,
     OWN,
     REPEATED,
     TUNING_SEED,
@@ -19,6 +21,7 @@ from physrep.experiments.tuning import (
     run_trial,
     trial_record,
     trial_run,
+    trial_score,
 )
 from physrep.objectives.methods import objective_class
 from physrep.results.archive import main as archive
@@ -36,15 +39,34 @@ def test_every_main_row_of_the_table_is_tuned():
 
 
 def test_rows_get_the_same_points_and_more_points_move_none():
-    assert (points(3) == points(CONFIGURATIONS)[:3]).all()
+    assert (points(3) == points(FILLING)[:3]).all()
     preset = get_preset("laptop")
-    for number in range(1, CONFIGURATIONS):
+    for number in range(1, FILLING):
         shared = {
             tuple(configuration(row, preset, number)["recipe"][k] for k in ("lr", "weight_decay")) for row in TRAINED
         }
         assert len(shared) == 1, "learning rate and weight decay are those of every row"
     rates = [configuration(("mae", "vit"), preset, k)["recipe"]["lr"] for k in range(1, CONFIGURATIONS)]
     assert len(set(rates)) == len(rates)
+
+
+@pytest.mark.parametrize("row", TRAINED, ids="-".join)
+def test_the_last_configurations_are_the_preset_with_lower_learning_rates(row):
+    preset = get_preset("laptop")
+    usual = preset.recipe(*row).lr
+    for number, factor in zip(range(FILLING, CONFIGURATIONS), LOWER):
+        change = configuration(row, preset, number)
+        assert change == {
+            "coefficients": {},
+            "encoder_config": {},
+            "recipe": {"lr": pytest.approx(factor * usual, rel=0.05)},
+        }
+
+
+def test_the_score_weighs_relative_errors_and_none_above_a_constant():
+    assert trial_score({"linear": 0.2, "knn": 0.3}, {"linear": 0.9, "knn": 0.7}) == pytest.approx((0.25 * 0.8) ** 0.5)
+    assert trial_score({"linear": 0.25}, {"linear": 1.3}) == trial_score({"linear": 0.25}, {"linear": 1.0}) == 0.5
+    assert trial_score({"linear": 0.2, "knn": 0.4}, {}) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("row", OWN, ids="-".join)

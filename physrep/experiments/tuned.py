@@ -32,6 +32,7 @@ CHOSEN: Mapping[
     str, int
 ] = {  # row of Table 1 -> number of its configuration, on `valid` of the shear flow, preset laptop
     "jepa-convnext": 1,
+    "jepa.circular-convnext": 1,  # as the one with zero padding, which was tuned
     "jepa-vit": 0,
     "jepa_ema-vit": 1,
     "mae-vit": 1,
@@ -55,8 +56,9 @@ def tuned_row(
         return row
     steps = steps or trial_run(system, key, preset, number, data_dir=data_dir).recipe.steps
     parts = configuration(key, preset, number)
+    tag = ".".join(part for part in (row.tag, "tuned") if part)
     coefficients, recipe = row.coefficients | parts["coefficients"], row.recipe | parts["recipe"] | {"steps": steps}
-    return replace(row, tag="tuned", coefficients=coefficients, recipe=recipe)
+    return replace(row, tag=tag, coefficients=coefficients, recipe=recipe)
 
 # %% ../../nbs/experiments/tuned.ipynb #b5e28562
 Runs = Mapping[str, Mapping[str, Sequence[Run]]]  # row -> USUAL, TUNED, RANDOM -> one run a seed
