@@ -1,6 +1,7 @@
 """What makes a digest of code another one, and what does not."""
 
 import importlib.util
+import math
 import shutil
 import sys
 import types
@@ -401,15 +402,18 @@ def test_rounding_is_told_from_another_number(tmp_path):
         folder.mkdir()
         save_file({"w": weights * np.float32(factor)}, folder / "e.safetensors")
     old = {"mae, e.safetensors": {"file": "e.safetensors", "sha256": "a"}, "mae, data": "f"}
-    old["mae, result.json"] = [{"probe": "linear", "mse": 0.31, "alpha": None}]
+    row = {"probe": "linear", "metric": "mse", "value": 0.31, "low": 0.21, "high": 0.41}
+    old["mae, result.json"] = [row]
     new = {**old, "mae, e.safetensors": {"file": "e.safetensors", "sha256": "b"}}
-    new["mae, result.json"] = [{"probe": "linear", "mse": 0.32, "alpha": None}]
+    new["mae, result.json"] = [{**row, "value": 0.32, "low": 0.22, "high": 0.42}]
     largest, other = tool.rounding(old, new, folders)
-    assert largest == {"weights": pytest.approx(1e-3, rel=1e-2), "errors": pytest.approx(0.01)} and not other
-    worse = {**new, "mae, result.json": [{"probe": "linear", "mse": 0.34, "alpha": None}]}
-    assert tool.rounding(old, worse, folders)[1] == ["mae, result.json by 0.03"]
+    assert largest == {"weights": pytest.approx(1e-3, rel=1e-2), "errors": pytest.approx(0.05)} and not other
+    worse = {**new, "mae, result.json": [{**row, "value": 0.35, "low": 0.25, "high": 0.45}]}
+    assert tool.rounding(old, worse, folders)[1] == ["mae, result.json by 0.2"]
+    alone = [{"probe": "linear", "value": 0.5, "low": math.nan, "high": math.nan}]
+    assert tool.errors_differ(alone, [{**alone[0], "value": 0.75}]) == 0.25, "without an interval"
     assert tool.rounding(old, {**new, "mae, data": "g"}, folders)[1] == ["mae, data"]
-    renamed = {**new, "mae, result.json": [{"probe": "kernel", "mse": 0.31, "alpha": None}]}
+    renamed = {**new, "mae, result.json": [{**row, "probe": "kernel"}]}
     assert tool.rounding(old, renamed, folders)[1] == ["mae, result.json by inf"]
     save_file({"w": weights * np.float32(1.1)}, folders["new"] / "e.safetensors")
     assert "e.safetensors by 0.1" in tool.rounding(old, new, folders)[1][0]

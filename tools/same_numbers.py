@@ -9,8 +9,9 @@ of this checkout. If all of them are equal bit by bit, the definitions that diff
     python tools/same_numbers.py --against HEAD~1 --rounding --why "products of matrices by another library"
 
 A change of the order of sums changes the last digits, as another processor does, whose runs count as well. With
-`--rounding` the data must still be equal, but weights may differ by 1 %, and errors of probes by 0.02 (root mean square
-over the rows of a result); the largest differences that were found are written down, too."""
+`--rounding` the data must still be equal, but weights may differ by 1 %, and errors of probes by a tenth of the width
+of their 95 % interval (root mean square over the rows of a result): a probe on eight flows may find another neighbour.
+The largest differences that were found are written down, too."""
 
 import argparse
 import hashlib
@@ -25,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "physrep" / "core" / "same_numbers.json"
 STEPS = 32  # updates: enough for two encoders of the learning curve
-WEIGHTS, ERRORS = 0.01, 0.02  # with --rounding: relative, and of a probe; nbs/05c_machines has 0.02 for two processors
+WEIGHTS, ERRORS = 0.01, 0.1  # with --rounding: relative, and in widths of an interval, as in tools/same_flows.py
+NUMBERS = ("value", "low", "high")  # of a row of a result
 
 
 def runs_compared():
@@ -94,13 +96,18 @@ def weights_differ(old: Path, new: Path) -> float:
 
 
 def errors_differ(old: list[dict], new: list[dict]) -> float:
-    "The difference of the numbers in the rows of two results, root mean square; infinite if anything else differs."
-    if len(old) != len(new):
+    """The difference of the numbers in the rows of two results, in widths of the first one's intervals, root mean
+    square; infinite if anything else differs."""
+    about = [[{k: v for k, v in row.items() if k not in NUMBERS} for row in rows] for rows in (old, new)]
+    if about[0] != about[1]:
         return math.inf
-    pairs = [(a.get(k), b.get(k)) for a, b in zip(old, new) for k in a.keys() | b.keys()]
-    squares = [(a - b) ** 2 for a, b in pairs if isinstance(a, float) and isinstance(b, float)]
-    alike = all(a == b or (isinstance(a, float) and isinstance(b, float)) for a, b in pairs)
-    return math.sqrt(sum(squares) / max(1, len(squares))) if alike else math.inf
+    squares = []
+    for a, b in zip(old, new):
+        width = a.get("high", math.nan) - a.get("low", math.nan)
+        width = width if math.isfinite(width) and width > 0 else 1.0
+        pairs = [(a[k], b[k]) for k in NUMBERS if k in a and k in b]
+        squares += [((x - y) / width) ** 2 for x, y in pairs if not (math.isnan(x) and math.isnan(y))]
+    return math.sqrt(sum(squares) / max(1, len(squares)))
 
 
 def rounding(old: dict, new: dict, folders: dict) -> tuple[dict[str, float], list[str]]:
