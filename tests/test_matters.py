@@ -38,9 +38,7 @@ from physrep.experiments.matters_figures import cell_means, plot_cells, plot_mai
 from physrep.experiments.matters_model import (
     FACTORS,
     LEVELS,
-    PERIODIC,
     analyse,
-    cell_ratios,
     components,
     contributions,
     corners,
@@ -50,6 +48,15 @@ from physrep.experiments.matters_model import (
     present_levels,
     shares,
     term_columns,
+)
+from physrep.experiments.matters_probes import (
+    MEAN,
+    OWN,
+    PERIODIC,
+    cell_ratios,
+    paper_by_probe,
+    plot_by_probe,
+    tests_by_probe,
 )
 from physrep.physics.systems import get_system
 from physrep.probing.reading import FROZEN
@@ -369,6 +376,26 @@ def test_a_cell_is_compared_with_those_that_are_there():
     assert row.low < row.factor < row.high
     with pytest.raises(ValueError, match=f"no runs of {PERIODIC}; there are tube-pixels-vit"):
         cell_ratios(errors)
+
+
+def test_probes_that_contradict_each_other_are_told_apart():
+    errors = made_up(np.random.default_rng(9), 3, luck=0.01)
+    sums = errors.sums.copy()
+    jepa = (errors.runs.cell == PAPER["JEPA"]).to_numpy()
+    sums[jepa, 0] *= 0.5
+    sums[jepa, 1] *= 2.0
+    errors = Errors(errors.runs, errors.heads, sums, errors.sizes)
+    untrained = {"convnext": sums[jepa][:1] * 1.5}
+    found = paper_by_probe(errors, untrained, n_bootstrap=100)
+    ratio = found[found.over == "VideoMAE"].set_index("probe").factor
+    assert ratio[errors.heads[1]] / ratio[errors.heads[0]] == pytest.approx(4, rel=0.1)
+    assert ratio[MEAN] == pytest.approx(np.exp(np.log(ratio.drop(MEAN)).mean()))
+    own = found[found.over == OWN]
+    assert set(own.cell) == {"JEPA, zero padding"}, "random weights of the other networks are not there"
+    assert own.factor.between(0.55, 0.8).all()
+    assert [len(ax.containers) for ax in plot_by_probe(found).axes] == [1, 1]
+    tests = tests_by_probe(errors)
+    assert list(tests) == [*errors.heads, MEAN] and tests.loc["target", errors.heads[0]] < 1e-3
 
 
 def test_seeds_that_are_there_are_found(tmp_path):
