@@ -168,7 +168,7 @@ def summarise(where: _Where, *, n_bootstrap: int = 1000, seed: int = 0) -> pd.Da
     """One row (columns `SUMMARY`) for each method, probe, split, label and metric, from the predictions files below a
     folder, or of those listed.
 
-    `value` is the mean over seeds, `low` and `high` its 95 % interval, bootstrap over flows and seeds. Raises what
+    `value` is the mean over seeds, `low` and `high` its 95 % interval over flows and seeds. Raises what
     `read_methods` raises.
     """
     rows = []
@@ -266,7 +266,7 @@ def compare(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Paired differences a - b, with 95 % intervals (bootstrap over flows, shared, and over the seeds of each), of all
+    """Paired differences a - b, with 95 % intervals (over flows, which are shared, and the seeds of each), of all
     pairs in the order given.
 
     One row for each pair, probe, label (and their mean) and metric; `by_seed` is the difference of each seed (see
