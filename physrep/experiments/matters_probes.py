@@ -104,7 +104,7 @@ def paper_by_probe(errors: Errors, untrained: Mapping[str, np.ndarray], *, n_boo
     columns = ["cell", "over", "probe", "factor", "low", "high"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
-
+# %% ../../nbs/experiments/matters_probes.ipynb #f489c464
 def tests_by_probe(errors: Errors) -> pd.DataFrame:
     "p of each term of `term_tests`, in a column for each probe and for their MEAN."
     found = {name: term_tests(errors.read_by(name)).set_index("term").p for name in errors.heads}

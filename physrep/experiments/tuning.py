@@ -197,7 +197,7 @@ def _read_trial(path: Path, number: int) -> dict:
     found = read_json(path)
     return found | {"number": number, "score": trial_score(found["all"], found["few"])}
 
-
+# %% ../../nbs/experiments/tuning.ipynb #49ecd5f6
 def run_trial(
     system: str,
     row: tuple[str, str],  # (objective, encoder), a key of OWN
