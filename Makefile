@@ -80,7 +80,7 @@ tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for ev
 tuned: TARGET = tuned
 tuned: $(READY)  ## train the rows of Table 1 with the recipes that tuning chose, in every system; an hour of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
-	@$(COMPARE) tuned
+	@test ! -f $(DRAWN)/tuned.csv || $(COMPARE) tuned
 	@$(KEEP)
 
 ablations: TARGET = ablations

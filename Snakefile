@@ -442,12 +442,13 @@ rule tuning:
     shell: "{params.command}"
 
 # `make tuned`: rows with the configurations that tuning chose; a job for each system and row, with its seeds
-CHOSEN_ROWS = [row for row in trained_rows(CHOSEN) if row_name(row) in CHOSEN]
+CHOSEN_ROWS = [row for row in trained_rows(CHOSEN.get(PRESET.name, [])) if row_name(row) in CHOSEN.get(PRESET.name, {})]
 CHOSEN_SEEDS = " ".join(map(str, dict.fromkeys((*TUNED_SEEDS, *ASKED_SEEDS))))
 CHOSEN_DONE = []
 for system, row in ((system, row) for system in SYSTEMS for row in CHOSEN_ROWS):
     name = f"{system}-{row_name(row)}"
-    run = run_of(tuned_row(row, SYSTEMS[system], PRESET, DATA, steps=1), SYSTEMS[system], PRESET, 0, DATA)  # counting updates takes a second a row
+    number = CHOSEN[PRESET.name][row_name(row)]
+    run = run_of(tuned_row(row, number, SYSTEMS[system], PRESET, DATA, steps=1), SYSTEMS[system], PRESET, 0, DATA)  # counting updates takes a second a row
     there = run.folder().parents[1].glob(f"{'-'.join(run.row)}-*/seed{CHOSEN_SEEDS.split()[-1]}/result.json")
     CHOSEN_DONE.append(OUT / "tuned" / f"{name}.done")
     rule:
@@ -459,10 +460,11 @@ for system, row in ((system, row) for system in SYSTEMS for row in CHOSEN_ROWS):
         resources: gpu=GPUS
         shell: "{params.command}"
 
+NONE_CHOSEN = f"echo 'no configuration was chosen of {ONLY or 'any row'} at preset {PRESET.name} (physrep.experiments.tuned.CHOSEN): nothing to train'"
 rule tuned:
     input: CHOSEN_DONE
-    output: figures("tuned")
-    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", systems=",".join(SYSTEMS.values()), rows=",".join(map(row_name, CHOSEN_ROWS)) or ONLY, seeds=CHOSEN_SEEDS)
+    output: figures("tuned") if CHOSEN_ROWS else []
+    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", systems=",".join(SYSTEMS.values()), rows=",".join(map(row_name, CHOSEN_ROWS)), seeds=CHOSEN_SEEDS) if CHOSEN_ROWS else NONE_CHOSEN
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"

@@ -410,7 +410,8 @@ def test_rounding_is_told_from_another_number(tmp_path):
     assert largest == {"weights": pytest.approx(1e-3, rel=1e-2), "errors": pytest.approx(0.05)} and not other
     worse = {**new, "mae, result.json": [{**row, "value": 0.35, "low": 0.25, "high": 0.45}]}
     assert tool.rounding(old, worse, folders)[1] == ["mae, result.json by 0.2"]
-    alone = [{"probe": "linear", "value": 0.5, "low": math.nan, "high": math.nan}]
+    alone = [{"probe": "linear", "value": 0.5, "low": None, "high": None}]
+    assert tool.errors_differ(alone, alone) == 0 and tool.errors_differ(alone, [row]) == math.inf
     assert tool.errors_differ(alone, [{**alone[0], "value": 0.75}]) == 0.25, "without an interval"
     assert tool.rounding(old, {**new, "mae, data": "g"}, folders)[1] == ["mae, data"]
     renamed = {**new, "mae, result.json": [{**row, "probe": "kernel"}]}

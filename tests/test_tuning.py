@@ -63,9 +63,19 @@ def test_the_last_configurations_are_the_preset_with_lower_learning_rates(row):
         }
 
 
+@pytest.mark.parametrize("row", [("mae", "vit"), ("random", "vit")], ids="-".join)
+def test_more_configurations_can_be_added(row):
+    preset = get_preset("laptop")
+    found = [json.dumps(configuration(row, preset, number), sort_keys=True) for number in range(CONFIGURATIONS + 4)]
+    assert len(set(found)) == len(found)
+
+
 def test_the_score_weighs_relative_errors_and_none_above_a_constant():
     assert trial_score({"linear": 0.2, "knn": 0.3}, {"linear": 0.9, "knn": 0.7}) == pytest.approx((0.25 * 0.8) ** 0.5)
     assert trial_score({"linear": 0.25}, {"linear": 1.3}) == trial_score({"linear": 0.25}, {"linear": 1.0}) == 0.5
+    assert trial_score({"linear": 0.25}, {"linear": 1.3, "knn": 0.8}) == pytest.approx((0.25 * 0.9) ** 0.5), (
+        "each probe"
+    )
     assert trial_score({"linear": 0.2, "knn": 0.4}, {}) == pytest.approx(0.3)
 
 

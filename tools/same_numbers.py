@@ -102,11 +102,13 @@ def errors_differ(old: list[dict], new: list[dict]) -> float:
     if about[0] != about[1]:
         return math.inf
     squares = []
-    for a, b in zip(old, new):
+    for rows in zip(old, new):
+        a, b = ({k: math.nan if row[k] is None else row[k] for k in NUMBERS if k in row} for row in rows)
         width = a.get("high", math.nan) - a.get("low", math.nan)
         width = width if math.isfinite(width) and width > 0 else 1.0
-        pairs = [(a[k], b[k]) for k in NUMBERS if k in a and k in b]
-        squares += [((x - y) / width) ** 2 for x, y in pairs if not (math.isnan(x) and math.isnan(y))]
+        if a.keys() != b.keys() or any(math.isnan(a[k]) != math.isnan(b[k]) for k in a):
+            return math.inf
+        squares += [((a[k] - b[k]) / width) ** 2 for k in a if not math.isnan(a[k])]
     return math.sqrt(sum(squares) / max(1, len(squares)))
 
 

@@ -37,8 +37,9 @@ def planned_runs(
     systems = systems or preset.systems
     main = [row for row in ROWS if row.main and row.kind == "trained"]
     found = [("reproduce", run_of(row, s, preset, k)) for s in systems for row in main for k in preset.seeds]
-    chosen = [tuned_row(trained_row(name), s, preset) for s in systems for name in CHOSEN]
-    found += [("tuned", run_of(row, s, preset, k)) for s in systems for row in chosen for k in SEEDS]
+    chosen = [(trained_row(name), number) for name, number in CHOSEN.get(preset.name, {}).items()]
+    tuned = [(tuned_row(row, number, s, preset), s) for s in systems for row, number in chosen]
+    found += [("tuned", run_of(row, s, preset, k)) for row, s in tuned for k in SEEDS]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]

@@ -108,10 +108,12 @@ def configuration(row: tuple[str, str], preset: Preset, number: int) -> dict[str
     change: dict[str, dict] = {"coefficients": {}, "encoder_config": {}, "recipe": {}}
     if number == 0:
         return change
-    place = points(number)[-1]
-    if not objective_class(row[0]).trains:
+    trains = objective_class(row[0]).trains
+    later = trains and number >= CONFIGURATIONS  # the box is filled further
+    place = points(number - len(LOWER) if later else number)[-1]
+    if not trains:
         return change | {"encoder_config": {name: pick(v, p) for (name, v), p in zip(OWN[row].items(), place)}}
-    if number >= FILLING:
+    if number >= FILLING and not later:
         lower = _before(row, preset, "lr") * LOWER[number - FILLING]
         return change | {"recipe": {"lr": float(f"{lower:.2g}")}}
     own = {name: pick(values, p) for (name, values), p in zip(OWN[row].items(), place[3:])}
@@ -142,7 +144,7 @@ def trial_run(
 def trial_score(every: Mapping[str, float], few: Mapping[str, float]) -> float:
     """The error by which trials are ranked, from those by probe with all labelled flows and with 16: the geometric mean
     of the two means. With 16 an error above 1, that of a constant, counts as 1. Without `few` it is the first mean."""
-    means = [float(np.mean([*every.values()]))] + ([min(1.0, float(np.mean([*few.values()])))] if few else [])
+    means = [np.mean([*every.values()])] + ([np.mean(np.minimum([*few.values()], 1.0))] if few else [])
     return float(np.exp(np.mean(np.log(means))))
 
 
