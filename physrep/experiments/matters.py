@@ -255,10 +255,10 @@ class Place:
         score_run(run, self.data_dir, root, probes=FROZEN, windows=windows, **options)
         return True
 
-    def score_untrained(self) -> None:
+    def score_untrained(self, seeds: Sequence[int] = (0,)) -> None:
         "Probes the random weights of every encoder, where they are not probed yet."
-        for encoder in CELL_ENCODERS:
-            self._score(untrained_run(encoder, self.system, self.preset, self.data_dir))
+        for encoder, seed in product(CELL_ENCODERS, seeds):
+            self._score(untrained_run(encoder, self.system, self.preset, self.data_dir).with_seed(seed))
 
     def train_cell(self, name: str, seeds: Sequence[int], rates: Sequence[str] = ()) -> list[Run]:
         """The finished runs of a cell with these seeds, at the rate that is known, or, if `rates` are given or none is

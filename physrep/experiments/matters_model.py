@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'Term', 'TERMS', 'RUNS', 'LEFT', 'term_name', 'present_levels', 'term_columns', 'estimable', 'Fit',
-           'fit_terms', 'components', 'redrawn', 'shares', 'term_tests', 'mixed_model', 'both_ways', 'corners',
-           'contributions', 'paper_claim', 'main_effects', 'Analysis', 'analyse']
+           'fit_terms', 'components', 'redrawn', 'shares', 'term_tests', 'pooled_spread', 'with_luck', 'mixed_model',
+           'both_ways', 'corners', 'contributions', 'paper_claim', 'main_effects', 'Analysis', 'analyse']
 
 # %% ../../nbs/experiments/matters_model.ipynb #2ce4a4d2
 import math
@@ -177,6 +177,25 @@ def term_tests(errors: Errors) -> pd.DataFrame:
         rows.append({"term": name, "df": len(b), "F": f, "p": p, "factor": math.exp(math.sqrt(spread[name]))})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/experiments/matters_model.ipynb #ab0457ff
+def pooled_spread(y: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, int]:
+    """Standard deviation `(k,)` of `y (runs, k)` between the runs of a cell, pooled over cells, and its degrees of
+    freedom; zeros and 0 if every cell has one run."""
+    rest = y - pd.DataFrame(y).groupby(cells).transform("mean").to_numpy()
+    left = len(y) - len(set(cells))
+    return (np.sqrt((rest**2).sum(axis=0) / left) if left else np.zeros(y.shape[1])), left
+
+
+def with_luck(errors: Errors, draw: np.random.Generator) -> np.ndarray:
+    "Logarithms of errors `(runs,)`, mean over heads, of drawn flows; every cell with an error of its mean over seeds."
+    cells, groups = errors.runs.cell.to_numpy(), len(errors.sizes)
+    (spread,), left = pooled_spread(errors.logs().mean(axis=1, keepdims=True), cells)
+    y = errors.logs(draw.multinomial(groups, np.full(groups, 1 / groups)).astype(float)).mean(axis=1)
+    for cell in dict.fromkeys(cells) if left else ():
+        n = (cells == cell).sum()
+        y[cells == cell] += spread / math.sqrt(n) * draw.standard_t(left)
+    return y
+
 # %% ../../nbs/experiments/matters_model.ipynb #98964b7a
 def mixed_model(errors: Errors):
     """The same model by restricted maximum likelihood: results of `statsmodels.formula.api.mixedlm`, a random intercept
@@ -234,11 +253,11 @@ def paper_claim(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.
     cells = errors.runs.cell.to_numpy()
 
     def found(y: np.ndarray) -> pd.Series:
-        return contributions(pd.Series(y.mean(axis=1)).groupby(cells).mean().to_dict())
+        return contributions(pd.Series(y).groupby(cells).mean().to_dict())
 
     draw = np.random.default_rng(seed_for("the paper's claim", seed))
-    drawn = pd.DataFrame([found(redrawn(errors, draw)) for _ in range(n_bootstrap)])
-    columns = {"factor": found(errors.logs()), "low": drawn.quantile(0.025), "high": drawn.quantile(0.975)}
+    drawn = pd.DataFrame([found(with_luck(errors, draw)) for _ in range(n_bootstrap)])
+    columns = {"factor": found(errors.logs().mean(axis=1)), "low": drawn.quantile(0.025), "high": drawn.quantile(0.975)}
     return np.exp(pd.DataFrame(columns)).rename_axis("changed").reset_index()
 
 # %% ../../nbs/experiments/matters_model.ipynb #4fd36fa2
@@ -251,16 +270,16 @@ def main_effects(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd
     rows = pd.DataFrame([(term[0], level) for term in main for level in levels[term[0]]], columns=["factor", "level"])
 
     def found(y: np.ndarray) -> np.ndarray:
-        fit = fit_terms(frame, terms, levels, y.mean(axis=1, keepdims=True))
+        fit = fit_terms(frame, terms, levels, y[:, None])
         parts = fit.parts[1 : 1 + len(main)]
         each = [pd.DataFrame({term[0]: levels[term[0]]}) for term in main]
         columns = [term_columns(one, term, levels) for one, term in zip(each, main)]
         return np.concatenate([c @ fit.coefficients[part, 0] for c, part in zip(columns, parts)])
 
     draw = np.random.default_rng(seed_for("main effects", seed))
-    drawn = np.stack([found(redrawn(errors, draw)) for _ in range(n_bootstrap)])
+    drawn = np.stack([found(with_luck(errors, draw)) for _ in range(n_bootstrap)])
     low, high = np.exp(np.quantile(drawn, [0.025, 0.975], axis=0))
-    return rows.assign(effect=np.exp(found(errors.logs())), low=low, high=high)
+    return rows.assign(effect=np.exp(found(errors.logs().mean(axis=1))), low=low, high=high)
 
 # %% ../../nbs/experiments/matters_model.ipynb #1d3664ff
 @dataclass(frozen=True)
