@@ -35,7 +35,7 @@ CHOSEN: Mapping[str, Mapping[str, int]] = {
         "jepa.circular-convnext": 7,  # as the one with zero padding, which was tuned
         "jepa-vit": 4,
         "jepa_ema-vit": 4,
-        "mae-vit": 3,
+        "mae-vit": 1,
         "forecast-vit": 1,
         "invariance-vit": 1,
     }
