@@ -172,7 +172,7 @@ def test_groups_are_paired_between_methods_and_seeds_are_not():
         assert d["value"] == pytest.approx(a["value"] - b["value"], abs=1e-12) and d["seeds"] == 3
         if d["metric"] == "mse":
             assert d["high"] - d["low"] < 0.5 * math.hypot(a["high"] - a["low"], b["high"] - b["low"]) and d["high"] < 0
-    # a method against itself: the value is zero, but its seeds are drawn twice
+    # a method against itself: the value is zero, but its seeds are luck twice
     itself = difference_seeds(first, first, *args)
     assert all(r["value"] == 0 and r["low"] < 0 < r["high"] for r in itself)
     assert all(r["seeds"] == 2 for r in difference_seeds(first, second[:2], *args, n_bootstrap=5))

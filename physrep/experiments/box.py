@@ -135,7 +135,7 @@ def score_predictions(
     **about: str,  # system, objective, encoder
 ) -> list[dict]:
     """Rows `{..., probe, split, label, value, low, high, n, seeds}` of z-scored errors, with 95 % intervals by
-    bootstrap over drawn parameters and seeds."""
+    over drawn parameters and seeds."""
     rows = []
     for (probe, split), each in predictions.items():
         w = windows[split]

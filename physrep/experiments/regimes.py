@@ -186,7 +186,7 @@ def _auc(predictions: Sequence[np.ndarray], truth: np.ndarray, threshold: float)
 
 def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
     """Rows `{when, probe, split, auc, above, metric, value, low, high, n, by_seed}` of the answers of `probe_regime`;
-    intervals by bootstrap over flows and seeds. `above` is the share of windows in the second class."""
+    intervals over flows and seeds. `above` is the share of windows in the second class."""
     rows = []
     for (when, probe, split), a in found.items():
         system = a.scaler.system
@@ -202,7 +202,7 @@ def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
 
 # %% ../../nbs/experiments/regimes.ipynb #750a81fb
 def regime_difference(a: Answers, b: Answers, metric: str = "mse") -> tuple[float, float, float]:
-    """Paired difference of a metric, `a` minus `b`, and its 95 % interval by bootstrap over flows and seeds. ValueError
+    """Paired difference of a metric, `a` minus `b`, and its 95 % interval over flows and seeds. ValueError
     if the two were asked for other numbers."""
     if not np.array_equal(a.truth, b.truth) or not np.array_equal(a.groups, b.groups):
         raise ValueError("answers to different questions, or about different windows, are not compared")

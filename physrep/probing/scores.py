@@ -208,8 +208,8 @@ def difference_seeds(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[dict]:
-    """Like `score_seeds`, of the mean of `first` minus the mean of `second`: same draws of groups, seeds of each drawn
-    on their own.
+    """Like `score_seeds`, of the mean of `first` minus the mean of `second`: same draws of groups, and an
+    error for the seeds of each.
 
     `seeds` is the smaller of the two numbers of seeds. With one seed each it is `score_difference`."""
     second, _ = _prepare(second, truth, groups, system)
