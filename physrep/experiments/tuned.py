@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'CHOSEN', 'Runs', 'USUAL', 'TUNED', 'RANDOM', 'chosen_in', 'tuned_row', 'tuned_runs', 'recipe_table',
-           'recipe_differences', 'verdicts', 'order_table', 'describe_order', 'plot_recipes']
+           'recipe_differences', 'verdicts', 'beside_controls', 'order_table', 'describe_order', 'plot_recipes']
 
 # %% ../../nbs/experiments/tuned.ipynb #89403ca8
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,11 @@ from matplotlib.lines import Line2D
 from .recipes import difference_on_test, factor_table, random_weights
 from .tuning import configuration, trial_run
 from ..probing.reading import FROZEN
+from ..results.comparison import compare, interval_text
 from ..results.figures import using_style
-from ..results.rows import PROBE_ORDER, PROBE_TITLES, ROWS, Row, ordered, row_name, run_of
+from ..results.rows import CONTROLS, PROBE_ORDER, PROBE_TITLES, ROWS, Row, ordered, row_name, run_of
 from ..training.presets import Preset
-from ..training.run import Run
+from ..training.run import Run, baseline_folder
 
 # %% ../../nbs/experiments/tuned.ipynb #fd44a7ea
 SEEDS = (0,)  # of `make tuned`
@@ -132,6 +133,20 @@ def recipe_differences(runs: Runs, run_dir: str | Path | None = None) -> pd.Data
 def verdicts(differences: pd.DataFrame) -> np.ndarray:
     "`lower`, `higher` or `undecided`: on which side of 0 the interval of each difference lies."
     return np.select([differences.high < 0, differences.low > 0], ["lower", "higher"], "undecided")
+
+# %% ../../nbs/experiments/tuned.ipynb #01d54aed
+def beside_controls(runs: Runs, system: str, preset: Preset, run_dir: str | Path | None = None) -> pd.DataFrame:
+    """The error of each row (`of`) with its chosen recipe minus that of summary statistics, without and with spectra
+    (`minus`), on the same flows with the same probe: columns as `difference_on_test`. Controls that are not there are
+    left out."""
+    found = [pd.DataFrame(columns=["of", "minus", "probe", "difference", "low", "high", "text"])]
+    places = {name: baseline_folder(name, system, preset, run_dir) for name in CONTROLS}
+    there = {name: folder for name, folder in places.items() if (folder / "result.json").is_file()}
+    for (name, ways), (control, folder) in product(runs.items(), there.items()):
+        pair = compare([run.folder(run_dir) for run in ways[TUNED]], folder, metric="mse").query("label == 'mean'")
+        text = [interval_text(*numbers, 3) for numbers in zip(pair.difference, pair.low, pair.high)]
+        found.append(pair.assign(of=name, minus=control, text=text)[list(found[0])])
+    return pd.concat(found[1:] or found, ignore_index=True)
 
 # %% ../../nbs/experiments/tuned.ipynb #5bc39e0f
 def order_table(runs: Runs, run_dir: str | Path | None = None) -> pd.DataFrame:
