@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -205,14 +206,14 @@ def plot_recipes(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     names = [next(row.title for row in ROWS if row_name(row) == name) for name in rows]
     with using_style():
         fig = Figure(
-            figsize=(1.9 + 1.4 * len(probes), 0.9 + (0.5 + 0.2 * len(rows)) * len(systems)), layout="constrained"
+            figsize=(1.9 + 1.4 * len(probes), 0.9 + (0.75 + 0.22 * len(rows)) * len(systems)), layout="constrained"
         )
         axes = fig.subplots(len(systems), len(probes), sharex="row", sharey=True, squeeze=False)
         for line, system in zip(axes, systems):
             for ax, probe in zip(line, probes):
                 _draw_probe(ax, table[(table.system == system) & (table.probe == probe)], rows)
                 ax.set_title(PROBE_TITLES.get(probe, probe) if ax in axes[0] else "")
-            line[0].set(ylabel=titles[system], xlim=(0, None))
+            line[0].set(ylabel=fill(titles[system], 14), xlim=(0, None))
             line[0].set_yticks(range(len(rows)), names)
         axes[0, 0].invert_yaxis()
         for ax in axes[-1]:
