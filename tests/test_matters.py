@@ -12,7 +12,7 @@ import torch
 from physrep.core.files import read_json, write_json
 from physrep.core.paths import project_root
 from physrep.data.scaling import LabelScaler
-from physrep.experiments import matters
+from physrep.experiments import matters, matters_probes
 from physrep.experiments.matters import (
     BUDGET,
     CELL_ENCODERS,
@@ -56,7 +56,6 @@ from physrep.experiments.matters_probes import (
     cell_ratios,
     paper_by_probe,
     plot_by_probe,
-    tests_by_probe,
 )
 from physrep.physics.systems import get_system
 from physrep.probing.reading import FROZEN
@@ -394,7 +393,7 @@ def test_probes_that_contradict_each_other_are_told_apart():
     assert set(own.cell) == {"JEPA, zero padding"}, "random weights of the other networks are not there"
     assert own.factor.between(0.55, 0.8).all()
     assert [len(ax.containers) for ax in plot_by_probe(found).axes] == [1, 1]
-    tests = tests_by_probe(errors)
+    tests = matters_probes.tests_by_probe(errors)  # imported by name, pytest would take it for a test
     assert list(tests) == [*errors.heads, MEAN] and tests.loc["target", errors.heads[0]] < 1e-3
 
 

@@ -223,13 +223,14 @@ def test_tuning_notebook_goes_on_where_it_was_stopped(smoke_data, tmp_path):
     "Two configurations of one row at preset smoke, then three: the first two are not run again."
     about = {"preset": "smoke", "run_dir": tmp_path / "runs", "data_dir": smoke_data, "rows": "random-vit"}
     common = [word for name, value in about.items() for word in ("-p", name, str(value))]
-    trials = tmp_path / "runs" / "smoke" / "tuning" / "shear_flow" / "random-vit"
+    trials = tmp_path / "runs" / "tuning" / "smoke" / "shear_flow"
     for number in (2, 3):
-        before = {path: path.stat().st_mtime_ns for path in trials.glob("*.json")}
+        before = {path: path.stat().st_mtime_ns for path in trials.glob("*/*/result.json")}
+        assert len(before) == (0 if number == 2 else 2 + 2 * 2), "two configurations, and each with two more seeds"
         out = tmp_path / f"{number}.ipynb"
         done = papermill("nbs/08a_tuning.ipynb", str(out), *common, "-p", "configurations", str(number), cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
         assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    assert len(list(trials.glob("*-seed100.json"))) == 3
+    assert len(list(trials.glob("random-vit-*/seed100/result.json"))) == 3
     table = pd.read_csv(tmp_path / "runs" / "smoke" / "figures" / "tuning.csv")
     assert set(table.number[table.seed == 100]) == {0, 1, 2} and (table.groupby("number").size() == 3).sum() >= 2
