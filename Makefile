@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune tuned ablations matters machines rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune tuned ablations matters machines resolution regimes across rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -69,7 +69,7 @@ data: $(READY)  ## simulate the data of PRESET only
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
-	@set -e; for experiment in reproduce tuned ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
+	@set -e; for experiment in reproduce tuned resolution regimes across ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -78,7 +78,7 @@ tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for ev
 	@$(KEEP)
 
 tuned: TARGET = tuned
-tuned: $(READY)  ## train the rows of Table 1 with the recipes that tuning chose, in every system; an hour of two cores after `make reproduce`
+tuned: $(READY)  ## train the rows of Table 1 with the recipes by hand, too, and compare them with those that tuning chose; an hour of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/tuned.csv || $(COMPARE) tuned
 	@$(KEEP)
@@ -93,6 +93,24 @@ matters: TARGET = matters
 matters: $(READY)  ## task x target x encoder, each cell at its best learning rate: what the paper's comparison rests on; some hours of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) matters matters_shares matters_probes $(if $(SYSTEM),,matters_systems)
+	@$(KEEP)
+
+resolution: TARGET = resolution
+resolution: $(READY)  ## simulate flows of `test` at twice the resolution and read them, with the recipes by hand; ten minutes after `make tuned`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) resolution
+	@$(KEEP)
+
+regimes: TARGET = regimes
+regimes: $(READY)  ## ask the encoders for the state of the flow, with the recipes by hand; ten minutes after `make tuned`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) regimes
+	@$(KEEP)
+
+across: TARGET = across
+across: $(READY)  ## one JEPA for all systems, and encoders that read another system, with the recipes by hand; ten minutes after `make tuned`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) across
 	@$(KEEP)
 
 machines: TARGET = machines

@@ -29,13 +29,13 @@ from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments import longer, rates
 from physrep.experiments.recipes import at_length, at_rate, changed_runs
 from physrep.experiments.rollout import emulator_rows
-from physrep.experiments.tuned import CHOSEN, SEEDS as TUNED_SEEDS, tuned_row
+from physrep.experiments.table1 import table_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, tuning_root
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
 from physrep.results.archive import scored_elsewhere, with_seeds_there
-from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
+from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
 
@@ -47,7 +47,8 @@ DATA = DATA if is_address(DATA) else Path(DATA).resolve()
 OUT = ROOT / "runs" / PRESET.name
 ASKED_SEEDS = seeds_in(str("" if config.get("seeds") is None else config["seeds"]))
 ONLY = str(config.get("only") or "")
-TABLE_ROWS = (*chosen_rows(ONLY), *(read_rows(config["rows"]) if config.get("rows") else ()))
+TABLE_ROWS = table_rows(PRESET, ONLY, config.get("rows") or "")
+BY_HAND = chosen_rows(ONLY)  # the same with the recipes of the preset: what is compared with variants of these
 WITH_ROWS = ({"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}) | ({"only": ONLY} if ONLY else {})
 NAMED = [name for name in str(config.get("systems") or "").split(",") if name]
 SYSTEMS = {get_system(name).name: name for name in NAMED or systems_of(PRESET, DATA)}  # name in tables -> as it was asked for
@@ -128,6 +129,7 @@ JOB_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
 SIM_WORKERS = max(1, CORES // max(1, len(PRESET.sims)))
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "frozen")]
+UNTUNED = [row for row in BY_HAND if row.kind != "baseline" and row not in ENCODED]
 PREDICTED = [row for row in TABLE_ROWS if row.kind == "predictions"]
 EMULATED = emulator_rows()  # what `make rollout` needs besides: rows of the table or not, they are trained and probed alike
 SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked in SYSTEMS.values()}) == 1
@@ -135,6 +137,8 @@ SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked
 KEEPS_CURVES = all(recipe.schedule == "constant" for recipe in PRESET.train.values()) and any(r.kind == "trained" for r in TABLE_ROWS)
 SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
+MORE_BY_HAND = []  # results of further seeds of the untuned rows, which only `make tuned` reads
+HAND_RESULTS = []  # of the rows with the recipes of the preset, and of baselines: what the experiments below `all` read
 MORE_SEEDS = []  # results of further seeds: Table 1, learning curves and few labels show them
 ALL_ENCODERS = True  # False where `make unpack` took results of the preset's seeds from the repository
 
@@ -174,6 +178,8 @@ for system, runs_in, about in PLACES:
     inputs, tag, into = (simulated(system), "", RESULTS) if runs_in is None else ([MORE / "data" / system / "stats.yaml"], "leak_free_", LEAKAGE)
     baselines = [baseline_folder(b, system, PRESET, runs_in) / "result.json" for b in baselines_for(get_system(asked))]
     into += baselines
+    if runs_in is None:
+        HAND_RESULTS += baselines
     if not all(scored_elsewhere(result.parent, PRESET) for result in baselines):
         rule:
             name: f"probe_{tag}{system}_baselines".replace("-", "_")
@@ -196,13 +202,17 @@ for system, runs_in, about in PLACES:
     seeds_there = with_seeds_there(PRESET, asked, ENCODED, ROOT / "runs", DATA).seeds
     further = [] if runs_in else [k for k in dict.fromkeys((*seeds_there, *ASKED_SEEDS)) if k not in PRESET.seeds]
     jobs = [(row, seeds) for row in ENCODED for seeds in (PRESET.seeds, *((seed,) for seed in further))]
-    for row, seeds in [*jobs, *((row, PRESET.seeds) for row in EMULATED if row not in ENCODED)]:
+    jobs += [(row, seeds) for row in UNTUNED for seeds in (PRESET.seeds, *((k,) for k in ASKED_SEEDS if k not in PRESET.seeds))]
+    for row, seeds in [*jobs, *((row, PRESET.seeds) for row in EMULATED if row not in [*ENCODED, *UNTUNED])]:
         every = [run_of(row, asked, PRESET, seed, DATA) for seed in seeds]
         wanted = [run.folder(runs_in) / "result.json" for run in every]
         if row in ENCODED:
             (into if seeds == PRESET.seeds else MORE_SEEDS).extend(wanted)
         if runs_in is None and seeds == PRESET.seeds:
             OF_ROW.setdefault(row.pair, []).extend(wanted)
+            HAND_RESULTS.extend(wanted if row in BY_HAND else [])
+        if row in UNTUNED and seeds != PRESET.seeds:
+            MORE_BY_HAND.extend(wanted)
         runs = [run for run in every if not scored_elsewhere(run.folder(runs_in), PRESET)]
         if row in ENCODED and seeds == PRESET.seeds and len(runs) < len(every):
             ALL_ENCODERS = False
@@ -272,7 +282,7 @@ rule data_efficiency:
 
 # the same flows at twice the resolution, read by the same encoders and probes
 rule resolution:
-    input: RESULTS + REFINED
+    input: HAND_RESULTS + REFINED
     output: figures("resolution")
     params: code=stage("05b_resolution", "experiments.resolution", "experiments.refinement", "results.forest") + PROBING, command=papermill("05b_resolution", "resolution", **SHOWN)
     shell: "{params.command}"
@@ -289,14 +299,14 @@ rule across:
 
 # what the published splits give away
 rule leakage:
-    input: RESULTS + LEAKAGE
+    input: HAND_RESULTS + LEAKAGE
     output: figures("leakage")
     params: code=stage("05d_leakage", "experiments.leak_free") + PROBING, command=papermill("05d_leakage", "leakage", system=SYSTEMS[(LEAK_FREE or [FIRST])[0]], only=ONLY or None)
     shell: "{params.command}"
 
 # a second thing to ask all encoders
 rule regimes:
-    input: RESULTS
+    input: HAND_RESULTS
     output: figures("regimes")
     params: code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN)
     threads: JOB_THREADS
@@ -315,7 +325,7 @@ rule rollout:
 
 # `make machines`: one row again, with other threads and other instructions
 rule machines:
-    input: RESULTS
+    input: HAND_RESULTS
     output: figures("machines")
     params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST], seeds=" ".join(map(str, ASKED_SEEDS)) or None)
     threads: CORES
@@ -323,23 +333,23 @@ rule machines:
 
 # `make grid`: probes that are fitted and scored on a grid of labels, as sets of The Well have
 rule grid:
-    input: RESULTS
+    input: HAND_RESULTS
     output: figures("grid")
-    params: rows=repr(TABLE_ROWS), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
+    params: rows=repr(BY_HAND), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
     threads: CORES  # it simulates a set
     shell: "{params.command}"
 
 # `make box`: flows in a box twice as long
 rule box:
-    input: RESULTS
+    input: HAND_RESULTS
     output: figures("box")
-    params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
+    params: rows=repr(BY_HAND), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
     threads: CORES  # it simulates a set
     shell: "{params.command}"
 
 # `make question`: what else answers the question of a JEPA; a job per row and system trains the row with a faster predictor
 QUESTIONED = {}
-for system, row in ((system, row) for system in SYSTEMS for row in jepa_rows() if row in ENCODED):
+for system, row in ((system, row) for system in SYSTEMS for row in jepa_rows() if row in BY_HAND):
     run, name = run_of(faster(row), SYSTEMS[system], PRESET, 0, DATA), f"{system}-{row_name(row)}"
     QUESTIONED[name] = OUT / "question" / f"{name}.done"
     probed = (run.with_seed(seed).folder() / "result.json" for seed in PRESET.seeds)
@@ -355,7 +365,7 @@ for system, row in ((system, row) for system in SYSTEMS for row in jepa_rows() i
 rule question:
     input: list(QUESTIONED.values())
     output: figures("own_question", "own_question_probes")
-    params: code=stage("08g_own_question", "experiments.own_question_figures", "results.forest") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(row_name(row) for row in jepa_rows() if row in ENCODED) or "none")
+    params: code=stage("08g_own_question", "experiments.own_question_figures", "results.forest") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(row_name(row) for row in jepa_rows() if row in BY_HAND) or "none")
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"
@@ -441,30 +451,13 @@ rule tuning:
     params: code=stage("08a_tuning", "experiments.tuning"), command=papermill("08a_tuning", "tuning", system=SYSTEMS[FIRST])
     shell: "{params.command}"
 
-# `make tuned`: rows with the configurations that tuning chose; a job for each system and row, with its seeds
-CHOSEN_ROWS = [row for row in trained_rows(CHOSEN.get(PRESET.name, [])) if row_name(row) in CHOSEN.get(PRESET.name, {})]
-CHOSEN_SEEDS = " ".join(map(str, dict.fromkeys((*TUNED_SEEDS, *ASKED_SEEDS))))
-CHOSEN_DONE = []
-for system, row in ((system, row) for system in SYSTEMS for row in CHOSEN_ROWS):
-    name = f"{system}-{row_name(row)}"
-    number = CHOSEN[PRESET.name][row_name(row)]
-    run = run_of(tuned_row(row, number, SYSTEMS[system], PRESET, DATA, steps=1), SYSTEMS[system], PRESET, 0, DATA)  # counting updates takes a second a row
-    there = run.folder().parents[1].glob(f"{'-'.join(run.row)}-*/seed{CHOSEN_SEEDS.split()[-1]}/result.json")
-    CHOSEN_DONE.append(OUT / "tuned" / f"{name}.done")
-    rule:
-        name: f"tuned_{name}".replace("-", "_").replace(".", "_")
-        input: simulated(system)
-        output: touch(finished(CHOSEN_DONE[-1], any(there)))
-        params: code=code_digest("experiments.tuned", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08j_chosen_recipes", f"tuned-{name}", systems=SYSTEMS[system], rows=row_name(row), seeds=CHOSEN_SEEDS, draw=False)
-        threads: JOB_THREADS
-        resources: gpu=GPUS
-        shell: "{params.command}"
-
-NONE_CHOSEN = f"echo 'no configuration was chosen of {ONLY or 'any row'} at preset {PRESET.name} (physrep.experiments.tuned.CHOSEN): nothing to train'"
+# `make tuned`: the rows of Table 1 that were tuned, with the recipes of the preset beside
+TUNED_ROWS = [row for row in UNTUNED if row.kind == "trained"]
+NONE_TUNED = f"echo 'none of {ONLY or 'the rows'} was tuned at preset {PRESET.name}: nothing to compare'"
 rule tuned:
-    input: CHOSEN_DONE
-    output: figures("tuned") if CHOSEN_ROWS else []
-    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", systems=",".join(SYSTEMS.values()), rows=",".join(map(row_name, CHOSEN_ROWS)), seeds=CHOSEN_SEEDS) if CHOSEN_ROWS else NONE_CHOSEN
+    input: RESULTS + MORE_SEEDS + HAND_RESULTS + MORE_BY_HAND
+    output: figures("tuned") if TUNED_ROWS else []
+    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", **SHOWN, rows=",".join(map(row_name, TUNED_ROWS)), seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS))))) if TUNED_ROWS else NONE_TUNED
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"
@@ -484,7 +477,7 @@ for name, seed, done in VARIED:
         shell: "{params.command}"
 
 rule ablations:
-    input: RESULTS + [done for *_, done in VARIED]
+    input: HAND_RESULTS + [done for *_, done in VARIED]
     output: figures("ablations")
     params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
     shell: "{params.command}"
@@ -508,13 +501,13 @@ for name, done in FACTORIAL.items():
         shell: "{params.command}"
 
 rule matters:
-    input: RESULTS + list(FACTORIAL.values())
+    input: HAND_RESULTS + list(FACTORIAL.values())
     output: figures("matters", "matters_shares", "matters_probes", *(["matters_systems"] if ELSEWHERE else []))
     params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
-# what asks the encoders of all rows something new
-WHOLE = ALL_ENCODERS and not ONLY
+# what asks the encoders of all rows something new; of a preset that was tuned these are trained by `make regimes`, ...
+WHOLE = ALL_ENCODERS and not ONLY and not UNTUNED
 
 rule simulated:
     input: [simulated(system) for system in SYSTEMS]

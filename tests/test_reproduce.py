@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from physrep.experiments.table1 import table_rows
 from physrep.results.archive import pack, unpack
+from physrep.training.presets import get_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 # an encoder and an objective of a user's own package
@@ -49,8 +51,8 @@ rows:
 """
 
 
-# a preset of a user's own: one seed
-FEW_SEEDS = "base: smoke\nseeds: [0]\n"
+# a preset of a user's own: one seed, and a recipe that was tuned
+FEW_SEEDS = "base: smoke\nseeds: [0]\ntuned: {forecast-vit: {recipe: {lr: 0.002}}}\n"
 
 
 def snakemake(folder: Path, *targets: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> str:
@@ -124,10 +126,10 @@ def test_rows_of_ones_own_stand_in_the_table(few_rows_twice):
 def test_a_job_that_runs_again_does_not_cost_the_encoder(few_rows_twice):
     """Snakemake deletes declared outputs before a job: the encoder is none of them, and training finds it."""
     root = few_rows_twice[1].parent
-    stamp = root / "runs" / "few" / "finished" / "shear_flow-forecast-vit"
+    stamp = root / "runs" / "few" / "finished" / "shear_flow-forecast.tuned-vit"
     encoders = {
         p: (p.stat().st_mtime_ns, p.read_bytes())
-        for p in stamp.parents[1].glob("shear_flow/forecast-vit-*/seed*/encoder.safetensors")
+        for p in stamp.parents[1].glob("shear_flow/forecast.tuned-vit-*/seed*/encoder.safetensors")
     }
     stamp.unlink()
     snakemake(root, str(stamp), **FEW)
@@ -171,7 +173,8 @@ def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(
     assert set(unpack(tmp_path / "archives", folder / place).values()) == {"written"}
     table = {"preset": str(first / "few.yaml"), "systems": "shear_flow", "only": "forecast-vit,random-vit"}
     said = snakemake(folder, "--dry-run", seeds="3", **table)
-    new = ("pretrain_shear_flow_forecast_vit", "probe_shear_flow_forecast_vit", "probe_shear_flow_random_vit")
+    tuned = ("pretrain_shear_flow_forecast.tuned_vit", "probe_shear_flow_forecast.tuned_vit")
+    new = (*tuned, "probe_shear_flow_random_vit")
     assert made_by(said) == {"simulate_shear_flow", *(f"{job}_seed3" for job in new)}
     said = snakemake(folder, "--dry-run", rows=str(first / "rows.yaml"), **table)
     new = ("pretrain_shear_flow_MeanField_vit", "probe_shear_flow_MeanField_vit", "probe_shear_flow_frozen_make_bands")
@@ -182,6 +185,15 @@ def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(
         drawn, before = (pd.read_csv(root / "runs" / "few" / "figures" / name) for root in (folder, first))
         rows = before[before.encoder.isin(["vit", "none"]) & ~before.objective.isin(["frozen", "MeanField"])]
         pd.testing.assert_frame_equal(drawn, rows.reset_index(drop=True))
+
+
+def test_a_tuned_row_is_compared_with_its_recipe_by_hand_when_that_is_asked_for(few_rows_twice):
+    root = few_rows_twice[0].parent
+    by_hand = {"pretrain_shear_flow_forecast_vit", "probe_shear_flow_forecast_vit"}
+    assert made_by(snakemake(root, "tuned", "--dry-run", **FEW)) == by_hand
+    further = {f"{job}_seed3" for job in (*by_hand, *(job.replace("cast", "cast.tuned") for job in by_hand))}
+    said = made_by(snakemake(root, "tuned", "--dry-run", **FEW | {"seeds": "3", "only": "forecast-vit"}))
+    assert by_hand | further <= said
 
 
 def test_a_tag_that_looks_like_a_number_stays_text(few_rows_twice):
@@ -203,7 +215,8 @@ def test_tables_and_metrics_are_the_same_to_the_byte(twice):
     wanted = {"table1.csv", "table1_differences.csv", "resolution.csv", "across.csv", "regimes.csv"}
     assert wanted <= {p.name for p in tables}
     metrics = sum(p.name == "metrics.csv" for p in tables)
-    assert metrics == 38, "three systems, six rows, two seeds; and one encoder for all systems, two seeds"
+    rows = [row for row in table_rows(get_preset("smoke")) if row.kind == "trained"]
+    assert metrics == 3 * 2 * len(rows) + 2, "three systems, two seeds; and one encoder for all systems, two seeds"
 
 
 @pytest.mark.long

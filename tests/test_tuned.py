@@ -1,4 +1,4 @@
-"""Rows with the recipes that tuning chose: those of the committed table, bad input, the notebook at preset smoke."""
+"""Rows with the recipes that tuning chose, beside those by hand: bad input, the notebook at a preset of one's own."""
 
 import nbformat
 import pandas as pd
@@ -6,68 +6,45 @@ import pytest
 from helpers import ROOT, papermill
 
 from physrep.experiments.recipes import rows_in
-from physrep.experiments.tuned import CHOSEN, RANDOM, TUNED, USUAL, chosen_in, tuned_row, tuned_runs
-from physrep.experiments.tuning import OWN, chosen_configurations, trial_run
-from physrep.objectives.methods import objective_class
-from physrep.results.rows import run_of
+from physrep.experiments.tuned import BY_HAND, RANDOM, TUNED, tuned_runs
 from physrep.training.presets import get_preset
 
 
-def test_the_choice_is_that_of_the_committed_trials():
-    found = chosen_configurations(pd.read_csv(ROOT / "figures" / "tuning.csv"))
-    chosen = {f"{one.objective}-{one.encoder}": one.chosen for one in found.itertuples()}
-    kinds = {row: objective_class(row[0]) for row in OWN}
-    blind = ["-".join(row) for row, kind in kinds.items() if kind.trains and not getattr(kind, "reads_labels", False)]
-    assert {name: chosen[name] for name in blind} | {"jepa.circular-convnext": chosen["jepa-convnext"]} == CHOSEN[
-        "laptop"
-    ]
-
-
-def test_a_row_that_keeps_its_recipe_keeps_its_runs():
-    (ways,) = tuned_runs(rows_in("mae-vit"), {"mae-vit": 0}, [0, 1], "shear_flow", get_preset("smoke")).values()
-    assert ways[TUNED] == ways[USUAL] and [run.seed for run in ways[RANDOM]] == [0, 1]
-
-
-@pytest.mark.parametrize("system", ["shear_flow", "active_matter"])
-def test_a_chosen_recipe_is_what_tuning_trains_in_that_system(system):
+def test_the_same_seeds_of_both_recipes_and_of_random_weights():
     laptop = get_preset("laptop")
-    for name, number in CHOSEN["laptop"].items():
-        (row,) = rows_in(name)
-        run = run_of(tuned_row(row, number, system, laptop), system, laptop)
-        trial = trial_run(system, (row.objective, row.encoder), laptop, number)
-        assert (run.recipe, run.coefficients) == (trial.recipe, trial.coefficients)
-        assert run.tag == ".".join(filter(None, [row.tag, "tuned"]))
+    (ways,) = tuned_runs(rows_in("jepa.circular-convnext"), [0, 1], "shear_flow", laptop).values()
+    assert [[run.seed for run in ways[way]] for way in (BY_HAND, TUNED, RANDOM)] == [[0, 1]] * 3
+    assert [ways[way][0].row[0] for way in (BY_HAND, TUNED)] == ["jepa.circular", "jepa.circular.tuned"]
+    assert len({str(ways[way][0].encoder_config) for way in ways}) == 1, "the padding, too"
 
 
-def test_what_was_not_chosen_is_refused():
-    chosen = chosen_in("", "laptop")
-    with pytest.raises(ValueError, match="no configuration was chosen of autoencoder-vit; valid: jepa-convnext, "):
-        tuned_runs(rows_in("autoencoder-vit"), chosen, [0], "shear_flow", get_preset("laptop"))
+def test_what_was_not_tuned_is_refused():
+    with pytest.raises(ValueError, match="no recipe was chosen of autoencoder-vit at preset laptop; valid: jepa-conv"):
+        tuned_runs(rows_in("autoencoder-vit"), [0], "shear_flow", get_preset("laptop"))
     with pytest.raises(ValueError, match='no seeds; write for example "0 1 2"'):
-        tuned_runs(rows_in("mae-vit"), chosen, [], "shear_flow", get_preset("laptop"))
-    with pytest.raises(ValueError, match="no configurations were chosen for preset paper, only for laptop; `make tune"):
-        chosen_in("", "paper")
-    assert chosen_in("mae-vit=3, forecast-vit=0", "paper") == {"mae-vit": 3, "forecast-vit": 0}
-    for text in ("mae-vit", "mae-vit=", "=3", "mae-vit=-1", "mae-vit=1.5,"):
-        with pytest.raises(ValueError, match="configurations must be rows with numbers, such as mae-vit=3"):
-            chosen_in(text, "laptop")
+        tuned_runs(rows_in("mae-vit"), [], "shear_flow", get_preset("laptop"))
+    with pytest.raises(ValueError, match="of mae-vit at preset paper; valid: none; `make tune PRESET=paper`"):
+        tuned_runs(rows_in("mae-vit"), [0], "shear_flow", get_preset("paper"))
 
 
 def test_the_notebook_compares_two_recipes_of_two_rows(smoke_data, tmp_path):
     names = ["invariance-vit", "forecast-vit"]
-    about = {"preset": "smoke", "systems": "shear_flow", "configurations": "invariance-vit=1,forecast-vit=1"}
-    about |= {"data_dir": smoke_data}
+    preset = tmp_path / "tuned.yaml"
+    preset.write_text(
+        "base: smoke\ntuned: {invariance-vit: {coefficients: {shown: 0.25}}, forecast-vit: {recipe: {lr: 0.002}}}\n"
+    )
+    about = {"preset": preset, "systems": "shear_flow", "data_dir": smoke_data}
     common = [
         word for name, value in {**about, "run_dir": tmp_path / "runs"}.items() for word in ("-r", name, str(value))
     ]
     out = tmp_path / "chosen.ipynb"
     done = papermill("nbs/08j_chosen_recipes.ipynb", str(out), *common, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    runs = tmp_path / "runs" / "smoke"
+    runs = tmp_path / "runs" / "tuned"
     table = pd.read_csv(runs / "figures" / "tuned.csv")
-    assert set(zip(table.of, table.recipe)) == {(name, way) for name in names for way in (USUAL, TUNED, RANDOM)}
+    assert set(zip(table.of, table.recipe)) == {(name, way) for name in names for way in (BY_HAND, TUNED, RANDOM)}
     errors = table.pivot(index=["of", "probe"], columns="recipe", values="error")
-    assert (errors[TUNED] != errors[USUAL]).groupby("of").any().all()
+    assert (errors[TUNED] != errors[BY_HAND]).groupby("of").any().all()
     assert len(list(runs.glob("shear_flow/*.tuned-*/seed0/encoder.safetensors"))) == 2
     shown = [str(cell.get("outputs")) for cell in nbformat.read(out, 4).cells]
     assert sum("image/png" in text for text in shown) == 1

@@ -18,7 +18,7 @@ from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
 from .rollout import emulator_rows
-from .tuned import CHOSEN, SEEDS, tuned_row
+from .table1 import table_rows
 from .variants import VARIANTS, variant_run
 from ..results.archive import scored_elsewhere
 from ..results.rows import ROWS, run_of
@@ -35,11 +35,10 @@ def planned_runs(
 ) -> list[tuple[str, Run]]:
     "(command of make, run) of every training that the figures need, each run once, in the order of `make study`."
     systems = systems or preset.systems
-    main = [row for row in ROWS if row.main and row.kind == "trained"]
-    found = [("reproduce", run_of(row, s, preset, k)) for s in systems for row in main for k in preset.seeds]
-    chosen = [(trained_row(name), number) for name, number in CHOSEN.get(preset.name, {}).items()]
-    tuned = [(tuned_row(row, number, s, preset), s) for s in systems for row, number in chosen]
-    found += [("tuned", run_of(row, s, preset, k)) for row, s in tuned for k in SEEDS]
+    trained = [row for row in table_rows(preset) if row.kind == "trained"]
+    by_hand = [row for row in ROWS if row.main and row.kind == "trained"]
+    both = (("reproduce", trained), ("tuned", by_hand))
+    found = [(n, run_of(row, s, preset, k)) for n, rows in both for s in systems for row in rows for k in preset.seeds]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]

@@ -130,11 +130,22 @@ def _check_names(preset: Preset, path: Path) -> None:
             raise ValueError(f"{path}: sims.{system}: a split is a folder; use letters, digits and _, not {wrong[0]!r}")
 
 # %% ../../nbs/training/presets.ipynb #43eef720
+def _still_tuned(base: Preset, given: Mapping) -> dict:
+    "What was tuned of a preset, without the rows whose recipe or coefficients a file gives."
+    own = {name for part in ("train", "objectives") for name in given.get(part) or {}}
+    return {
+        row: parts
+        for row, parts in base.tuned.items()
+        if not {row, row.split("-")[0], row.split("-")[0].split(".")[0]} & own
+    }
+
+
 def read_preset(path: str | Path) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
     (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`,
-    `train`, `encoders` and `objectives` are merged one by one. The name is that of the file, as are the folders of its
-    data and runs: no preset of the library may have it.
+    `train`, `encoders` and `objectives` are merged one by one. A row of Table 1 for whose objective the file has a
+    recipe or coefficients takes those, and not what `make tune` found at the base (`tuned`). The name is that of the
+    file, as are the folders of its data and runs: no preset of the library may have it.
 
     Raises FileNotFoundError, or ValueError that names the file and the field that is wrong."""
     path = Path(path)
@@ -149,6 +160,8 @@ def read_preset(path: str | Path) -> Preset:
         if name in given:
             entries = given[name] or {}
             given[name] = {k: _built(cls, v, f"{path}: {name}.{k}") for k, v in entries.items()}
+    if base and "tuned" not in given:
+        given["tuned"] = _still_tuned(base, given)
     for name in _MAPPINGS:
         if base or name in given:
             given[name] = {**(getattr(base, name) if base else {}), **(given.get(name) or {})}

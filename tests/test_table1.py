@@ -1,0 +1,113 @@
+"""The rows of Table 1: the recipes that the committed trials chose, and the random weights that belong to each row."""
+
+import pandas as pd
+import pytest
+from helpers import ROOT
+
+from physrep.experiments.table1 import against_random, differences_from_own, sides, table_rows, tuned_row
+from physrep.experiments.tuning import OWN, chosen_configurations, trial_run
+from physrep.objectives.methods import objective_class
+from physrep.results.comparison import compare, differences, read_methods
+from physrep.results.rows import ROWS, chosen_rows, row_name, run_of
+from physrep.training.presets import get_preset, read_preset
+
+LAPTOP = get_preset("laptop")
+NAMED = {row_name(row): row for row in ROWS}
+
+
+def chosen_numbers() -> dict[str, int]:
+    "Row -> the configuration that the committed trials choose."
+    found = chosen_configurations(pd.read_csv(ROOT / "figures" / "tuning.csv"))
+    chosen = {f"{one.objective}-{one.encoder}": one.chosen for one in found.itertuples()}
+    trained = {"-".join(row): chosen["-".join(row)] for row in OWN if objective_class(row[0]).trains}
+    return trained | {"jepa.circular-convnext": chosen["jepa-convnext"]}
+
+
+def test_every_trained_row_is_tuned():
+    assert chosen_numbers().keys() == LAPTOP.tuned.keys()
+    assert set(LAPTOP.tuned) == {row_name(row) for row in chosen_rows() if row.kind == "trained"}
+
+
+@pytest.mark.parametrize("name", LAPTOP.tuned)
+def test_a_row_has_the_recipe_that_the_committed_trials_choose(name):
+    row = NAMED[name]
+    run = run_of(tuned_row(row, LAPTOP), "shear_flow", LAPTOP)
+    trial = trial_run("shear_flow", (row.objective, row.encoder), LAPTOP, chosen_numbers()[name])
+    assert (run.recipe, run.coefficients) == (trial.recipe, trial.coefficients)
+    assert run.tag == ".".join(filter(None, [row.tag, "tuned"]))
+
+
+def test_rows_keep_their_order_look_and_place():
+    rows = table_rows(LAPTOP)
+    usual = chosen_rows()
+    titles = [row.title for row in rows]
+    assert [t for t in titles if t != "random weights periodic ConvNeXt"] == [row.title for row in usual]
+    assert titles.index("random weights periodic ConvNeXt") == len(rows) - 5, "before the baselines"
+    assert {row.title: (row.color, row.marker, row.encoder_config) for row in usual}.items() <= {
+        row.title: (row.color, row.marker, row.encoder_config) for row in rows
+    }.items()
+    assert table_rows(get_preset("smoke"), "mae-vit") == chosen_rows("mae-vit"), "nothing is tuned there"
+
+
+def test_a_preset_of_ones_own_keeps_what_was_tuned_but_for_what_it_sets(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: laptop\nobjectives: {jepa: {horizon: 4}}\ntrain: {mae: {steps: 2, lr: 0.1}}\n")
+    assert set(LAPTOP.tuned) - set(read_preset(file).tuned) == {
+        "jepa-convnext",
+        "jepa.circular-convnext",
+        "jepa-vit",
+        "mae-vit",
+    }
+    file.write_text("base: laptop\ntuned: {}\n")
+    assert not read_preset(file).tuned
+
+
+@pytest.mark.parametrize(
+    "tuned, message",
+    [
+        ("{mae-vits: {}}", "preset mine: tuned has mae-vits; valid: jepa-convnext, "),
+        ("{mae-vit: {lr: 0.1}}", "preset mine: tuned.mae-vit has lr; valid: coefficients, recipe"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path, tuned, message):
+    (tmp_path / "mine.yaml").write_text(f"base: smoke\ntuned: {tuned}\n")
+    with pytest.raises(ValueError, match=message):
+        table_rows(read_preset(tmp_path / "mine.yaml"))
+
+
+def test_a_padding_is_compared_with_random_weights_that_pad_alike(smoke_runs_of_paddings):
+    folders, rows = smoke_runs_of_paddings
+    paired = differences_from_own(folders.values(), rows).query("reference == 'random' and label == 'mean'")
+    usual = differences(read_methods(list(folders.values()))).query("reference == 'random' and label == 'mean'")
+    for name, other in (("jepa.circular", "random.circular"), ("jepa", "random")):
+        found = paired[paired.objective == name].set_index("probe")
+        pair = compare(folders[name], folders[other], metric="mse").query("label == 'mean'").set_index("probe")
+        assert len(found) == 4 and (found.difference == pair.difference).all()
+    before, after = (one[one.objective == "jepa.circular"].difference.to_numpy() for one in (usual, paired))
+    assert (before != after).any(), "with zeros it is another difference"
+    assert set(against_random(paired, rows).title) == {"JEPA ConvNeXt", "JEPA periodic ConvNeXt"}
+
+
+def test_a_side_takes_the_interval_and_every_seed():
+    low, high = [-2.0, -2.0, 1.0, 1.0, -1.0], [-1.0, -1.0, 2.0, 2.0, 1.0]
+    by_seed = [(-1, -2), (-1, 1), (1, 2), (2, -1), (1, 1)]
+    verdicts = sides(pd.DataFrame({"low": low, "high": high, "by_seed": by_seed}))
+    assert verdicts == ["better", "undecided", "worse", "undecided", "undecided"]
+
+
+@pytest.fixture(scope="module")
+def smoke_runs_of_paddings(smoke_data, tmp_path_factory):
+    "Folders of JEPA on two ConvNeXts and of their random weights, by objective, and the rows of the table."
+    from physrep.probing.evaluate import score_run
+    from physrep.training.pretrain import pretrain
+
+    root, smoke = tmp_path_factory.mktemp("paddings"), get_preset("smoke")
+    rows = table_rows(smoke, "jepa-convnext,jepa.circular-convnext,random-convnext")
+    folders = {}
+    for row in rows:
+        if row.kind != "baseline":
+            run = run_of(row, "shear_flow", smoke)
+            pretrain(run, smoke_data, root, progress=False, say=lambda text: None)
+            score_run(run, smoke_data, root, probes=("linear", "knn", "kernel", "attentive"), progress=False)
+            folders[row.pair[0]] = run.folder(root)
+    return folders, rows
