@@ -63,7 +63,7 @@ def table_rows(preset: Preset, only: str = "", own: str | Path = "") -> tuple[Ro
         raise ValueError(f"{own}: Table 1 has a row {', '.join(twice)} already; give yours another tag")
     return (*found, *baselines, *mine)
 
-
+# %% ../../nbs/experiments/table1.ipynb #b40548d4
 def shown_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
     "The rows as figures name and look them up, without the tag of their chosen recipes."
     return tuple(replace(row, tag=without_tag(row.tag)) for row in rows)
