@@ -251,8 +251,8 @@ DIFFERENCES = {"random": "table1_differences", **{c: f"table1_differences_{c}" f
 
 rule table1:
     input: RESULTS + MORE_SEEDS
-    output: figures("table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
-    params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.seeds", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
+    output: figures("overview", "table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
+    params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.seeds", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs", "experiments.table1", "experiments.overview") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # a method is a curve: the encoders that every run kept on its way are probed, one job a system, then drawn
@@ -270,14 +270,14 @@ for system, done in zip(SYSTEMS, SCORED):
 rule learning_curves:
     input: RESULTS + MORE_SEEDS + SCORED
     output: figures("learning_curves")
-    params: rows=repr(TABLE_ROWS), code=stage("05a_learning_curves", "experiments.learning_curve_figures") + PROBING, command=papermill("05a_learning_curves", "learning_curves", **SHOWN, **WITH_ROWS)
+    params: rows=repr(TABLE_ROWS), code=stage("05a_learning_curves", "experiments.learning_curve_figures", "experiments.table1") + PROBING, command=papermill("05a_learning_curves", "learning_curves", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # few labels, and flows that start in another way
 rule data_efficiency:
     input: RESULTS + MORE_SEEDS
     output: figures("data_efficiency", *(["table1_shifted", "shift"] if SHIFTED_TOO else []))
-    params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "results.seeds", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
+    params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "experiments.table1", "results.seeds", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # the same flows at twice the resolution, read by the same encoders and probes

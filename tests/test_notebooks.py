@@ -207,7 +207,7 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
     )
     assert table.returncode == 0, table.stderr[-3000:]
     differences = (f"table1_differences{reference}" for reference in ("", "_statistics", "_spectra"))
-    names = ["table1", "curves", "table1_shear_flow", *differences]
+    names = ["overview", "table1", "curves", "table1_shear_flow", *differences]
     figures = {f.name for f in (runs / "smoke" / "figures").iterdir()}
     assert figures == {f"{n}.{e}" for n in names for e in ("png", "svg", "csv", "json")}
     # the same runs stand for those on splits without leaks

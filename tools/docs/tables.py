@@ -9,14 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 FIGURES = ROOT / "figures"
-WITHOUT_LABELS = (
-    "supervised",
-    "random",
-    "constant",
-    "statistics",
-    "spectra",
-    "equations",
-)  # rows that are no pretraining
+NO_PRETRAINING = ("supervised", "random", "constant", "statistics", "spectra", "equations")
 FLOPS = 4e14  # operations a second that an H100 does in bfloat16 at about 40 % of its peak of 1e15
 PROBE_COLUMNS = ("linear", "knn", "kernel", "attentive")
 
@@ -46,6 +39,11 @@ def titles() -> dict[str, str]:
     return {name: system.title for name, system in SYSTEMS.items()}
 
 
+def kind(row: dict) -> str:
+    "The objective of a row without its variant: `random` of `random.circular`."
+    return row["objective"].partition(".")[0]
+
+
 def scores(figures: Path = FIGURES) -> list[dict]:
     "Mean errors on `test` in the numbers of Table 1."
     rows = read_csv(figures / "table1.csv")
@@ -68,9 +66,9 @@ def best_encoders(figures: Path = FIGURES) -> str:
         for probe in PROBE_COLUMNS:
             here = [r for r in rows if (r["system"], r["probe"]) == (system, probe) and r["encoder"] != "none"]
             groups = {
-                "trained": [r for r in here if r["objective"] not in WITHOUT_LABELS],
-                "random": [r for r in here if r["objective"] == "random"],
-                "supervised": [r for r in here if r["objective"] == "supervised"],
+                "trained": [r for r in here if kind(r) not in NO_PRETRAINING],
+                "random": [r for r in here if kind(r) == "random"],
+                "supervised": [r for r in here if kind(r) == "supervised"],
             }
             if groups["trained"]:
                 lines.append([names.get(system, system), probe, *map(text, groups.values())])
@@ -95,7 +93,7 @@ def counts(figures: Path = FIGURES) -> str:
         r
         for r in read_csv(figures / "table1_differences.csv")
         if (r["split"], r["label"], r["metric"], r["reference"]) == ("test", "mean", "mse", "random")
-        and r["objective"] not in WITHOUT_LABELS
+        and kind(r) not in NO_PRETRAINING
     ]
     lines = []
     for row in dict.fromkeys((r["objective"], r["encoder"]) for r in rows):
