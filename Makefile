@@ -84,13 +84,13 @@ tuned: $(READY)  ## train the rows of Table 1 with the recipes by hand, too, and
 	@$(KEEP)
 
 ablations: TARGET = ablations
-ablations: $(READY)  ## variants of rows of Table 1 (SIGReg, blocks, controls of invariance, backbones), twenty minutes after `make reproduce`
+ablations: $(READY)  ## variants of rows of Table 1 (SIGReg, blocks, controls of invariance, backbones), twenty minutes after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) ablations
 	@$(KEEP)
 
 matters: TARGET = matters
-matters: $(READY)  ## task x target x encoder, each cell at its best learning rate: what the paper's comparison rests on; some hours of two cores after `make reproduce`
+matters: $(READY)  ## task x target x encoder, each cell at its best learning rate: what the paper's comparison rests on; some hours of two cores
 	@$(SNAKE) </dev/null
 	@$(COMPARE) matters matters_shares matters_probes $(if $(SYSTEM),,matters_systems)
 	@$(KEEP)
@@ -98,59 +98,59 @@ matters: $(READY)  ## task x target x encoder, each cell at its best learning ra
 resolution: TARGET = resolution
 resolution: $(READY)  ## simulate flows of `test` at twice the resolution and read them, with the recipes by hand; ten minutes after `make tuned`
 	@$(SNAKE) </dev/null
-	@$(COMPARE) resolution
+	@test ! -f $(DRAWN)/resolution.csv || $(COMPARE) resolution
 	@$(KEEP)
 
 regimes: TARGET = regimes
 regimes: $(READY)  ## ask the encoders for the state of the flow, with the recipes by hand; ten minutes after `make tuned`
 	@$(SNAKE) </dev/null
-	@$(COMPARE) regimes
+	@test ! -f $(DRAWN)/regimes.csv || $(COMPARE) regimes
 	@$(KEEP)
 
 across: TARGET = across
 across: $(READY)  ## one JEPA for all systems, and encoders that read another system, with the recipes by hand; ten minutes after `make tuned`
 	@$(SNAKE) </dev/null
-	@$(COMPARE) across
+	@test ! -f $(DRAWN)/across.csv || $(COMPARE) across
 	@$(KEEP)
 
 machines: TARGET = machines
-machines: $(READY)  ## one row again with other threads and instructions: how far numbers move from machine to machine; some minutes after `make reproduce`
+machines: $(READY)  ## one row again with other threads and instructions: how far numbers move from machine to machine; some minutes after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) machines
 	@$(KEEP)
 
 rollout: TARGET = rollout
-rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows that can, and train those that are missing; half an hour after `make reproduce`
+rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows that can, and train those that are missing; half an hour after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) rollout rollout_spectra rollout_drift rollout_frames rollout_probes
 	@$(KEEP)
 
 grid: TARGET = grid
-grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as sets of The Well have; simulates such a set, half an hour after `make reproduce`
+grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as sets of The Well have; simulates such a set, half an hour after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) grid
 	@$(KEEP)
 
 box: TARGET = box
-box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make reproduce`
+box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) box
 	@$(KEEP)
 
 question: TARGET = question
-question: $(READY)  ## ask what else answers the question of JEPA from its features, and train it with a faster predictor; an hour of two cores after `make reproduce`
+question: $(READY)  ## ask what else answers the question of JEPA from its features, and train it with a faster predictor; an hour of two cores after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) own_question own_question_probes
 	@$(KEEP)
 
 rates: TARGET = rates
-rates: $(READY)  ## train MAE (or another row, ONLY=forecast-vit) at a half and a quarter of its learning rate, with three seeds; forty minutes of two cores after `make reproduce`
+rates: $(READY)  ## train MAE (or another row, ONLY=forecast-vit) at a half and a quarter of its learning rate, with three seeds; forty minutes of two cores after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) rates rates_losses
 	@$(KEEP)
 
 longer: TARGET = longer
-longer: $(READY)  ## train MAE and forecasts (or other rows, ONLY=jepa_ema-vit) with twice the updates, two seeds in each system; two hours of two cores after `make reproduce`
+longer: $(READY)  ## train MAE and forecasts (or other rows, ONLY=jepa_ema-vit) with twice the updates, two seeds in each system; two hours of two cores after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) longer_shear_flow longer_rayleigh_benard longer_active_matter
 	@$(KEEP)

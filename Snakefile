@@ -201,20 +201,24 @@ for system, runs_in, about in PLACES:
     # all seeds of the preset in one job, because starting one costs as much as a probe; each further seed is a job
     seeds_there = with_seeds_there(PRESET, asked, ENCODED, ROOT / "runs", DATA).seeds
     further = [] if runs_in else [k for k in dict.fromkeys((*seeds_there, *ASKED_SEEDS)) if k not in PRESET.seeds]
-    jobs = [(row, seeds) for row in ENCODED for seeds in (PRESET.seeds, *((seed,) for seed in further))]
-    jobs += [(row, seeds) for row in UNTUNED for seeds in (PRESET.seeds, *((k,) for k in ASKED_SEEDS if k not in PRESET.seeds))]
-    for row, seeds in [*jobs, *((row, PRESET.seeds) for row in EMULATED if row not in [*ENCODED, *UNTUNED])]:
+    of_place = ENCODED if runs_in is None else [row for row in BY_HAND if row.kind != "baseline"]  # 05d_leakage reads these
+    jobs = [(row, seeds) for row in of_place for seeds in (PRESET.seeds, *((seed,) for seed in further))]
+    if runs_in is None:
+        asked_too = [(k,) for k in ASKED_SEEDS if k not in PRESET.seeds]
+        jobs += [(row, seeds) for row in UNTUNED for seeds in (PRESET.seeds, *asked_too)]
+        jobs += [(row, PRESET.seeds) for row in EMULATED if row not in [*ENCODED, *UNTUNED]]
+    for row, seeds in jobs:
         every = [run_of(row, asked, PRESET, seed, DATA) for seed in seeds]
         wanted = [run.folder(runs_in) / "result.json" for run in every]
-        if row in ENCODED:
+        if row in of_place:
             (into if seeds == PRESET.seeds else MORE_SEEDS).extend(wanted)
         if runs_in is None and seeds == PRESET.seeds:
             OF_ROW.setdefault(row.pair, []).extend(wanted)
             HAND_RESULTS.extend(wanted if row in BY_HAND else [])
-        if row in UNTUNED and seeds != PRESET.seeds:
+        if runs_in is None and row in UNTUNED and seeds != PRESET.seeds:
             MORE_BY_HAND.extend(wanted)
         runs = [run for run in every if not scored_elsewhere(run.folder(runs_in), PRESET)]
-        if row in ENCODED and seeds == PRESET.seeds and len(runs) < len(every):
+        if row in of_place and seeds == PRESET.seeds and len(runs) < len(every):
             ALL_ENCODERS = False
         if not runs:
             continue
@@ -280,18 +284,26 @@ rule data_efficiency:
     params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "experiments.table1", "results.seeds", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
+# what asks encoders of all rows something new; where it cannot, it says why
+CAN = {
+    "resolution": len(REFINED) == len(SYSTEMS) and not ONLY,
+    "across": BUILT_IN and len(SYSTEMS) > 1 and SAME_GRID and not ONLY,
+    "regimes": BUILT_IN and not ONLY,
+}
+CANNOT = "echo 'this needs all rows and built-in systems: several on one grid (across), or simulated ones (resolution)'"
+
 # the same flows at twice the resolution, read by the same encoders and probes
 rule resolution:
-    input: HAND_RESULTS + REFINED
-    output: figures("resolution")
-    params: code=stage("05b_resolution", "experiments.resolution", "experiments.refinement", "results.forest") + PROBING, command=papermill("05b_resolution", "resolution", **SHOWN)
+    input: HAND_RESULTS + REFINED if CAN["resolution"] else []
+    output: figures("resolution") if CAN["resolution"] else []
+    params: code=stage("05b_resolution", "experiments.resolution", "experiments.refinement", "results.forest") + PROBING, command=papermill("05b_resolution", "resolution", **SHOWN) if CAN["resolution"] else CANNOT
     shell: "{params.command}"
 
 # one encoder for all systems, and encoders that read another
 rule across:
-    input: [result for row in ACROSS for result in OF_ROW.get(row, [])]
-    output: figures("across")
-    params: code=stage("08c_across_systems", "experiments.transfer") + PROBING, command=papermill("08c_across_systems", "across", **SHOWN)
+    input: [result for row in ACROSS for result in OF_ROW.get(row, [])] if CAN["across"] else []
+    output: figures("across") if CAN["across"] else []
+    params: code=stage("08c_across_systems", "experiments.transfer") + PROBING, command=papermill("08c_across_systems", "across", **SHOWN) if CAN["across"] else CANNOT
     threads: JOB_THREADS
     resources: gpu=GPUS
     priority: 5
@@ -306,9 +318,9 @@ rule leakage:
 
 # a second thing to ask all encoders
 rule regimes:
-    input: HAND_RESULTS
-    output: figures("regimes")
-    params: code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN)
+    input: HAND_RESULTS if CAN["regimes"] else []
+    output: figures("regimes") if CAN["regimes"] else []
+    params: code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN) if CAN["regimes"] else CANNOT
     threads: JOB_THREADS
     resources: gpu=GPUS
     priority: 1  # the longest of the last
@@ -325,7 +337,7 @@ rule rollout:
 
 # `make machines`: one row again, with other threads and other instructions
 rule machines:
-    input: HAND_RESULTS
+    input: [r for r in (*HAND_RESULTS, *MORE_BY_HAND, *MORE_SEEDS) if r.is_relative_to(OUT / FIRST) and r.parts[-3].startswith("mae-vit-")]
     output: figures("machines")
     params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST], seeds=" ".join(map(str, ASKED_SEEDS)) or None)
     threads: CORES
@@ -455,7 +467,7 @@ rule tuning:
 TUNED_ROWS = [row for row in UNTUNED if row.kind == "trained"]
 NONE_TUNED = f"echo 'none of {ONLY or 'the rows'} was tuned at preset {PRESET.name}: nothing to compare'"
 rule tuned:
-    input: RESULTS + MORE_SEEDS + HAND_RESULTS + MORE_BY_HAND
+    input: RESULTS + MORE_SEEDS + HAND_RESULTS + MORE_BY_HAND if TUNED_ROWS else []
     output: figures("tuned") if TUNED_ROWS else []
     params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", **SHOWN, rows=",".join(map(row_name, TUNED_ROWS)), seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS))))) if TUNED_ROWS else NONE_TUNED
     threads: JOB_THREADS
@@ -477,7 +489,7 @@ for name, seed, done in VARIED:
         shell: "{params.command}"
 
 rule ablations:
-    input: HAND_RESULTS + [done for *_, done in VARIED]
+    input: [result for result in HAND_RESULTS if result.is_relative_to(OUT / FIRST)] + [done for *_, done in VARIED]
     output: figures("ablations")
     params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
     shell: "{params.command}"
@@ -488,25 +500,32 @@ ELSEWHERE = [asked for system, asked in SYSTEMS.items() if system != FIRST]
 COMBINED = str(config.get("cells") or "")  # cells, or `all`; default: those whose learning rate was found before, or all
 COMBINED = CELLS if COMBINED == "all" else COMBINED.split(",") if COMBINED else FOUND.get((PRESET.name, FIRST), CELLS)
 FACTORIAL = {name: OUT / "matters" / f"{name}.done" for name in COMBINED}
-for name, done in FACTORIAL.items():
-    run = cell_run(name, SYSTEMS[FIRST], PRESET, steps=1, data_dir=DATA)  # as many updates as make operations equal are found later
+for name, done in list(FACTORIAL.items()):
+    try:
+        run = cell_run(name, SYSTEMS[FIRST], PRESET, steps=1, data_dir=DATA)  # as many updates as make operations equal are found later
+        given = run.hash + PROBING  # builds the objective
+    except ValueError:
+        if config.get("cells") not in (None, "", "all"):  # asked for by name
+            raise
+        del FACTORIAL[name]  # this preset's clips or tokens are too short for it
+        continue
     probed = (matters_root(ROOT / "runs") / PRESET.name / FIRST).glob(f"{'-'.join(run.row)}-*/seed{PRESET.seeds[-1]}/result.json")
     rule:
         name: f"cell_{name}".replace("-", "_")
         input: [file for system in SYSTEMS for file in simulated(system)]
         output: touch(finished(done, any(probed)))
-        params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))), draw=False)
+        params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + given, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))), draw=False)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"
 
 rule matters:
-    input: HAND_RESULTS + list(FACTORIAL.values())
+    input: list(FACTORIAL.values())
     output: figures("matters", "matters_shares", "matters_probes", *(["matters_systems"] if ELSEWHERE else []))
     params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
-# what asks the encoders of all rows something new; of a preset that was tuned these are trained by `make regimes`, ...
+# of a preset that was tuned, the rows by hand are trained by `make regimes`, `make across` and `make resolution` themselves
 WHOLE = ALL_ENCODERS and not ONLY and not UNTUNED
 
 rule simulated:
@@ -519,7 +538,7 @@ rule all:
         rules.table1.output,
         rules.learning_curves.output if KEEPS_CURVES else [],
         rules.data_efficiency.output,
-        rules.regimes.output if BUILT_IN and WHOLE else [],
-        rules.across.output if BUILT_IN and len(SYSTEMS) > 1 and SAME_GRID and WHOLE else [],
-        rules.resolution.output if len(REFINED) == len(SYSTEMS) and WHOLE else [],
+        rules.regimes.output if WHOLE else [],
+        rules.across.output if WHOLE else [],
+        rules.resolution.output if WHOLE else [],
         rules.leakage.output if LEAK_FREE else [],

@@ -7,6 +7,7 @@ from physrep.experiments.learning_curve_figures import learning_curve, orders, p
 from physrep.experiments.learning_curves import score_snapshots, snapshots
 from physrep.probing.evaluate import score_run
 from physrep.probing.records import read_results
+from physrep.results.curves import read_curves, trained_table
 from physrep.training.pretrain import pretrain
 from physrep.training.run import resolve
 
@@ -65,3 +66,19 @@ def test_runs_without_encoders_on_the_way_are_refused(trained, tmp_path):
         snapshots(run, tmp_path)
     with pytest.raises(ValueError, match="only trainings with schedule 'constant' keep them"):
         snapshots(resolve("shear_flow", "random", "vit", "smoke"), tmp_path)
+
+
+def test_curves_of_a_variant_are_not_those_of_its_row(tmp_path):
+    for tag, gate in (("", 1.5), ("circular", 0.5)):
+        folder = tmp_path / f"jepa{tag}"
+        folder.mkdir()
+        config = {"system": "shear_flow", "objective": "jepa", "encoder": "convnext", "tag": tag, "seed": 0}
+        write_json(folder / "config.json", config | {"recipe": {"batch_size": 2}})
+        (folder / "curve.csv").write_text(
+            f"step,online,effective_rank,feature_std,gate\n0,0.9,9,1,\n10,0.5,9,1,{gate}\n"
+        )
+    curves = read_curves(sorted(tmp_path.iterdir()))
+    assert set(curves.objective) == {"jepa", "jepa.circular"}
+    ends = trained_table(curves).set_index("objective")
+    assert ends.gate.to_dict() == {"jepa": 1.5, "jepa.circular": 0.5}
+    assert (ends["not trained, because"] != "").to_dict() == {"jepa": True, "jepa.circular": False}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import dry_run
 
 from physrep.experiments.table1 import table_rows
 from physrep.results.archive import pack, unpack
@@ -228,3 +229,10 @@ def test_encoders_and_predictions_are_the_same_to_the_byte(twice):
 @pytest.mark.long
 def test_figures_are_the_same_to_the_byte(twice):
     assert len(same_files(twice, "*.png")) >= 9
+
+
+@pytest.mark.long
+def test_the_workflow_of_preset_gpu_can_be_planned():
+    "Its tokens are longer than what some cells of `make matters` hide: those cells are left out."
+    done = dry_run(preset="gpu", data="")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -4,11 +4,13 @@ import pandas as pd
 import pytest
 from helpers import ROOT
 
+from physrep.core.files import read_json
 from physrep.experiments.table1 import against_random, differences_from_own, sides, table_rows, tuned_row
 from physrep.experiments.tuning import OWN, chosen_configurations, trial_run
 from physrep.objectives.methods import objective_class
 from physrep.results.comparison import compare, differences, read_methods
 from physrep.results.rows import ROWS, chosen_rows, row_name, run_of
+from physrep.training.cost import cost
 from physrep.training.presets import get_preset, read_preset
 
 LAPTOP = get_preset("laptop")
@@ -58,7 +60,10 @@ def test_a_preset_of_ones_own_keeps_what_was_tuned_but_for_what_it_sets(tmp_path
         "jepa-vit",
         "mae-vit",
     }
-    file.write_text("base: laptop\ntuned: {}\n")
+    file.write_text("base: laptop\ntrain: {jepa: {steps: 2, lr: 0.1}}\n")
+    left = set(LAPTOP.tuned) - set(read_preset(file).tuned)
+    assert left == {"jepa-vit"}, "the base has a recipe for jepa-convnext, which that of jepa does not change"
+    file.write_text("base: laptop\ntuned:\n")
     assert not read_preset(file).tuned
 
 
@@ -66,13 +71,47 @@ def test_a_preset_of_ones_own_keeps_what_was_tuned_but_for_what_it_sets(tmp_path
     "tuned, message",
     [
         ("{mae-vits: {}}", "preset mine: tuned has mae-vits; valid: jepa-convnext, "),
-        ("{mae-vit: {lr: 0.1}}", "preset mine: tuned.mae-vit has lr; valid: coefficients, recipe"),
+        ("3", "mine.yaml: tuned must be a mapping of rows of Table 1, got 3"),
+        ("{mae-vit: {lr: 0.1}}", "mine.yaml: tuned.mae-vit must be a mapping with coefficients and recipe, got"),
+        ("{mae-vit: {recipe: 3}}", "mine.yaml: tuned.mae-vit must be a mapping with coefficients and recipe, got"),
+        ("{mae-vit: {recipe: {rate: 3}}}", "mine.yaml: tuned.mae-vit: recipe has no rate; it has: steps, "),
+        ("{mae-vit: {recipe: {lr: high}}}", "mine.yaml: tuned.mae-vit: lr must be float, got 'high'"),
     ],
 )
 def test_a_wrong_entry_is_named(tmp_path, tuned, message):
     (tmp_path / "mine.yaml").write_text(f"base: smoke\ntuned: {tuned}\n")
     with pytest.raises(ValueError, match=message):
         table_rows(read_preset(tmp_path / "mine.yaml"))
+
+
+def test_rows_of_ones_own_do_not_look_tuned(tmp_path):
+    for entry in ("{objective: jepa, encoder: vit, tag: tuned}", "{objective: jepa, encoder: vit, tag: near.tuned}"):
+        (tmp_path / "rows.yaml").write_text(f"rows: [{entry}]\n")
+        with pytest.raises(ValueError, match="rows.yaml: the tag tuned of jepa.*-vit marks recipes that tuning chose"):
+            table_rows(LAPTOP, own=tmp_path / "rows.yaml")
+
+
+def test_a_tuned_row_is_fine_tuned_where_the_row_is():
+    for name in ("mae-vit", "forecast-vit"):
+        run = run_of(tuned_row(NAMED[name], LAPTOP), "shear_flow", LAPTOP)
+        (row,) = (row for row in table_rows(LAPTOP, "all") if row.pair == run.row)
+        assert row.finetuned == NAMED[name].finetuned == (name == "mae-vit")
+
+
+def test_operations_are_those_of_the_row_but_for_two_percent_where_a_system_has_more_fields():
+    for system, most in (("rayleigh_benard", 0.001), ("active_matter", 0.02)):
+        for name in ("mae-vit", "forecast-vit", "invariance-vit", "jepa_ema-vit"):
+            usual, tuned = (
+                cost(run_of(r, system, LAPTOP))["total"] for r in (NAMED[name], tuned_row(NAMED[name], LAPTOP))
+            )
+            assert tuned == pytest.approx(usual, rel=most)
+
+
+def test_the_committed_table_is_of_these_rows():
+    runs = {run.split("/")[0] for run in read_json(ROOT / "figures" / "table1.json")["runs"]}
+    for system in LAPTOP.systems:
+        there = {run_of(row, system, LAPTOP).name for row in table_rows(LAPTOP) if row.kind != "baseline"}
+        assert there <= runs, system
 
 
 def test_a_padding_is_compared_with_random_weights_that_pad_alike(smoke_runs_of_paddings):
@@ -85,13 +124,15 @@ def test_a_padding_is_compared_with_random_weights_that_pad_alike(smoke_runs_of_
         assert len(found) == 4 and (found.difference == pair.difference).all()
     before, after = (one[one.objective == "jepa.circular"].difference.to_numpy() for one in (usual, paired))
     assert (before != after).any(), "with zeros it is another difference"
+    assert not len(paired[paired.objective == "random.circular"]), "it is no answer to random weights"
     assert set(against_random(paired, rows).title) == {"JEPA ConvNeXt", "JEPA periodic ConvNeXt"}
 
 
 def test_a_side_takes_the_interval_and_every_seed():
     low, high = [-2.0, -2.0, 1.0, 1.0, -1.0], [-1.0, -1.0, 2.0, 2.0, 1.0]
     by_seed = [(-1, -2), (-1, 1), (1, 2), (2, -1), (1, 1)]
-    verdicts = sides(pd.DataFrame({"low": low, "high": high, "by_seed": by_seed}))
+    difference = [-1.5, -1.5, 1.5, 1.5, 0.5]
+    verdicts = sides(pd.DataFrame({"difference": difference, "low": low, "high": high, "by_seed": by_seed}))
     assert verdicts == ["better", "undecided", "worse", "undecided", "undecided"]
 
 

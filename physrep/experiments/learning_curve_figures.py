@@ -53,7 +53,8 @@ def learning_curve(run: Run, run_dir: str | Path | None = None) -> pd.DataFrame:
 def _draw_lines(ax: Axes, still: pd.DataFrame, rows: Sequence[Row]) -> None:
     "Rows without training as horizontal lines."
     for _, row in still.iterrows():
-        style = ("-." if row.encoder == "convnext" else "--") if row.objective == "random" else ":"
+        random = row.objective.partition(".")[0] == "random"
+        style = ("-." if row.encoder == "convnext" else "--") if random else ":"
         pair = (row.objective, row.encoder)
         ax.axhline(row.value, ls=style, lw=1.2, color=color_of(*pair, rows), label=title_of(*pair, rows=rows))
 

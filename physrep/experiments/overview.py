@@ -82,7 +82,9 @@ def plot_overview(best: pd.DataFrame, rows: Sequence[Row]) -> Figure:
         axes[0].invert_yaxis()
         handles = [
             Line2D([], [], color="black", marker="o", ms=5, lw=1.0, label="error, 95 % interval"),
-            Line2D([], [], color="#7A7A7A", marker="|", ls="none", ms=9, mew=2.2, label="random weights of the network"),
+            Line2D(
+                [], [], color="#7A7A7A", marker="|", ls="none", ms=9, mew=2.2, label="random weights of the network"
+            ),
             Line2D([], [], color="black", ls="--", lw=0.9, label="a constant"),
         ]
         fig.legend(handles=handles, loc="outside lower center", ncols=3)

@@ -16,6 +16,7 @@ import pandas as pd
 from .recipes import random_weights
 from ..objectives.methods import objective_class
 from ..results.comparison import Method, differences, read_methods
+from ..results.forest import is_clear
 from ..results.rows import ROWS, Row, chosen_rows, read_rows, row_name, title_of
 from ..training.presets import Preset
 
@@ -29,10 +30,6 @@ def tuned_row(row: Row, preset: Preset) -> Row:
     if row_name(row) not in preset.tuned:
         return row
     parts = preset.tuned[row_name(row)]
-    if unknown := sorted(set(parts) - set(_PARTS)):
-        raise ValueError(
-            f"preset {preset.name}: tuned.{row_name(row)} has {', '.join(unknown)}; valid: {', '.join(_PARTS)}"
-        )
     tag = ".".join(part for part in (row.tag, TUNED) if part)
     return replace(row, tag=tag, **{name: getattr(row, name) | dict(parts.get(name, {})) for name in _PARTS})
 
@@ -58,10 +55,10 @@ def table_rows(preset: Preset, only: str = "", own: str | Path = "") -> tuple[Ro
     baselines = [row for row in rows if row.kind == "baseline"]
     others = [row for row in rows if row.kind != "baseline"]
     mine = read_rows(own) if own else ()
-    found = [*(tuned_row(row, preset) for row in others), *own_random_weights(others)]
-    if twice := [row_name(row) for row in mine if row.pair in [one.pair for one in found]]:
-        raise ValueError(f"{own}: Table 1 has a row {', '.join(twice)} already; give yours another tag")
-    return (*found, *baselines, *mine)
+    if wrong := [row for row in mine if (row.objective, row.tag) != (without_tag(row.objective), without_tag(row.tag))]:
+        names = ", ".join(row_name(row) for row in wrong)
+        raise ValueError(f"{own}: the tag {TUNED} of {names} marks recipes that tuning chose; give yours another one")
+    return (*(tuned_row(row, preset) for row in others), *own_random_weights(others), *baselines, *mine)
 
 # %% ../../nbs/experiments/table1.ipynb #b40548d4
 def shown_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -82,21 +79,26 @@ def shown_as(table: pd.DataFrame) -> pd.DataFrame:
 def differences_from_own(where: Sequence[str | Path | Method], rows: Sequence[Row]) -> pd.DataFrame:
     "`differences`, with each row compared with random weights that have the options of its encoder, such as padding."
     methods = read_methods(where)
-    usual, own = differences(methods), []
+    found = [differences(methods)]
     for random in (row for row in rows if row.kind == "random" and row.encoder_config):
-        like = [row.pair for row in rows if row.kind == "trained" and row.encoder_config == random.encoder_config]
-        ours = pd.Series([pair in like for pair in zip(usual.objective, usual.encoder)], usual.index)
-        usual = usual[~ours | (usual.reference != "random")]
-        some = [method for method in methods if (method.objective, method.encoder) in (*like, random.pair)]
-        own.append(differences(some, references=random.pair[:1]).assign(reference="random"))
-    return pd.concat([usual, *own], ignore_index=True)
+        network = (random.encoder, random.encoder_config)
+        like = [row.pair for row in rows if row.kind == "trained" and (row.encoder, row.encoder_config) == network]
+        if like:
+            usual = found[0]
+            ours = pd.Series([p in (*like, random.pair) for p in zip(usual.objective, usual.encoder)], usual.index)
+            found[0] = usual[~ours | (usual.reference != "random")]
+            some = [method for method in methods if (method.objective, method.encoder) in (*like, random.pair)]
+            found.append(differences(some, references=random.pair[:1]).assign(reference="random"))
+    place = {row.pair: i for i, row in enumerate(rows)}
+    table = pd.concat(found, ignore_index=True)
+    order = [place.get(pair, len(place)) for pair in zip(table.objective, table.encoder)]
+    return table.assign(order=order).sort_values(["system", "order"], kind="stable").drop(columns="order")
 
 
 def sides(paired: pd.DataFrame) -> list[str]:
     "`better`, `worse` or `undecided` for each difference: on which side of 0 the interval and every seed are."
-    better = [one.high < 0 and max(one.by_seed) < 0 for one in paired.itertuples()]
-    worse = [one.low > 0 and min(one.by_seed) > 0 for one in paired.itertuples()]
-    return ["better" if a else "worse" if b else "undecided" for a, b in zip(better, worse)]
+    clear = {True: "worse", False: "better"}
+    return [clear[one.difference > 0] if is_clear(one) else "undecided" for one in paired.itertuples()]
 
 
 def against_random(paired: pd.DataFrame, rows: Sequence[Row], split: str = "test") -> pd.DataFrame:

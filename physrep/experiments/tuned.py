@@ -67,13 +67,12 @@ def recipe_table(runs: Runs, run_dir: str | Path | None = None) -> pd.DataFrame:
 
 
 def recipe_differences(runs: Runs, run_dir: str | Path | None = None) -> pd.DataFrame:
-    "`difference_on_test` of each row (`of`): `recipe` minus `minus`; without that of a recipe from itself."
+    "`difference_on_test` of each row (`of`): `recipe` minus `minus`."
     pairs = ((TUNED, BY_HAND), (TUNED, RANDOM), (BY_HAND, RANDOM))
     found = [
         difference_on_test(ways[a], ways[b], run_dir, of=name, recipe=a, minus=b)
         for name, ways in runs.items()
         for a, b in pairs
-        if ways[a] != ways[b]
     ]
     return pd.concat(found, ignore_index=True)
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..core.files import read_json
+from ..core.places import short_name, tagged
 from ..physics.systems import SYSTEMS
 from .figures import using_style
 from .rows import ROWS, Row, color_of, marker_of, row_order, title_of
@@ -23,14 +24,15 @@ from ..training.watch import shortcomings
 # %% ../../nbs/results/curves.ipynb #7b964b0b
 def read_curves(folders: Sequence[str | Path]) -> pd.DataFrame:
     """The learning curves of run folders, a row for each finished encoder: `system`, `objective`, `encoder`, `seed`,
-    `step`, `windows` (seen so far) and what was measured. Folders without a `curve.csv` (baselines) are left out."""
+    `step`, `windows` (seen so far) and what was measured. A variant has its tag, `jepa.near`. Folders without a
+    `curve.csv` (baselines) are left out."""
     found = []
     for folder in map(Path, folders):
         if not (folder / "curve.csv").is_file():
             continue
         config = read_json(folder / "config.json")
-        about = {"system": config["system"], "objective": config["objective"].split(":")[-1]}
-        about |= {"encoder": config["encoder"].split(":")[-1], "seed": config["seed"]}
+        objective, encoder = tagged(short_name(config["objective"]), config["tag"]), short_name(config["encoder"])
+        about = {"system": config["system"], "objective": objective, "encoder": encoder, "seed": config["seed"]}
         batch = config["recipe"].get("batch_size", 0)
         found += [{**about, "windows": batch * row["step"], **row} for row in read_metrics(folder / "curve.csv")]
     return pd.DataFrame(found)

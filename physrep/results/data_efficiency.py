@@ -36,7 +36,7 @@ def _draw_efficiency(ax: Axes, measured: pd.DataFrame, rows: Sequence[Row]) -> N
         here = measured[(measured.objective == objective) & (measured.encoder == encoder)]
         values = here.groupby("labelled_flows").value.agg(["mean", "min", "max"])
         look = dict(color=color_of(objective, encoder, rows), label=title_of(objective, encoder, rows=rows))
-        style = ":" if objective in CONTROLS else "--" if objective == "random" else "-"
+        style = ":" if objective in CONTROLS else "--" if objective.partition(".")[0] == "random" else "-"
         place = values.index * 1.03 ** (i - (len(pairs) - 1) / 2)  # beside each other
         marker = marker_of(encoder, objective, rows)
         ax.plot(

@@ -129,23 +129,42 @@ def _check_names(preset: Preset, path: Path) -> None:
         if wrong := [split for split in sim.splits if not re.fullmatch(r"\w+", split)]:
             raise ValueError(f"{path}: sims.{system}: a split is a folder; use letters, digits and _, not {wrong[0]!r}")
 
-# %% ../../nbs/training/presets.ipynb #43eef720
+# %% ../../nbs/training/presets.ipynb #957fe8a4
+def _check_tuned(tuned: object, where: str) -> None:
+    "ValueError, with its place, for what is no mapping of rows to `coefficients` and `recipe`."
+    if not isinstance(tuned, Mapping):
+        raise ValueError(f"{where} must be a mapping of rows of Table 1, got {tuned!r:.60}")
+    known = get_type_hints(Recipe)
+    for row, parts in tuned.items():
+        valid = isinstance(parts, Mapping) and set(parts) <= {"coefficients", "recipe"}
+        if not valid or not all(isinstance(part, Mapping) for part in parts.values()):
+            raise ValueError(f"{where}.{row} must be a mapping with coefficients and recipe, got {parts!r:.80}")
+        for name, value in parts.get("recipe", {}).items():
+            if name not in known:
+                raise ValueError(f"{where}.{row}: recipe has no {name}; it has: {', '.join(known)}")
+            if not _fits(value, known[name]):
+                raise ValueError(f"{where}.{row}: {name} must be {_text(known[name])}, got {value!r}")
+
+
 def _still_tuned(base: Preset, given: Mapping) -> dict:
-    "What was tuned of a preset, without the rows whose recipe or coefficients a file gives."
-    own = {name for part in ("train", "objectives") for name in given.get(part) or {}}
-    return {
-        row: parts
-        for row, parts in base.tuned.items()
-        if not {row, row.split("-")[0], row.split("-")[0].split(".")[0]} & own
-    }
+    "What was tuned of a preset, but for the rows whose recipe or coefficients are those that a file gives."
+    found = {}
+    for row, parts in base.tuned.items():
+        objective, _, encoder = row.rpartition("-")
+        names = (f"{objective.partition('.')[0]}-{encoder}", objective.partition(".")[0])
+        own = ((given.get(part) or {}, getattr(base, part)) for part in ("train", "objectives"))
+        used = [(next((name for name in names if name in {**old, **new}), None), new) for new, old in own]
+        if not any(name in new for name, new in used):
+            found[row] = parts
+    return found
 
-
+# %% ../../nbs/training/presets.ipynb #43eef720
 def read_preset(path: str | Path) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
     (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`,
-    `train`, `encoders` and `objectives` are merged one by one. A row of Table 1 for whose objective the file has a
-    recipe or coefficients takes those, and not what `make tune` found at the base (`tuned`). The name is that of the
-    file, as are the folders of its data and runs: no preset of the library may have it.
+    `train`, `encoders` and `objectives` are merged one by one. A row of Table 1 whose recipe or coefficients the
+    file gives takes those, and not what `make tune` found at the base; a `tuned` in the file replaces that of the base.
+    The name is that of the file, as are the folders of its data and runs: no preset of the library may have it.
 
     Raises FileNotFoundError, or ValueError that names the file and the field that is wrong."""
     path = Path(path)
@@ -160,7 +179,10 @@ def read_preset(path: str | Path) -> Preset:
         if name in given:
             entries = given[name] or {}
             given[name] = {k: _built(cls, v, f"{path}: {name}.{k}") for k, v in entries.items()}
-    if base and "tuned" not in given:
+    if "tuned" in given:
+        given["tuned"] = given["tuned"] or {}
+        _check_tuned(given["tuned"], f"{path}: tuned")
+    elif base:
         given["tuned"] = _still_tuned(base, given)
     for name in _MAPPINGS:
         if base or name in given:
