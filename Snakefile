@@ -469,7 +469,7 @@ NONE_TUNED = f"echo 'none of {ONLY or 'the rows'} was tuned at preset {PRESET.na
 rule tuned:
     input: RESULTS + MORE_SEEDS + HAND_RESULTS + MORE_BY_HAND if TUNED_ROWS else []
     output: figures("tuned") if TUNED_ROWS else []
-    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", **SHOWN, rows=",".join(map(row_name, TUNED_ROWS)), seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS))))) if TUNED_ROWS else NONE_TUNED
+    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", **SHOWN, rows=",".join(map(row_name, TUNED_ROWS))) if TUNED_ROWS else NONE_TUNED
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"
