@@ -33,7 +33,7 @@ def test_the_notebook_compares_two_recipes_of_two_rows(smoke_data, tmp_path):
     preset.write_text(
         "base: smoke\ntuned: {invariance-vit: {coefficients: {shown: 0.25}}, forecast-vit: {recipe: {lr: 0.002}}}\n"
     )
-    about = {"preset": preset, "systems": "shear_flow", "data_dir": smoke_data}
+    about = {"preset": preset, "systems": "shear_flow", "seeds": "0", "data_dir": smoke_data}
     common = [
         word for name, value in {**about, "run_dir": tmp_path / "runs"}.items() for word in ("-r", name, str(value))
     ]
