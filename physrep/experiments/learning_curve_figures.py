@@ -53,8 +53,9 @@ def learning_curve(run: Run, run_dir: str | Path | None = None) -> pd.DataFrame:
 def _draw_lines(ax: Axes, still: pd.DataFrame, rows: Sequence[Row]) -> None:
     "Rows without training as horizontal lines."
     for _, row in still.iterrows():
-        random = row.objective.partition(".")[0] == "random"
-        style = ("-." if row.encoder == "convnext" else "--") if random else ":"
+        kind, _, variant = row.objective.partition(".")
+        network = ("-." if row.encoder == "convnext" else "--") if not variant else (0, (6, 2, 1, 2, 1, 2))
+        style = network if kind == "random" else ":"
         pair = (row.objective, row.encoder)
         ax.axhline(row.value, ls=style, lw=1.2, color=color_of(*pair, rows), label=title_of(*pair, rows=rows))
 
