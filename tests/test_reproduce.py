@@ -191,10 +191,9 @@ def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(
 def test_a_tuned_row_is_compared_with_its_recipe_by_hand_when_that_is_asked_for(few_rows_twice):
     root = few_rows_twice[0].parent
     by_hand = {"pretrain_shear_flow_forecast_vit", "probe_shear_flow_forecast_vit"}
-    assert made_by(snakemake(root, "tuned", "--dry-run", **FEW)) == by_hand
     further = {f"{job}_seed3" for job in (*by_hand, *(job.replace("cast", "cast.tuned") for job in by_hand))}
     said = made_by(snakemake(root, "tuned", "--dry-run", **FEW | {"seeds": "3", "only": "forecast-vit"}))
-    assert by_hand | further <= said
+    assert by_hand | further <= said and "pretrain_shear_flow_forecast.tuned_vit" not in said
 
 
 def test_a_tag_that_looks_like_a_number_stays_text(few_rows_twice):
