@@ -56,7 +56,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(BIN)/python tools/git_hooks.py || true
 	@touch $@
 
-reproduce: $(READY)  ## simulate, pretrain, probe, draw every table and figure, and compare them with the committed ones
+reproduce: $(READY)  ## simulate, pretrain, probe, draw Table 1 and the main figures, and compare them with the committed ones
 	@echo "== preset $(PRESET): simulate -> pretrain -> probe -> figures, $(CORES) jobs at a time; what is done already is kept"
 	@$(SNAKE) </dev/null
 	@echo "== done: $$(ls $(DRAWN)/*.png | wc -l) figure(s) with their data (png, svg, csv, json) in $(DRAWN)/, executed notebooks in runs/$(NAME)/notebooks/"
