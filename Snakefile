@@ -29,7 +29,7 @@ from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments import longer, rates
 from physrep.experiments.recipes import at_length, at_rate, changed_runs
 from physrep.experiments.rollout import emulator_rows
-from physrep.experiments.table1 import table_rows
+from physrep.experiments.table1 import candidates, table_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, tuning_root
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
@@ -47,12 +47,12 @@ DATA = DATA if is_address(DATA) else Path(DATA).resolve()
 OUT = ROOT / "runs" / PRESET.name
 ASKED_SEEDS = seeds_in(str("" if config.get("seeds") is None else config["seeds"]))
 ONLY = str(config.get("only") or "")
-TABLE_ROWS = table_rows(PRESET, ONLY, config.get("rows") or "")
 BY_HAND = chosen_rows(ONLY)  # the same with the recipes of the preset: what is compared with variants of these
 WITH_ROWS = ({"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}) | ({"only": ONLY} if ONLY else {})
 NAMED = [name for name in str(config.get("systems") or "").split(",") if name]
 SYSTEMS = {get_system(name).name: name for name in NAMED or systems_of(PRESET, DATA)}  # name in tables -> as it was asked for
 FIRST = next(iter(SYSTEMS))
+TABLE_ROWS = {system: table_rows(PRESET, asked, ONLY, config.get("rows") or "") for system, asked in SYSTEMS.items()}
 # what a system of your own has no entry for is left out: twins, a regime's measure, more resolution, transfer
 BUILT_IN = all(system in SOLVERS for system in SYSTEMS)
 READS = any(system not in PRESET.sims for system in SYSTEMS)  # files that nobody simulates
@@ -128,16 +128,19 @@ JOB_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
 # systems are simulated side by side: no core waits while one of them starts or ends
 SIM_WORKERS = max(1, CORES // max(1, len(PRESET.sims)))
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
-ENCODED = [row for row in TABLE_ROWS if row.kind in ("trained", "random", "frozen")]
-UNTUNED = [row for row in BY_HAND if row.kind != "baseline" and row not in ENCODED]
-PREDICTED = [row for row in TABLE_ROWS if row.kind == "predictions"]
+ENCODED = {system: [row for row in some if row.kind in ("trained", "random", "frozen")] for system, some in TABLE_ROWS.items()}
+UNTUNED = {s: [row for row in BY_HAND if row.kind != "baseline" and row not in ENCODED[s]] for s in SYSTEMS}
+SEARCHED = [(name, one) for row in BY_HAND for name, one in candidates(row, PRESET).items() if one != row]
+UNCHOSEN = {s: [(name, one) for name, one in SEARCHED if one not in ENCODED[s]] for s in SYSTEMS}  # the others
+PREDICTED = [row for row in TABLE_ROWS[FIRST] if row.kind == "predictions"]
 EMULATED = emulator_rows()  # what `make rollout` needs besides: rows of the table or not, they are trained and probed alike
-SAME_GRID = len({run_of(ENCODED[0], asked, PRESET, 0, DATA).clip_shape for asked in SYSTEMS.values()}) == 1
+SAME_GRID = len({run_of(ENCODED[s][0], asked, PRESET, 0, DATA).clip_shape for s, asked in SYSTEMS.items()}) == 1
 # a cosine cannot end early
-KEEPS_CURVES = all(recipe.schedule == "constant" for recipe in PRESET.train.values()) and any(r.kind == "trained" for r in TABLE_ROWS)
+KEEPS_CURVES = all(recipe.schedule == "constant" for recipe in PRESET.train.values()) and any(r.kind == "trained" for r in TABLE_ROWS[FIRST])
 SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
 MORE_BY_HAND = []  # results of further seeds of the untuned rows, which only `make tuned` reads
+UNCHOSEN_RESULTS = []  # of tuned recipes that a system did not choose
 HAND_RESULTS = []  # of the rows with the recipes of the preset, and of baselines: what the experiments below `all` read
 MORE_SEEDS = []  # results of further seeds: Table 1, learning curves and few labels show them
 ALL_ENCODERS = True  # False where `make unpack` took results of the preset's seeds from the repository
@@ -185,7 +188,7 @@ for system, runs_in, about in PLACES:
             name: f"probe_{tag}{system}_baselines".replace("-", "_")
             input: inputs
             output: baselines
-            params: code=code_digest("probing.baselines", entries=(system,)) + PROBING + definition(run_of(ENCODED[0], asked, PRESET, 0, DATA)), command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
+            params: code=code_digest("probing.baselines", entries=(system,)) + PROBING + definition(run_of(ENCODED[system][0], asked, PRESET, 0, DATA)), command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
             shell: "{params.command}"
 
     for row in PREDICTED if runs_in is None else []:  # someone else's predictions, in a file
@@ -199,30 +202,33 @@ for system, runs_in, about in PLACES:
                 shell: f"{{params.command}} {{input.csv:q}} --reference $(dirname {{input.reference:q}}) --into $(dirname {{output:q}})"
 
     # all seeds of the preset in one job, because starting one costs as much as a probe; each further seed is a job
-    seeds_there = with_seeds_there(PRESET, asked, ENCODED, ROOT / "runs", DATA).seeds
+    seeds_there = with_seeds_there(PRESET, asked, ENCODED[system], ROOT / "runs", DATA).seeds
     further = [] if runs_in else [k for k in dict.fromkeys((*seeds_there, *ASKED_SEEDS)) if k not in PRESET.seeds]
-    of_place = ENCODED if runs_in is None else [row for row in BY_HAND if row.kind != "baseline"]  # 05d_leakage reads these
-    jobs = [(row, seeds) for row in of_place for seeds in (PRESET.seeds, *((seed,) for seed in further))]
+    of_place = ENCODED[system] if runs_in is None else [row for row in BY_HAND if row.kind != "baseline"]  # 05d_leakage reads these
+    jobs = [(row, seeds, "") for row in of_place for seeds in (PRESET.seeds, *((seed,) for seed in further))]
     if runs_in is None:
         asked_too = [(k,) for k in ASKED_SEEDS if k not in PRESET.seeds]
-        jobs += [(row, seeds) for row in UNTUNED for seeds in (PRESET.seeds, *asked_too)]
-        jobs += [(row, PRESET.seeds) for row in EMULATED if row not in [*ENCODED, *UNTUNED]]
-    for row, seeds in jobs:
+        jobs += [(row, seeds, "") for row in UNTUNED[system] for seeds in (PRESET.seeds, *asked_too)]
+        jobs += [(row, PRESET.seeds, "") for row in EMULATED if row not in [*ENCODED[system], *UNTUNED[system]]]
+        jobs += [(row, PRESET.seeds, f"-{name}") for name, row in UNCHOSEN[system]]
+    for row, seeds, which in jobs:
         every = [run_of(row, asked, PRESET, seed, DATA) for seed in seeds]
         wanted = [run.folder(runs_in) / "result.json" for run in every]
+        if which:
+            UNCHOSEN_RESULTS.extend(wanted)
         if row in of_place:
             (into if seeds == PRESET.seeds else MORE_SEEDS).extend(wanted)
-        if runs_in is None and seeds == PRESET.seeds:
+        if runs_in is None and seeds == PRESET.seeds and not which:
             OF_ROW.setdefault(row.pair, []).extend(wanted)
             HAND_RESULTS.extend(wanted if row in BY_HAND else [])
-        if runs_in is None and row in UNTUNED and seeds != PRESET.seeds:
+        if runs_in is None and row in UNTUNED[system] and seeds != PRESET.seeds:
             MORE_BY_HAND.extend(wanted)
         runs = [run for run in every if not scored_elsewhere(run.folder(runs_in), PRESET)]
         if row in of_place and seeds == PRESET.seeds and len(runs) < len(every):
             ALL_ENCODERS = False
         if not runs:
             continue
-        name = f"{tag}{system}-{row_name(row)}" + ("" if seeds == PRESET.seeds else f"-seed{seeds[0]}")
+        name = f"{tag}{system}-{row_name(row)}{which}" + ("" if seeds == PRESET.seeds else f"-seed{seeds[0]}")
         values = dict(system=asked, **row_values(row, asked), seeds=" ".join(str(run.seed) for run in runs), **about)
         trained, results = ([run.folder(runs_in) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
         if row.kind == "trained":  # where nothing is trained, probing makes the run
@@ -255,7 +261,7 @@ DIFFERENCES = {"random": "table1_differences", **{c: f"table1_differences_{c}" f
 
 rule table1:
     input: RESULTS + MORE_SEEDS
-    output: figures("overview", "table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS)], *[f"table1_{s}" for s in SYSTEMS])
+    output: figures("overview", "table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS[FIRST])], *[f"table1_{s}" for s in SYSTEMS])
     params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.seeds", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs", "experiments.table1", "experiments.overview") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
@@ -266,7 +272,7 @@ for system, done in zip(SYSTEMS, SCORED):
         name: f"learning_curves_{system}".replace("-", "_")
         input: [result for result in RESULTS + MORE_SEEDS if result.is_relative_to(OUT / system)]
         output: touch(done)
-        params: rows=repr(TABLE_ROWS), code=code_digest("experiments.learning_curves") + PROBING, command=papermill("05a_learning_curves", f"{system}-learning-curves", systems=SYSTEMS[system], draw=False, **WITH_ROWS)
+        params: rows=repr(TABLE_ROWS[system]), code=code_digest("experiments.learning_curves") + PROBING, command=papermill("05a_learning_curves", f"{system}-learning-curves", systems=SYSTEMS[system], draw=False, **WITH_ROWS)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"
@@ -463,13 +469,13 @@ rule tuning:
     params: code=stage("08a_tuning", "experiments.tuning"), command=papermill("08a_tuning", "tuning", system=SYSTEMS[FIRST])
     shell: "{params.command}"
 
-# `make tuned`: the rows of Table 1 that were tuned, with the recipes of the preset beside
-TUNED_ROWS = [row for row in UNTUNED if row.kind == "trained"]
+# `make tuned`: the rows of Table 1 that were tuned, with every recipe that a system could choose
+TUNED_ROWS = [row for row in BY_HAND if row_name(row) in PRESET.tuned]
 NONE_TUNED = f"echo 'none of {ONLY or 'the rows'} was tuned at preset {PRESET.name}: nothing to compare'"
 rule tuned:
-    input: RESULTS + MORE_SEEDS + HAND_RESULTS + MORE_BY_HAND if TUNED_ROWS else []
-    output: figures("tuned") if TUNED_ROWS else []
-    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", **SHOWN, rows=",".join(map(row_name, TUNED_ROWS))) if TUNED_ROWS else NONE_TUNED
+    input: RESULTS + MORE_SEEDS + HAND_RESULTS + MORE_BY_HAND + UNCHOSEN_RESULTS if TUNED_ROWS else []
+    output: figures("candidates", "tuned") if TUNED_ROWS else []
+    params: rows=repr(TABLE_ROWS), code=stage("08j_chosen_recipes", "experiments.tuned", "experiments.candidates") + PROBING, command=papermill("08j_chosen_recipes", "tuned", **SHOWN, rows=",".join(map(row_name, TUNED_ROWS))) if TUNED_ROWS else NONE_TUNED
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"
@@ -526,7 +532,7 @@ rule matters:
     shell: "{params.command}"
 
 # of a preset that was tuned, the rows by hand are trained by `make regimes`, `make across` and `make resolution` themselves
-WHOLE = ALL_ENCODERS and not ONLY and not UNTUNED
+WHOLE = ALL_ENCODERS and not ONLY and not any(UNTUNED.values())
 
 rule simulated:
     input: [simulated(system) for system in SYSTEMS]

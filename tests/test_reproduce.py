@@ -53,7 +53,7 @@ rows:
 
 
 # a preset of a user's own: one seed, and a recipe that was tuned
-FEW_SEEDS = "base: smoke\nseeds: [0]\ntuned: {forecast-vit: {recipe: {lr: 0.002}}}\n"
+FEW_SEEDS = "base: smoke\nseeds: [0]\ntuned: {forecast-vit: {recipe: {lr: 0.002}, second: {recipe: {lr: 0.003}}}}\n"
 
 
 def snakemake(folder: Path, *targets: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> str:
@@ -192,8 +192,9 @@ def test_a_tuned_row_is_compared_with_its_recipe_by_hand_when_that_is_asked_for(
     root = few_rows_twice[0].parent
     by_hand = {"pretrain_shear_flow_forecast_vit", "probe_shear_flow_forecast_vit"}
     further = {f"{job}_seed3" for job in (*by_hand, *(job.replace("cast", "cast.tuned") for job in by_hand))}
+    second = {f"{job}_second".replace("cast_", "cast.tuned_") for job in by_hand}
     said = made_by(snakemake(root, "tuned", "--dry-run", **FEW | {"seeds": "3", "only": "forecast-vit"}))
-    assert by_hand | further <= said and "pretrain_shear_flow_forecast.tuned_vit" not in said
+    assert by_hand | further | second <= said and "pretrain_shear_flow_forecast.tuned_vit" not in said
 
 
 def test_a_tag_that_looks_like_a_number_stays_text(few_rows_twice):
@@ -201,6 +202,19 @@ def test_a_tag_that_looks_like_a_number_stays_text(few_rows_twice):
     (root / "two.yaml").write_text('rows: [{objective: jepa, encoder: vit, tag: "2"}]')
     said = snakemake(root, "--dry-run", "--printshellcmds", quiet=("host",), **FEW | {"rows": "two.yaml"})
     assert "-r tag 2" in said
+
+
+def test_a_system_takes_the_recipe_that_it_chose(few_rows_twice):
+    "Then the table waits for that, and `make tuned` for the others."
+    root = few_rows_twice[1].parent
+    usual = (root / "few.yaml").read_text()
+    for chosen, new in (("by hand", "forecast_vit"), ("second", "forecast.tuned_vit")):
+        (root / "few.yaml").write_text(usual.replace("}}}}", f"}}}}, systems: {{shear_flow: {chosen}}}}}}}"))
+        said = made_by(snakemake(root, "--dry-run", **FEW))
+        assert said == {f"pretrain_shear_flow_{new}", f"probe_shear_flow_{new}"}
+    said = made_by(snakemake(root, "tuned", "--dry-run", **FEW | {"only": "forecast-vit"}))
+    assert {f"pretrain_shear_flow_forecast{which}" for which in ("_vit", ".tuned_vit", ".tuned_vit_best")} <= said
+    (root / "few.yaml").write_text(usual)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +229,7 @@ def test_tables_and_metrics_are_the_same_to_the_byte(twice):
     wanted = {"table1.csv", "table1_differences.csv", "resolution.csv", "across.csv", "regimes.csv"}
     assert wanted <= {p.name for p in tables}
     metrics = sum(p.name == "metrics.csv" for p in tables)
-    rows = [row for row in table_rows(get_preset("smoke")) if row.kind == "trained"]
+    rows = [row for row in table_rows(get_preset("smoke"), "shear_flow") if row.kind == "trained"]
     assert metrics == 3 * 2 * len(rows) + 2, "three systems, two seeds; and one encoder for all systems, two seeds"
 
 

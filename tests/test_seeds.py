@@ -63,4 +63,4 @@ def test_errors_of_zero_have_no_ratio():
 
 def test_results_that_are_missing_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no results yet of mae-vit-"):
-        folders_of_seeds(get_preset("smoke"), ["shear_flow"], [Row("mae", "vit")], tmp_path)
+        folders_of_seeds(get_preset("smoke"), {"shear_flow": [Row("mae", "vit")]}, tmp_path)

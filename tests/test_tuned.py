@@ -1,5 +1,7 @@
 """Rows with the recipes that tuning chose, beside those by hand: bad input, the notebook at a preset of one's own."""
 
+import json
+
 import nbformat
 import pandas as pd
 import pytest
@@ -31,7 +33,8 @@ def test_the_notebook_compares_two_recipes_of_two_rows(smoke_data, tmp_path):
     names = ["invariance-vit", "forecast-vit"]
     preset = tmp_path / "tuned.yaml"
     preset.write_text(
-        "base: smoke\ntuned: {invariance-vit: {coefficients: {shown: 0.25}}, forecast-vit: {recipe: {lr: 0.002}}}\n"
+        "base: smoke\nseeds: [0]\ntuned: {invariance-vit: {coefficients: {shown: 0.25}}, "
+        "forecast-vit: {recipe: {lr: 0.002}, second: {recipe: {lr: 0.003}}}}\n"
     )
     about = {"preset": preset, "systems": "shear_flow", "seeds": "0", "data_dir": smoke_data}
     common = [
@@ -45,7 +48,20 @@ def test_the_notebook_compares_two_recipes_of_two_rows(smoke_data, tmp_path):
     assert set(zip(table.of, table.recipe)) == {(name, way) for name in names for way in (BY_HAND, TUNED, RANDOM)}
     errors = table.pivot(index=["of", "probe"], columns="recipe", values="error")
     assert (errors[TUNED] != errors[BY_HAND]).groupby("of").any().all()
-    assert len(list(runs.glob("shear_flow/*.tuned-*/seed0/encoder.safetensors"))) == 2
+    assert len(list(runs.glob("shear_flow/*.tuned-*/seed0/encoder.safetensors"))) == 3
+    scores = pd.read_csv(runs / "figures" / "candidates.csv")
+    assert scores.groupby("of").candidate.agg(list).to_dict() == {
+        "invariance-vit": ["best", "by hand", "random weights"],
+        "forecast-vit": ["best", "second", "by hand", "random weights"],
+    }
+    some = scores[scores.candidate != "random weights"]
+    assert (some.chosen == (some.score == some.groupby("of").score.transform("min"))).all() and some.chosen.sum() == 2
+    result = json.loads(next(runs.glob("shear_flow/forecast-vit-*/seed0/result.json")).read_text())
+    rows = [row for row in result["rows"] if (row["split"], row["label"], row["metric"]) == ("valid", "mean", "mse")]
+    linear = next(row["value"] for row in rows if row["probe"] == "linear")
+    by_hand = scores[(scores.of == "forecast-vit") & (scores.candidate == "by hand")]
+    assert len(rows) == 4 and by_hand.score.item() == pytest.approx(sum(row["value"] for row in rows) / 4)
+    assert by_hand.linear.item() == pytest.approx(linear) and by_hand.gate.item() > 0
     shown = [str(cell.get("outputs")) for cell in nbformat.read(out, 4).cells]
-    assert sum("image/png" in text for text in shown) == 1
+    assert sum("image/png" in text for text in shown) == 2
     assert sum("comparisons of two rows" in text for text in shown) == 1

@@ -18,7 +18,7 @@ from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
 from .rollout import emulator_rows
-from .table1 import table_rows
+from .table1 import candidates, table_rows
 from .variants import VARIANTS, variant_run
 from ..results.archive import scored_elsewhere
 from ..results.rows import ROWS, run_of
@@ -35,10 +35,18 @@ def planned_runs(
 ) -> list[tuple[str, Run]]:
     "(command of make, run) of every training that the figures need, each run once, in the order of `make study`."
     systems = systems or preset.systems
-    trained = [row for row in table_rows(preset) if row.kind == "trained"]
     by_hand = [row for row in ROWS if row.main and row.kind == "trained"]
-    both = (("reproduce", trained), ("tuned", by_hand))
-    found = [(n, run_of(row, s, preset, k)) for n, rows in both for s in systems for row in rows for k in preset.seeds]
+    of_table = {
+        "reproduce": {s: [row for row in table_rows(preset, s) if row.kind == "trained"] for s in systems},
+        "tuned": {s: [one for row in by_hand for one in candidates(row, preset).values()] for s in systems},
+    }
+    found = [
+        (command, run_of(row, s, preset, k))
+        for command, rows in of_table.items()
+        for s, some in rows.items()
+        for row in some
+        for k in preset.seeds
+    ]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]

@@ -21,15 +21,14 @@ from ..training.presets import Preset
 # %% ../../nbs/results/seeds.ipynb #a8e9044f
 def folders_of_seeds(
     preset: Preset,
-    systems: Sequence[str],  # names, or my_package.module:SYSTEM
-    rows: Sequence[Row],
+    rows: Mapping[str, Sequence[Row]],  # of each system, by its name or my_package.module:SYSTEM
     run_dir: str | Path | None = None,
     data_dir: str | Path | None = None,  # as in `resolve`
 ) -> tuple[dict[str, Preset], list[Path]]:
     """For each system the preset with all seeds that every row has, and the folders of all these results.
     FileNotFoundError as `row_folders`."""
-    presets = {system: with_seeds_there(preset, system, rows, run_dir, data_dir) for system in systems}
-    folders = [f for s, one in presets.items() for f in row_folders(one, run_dir, [s], rows, data_dir)]
+    presets = {system: with_seeds_there(preset, system, some, run_dir, data_dir) for system, some in rows.items()}
+    folders = [f for s, one in presets.items() for f in row_folders(one, run_dir, [s], rows[s], data_dir)]
     return presets, folders
 
 # %% ../../nbs/results/seeds.ipynb #89a24e14
