@@ -29,7 +29,7 @@ from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments import longer, rates
 from physrep.experiments.recipes import at_length, at_rate, changed_runs
 from physrep.experiments.rollout import emulator_rows
-from physrep.experiments.table1 import candidates, table_rows
+from physrep.experiments.table1 import searched_row, table_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, tuning_root
 from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
@@ -129,9 +129,9 @@ JOB_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
 SIM_WORKERS = max(1, CORES // max(1, len(PRESET.sims)))
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = {system: [row for row in some if row.kind in ("trained", "random", "frozen")] for system, some in TABLE_ROWS.items()}
-UNTUNED = {s: [row for row in BY_HAND if row.kind != "baseline" and row not in ENCODED[s]] for s in SYSTEMS}
-SEARCHED = [(name, one) for row in BY_HAND for name, one in candidates(row, PRESET).items() if one != row]
-UNCHOSEN = {s: [(name, one) for name, one in SEARCHED if one not in ENCODED[s]] for s in SYSTEMS}  # the others
+SEARCHED = [row for row in BY_HAND if row_name(row) in PRESET.tuned]
+BOTH = [*BY_HAND, *(searched_row(row, PRESET) for row in SEARCHED)]
+BESIDE = {s: [row for row in BOTH if row.kind != "baseline" and row not in ENCODED[s]] for s in SYSTEMS}  # the recipe not taken
 PREDICTED = [row for row in TABLE_ROWS[FIRST] if row.kind == "predictions"]
 EMULATED = emulator_rows()  # what `make rollout` needs besides: rows of the table or not, they are trained and probed alike
 SAME_GRID = len({run_of(ENCODED[s][0], asked, PRESET, 0, DATA).clip_shape for s, asked in SYSTEMS.items()}) == 1
@@ -139,8 +139,7 @@ SAME_GRID = len({run_of(ENCODED[s][0], asked, PRESET, 0, DATA).clip_shape for s,
 KEEPS_CURVES = all(recipe.schedule == "constant" for recipe in PRESET.train.values()) and any(r.kind == "trained" for r in TABLE_ROWS[FIRST])
 SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
-MORE_BY_HAND = []  # results of further seeds of the untuned rows, which only `make tuned` reads
-UNCHOSEN_RESULTS = []  # of tuned recipes that a system did not choose
+BESIDE_RESULTS = []  # of the rows with the recipe that a system does not take, which `make tuned` reads
 HAND_RESULTS = []  # of the rows with the recipes of the preset, and of baselines: what the experiments below `all` read
 MORE_SEEDS = []  # results of further seeds: Table 1, learning curves and few labels show them
 ALL_ENCODERS = True  # False where `make unpack` took results of the preset's seeds from the repository
@@ -205,30 +204,27 @@ for system, runs_in, about in PLACES:
     seeds_there = with_seeds_there(PRESET, asked, ENCODED[system], ROOT / "runs", DATA).seeds
     further = [] if runs_in else [k for k in dict.fromkeys((*seeds_there, *ASKED_SEEDS)) if k not in PRESET.seeds]
     of_place = ENCODED[system] if runs_in is None else [row for row in BY_HAND if row.kind != "baseline"]  # 05d_leakage reads these
-    jobs = [(row, seeds, "") for row in of_place for seeds in (PRESET.seeds, *((seed,) for seed in further))]
+    jobs = [(row, seeds) for row in of_place for seeds in (PRESET.seeds, *((seed,) for seed in further))]
     if runs_in is None:
         asked_too = [(k,) for k in ASKED_SEEDS if k not in PRESET.seeds]
-        jobs += [(row, seeds, "") for row in UNTUNED[system] for seeds in (PRESET.seeds, *asked_too)]
-        jobs += [(row, PRESET.seeds, "") for row in EMULATED if row not in [*ENCODED[system], *UNTUNED[system]]]
-        jobs += [(row, PRESET.seeds, f"-{name}") for name, row in UNCHOSEN[system]]
-    for row, seeds, which in jobs:
+        jobs += [(row, seeds) for row in BESIDE[system] for seeds in (PRESET.seeds, *asked_too)]
+        jobs += [(row, PRESET.seeds) for row in EMULATED if row not in [*ENCODED[system], *BESIDE[system]]]
+    for row, seeds in jobs:
         every = [run_of(row, asked, PRESET, seed, DATA) for seed in seeds]
         wanted = [run.folder(runs_in) / "result.json" for run in every]
-        if which:
-            UNCHOSEN_RESULTS.extend(wanted)
         if row in of_place:
             (into if seeds == PRESET.seeds else MORE_SEEDS).extend(wanted)
-        if runs_in is None and seeds == PRESET.seeds and not which:
+        if runs_in is None and seeds == PRESET.seeds:
             OF_ROW.setdefault(row.pair, []).extend(wanted)
             HAND_RESULTS.extend(wanted if row in BY_HAND else [])
-        if runs_in is None and row in UNTUNED[system] and seeds != PRESET.seeds:
-            MORE_BY_HAND.extend(wanted)
+        if runs_in is None and row in BESIDE[system]:
+            BESIDE_RESULTS.extend(wanted)
         runs = [run for run in every if not scored_elsewhere(run.folder(runs_in), PRESET)]
         if row in of_place and seeds == PRESET.seeds and len(runs) < len(every):
             ALL_ENCODERS = False
         if not runs:
             continue
-        name = f"{tag}{system}-{row_name(row)}{which}" + ("" if seeds == PRESET.seeds else f"-seed{seeds[0]}")
+        name = f"{tag}{system}-{row_name(row)}" + ("" if seeds == PRESET.seeds else f"-seed{seeds[0]}")
         values = dict(system=asked, **row_values(row, asked), seeds=" ".join(str(run.seed) for run in runs), **about)
         trained, results = ([run.folder(runs_in) / file for run in runs] for file in ("encoder.safetensors", "result.json"))
         if row.kind == "trained":  # where nothing is trained, probing makes the run
@@ -343,7 +339,7 @@ rule rollout:
 
 # `make machines`: one row again, with other threads and other instructions
 rule machines:
-    input: [r for r in (*HAND_RESULTS, *MORE_BY_HAND, *MORE_SEEDS) if r.is_relative_to(OUT / FIRST) and r.parts[-3].startswith("mae-vit-")]
+    input: [r for r in dict.fromkeys((*HAND_RESULTS, *BESIDE_RESULTS, *MORE_SEEDS)) if r.is_relative_to(OUT / FIRST) and r.parts[-3].startswith("mae-vit-")]
     output: figures("machines")
     params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST], seeds=" ".join(map(str, ASKED_SEEDS)) or None)
     threads: CORES
@@ -469,13 +465,12 @@ rule tuning:
     params: code=stage("08a_tuning", "experiments.tuning"), command=papermill("08a_tuning", "tuning", system=SYSTEMS[FIRST])
     shell: "{params.command}"
 
-# `make tuned`: the rows of Table 1 that were tuned, with every recipe that a system could choose
-TUNED_ROWS = [row for row in BY_HAND if row_name(row) in PRESET.tuned]
+# `make tuned`: the rows of Table 1 that were tuned, with the recipe of the search and the one by hand
 NONE_TUNED = f"echo 'none of {ONLY or 'the rows'} was tuned at preset {PRESET.name}: nothing to compare'"
 rule tuned:
-    input: RESULTS + MORE_SEEDS + HAND_RESULTS + MORE_BY_HAND + UNCHOSEN_RESULTS if TUNED_ROWS else []
-    output: figures("candidates", "tuned") if TUNED_ROWS else []
-    params: rows=repr(TABLE_ROWS), code=stage("08j_chosen_recipes", "experiments.tuned", "experiments.candidates") + PROBING, command=papermill("08j_chosen_recipes", "tuned", **SHOWN, rows=",".join(map(row_name, TUNED_ROWS))) if TUNED_ROWS else NONE_TUNED
+    input: RESULTS + MORE_SEEDS + BESIDE_RESULTS if SEARCHED else []
+    output: figures("tuned") if SEARCHED else []
+    params: code=stage("08j_chosen_recipes", "experiments.tuned") + PROBING, command=papermill("08j_chosen_recipes", "tuned", **SHOWN, rows=",".join(map(row_name, SEARCHED))) if SEARCHED else NONE_TUNED
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"
@@ -532,7 +527,7 @@ rule matters:
     shell: "{params.command}"
 
 # of a preset that was tuned, the rows by hand are trained by `make regimes`, `make across` and `make resolution` themselves
-WHOLE = ALL_ENCODERS and not ONLY and not any(UNTUNED.values())
+WHOLE = ALL_ENCODERS and not ONLY and not any(BESIDE.values())
 
 rule simulated:
     input: [simulated(system) for system in SYSTEMS]

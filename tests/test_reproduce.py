@@ -53,7 +53,7 @@ rows:
 
 
 # a preset of a user's own: one seed, and a recipe that was tuned
-FEW_SEEDS = "base: smoke\nseeds: [0]\ntuned: {forecast-vit: {recipe: {lr: 0.002}, second: {recipe: {lr: 0.003}}}}\n"
+FEW_SEEDS = "base: smoke\nseeds: [0]\ntuned: {forecast-vit: {recipe: {lr: 0.002}}}\n"
 
 
 def snakemake(folder: Path, *targets: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> str:
@@ -192,9 +192,20 @@ def test_a_tuned_row_is_compared_with_its_recipe_by_hand_when_that_is_asked_for(
     root = few_rows_twice[0].parent
     by_hand = {"pretrain_shear_flow_forecast_vit", "probe_shear_flow_forecast_vit"}
     further = {f"{job}_seed3" for job in (*by_hand, *(job.replace("cast", "cast.tuned") for job in by_hand))}
-    second = {f"{job}_second".replace("cast_", "cast.tuned_") for job in by_hand}
     said = made_by(snakemake(root, "tuned", "--dry-run", **FEW | {"seeds": "3", "only": "forecast-vit"}))
-    assert by_hand | further | second <= said and "pretrain_shear_flow_forecast.tuned_vit" not in said
+    assert by_hand | further <= said and "pretrain_shear_flow_forecast.tuned_vit" not in said
+
+
+def test_a_system_takes_the_recipe_by_hand_where_the_preset_says_so(few_rows_twice):
+    "Then the table waits for that one, and `make tuned` for both."
+    root = few_rows_twice[1].parent
+    usual = (root / "few.yaml").read_text()
+    (root / "few.yaml").write_text(usual.replace("}}}", "}, by_hand: [active_matter, shear_flow]}}"))
+    by_hand = {"pretrain_shear_flow_forecast_vit", "probe_shear_flow_forecast_vit"}
+    assert made_by(snakemake(root, "table1", "--dry-run", **FEW)) == by_hand
+    said = made_by(snakemake(root, "tuned", "--dry-run", **FEW | {"seeds": "3", "only": "forecast-vit"}))
+    assert {job.replace("cast", f"cast{tag}") + "_seed3" for job in by_hand for tag in ("", ".tuned")} <= said
+    (root / "few.yaml").write_text(usual)
 
 
 def test_a_tag_that_looks_like_a_number_stays_text(few_rows_twice):
@@ -202,19 +213,6 @@ def test_a_tag_that_looks_like_a_number_stays_text(few_rows_twice):
     (root / "two.yaml").write_text('rows: [{objective: jepa, encoder: vit, tag: "2"}]')
     said = snakemake(root, "--dry-run", "--printshellcmds", quiet=("host",), **FEW | {"rows": "two.yaml"})
     assert "-r tag 2" in said
-
-
-def test_a_system_takes_the_recipe_that_it_chose(few_rows_twice):
-    "Then the table waits for that, and `make tuned` for the others."
-    root = few_rows_twice[1].parent
-    usual = (root / "few.yaml").read_text()
-    for chosen, new in (("by hand", "forecast_vit"), ("second", "forecast.tuned_vit")):
-        (root / "few.yaml").write_text(usual.replace("}}}}", f"}}}}, systems: {{shear_flow: {chosen}}}}}}}"))
-        said = made_by(snakemake(root, "--dry-run", **FEW))
-        assert said == {f"pretrain_shear_flow_{new}", f"probe_shear_flow_{new}"}
-    said = made_by(snakemake(root, "tuned", "--dry-run", **FEW | {"only": "forecast-vit"}))
-    assert {f"pretrain_shear_flow_forecast{which}" for which in ("_vit", ".tuned_vit", ".tuned_vit_best")} <= said
-    (root / "few.yaml").write_text(usual)
 
 
 @pytest.fixture(scope="module")

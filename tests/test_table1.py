@@ -7,35 +7,30 @@ from helpers import ROOT
 from physrep.core.files import read_json
 from physrep.experiments.table1 import (
     against_random,
-    candidates,
     differences_from_own,
+    row_in,
+    searched_row,
     sides,
     table_rows,
-    tuned_row,
-    which_candidate,
 )
-from physrep.experiments.tuning import OWN, best_two, chosen_configurations, trial_run
+from physrep.experiments.tuned import BY_HAND, lower_on_valid
+from physrep.experiments.tuning import OWN, chosen_configurations, trial_run
 from physrep.objectives.methods import objective_class
 from physrep.results.comparison import compare, differences, read_methods
 from physrep.results.rows import ROWS, chosen_rows, row_name, run_of
 from physrep.training.cost import cost
-from physrep.training.presets import BEST, BY_HAND, CANDIDATES, SECOND, get_preset, read_preset
+from physrep.training.presets import get_preset, read_preset
 
 LAPTOP = get_preset("laptop")
 NAMED = {row_name(row): row for row in ROWS}
 
 
-def chosen_numbers() -> dict[str, dict[str, int]]:
-    "Row -> the configurations that are best and second best of the committed trials."
-    trials = pd.read_csv(ROOT / "figures" / "tuning.csv")
-    chosen = {f"{one.objective}-{one.encoder}": one.chosen for one in chosen_configurations(trials).itertuples()}
-    found = {}
-    for row in (row for row in OWN if objective_class(row[0]).trains):
-        name = "-".join(row)
-        of_row = trials[(trials.objective == row[0]) & (trials.encoder == row[1])]
-        (second,) = {*best_two(of_row.to_dict("records"))} - {chosen[name]}
-        found[name] = {BEST: chosen[name], SECOND: second}
-    return found | {"jepa.circular-convnext": found["jepa-convnext"]}
+def chosen_numbers() -> dict[str, int]:
+    "Row -> the configuration that the committed trials choose."
+    found = chosen_configurations(pd.read_csv(ROOT / "figures" / "tuning.csv"))
+    chosen = {f"{one.objective}-{one.encoder}": one.chosen for one in found.itertuples()}
+    trained = {"-".join(row): chosen["-".join(row)] for row in OWN if objective_class(row[0]).trains}
+    return trained | {"jepa.circular-convnext": chosen["jepa-convnext"]}
 
 
 def test_every_trained_row_is_tuned():
@@ -44,27 +39,35 @@ def test_every_trained_row_is_tuned():
 
 
 @pytest.mark.parametrize("name", LAPTOP.tuned)
-def test_candidates_are_the_best_two_of_the_committed_trials_and_the_row_by_hand(name):
+def test_a_row_has_the_recipe_that_the_committed_trials_choose(name):
     row = NAMED[name]
-    there = candidates(row, LAPTOP)
-    assert tuple(there) == CANDIDATES and there[BY_HAND] == row
-    for which, number in chosen_numbers()[name].items():
-        run = run_of(there[which], "shear_flow", LAPTOP)
-        trial = trial_run("shear_flow", (row.objective, row.encoder), LAPTOP, number)
-        assert (run.recipe, run.coefficients) == (trial.recipe, trial.coefficients), which
-        assert run.tag == ".".join(filter(None, [row.tag, "tuned"]))
+    run = run_of(searched_row(row, LAPTOP), "shear_flow", LAPTOP)
+    trial = trial_run("shear_flow", (row.objective, row.encoder), LAPTOP, chosen_numbers()[name])
+    assert (run.recipe, run.coefficients) == (trial.recipe, trial.coefficients)
+    assert run.tag == ".".join(filter(None, [row.tag, "tuned"]))
 
 
-def test_each_system_has_the_recipe_with_the_lowest_committed_error_on_valid():
-    scores = pd.read_csv(ROOT / "figures" / "candidates.csv")
-    asked = scores[scores.candidate.isin(CANDIDATES)]
-    assert set(asked.groupby(["system", "of"]).size()) == {3} and set(asked.system) == set(LAPTOP.systems)
-    for (system, name), some in asked.groupby(["system", "of"]):
-        lowest = some.loc[some.score.idxmin()]
-        assert lowest.chosen and some.chosen.sum() == 1
-        assert which_candidate(NAMED[name], LAPTOP, system) == lowest.candidate, (system, name)
-        assert tuned_row(NAMED[name], LAPTOP, system) == candidates(NAMED[name], LAPTOP)[lowest.candidate]
-    assert set(asked.of) == set(LAPTOP.tuned)
+@pytest.mark.parametrize("system", LAPTOP.systems)
+def test_each_system_takes_the_recipe_with_the_lower_committed_error_on_valid(system):
+    table = pd.read_csv(ROOT / "figures" / "tuned.csv").query("system == @system")
+    lower = lower_on_valid(table).lower
+    assert set(lower.index) == set(LAPTOP.tuned) and table.seed.nunique() == 3
+    for name, which in lower.items():
+        taken = row_in(system, NAMED[name], LAPTOP)
+        assert taken == (NAMED[name] if which == BY_HAND else searched_row(NAMED[name], LAPTOP)), name
+
+
+def test_a_system_of_ones_own_is_named_by_its_place(tmp_path, monkeypatch):
+    (tmp_path / "my_systems.py").write_text(
+        "from physrep.physics.systems import SYSTEMS\nMINE = SYSTEMS['shear_flow']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        "base: smoke\ntuned: {mae-vit: {recipe: {lr: 0.1}, by_hand: ['my_systems:MINE']}}\n"
+    )
+    preset = read_preset(tmp_path / "mine.yaml")
+    for system, tag in (("my_systems:MINE", ""), ("shear_flow", ""), ("active_matter", "tuned")):
+        assert row_in(system, NAMED["mae-vit"], preset).tag == tag
 
 
 def test_rows_keep_their_order_look_and_place():
@@ -100,18 +103,17 @@ def test_a_preset_of_ones_own_keeps_what_was_tuned_but_for_what_it_sets(tmp_path
     [
         ("{mae-vits: {}}", "preset mine: tuned has mae-vits; valid: jepa-convnext, "),
         ("3", "mine.yaml: tuned must be a mapping of rows of Table 1, got 3"),
+        ("{mae-vit: {lr: 0.1}}", "mine.yaml: tuned.mae-vit must be a mapping with coefficients, recipe and by_hand"),
+        ("{mae-vit: {recipe: 3}}", "mine.yaml: tuned.mae-vit must be a mapping with coefficients, recipe and by_hand"),
         (
-            "{mae-vit: {lr: 0.1}}",
-            "mine.yaml: tuned.mae-vit must be a mapping with coefficients, recipe, second, systems, got",
+            "{mae-vit: {by_hand: shear_flow}}",
+            "mine.yaml: tuned.mae-vit: by_hand must be a list of systems .shear_flow, ",
         ),
+        ("{mae-vit: {by_hand: [3]}}", "or my_package.module:SYSTEM., got .3."),
         (
-            "{mae-vit: {recipe: 3}}",
-            "mine.yaml: tuned.mae-vit must be a mapping with coefficients, recipe, second, systems",
+            "{mae-vit: {by_hand: [shear]}}",
+            "mine.yaml: tuned.mae-vit: by_hand must be a list of systems .*got .'shear'.",
         ),
-        ("{mae-vit: {second: {systems: {}}}}", "tuned.mae-vit.second must be a mapping with coefficients, recipe, got"),
-        ("{mae-vit: {second: {recipe: {rate: 3}}}}", "tuned.mae-vit.second: recipe has no rate; it has: steps, "),
-        ("{mae-vit: {systems: {shear: best}}}", "tuned.mae-vit: systems has 'shear'; valid: shear_flow, "),
-        ("{mae-vit: {systems: {shear_flow: second}}}", "shear_flow takes one of best, by hand, got 'second'"),
         ("{mae-vit: {recipe: {rate: 3}}}", "mine.yaml: tuned.mae-vit: recipe has no rate; it has: steps, "),
         ("{mae-vit: {recipe: {lr: high}}}", "mine.yaml: tuned.mae-vit: lr must be float, got 'high'"),
     ],
@@ -131,19 +133,17 @@ def test_rows_of_ones_own_do_not_look_tuned(tmp_path):
 
 def test_a_tuned_row_is_fine_tuned_where_the_row_is():
     for name in ("mae-vit", "forecast-vit"):
-        run = run_of(candidates(NAMED[name], LAPTOP)[BEST], "shear_flow", LAPTOP)
-        (row,) = (row for row in table_rows(LAPTOP, "shear_flow", "all") if row.pair == run.row)
+        row = searched_row(NAMED[name], LAPTOP)
         assert row.finetuned == NAMED[name].finetuned == (name == "mae-vit")
 
 
 def test_operations_are_those_of_the_row_but_for_two_percent_where_a_system_has_more_fields():
     for system, most in (("rayleigh_benard", 0.001), ("active_matter", 0.02)):
         for name in ("mae-vit", "forecast-vit", "invariance-vit", "jepa_ema-vit"):
-            costs = {
-                which: cost(run_of(row, system, LAPTOP))["total"]
-                for which, row in candidates(NAMED[name], LAPTOP).items()
-            }
-            assert costs == pytest.approx(dict.fromkeys(CANDIDATES, costs[BY_HAND]), rel=most)
+            usual, tuned = (
+                cost(run_of(r, system, LAPTOP))["total"] for r in (NAMED[name], searched_row(NAMED[name], LAPTOP))
+            )
+            assert tuned == pytest.approx(usual, rel=most)
 
 
 def test_the_committed_table_is_of_these_rows():

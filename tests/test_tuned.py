@@ -1,7 +1,5 @@
 """Rows with the recipes that tuning chose, beside those by hand: bad input, the notebook at a preset of one's own."""
 
-import json
-
 import nbformat
 import pandas as pd
 import pytest
@@ -21,11 +19,13 @@ def test_the_same_seeds_of_both_recipes_and_of_random_weights():
 
 
 def test_what_was_not_tuned_is_refused():
-    with pytest.raises(ValueError, match="no recipe was chosen of autoencoder-vit at preset laptop; valid: jepa-conv"):
+    with pytest.raises(
+        ValueError, match="no recipe was searched for autoencoder-vit at preset laptop; valid: jepa-conv"
+    ):
         tuned_runs(rows_in("autoencoder-vit"), [0], "shear_flow", get_preset("laptop"))
     with pytest.raises(ValueError, match='no seeds; write for example "0 1 2"'):
         tuned_runs(rows_in("mae-vit"), [], "shear_flow", get_preset("laptop"))
-    with pytest.raises(ValueError, match="of mae-vit at preset paper; valid: none; `make tune PRESET=paper`"):
+    with pytest.raises(ValueError, match="for mae-vit at preset paper; valid: none; `make tune PRESET=paper`"):
         tuned_runs(rows_in("mae-vit"), [0], "shear_flow", get_preset("paper"))
 
 
@@ -33,8 +33,7 @@ def test_the_notebook_compares_two_recipes_of_two_rows(smoke_data, tmp_path):
     names = ["invariance-vit", "forecast-vit"]
     preset = tmp_path / "tuned.yaml"
     preset.write_text(
-        "base: smoke\nseeds: [0]\ntuned: {invariance-vit: {coefficients: {shown: 0.25}}, "
-        "forecast-vit: {recipe: {lr: 0.002}, second: {recipe: {lr: 0.003}}}}\n"
+        "base: smoke\ntuned: {invariance-vit: {coefficients: {shown: 0.25}}, forecast-vit: {recipe: {lr: 0.002}}}\n"
     )
     about = {"preset": preset, "systems": "shear_flow", "seeds": "0", "data_dir": smoke_data}
     common = [
@@ -48,20 +47,7 @@ def test_the_notebook_compares_two_recipes_of_two_rows(smoke_data, tmp_path):
     assert set(zip(table.of, table.recipe)) == {(name, way) for name in names for way in (BY_HAND, TUNED, RANDOM)}
     errors = table.pivot(index=["of", "probe"], columns="recipe", values="error")
     assert (errors[TUNED] != errors[BY_HAND]).groupby("of").any().all()
-    assert len(list(runs.glob("shear_flow/*.tuned-*/seed0/encoder.safetensors"))) == 3
-    scores = pd.read_csv(runs / "figures" / "candidates.csv")
-    assert scores.groupby("of").candidate.agg(list).to_dict() == {
-        "invariance-vit": ["best", "by hand", "random weights"],
-        "forecast-vit": ["best", "second", "by hand", "random weights"],
-    }
-    some = scores[scores.candidate != "random weights"]
-    assert (some.chosen == (some.score == some.groupby("of").score.transform("min"))).all() and some.chosen.sum() == 2
-    result = json.loads(next(runs.glob("shear_flow/forecast-vit-*/seed0/result.json")).read_text())
-    rows = [row for row in result["rows"] if (row["split"], row["label"], row["metric"]) == ("valid", "mean", "mse")]
-    linear = next(row["value"] for row in rows if row["probe"] == "linear")
-    by_hand = scores[(scores.of == "forecast-vit") & (scores.candidate == "by hand")]
-    assert len(rows) == 4 and by_hand.score.item() == pytest.approx(sum(row["value"] for row in rows) / 4)
-    assert by_hand.linear.item() == pytest.approx(linear) and by_hand.gate.item() > 0
+    assert len(list(runs.glob("shear_flow/*.tuned-*/seed0/encoder.safetensors"))) == 2
     shown = [str(cell.get("outputs")) for cell in nbformat.read(out, 4).cells]
-    assert sum("image/png" in text for text in shown) == 2
+    assert sum("image/png" in text for text in shown) == 1
     assert sum("comparisons of two rows" in text for text in shown) == 1

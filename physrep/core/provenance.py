@@ -15,7 +15,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -193,15 +193,27 @@ def _module(full: str, file: Path) -> tuple[tuple[_Part, ...], tuple[tuple[int, 
     return _read(file.read_bytes(), str(file), pictures, full.split(".")[0] in TABLES_OF)
 
 
-def _imported(module: str, file: Path) -> Iterator[tuple[str, Path]]:
-    "Full names and files of the modules that a module imports from physrep and from its own package."
+def _find(module: str, file: Path, imports: Iterable[tuple[int, str, str]]) -> tuple[tuple[str, Path], ...]:
+    "Full names and files of those imports of a module that are of physrep or of its own package."
     around = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
-    for level, name, attribute in _module(module, file)[1]:
+    files = []
+    for level, name, attribute in imports:
         base = around[: max(0, len(around) - level + 1)] if level else []
         target = ".".join([*base, *filter(None, [name])])
         if target.split(".")[0] in ("physrep", module.split(".")[0]):
             found = ((full, _source(full)) for full in (f"{target}.{attribute}", target))
-            yield from [(full, path) for full, path in found if path][:1]
+            files += [(full, path) for full, path in found if path][:1]
+    return tuple(files)
+
+
+_find_once = lru_cache(maxsize=4096)(_find)
+
+
+def _imported(module: str, file: Path) -> tuple[tuple[str, Path], ...]:
+    "Full names and files of the modules that a module imports from physrep and from its own package."
+    # files of physrep stay where they are; those of your own may move, or be new, while a notebook runs
+    find = _find_once if file.is_relative_to(_PACKAGE) else _find
+    return find(module, file, _module(module, file)[1])
 
 # %% ../../nbs/core/provenance.ipynb #57fad745
 RECORDED = ("training.presets", "data.generate")  # modules of physrep whose decisions every record holds itself

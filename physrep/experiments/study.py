@@ -18,10 +18,10 @@ from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
 from .rollout import emulator_rows
-from .table1 import candidates, table_rows
+from .table1 import searched_row, table_rows
 from .variants import VARIANTS, variant_run
 from ..results.archive import scored_elsewhere
-from ..results.rows import ROWS, run_of
+from ..results.rows import ROWS, row_name, run_of
 from ..training.cost import cost
 from ..training.presets import Preset, get_preset
 from ..training.run import Run
@@ -36,17 +36,10 @@ def planned_runs(
     "(command of make, run) of every training that the figures need, each run once, in the order of `make study`."
     systems = systems or preset.systems
     by_hand = [row for row in ROWS if row.main and row.kind == "trained"]
-    of_table = {
-        "reproduce": {s: [row for row in table_rows(preset, s) if row.kind == "trained"] for s in systems},
-        "tuned": {s: [one for row in by_hand for one in candidates(row, preset).values()] for s in systems},
-    }
-    found = [
-        (command, run_of(row, s, preset, k))
-        for command, rows in of_table.items()
-        for s, some in rows.items()
-        for row in some
-        for k in preset.seeds
-    ]
+    both = [*by_hand, *(searched_row(row, preset) for row in by_hand if row_name(row) in preset.tuned)]
+    asked_rows = [("reproduce", s, row) for s in systems for row in table_rows(preset, s) if row.kind == "trained"]
+    asked_rows += [("tuned", s, row) for s in systems for row in both]
+    found = [(command, run_of(row, s, preset, k)) for command, s, row in asked_rows for k in preset.seeds]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]

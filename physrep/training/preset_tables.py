@@ -23,8 +23,8 @@ class Numbers:
     encoders: Mapping[str, Mapping]  # encoder name -> its keyword arguments
     objectives: Mapping[str, Mapping]  # "objective-encoder", or "objective" for every encoder of it -> coefficients
     train: Mapping[str, Recipe]  # "objective-encoder", or "objective" for every encoder of it
-    # row of Table 1 -> the best of what `make tune` has tried, as `coefficients` and `recipe` over those above; the
-    # next best, alike, as `second`; `systems`: which of "best" (else), "second" and "by hand" a system takes
+    # row of Table 1 -> its `coefficients` and `recipe` over those above, the best of those that `make tune` has tried,
+    # and `by_hand`, the systems that keep those above
     tuned: Mapping[str, Mapping] = field(default_factory=dict)
     frames: int = 16  # frames of one clip
     size: int | None = None  # clips are resized to size x size on the device; None: as stored
@@ -195,53 +195,29 @@ _SMOKE = Preset(
 
 # %% ../../nbs/training/preset_tables.ipynb #1cc535d8
 _LAPTOP_TUNED = {
-    "jepa-convnext": {"recipe": {"lr": 5e-5}, "second": {"recipe": {"lr": 1.7e-4}}},
-    # as the one with zero padding, which was tuned
-    "jepa.circular-convnext": {"recipe": {"lr": 5e-5}, "second": {"recipe": {"lr": 1.7e-4}}},
+    "jepa-convnext": {"recipe": {"lr": 5e-5}},
+    "jepa.circular-convnext": {"recipe": {"lr": 5e-5}},  # as the one with zero padding, which was tuned
     "jepa-vit": {
         "coefficients": {"horizon": 16, "invariance": 10.0},
         "recipe": {"lr": 5.1e-4, "weight_decay": 0.015, "batch_size": 16},
-        "second": {"recipe": {"lr": 5e-5}},
     },
     "jepa_ema-vit": {
         "coefficients": {"ratio": 0.9, "momentum": 0.99},
         "recipe": {"lr": 5.1e-4, "weight_decay": 0.015, "batch_size": 16, "steps": 2047},
-        "second": {
-            "coefficients": {"ratio": 0.5, "momentum": 0.996},
-            "recipe": {"lr": 1.9e-3, "weight_decay": 0.077, "batch_size": 16, "steps": 1273},
-        },
     },
     "mae-vit": {
         "coefficients": {"ratio": 0.5, "target_norm": "patch"},
         "recipe": {"lr": 1.9e-3, "weight_decay": 0.077, "batch_size": 8, "steps": 2421},
-        "second": {
-            "coefficients": {"ratio": 0.5, "target_norm": "none"},
-            "recipe": {"lr": 6.6e-3, "weight_decay": 0.2, "batch_size": 4, "steps": 4842},
-        },
     },
     "forecast-vit": {
         "coefficients": {"frames": 4, "target": "change"},
         "recipe": {"lr": 1.9e-3, "weight_decay": 0.077, "batch_size": 8, "steps": 1999},
-        "second": {
-            "coefficients": {"frames": 12, "target": "values"},
-            "recipe": {"lr": 2.5e-3, "weight_decay": 0.032, "batch_size": 16, "steps": 1718},
-        },
     },
     "invariance-vit": {
         "coefficients": {"shown": 0.25, "covariance": 25.0},
         "recipe": {"lr": 1.9e-3, "weight_decay": 0.077, "batch_size": 64, "steps": 923},
-        "second": {
-            "coefficients": {"shown": 0.25, "covariance": 5.0},
-            "recipe": {"lr": 6.6e-3, "weight_decay": 0.2, "batch_size": 32, "steps": 1845},
-        },
     },
-    "supervised-vit": {
-        "recipe": {"lr": 3.3e-4},
-        "second": {
-            "coefficients": {"head": "mlp"},
-            "recipe": {"lr": 8.1e-4, "weight_decay": 0.29, "batch_size": 32, "decay": 0.5, "steps": 750},
-        },
-    },
+    "supervised-vit": {"recipe": {"lr": 3.3e-4}},
 }
 
 # %% ../../nbs/training/preset_tables.ipynb #4ae05ef0
