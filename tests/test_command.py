@@ -153,7 +153,8 @@ def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{own}:{ROOT}"}
     environment.pop("PHYSREP_ROOT", None)
-    config = ["preset=smoke", "systems=own_waves:WAVES", f"data={own / 'data'}", "only=forecast-vit,random-vit"]
+    (tmp_path / "short.yaml").write_text("base: smoke\nseeds: [0]\n")
+    config = ["preset=short.yaml", "systems=own_waves:WAVES", f"data={own / 'data'}", "only=forecast-vit,random-vit"]
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", "--quiet", "rules", "host"]
 
     def snakemake(*options: str) -> str:
@@ -170,7 +171,7 @@ def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path):
         return done.stdout + done.stderr
 
     snakemake("--config", *config)
-    figures = tmp_path / "runs" / "smoke" / "figures"
+    figures = tmp_path / "runs" / "short" / "figures"
     table = pd.read_csv(figures / "table1.csv")
     assert set(table.system) == {"waves"}
     baselines = {("statistics", "none"), ("spectra", "none"), ("constant", "none")}
