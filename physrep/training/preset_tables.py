@@ -195,29 +195,34 @@ _SMOKE = Preset(
 
 # %% ../../nbs/training/preset_tables.ipynb #1cc535d8
 _LAPTOP_TUNED = {
-    "jepa-convnext": {"recipe": {"lr": 5e-5}},
-    "jepa.circular-convnext": {"recipe": {"lr": 5e-5}},  # as the one with zero padding, which was tuned
+    "jepa-convnext": {"recipe": {"lr": 5e-5}, "by_hand": ["rayleigh_benard"]},
+    # as the one with zero padding, which was tuned
+    "jepa.circular-convnext": {"recipe": {"lr": 5e-5}, "by_hand": ["rayleigh_benard", "active_matter"]},
     "jepa-vit": {
         "coefficients": {"horizon": 16, "invariance": 10.0},
         "recipe": {"lr": 5.1e-4, "weight_decay": 0.015, "batch_size": 16},
+        "by_hand": ["active_matter"],
     },
     "jepa_ema-vit": {
         "coefficients": {"ratio": 0.9, "momentum": 0.99},
         "recipe": {"lr": 5.1e-4, "weight_decay": 0.015, "batch_size": 16, "steps": 2047},
+        "by_hand": ["rayleigh_benard", "active_matter"],
     },
     "mae-vit": {
         "coefficients": {"ratio": 0.5, "target_norm": "patch"},
         "recipe": {"lr": 1.9e-3, "weight_decay": 0.077, "batch_size": 8, "steps": 2421},
+        "by_hand": ["shear_flow"],
     },
     "forecast-vit": {
         "coefficients": {"frames": 4, "target": "change"},
         "recipe": {"lr": 1.9e-3, "weight_decay": 0.077, "batch_size": 8, "steps": 1999},
+        "by_hand": ["rayleigh_benard"],
     },
     "invariance-vit": {
         "coefficients": {"shown": 0.25, "covariance": 25.0},
         "recipe": {"lr": 1.9e-3, "weight_decay": 0.077, "batch_size": 64, "steps": 923},
     },
-    "supervised-vit": {"recipe": {"lr": 3.3e-4}},
+    "supervised-vit": {"recipe": {"lr": 3.3e-4}, "by_hand": ["rayleigh_benard"]},
 }
 
 # %% ../../nbs/training/preset_tables.ipynb #4ae05ef0
