@@ -78,7 +78,7 @@ tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for ev
 	@$(KEEP)
 
 tuned: TARGET = tuned
-tuned: $(READY)  ## train the rows of Table 1 with the recipes by hand, too, and compare them with those that tuning chose; an hour of two cores after `make reproduce`
+tuned: $(READY)  ## train the rows of Table 1 with the recipe of the search and with the one by hand, in every system, and compare them; an hour of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/tuned.csv || $(COMPARE) tuned
 	@$(KEEP)
