@@ -40,8 +40,8 @@ def _changes(a: Sequence[float], b: Sequence[float]) -> bool:
 def order_changes(summary: pd.DataFrame, rows: Sequence[Row] = ROWS, split: str = "test") -> pd.DataFrame:
     """What seeds change among the trained rows without labels, by mean error over labels: for each `row` the
     number of `pairs` that it is in (with another row of as many seeds, same system and probe), in how many the order
-    `changed`, and the median and largest `ratio` of its errors with two seeds. A last line has all pairs, each once.
-    Systems with one seed are left out; the table is empty if there is no other."""
+    `changed`, and the median and largest `ratio` of its highest error over its lowest one among the seeds. A last line
+    has all pairs, each once. Systems with one seed are left out; the table is empty if there is no other."""
     blind = [
         row.pair
         for row in rows
