@@ -16,7 +16,6 @@ from itertools import combinations, permutations, product
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from ..core.randomness import seed_for
 from .matters import CELL_ENCODERS, CELLS, FACTORS, PAPER, Errors
@@ -163,6 +162,8 @@ def shares(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataF
 # %% ../../nbs/experiments/matters_model.ipynb #eca088ec
 def term_tests(errors: Errors) -> pd.DataFrame:
     "A row for each term that can be told: degrees of freedom, F, p, and the factor on the error of its typical effect."
+    from scipy import stats
+
     frame = errors.runs
     levels = present_levels(frame)
     terms = estimable(frame, levels)

@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from scipy import stats
 
 from ..core.randomness import seed_for
 from .matters import CELL_ENCODERS, PAPER, Errors, group_sums, matters_root, untrained_run
@@ -59,6 +58,8 @@ def probe_ratio(
     seed: int = 0,
 ) -> pd.DataFrame:
     "The error of `first` over that of `second` for each `probe` and their MEAN: `factor`, `low`, `high`."
+    from scipy import stats
+
     rng = np.random.default_rng(seed_for("ratios by probe", seed))
     groups = len(sizes)
     drawn = rng.multinomial(groups, np.full(groups, 1 / groups), size=n_bootstrap)

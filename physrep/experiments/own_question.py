@@ -12,13 +12,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from einops import rearrange
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from ..core.devices import fast_products
 from ..core.files import read_json, write_json
@@ -33,6 +31,9 @@ from ..results.verify import is_current
 from ..training.loop import make_optimizer, update
 from ..training.pretrain import restore, training_batches, training_windows
 from ..training.run import Run, build
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 # %% ../../nbs/experiments/own_question.ipynb #51f32d20
 @dataclass(frozen=True)
@@ -96,8 +97,12 @@ def neighbourhood(tokens: torch.Tensor, grid: tuple[int, int, int]) -> torch.Ten
     return rearrange(around, "(b t) k n -> b (t n) k", t=t)
 
 
-def fit_linear_answer(train: Sequence[FeaturePairs], most: int = PLACES) -> Pipeline:
+def fit_linear_answer(train: Sequence[FeaturePairs], most: int = PLACES) -> "Pipeline":
     "Ridge regression on standardised tokens of the neighbourhood, fitted on at most so many places, evenly spread."
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     step = math.ceil(sum(pair.later[..., 0].numel() for pair in train) / most)
     x = torch.cat([neighbourhood(pair.context, pair.grid).flatten(0, 1)[::step] for pair in train])
     y = torch.cat([pair.later.flatten(0, 1)[::step] for pair in train])

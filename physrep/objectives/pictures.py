@@ -11,7 +11,6 @@ import torch
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
 # %% ../../nbs/objectives/pictures.ipynb #5be8f5a9
@@ -69,6 +68,8 @@ def component_maps(
     """Target and prediction `(b, h', w', k)` at the last token frame, in the target's components, and their titles.
 
     The prediction is NaN where it does not count."""
+    from sklearn.decomposition import PCA
+
     rows = [tokens.flatten(0, 1).numpy() for tokens in (true, predicted)]
     pca = PCA(n_components=min(3, *rows[0].shape), svd_solver="full").fit(rows[0])
     z, p = (torch.from_numpy(pca.transform(r)) for r in rows)

@@ -11,8 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics.pairwise import rbf_kernel
 
 from ..core.randomness import generator
 from ..data.scaling import LabelScaler
@@ -27,6 +25,8 @@ from .frozen import fit_probe, squared_error, standardiser
 def draw_flows(features: Features, scaler: LabelScaler, number: int, draw: int = 0) -> np.ndarray:
     """The groups `(number,)` of a stratified draw of so many labelled flows. It depends on labels, number and draw, not
     on the encoder. ValueError for more flows than there are."""
+    from scipy.optimize import linear_sum_assignment
+
     flows, first = np.unique(features.groups, return_index=True)
     if not 1 <= number <= len(flows):
         raise ValueError(f"number must be from 1 to the {len(flows)} flows that have labels, got {number}")
@@ -64,6 +64,8 @@ def _parts(groups: np.ndarray, folds: int) -> list[np.ndarray]:
 def _kernel_errors(rest: Features, out: Features, scaler: LabelScaler) -> np.ndarray:
     """The errors on `out` of all candidates of the kernel probe of `rest`, in the order of its trials. With as many
     landmarks as windows the probe is exact kernel ridge regression, which takes one eigenvalue problem a width."""
+    from sklearn.metrics.pairwise import rbf_kernel
+
     mean, scale = standardiser(rest.pooled.numpy())
     x, x_out = ((f.pooled.numpy() - mean) * scale for f in (rest, out))
     y = scaler.transform(rest.labels)

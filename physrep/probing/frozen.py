@@ -19,9 +19,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from sklearn.kernel_approximation import Nystroem
-from sklearn.metrics.pairwise import rbf_kernel
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -227,6 +224,8 @@ NEIGHBOURS = (1, 2, 5, 10, 20, 50)
 
 def _neighbours(arrays: dict[str, np.ndarray], f: Features, metric: str, k: int) -> np.ndarray:
     "Targets `(n, k, n_labels)` of the k nearest training windows, nearest first."
+    from sklearn.neighbors import NearestNeighbors
+
     x = (arrays["features"] - arrays["mean"]) * arrays["scale"]
     search = NearestNeighbors(n_neighbors=k, metric=metric, algorithm="brute").fit(x)
     return arrays["targets"][search.kneighbors(_standardised_pooled(f, arrays), return_distance=False)]
@@ -262,6 +261,8 @@ LANDMARKS = 1024  # training windows in the sum; bounds time and memory
 
 
 def _predict_kernel(probe: Probe, f: Features) -> np.ndarray:
+    from sklearn.metrics.pairwise import rbf_kernel
+
     x = _standardised_pooled(f, probe.arrays)
     near = rbf_kernel(x, probe.arrays["landmarks"], gamma=probe.chosen["gamma"])
     return near @ probe.arrays["weight"] + probe.arrays["bias"]
@@ -278,6 +279,8 @@ def fit_kernel(
     landmarks: int = LANDMARKS,
 ) -> Probe:
     "Kernel ridge regression on standardised mean-pooled tokens; width and penalty are chosen on valid."
+    from sklearn.kernel_approximation import Nystroem
+
     mean, scale = standardiser(train.pooled.numpy())
     y = scaler.transform(train.labels)
     arrays = {"mean": mean, "scale": scale, "bias": y.mean(0)}

@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from scipy import stats
 
 from ..core.randomness import seed_for
 from ..data.scaling import LabelScaler
@@ -161,6 +160,8 @@ def _seed_draws(
 ) -> dict[str, np.ndarray]:
     """Each metric `(1 + n_bootstrap, n_labels + 1)`, mean over seeds: of the data in row 0, then of draws of groups,
     with an error of the mean over seeds."""
+    from scipy import stats
+
     per_seed = [_draws(p, truth, scaler, weights, index) for p in predictions]
     n, draws = len(predictions), len(weights) - 1
     places = (rng.permutation(draws) + 0.5) / draws if draws else np.zeros(0)

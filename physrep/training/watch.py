@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.linear_model import RidgeCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ..core.files import atomic_path
@@ -71,6 +68,10 @@ def online_probe(
     names: tuple[str, ...],  # of the labels
 ) -> dict[str, float]:
     "`online` and `online_<label>`: mean squared errors on valid of a ridge regression fitted on train, maybe NaN."
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     (x, y), (x_valid, y_valid) = train, valid
     if not (np.isfinite(x).all() and np.isfinite(x_valid).all()):
         return {"online": math.nan, **{f"online_{name}": math.nan for name in names}}
