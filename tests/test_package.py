@@ -157,3 +157,10 @@ def test_the_graph_of_the_laptop_preset(tmp_path):
             assert re.search(rf"^{rule}\s+1$", text, re.M), rule
     for rule in targets:
         assert re.search(rf"^{rule}\s+1$", text, re.M), rule
+
+
+def test_a_workflow_is_planned_without_scikit_learn():
+    "Its import takes a second, and the Snakefile is read by every command of make."
+    lines = [line for line in (ROOT / "Snakefile").read_text().splitlines() if line.startswith("from physrep")]
+    code = "\n".join([*lines, "import sys", "sys.exit('sklearn' in sys.modules)"])
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0
