@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from physrep.core.parameters import seeds_in
 from physrep.core.paths import default_data_dir, project_root
@@ -65,9 +66,9 @@ def stage(name, *modules, entries=()):
 
 
 def given_to_papermill(name, value):
-    "A parameter as an option of papermill: text stays text, e.g. a tag `2`."
+    "A parameter as an option of papermill: text stays text, e.g. a tag `2`, and 5e-05 a number, which YAML writes 5.0e-05."
     if isinstance(value, dict):
-        return f"-y {shlex.quote(json.dumps({name: value}))}"
+        return f"-y {shlex.quote(yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip())}"
     return f"{'-r' if isinstance(value, str | Path) else '-p'} {name} {shlex.quote(str(value))}"
 
 

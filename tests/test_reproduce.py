@@ -52,8 +52,8 @@ rows:
 """
 
 
-# a preset of a user's own: one seed, and a recipe that was tuned
-FEW_SEEDS = "base: smoke\nseeds: [0]\ntuned: {forecast-vit: {recipe: {lr: 0.002}}}\n"
+# a preset of a user's own: one seed, and a recipe that was tuned, with a rate that JSON would write 5e-05
+FEW_SEEDS = "base: smoke\nseeds: [0]\ntuned: {forecast-vit: {recipe: {lr: 0.00005}}}\n"
 
 
 def snakemake(folder: Path, *targets: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> str:

@@ -7,6 +7,7 @@ __all__ = ['check_parameters', 'seeds_in']
 
 # %% ../../nbs/core/parameters.ipynb #2c46d5ad
 import ast
+import re
 
 # %% ../../nbs/core/parameters.ipynb #f56ee478
 def _assignments(source: str) -> dict[str, object]:
@@ -22,6 +23,14 @@ def _assignments(source: str) -> dict[str, object]:
                 except ValueError:  # e.g. float('nan'): no literal, so no type to compare
                     found[target.id] = None
     return found
+
+
+def _check_numbers(name: str, value: object) -> None:
+    "TypeError for a text in a mapping that was meant as a number: YAML reads `5e-5` as text, and `5.0e-5` as a number."
+    for key, one in value.items() if isinstance(value, dict) else ():
+        if isinstance(one, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", one):
+            raise TypeError(f"parameter {name}: {key} is the text {one!r}; YAML takes it for a number with a dot: 5.0e-5")
+        _check_numbers(f"{name}.{key}", one)
 
 
 def check_parameters(cells: list[str]) -> None:
@@ -43,6 +52,7 @@ def check_parameters(cells: list[str]) -> None:
                     f"parameter {name} must be {wanted.__name__} (default {known[name]!r}), got {value!r} "
                     f"({type(value).__name__}; papermill's -r passes text as it is)"
                 )
+            _check_numbers(name, value)
 
 # %% ../../nbs/core/parameters.ipynb #299220fa
 def seeds_in(text: str) -> list[int]:
