@@ -69,7 +69,7 @@ def recipe_table(runs: Runs, run_dir: str | Path | None = None) -> pd.DataFrame:
             parts.append(of_tests[of_tests.probe.isin(FROZEN)].merge(scores, on=["seed", "probe"]))
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../../nbs/experiments/tuned.ipynb #7e600ccf
 def lower_on_valid(table: pd.DataFrame) -> pd.DataFrame:
     """For each row of a `recipe_table` of one system, by name: the mean error on `valid` over probes and seeds with the
     recipe by hand and with that of the search, the one that is `lower` (the search's, if they are equal), and how many
@@ -82,7 +82,7 @@ def lower_on_valid(table: pd.DataFrame) -> pd.DataFrame:
     agree, seeds = alike.groupby("of", sort=False).sum(), alike.groupby("of", sort=False).size()
     return scores.assign(lower=lower, agree=[f"{a} of {n}" for a, n in zip(agree, seeds)])
 
-
+# %% ../../nbs/experiments/tuned.ipynb #39f3a173
 def recipe_differences(runs: Runs, run_dir: str | Path | None = None) -> pd.DataFrame:
     "`difference_on_test` of each row (`of`): `recipe` minus `minus`."
     pairs = ((TUNED, BY_HAND), (TUNED, RANDOM), (BY_HAND, RANDOM))
