@@ -16,9 +16,6 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
 from ..core.files import atomic_path
 from ..core.randomness import generator, seed_for
@@ -110,6 +107,10 @@ def _first_frames(file: WellFile, points: int = 16) -> np.ndarray:
 def _clusters(features: np.ndarray, tolerance: float) -> np.ndarray:
     """Cluster number `(n,)`: rows `(n, k)` that differ nowhere by more than `tolerance` times the standard deviation
     are together. A row that is not finite is alone."""
+    from scipy.sparse import coo_array  # here: most stages import this module and look for no leak
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import cKDTree
+
     sound = np.flatnonzero(np.isfinite(features).all(axis=1))
     pairs = np.empty((0, 2), int)
     if len(sound):
