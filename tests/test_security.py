@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from broken import SYSTEM, change, encoder_file, probe_file, replace, well_file, well_set, with_header, with_info
+from safetensors.torch import save_file
 
 import physrep
 from physrep.core.files import open_tensors, read_tensors, write_tensors
 from physrep.data.download import check_files
 from physrep.data.outside import parts_outside
+from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows
 from physrep.explore import your_flow
 from physrep.explore.your_flow import LARGEST, UNPACKED, flow_from_bytes
@@ -29,7 +31,7 @@ from physrep.models.encoders import build_encoder
 from physrep.probing.features import cache_path, cached
 from physrep.probing.records import read_predictions
 from physrep.results.rows import read_rows
-from physrep.training.loop import Recipe, load_checkpoint, make_optimizer
+from physrep.training.loop import Recipe, load_checkpoint, make_optimizer, save_checkpoint
 from physrep.training.presets import read_preset
 from physrep.training.run import resolve
 
@@ -145,6 +147,30 @@ def test_an_encoder_file_imports_no_module_for_its_system(tmp_path, monkeypatch)
         physrep.load_encoder(with_info(encoder_file(tmp_path / "encoder.safetensors"), system="planted:SYSTEM"))
 
 
+def test_an_encoder_file_runs_no_code_of_others(tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = with_info(encoder_file(tmp_path / "encoder.safetensors"), name="planted:make")
+    for place in (path, tmp_path):
+        with pytest.raises(ValueError, match="is built by 'planted:make', which is not physrep's; trust_code=True"):
+            physrep.load_encoder(place)
+    with pytest.raises(SystemExit, match="it ran"):
+        physrep.load_encoder(path, trust_code=True)
+
+
+@pytest.mark.parametrize("step", ["-5", "NaN", '"3"', "[]", "true", "1.5"])
+def test_a_checkpoint_whose_number_of_updates_is_none(tmp_path, step):
+    objective = torch.nn.Linear(2, 2)
+    optimizer = make_optimizer(objective, Recipe(steps=4, lr=0.1))
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, objective, optimizer, 3)
+    assert load_checkpoint(path, objective, optimizer) == 3
+    tensors = {f"model.{name}": value for name, value in objective.state_dict().items()}
+    save_file(tensors, path, metadata={"step": step})
+    with pytest.raises(ValueError, match="last.safetensors is no checkpoint of this run .its number of updates is"):
+        load_checkpoint(path, objective, optimizer)
+
+
 # --- nothing leads out of a folder
 
 
@@ -188,6 +214,25 @@ def test_an_upload_shows_no_other_file(tmp_path, way):
     path = borrowed(tmp_path, way)
     with pytest.raises(ValueError, match="/t0_fields/tracer is a view of another file, .*must hold all itself"):
         flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
+
+
+@pytest.mark.parametrize("way", ["link", "relative link", "bytes"])
+def test_a_set_shows_no_numbers_of_other_files(tmp_path, way):
+    """A view is read: leak-free splits are views. Plain arrays are read by their place in the file, so a link would
+    give the bytes at that place in the wrong one."""
+    path = borrowed(tmp_path, way)
+    for read in (lambda: WellFile(path, SYSTEM), lambda: Windows(tmp_path / "set", SYSTEM, "train", frames=2)):
+        with pytest.raises(WellFormatError, match="flow.hdf5: .*copy what it shows into this file"):
+            read()
+
+
+@pytest.mark.parametrize("label", ["scalars/Reynolds", "dimensions/time"])
+def test_a_file_has_its_labels_and_times_in_itself(tmp_path, label):
+    well_file(tmp_path / "other.hdf5", 1)
+    path = well_file(tmp_path / "a.hdf5")
+    change(path, replace(label, h5py.ExternalLink("other.hdf5", f"/{label}")))
+    with pytest.raises(WellFormatError, match=f"a.hdf5: {label} is a link into .*other.hdf5"):
+        WellFile(path, SYSTEM)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -105,7 +105,8 @@ def is_of(path: Path, system: System) -> bool:
 
 # %% ../../nbs/data/well.ipynb #bfd0aa82
 def _member(path: Path, file: h5py.File, key: str, kind: type = h5py.Dataset) -> h5py.Dataset | h5py.Group:
-    "The dataset (or group) of that name; the WellFormatError names the part that is missing, and what there is."
+    """The dataset (or group) of that name; the WellFormatError names the part that is missing, and what there is, or
+    the other file that a link leads to."""
     item, parts = file, key.split("/")
     for depth, part in enumerate(parts, start=1):
         wanted = kind if depth == len(parts) else h5py.Group
@@ -113,6 +114,8 @@ def _member(path: Path, file: h5py.File, key: str, kind: type = h5py.Dataset) ->
             missing, there = "/".join(parts[:depth]), ", ".join(item) or "nothing"
             raise WellFormatError(f"{path}: no {wanted.__name__.lower()} {missing!r}; {item.name} holds {there}")
         item = item[part]
+    if item.file.filename != file.filename:
+        raise WellFormatError(f"{path}: {key} is a link into {item.file.filename}; copy what it shows into this file")
     return item
 
 # %% ../../nbs/data/well.ipynb #975fcf23
@@ -128,7 +131,11 @@ class _Stored:
 def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
     """DamagedFileError if parts of the dataset were never written, lie past the end of the file, or in another file
     that is not there. HDF5 would read zeros."""
-    if is_address(path) and (dataset.is_virtual or dataset.external):
+    if dataset.external:
+        raise WellFormatError(
+            f"{path}: {dataset.name} is the bytes of {dataset.external[0][0]}; copy what it shows into this file"
+        )
+    if is_address(path) and dataset.is_virtual:
         raise WellFormatError(
             f"{path}: {dataset.name} stands in other files, which HDF5 cannot read over a network; copy the set"
         )
@@ -172,7 +179,7 @@ def _read_fields(path: Path, file: h5py.File, system: System) -> list[_Stored]:
         if dataset.dtype.kind != "f" or 0 in dataset.shape:
             raise WellFormatError(f"{path}: {dataset.name} must hold floats, it is {dataset.dtype} {dataset.shape}")
         _check_filled(path, dataset)
-        plain = dataset.dtype == np.float32 and dataset.chunks is None and dataset.external is None
+        plain = dataset.dtype == np.float32 and dataset.chunks is None
         offset = dataset.id.get_offset() if plain else None  # None also in a compact or virtual layout
         stored.append(_Stored(dataset.name, (*base, math.prod(components)), offset))
     declared = file.attrs.get("n_trajectories", base[0])
@@ -251,7 +258,7 @@ def _read_labels(path: Path, file: h5py.File, system: System, n_trajectories: in
             raise WellFormatError(
                 f"{path}: no label {label.name!r}{also}; scalars holds {', '.join(scalars) or 'nothing'}"
             )
-        dataset = scalars[found[0]]
+        dataset = _member(path, file, f"scalars/{found[0]}")
         if dataset.shape not in ((), (n_trajectories,)) or dataset.attrs.get("time_varying", False):
             raise WellFormatError(
                 f"{path}: {dataset.name} must be one number, or one per trajectory, it is {dataset.shape}"

@@ -66,7 +66,7 @@ class NoRegulariser(Regulariser):
     ) -> dict[str, torch.Tensor]:
         return {"loss": torch.zeros((), device=features.device)}
 
-    def operations(self, n: int, d: int) -> int:
+    def operations(self, n: int, d: int, sides: int = 1) -> int:
         return 0
 
 # %% ../../nbs/objectives/regularisers.ipynb #62de6165

@@ -224,7 +224,7 @@ def save_pretrained(
 HUB = "hf:"
 FILES = ("encoder.safetensors", "probe-*.safetensors", "README.md")  # all that is downloaded
 PUBLISHED = ("physrep.models.elsewhere:VideoMAEViT", "physrep.models.avit:AViT")  # built for published weights
-BUILDERS = (*ENCODERS, *PUBLISHED)  # what may build an encoder of the Hub
+BUILDERS = (*ENCODERS, *PUBLISHED)  # what may build an encoder that is not trusted
 
 
 def hub_folder(name: str, revision: str | None = None) -> Path:
@@ -274,19 +274,19 @@ def load_encoder(
     device: str | torch.device = "cpu",
     *,
     revision: str | None = None,  # of the Hub: branch, tag or commit
-    trust_code: bool = False,  # True: code of your own packages may build an encoder of the Hub
+    trust_code: bool = False,  # True: the file may name code outside of physrep that builds its encoder
 ) -> LoadedEncoder:
     """The frozen encoder at `path`: a run folder, its `encoder.safetensors`, the name of one that comes with physrep,
     or `hf:user/name`.
 
     Errors as for `check_metadata`, `physrep.models.pretrained.load_encoder` and `hub_folder`; ValueError for an encoder
-    of the Hub that code outside of physrep builds."""
+    that code outside of physrep builds, unless you trust it."""
     folder = _local(path, revision)
     if not trust_code:
         file = Path(folder) if Path(folder).is_file() else model_folder(folder) / "encoder.safetensors"
         builder = read_description(file)[0].get("name", BUILDERS[0])
-        if folder is not path and builder not in BUILDERS:
-            raise ValueError(f"{path} is built by {builder!r}, which is not physrep's; trust_code=True runs it")
+        if ":" in str(builder) and builder not in BUILDERS:
+            raise ValueError(f"{path} is built by {builder!r:.80}, which is not physrep's; trust_code=True runs it")
         check_metadata(file)
     return _built(folder, device)
 

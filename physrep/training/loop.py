@@ -171,8 +171,10 @@ def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
         with safe_open(path, "pt") as f:
             step = json.loads(f.metadata()["step"])
             tensors = {k: f.get_tensor(k) for k in f.keys()}
+        if type(step) is not int or step < 0:
+            raise ValueError(f"its number of updates is {step!r:.40}")
         objective.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint of this run ({error}); delete it to start again") from error
     for name, p in objective.named_parameters():
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{k}.{name}" in tensors]
