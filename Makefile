@@ -84,7 +84,7 @@ tuned: $(READY)  ## train the rows of Table 1 with the recipe of the search and 
 	@$(KEEP)
 
 ablations: TARGET = ablations
-ablations: $(READY)  ## variants of rows of Table 1 (SIGReg, blocks, controls of invariance, backbones), twenty minutes after `make tuned`
+ablations: $(READY)  ## rows of Table 1 with one thing changed (what is asked, hidden or shared, noise, width, backbone), forty minutes of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) ablations
 	@$(KEEP)

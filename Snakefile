@@ -491,7 +491,7 @@ for name, seed, done in VARIED:
         shell: "{params.command}"
 
 rule ablations:
-    input: [result for result in HAND_RESULTS if result.is_relative_to(OUT / FIRST)] + [done for *_, done in VARIED]
+    input: [result for result in RESULTS if result.is_relative_to(OUT / FIRST)] + [done for *_, done in VARIED]
     output: figures("ablations")
     params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
     shell: "{params.command}"

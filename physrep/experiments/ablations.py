@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from .recipes import train_and_probe
 from .variants import base_run, check_variant, variant_run
-from ..probing.evaluate import score_run
-from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_predictions
 from ..results.comparison import compare, interval_text
 from ..results.rows import title_of
-from ..results.verify import is_current
 from ..training.cost import cost
-from ..training.pretrain import pretrain
 from ..training.run import Run
 
 # %% ../../nbs/experiments/ablations.ipynb #1b9cbb28
@@ -36,42 +33,42 @@ def train_variants(
 ) -> dict[str, list[Run]]:
     "The finished and probed runs of each variant, one a seed. ValueError for an unknown variant."
     runs = {name: [variant_run(name, system, preset, seed=k) for k in seeds] for name in names}
-    windows = probe_splits(runs[names[0]][0], data_dir)  # the same for all
-    for name, run in ((name, run) for name, variant in runs.items() for run in variant):
-        folder = pretrain(run, data_dir, run_dir, device=device, progress=progress)
-        if not is_current(folder / "result.json", run.preset, windows):
-            score_run(run, data_dir, run_dir, probes=FROZEN, windows=windows, device=device, progress=progress)
-        print(f"{name}, seed {run.seed}: {run.name}")
+    for name in names:
+        wanted = runs[name]
+        if check_variant(name).against:  # what it is compared with is no row of Table 1
+            wanted = [*wanted, *base_runs(name, wanted)]
+        for run in wanted:
+            train_and_probe(run, data_dir, run_dir, device=device, progress=progress)
     return runs
 
 
 def base_runs(name: str, runs: Sequence[Run]) -> list[Run]:
-    "The runs of the row of Table 1 that a variant changes, of the same seeds."
+    "The runs that a variant is compared with, of the same seeds."
     return [base_run(name, run.system.name, run.preset, seed=run.seed) for run in runs]
 
 # %% ../../nbs/experiments/ablations.ipynb #5ee40eb9
 def variant_differences(runs: Mapping[str, Sequence[Run]], run_dir: str | Path | None = None) -> pd.DataFrame:
-    """The error of each variant minus that of its row on the same flows: rows of `comparison.compare` with the columns
-    that `forest.plot_groups` wants. `runs` are those of `train_variants`; the row must be probed already."""
+    """The error of each variant minus that of what it is compared with on the same flows: rows of `comparison.compare`
+    with the columns that `forest.plot_groups` wants. `runs` are those of `train_variants`; the rows of Table 1 must be
+    probed already."""
     found = []
     for name, variant in runs.items():
         folders = [run.folder(run_dir) for run in variant]
-        base = base_runs(name, variant)[0]
         pair = compare(folders, [run.folder(run_dir) for run in base_runs(name, variant)], metric="mse")
         info = read_predictions(folders[0]).info
         about = {"system": variant[0].system.name, "objective": variant[0].objective, "encoder": variant[0].encoder}
         about |= {"labelled_flows": info["labelled_flows"], "draw": info["draw"]}
         text = [interval_text(*numbers) for numbers in zip(pair.difference, pair.low, pair.high)]
-        reference = f"{title_of(*base.row)}:\n{check_variant(name).title}"
+        reference = f"{title_of(*check_variant(name).row)}:\n{check_variant(name).title}"
         found.append(pair.assign(**about, reference=reference, variant=name, text=text))
     return pd.concat(found, ignore_index=True)
 
 
 def variant_costs(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    "Updates and operations of the training of each variant and of its row."
+    "Updates and operations of the training of each variant and of what it is compared with."
     found = []
     for name, variant in runs.items():
-        for which, run in ((name, variant[0]), ("as in Table 1", base_runs(name, variant)[0])):
-            about = {"row": f"{run.objective}-{run.encoder}", "which": which, "updates": run.recipe.steps}
+        for which, run in ((name, variant[0]), ("compared with", base_runs(name, variant)[0])):
+            about = {"variant": name, "which": which, "run": "-".join(run.row), "updates": run.recipe.steps}
             found.append(about | {"TFLOP": cost(run)["total"] / 1e12})
     return pd.DataFrame(found)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEARNING_RATE', 'WEIGHT_DECAY', 'BATCH', 'Choices', 'OWN', 'BEFORE', 'TUNING_SEED', 'REPEATED', 'FILLING', 'LOWER',
-           'CONFIGURATIONS', 'points', 'pick', 'between', 'configuration', 'trial_run', 'trial_score', 'trial_scores',
-           'tuning_root', 'trial_record', 'run_trial', 'best_two', 'run_row', 'read_trials', 'tuning_table', 'noise',
-           'chosen_configurations', 'plot_tuning']
+           'CONFIGURATIONS', 'points', 'pick', 'between', 'configuration', 'with_operations_of', 'trial_run',
+           'trial_score', 'trial_scores', 'tuning_root', 'trial_record', 'run_trial', 'best_two', 'run_row',
+           'read_trials', 'tuning_table', 'noise', 'chosen_configurations', 'plot_tuning']
 
 # %% ../../nbs/experiments/tuning.ipynb #7806fa99
 import json
@@ -126,6 +126,14 @@ def configuration(row: tuple[str, str], preset: Preset, number: int) -> dict[str
     return change | {"coefficients": own}
 
 # %% ../../nbs/experiments/tuning.ipynb #0d05fe93
+def with_operations_of(run: Run, usual: Run) -> Run:
+    "A run with as many updates as cost the operations of another run, at least one; random weights as they are."
+    if run.recipe is None or usual.recipe is None:
+        return run
+    budget, once = cost(usual)["total"], cost(replace(run, recipe=replace(run.recipe, steps=1)))["total"]
+    return replace(run, recipe=replace(run.recipe, steps=max(1, round(budget / once))))
+
+
 def trial_run(
     system: str, row: tuple[str, str], preset: str | Preset, number: int, seed: int = TUNING_SEED, data_dir=None
 ) -> Run:
@@ -135,10 +143,7 @@ def trial_run(
     usual = resolve(system, *row, preset, seed=seed, data_dir=data_dir, **before)
     both = {part: {**before.get(part, {}), **change[part]} for part in change}
     run = resolve(system, *row, preset, seed=seed, data_dir=data_dir, **both)
-    if run.recipe is None or number == 0:
-        return run
-    budget, once = cost(usual)["total"], cost(replace(run, recipe=replace(run.recipe, steps=1)))["total"]
-    return replace(run, recipe=replace(run.recipe, steps=max(1, round(budget / once))))
+    return with_operations_of(run, usual) if number else run
 
 # %% ../../nbs/experiments/tuning.ipynb #d0ac95ee
 def trial_score(every: Mapping[str, float], few: Mapping[str, float]) -> float:

@@ -112,7 +112,6 @@ def free_in_groups(listed: str | Path = "/proc/self/cgroup", mounted: str | Path
                 found.append(most - used + (_number(group / "memory.stat", f"{cache} ") or 0))
     return found
 
-
 # %% ../../nbs/training/memory.ipynb #7c1d90ae
 def memory_available(device: str = "cpu") -> int | None:
     "Bytes that are free on a device; None if the machine does not say."
