@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune tuned ablations matters machines resolution regimes across rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune tuned few ablations matters machines resolution regimes across rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +25,7 @@ DRAWN := runs/$(NAME)/figures
 # the committed figures are those of the laptop preset
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
 READY := $(VENV)/.ready
-CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(CELLS),cells="$(CELLS)") $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
+CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(CELLS),cells="$(CELLS)") $(FEW) $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
 # with a profile, jobs run where it says, e.g. on a cluster
 SNAKE = $(BIN)/python -m snakemake $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
@@ -69,7 +69,7 @@ data: $(READY)  ## simulate the data of PRESET only
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
-	@set -e; for experiment in reproduce tuned resolution regimes across ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
+	@set -e; for experiment in reproduce tuned few resolution regimes across ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -81,6 +81,13 @@ tuned: TARGET = tuned
 tuned: $(READY)  ## train the rows of Table 1 with the recipe of the search and with the one by hand, in every system, and compare them; an hour of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/tuned.csv || $(COMPARE) tuned
+	@$(KEEP)
+
+few: TARGET = data_efficiency
+few: FEW = few=1
+few: $(READY)  ## train supervised encoders on 8, 16 and 64 labelled flows, and draw the error against the number of labels; half an hour of two cores after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) data_efficiency
 	@$(KEEP)
 
 ablations: TARGET = ablations

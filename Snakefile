@@ -7,7 +7,7 @@
 #
 # config: preset (a name or a .yaml file), data (a folder or an address), systems (comma-separated), rows (a rows.yaml with rows of
 # your own), only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there),
-# seeds (further ones, "1 2"; those of the preset are always there), cells (of `make matters`).
+# seeds (further ones, "1 2"; those of the preset are always there), cells (of `make matters`), few (of `make few`).
 # On a cluster also cores (of a job that can use several) and gpus (of a job that trains); see tools/slurm/config.yaml.
 import contextlib
 import hashlib
@@ -36,6 +36,7 @@ from physrep.experiments.variants import VARIANTS, variant_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
 from physrep.results.archive import scored_elsewhere, with_seeds_there
+from physrep.results.data_efficiency import TRAINED_ON_FEW
 from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
@@ -128,6 +129,7 @@ CORES, GPUS = int(config.get("cores") or workflow.cores), int(config.get("gpus")
 JOB_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
 # systems are simulated side by side: no core waits while one of them starts or ends
 SIM_WORKERS = max(1, CORES // max(1, len(PRESET.sims)))
+FIRST_SYSTEMS = {system: 100 * (len(SYSTEMS) - place) for place, system in enumerate(SYSTEMS)}  # systems finish one after the other
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = {system: [row for row in some if row.kind in ("trained", "random", "frozen")] for system, some in TABLE_ROWS.items()}
 SEARCHED = [row for row in BY_HAND if row_name(row) in PRESET.tuned]
@@ -153,7 +155,7 @@ for system, asked in SYSTEMS.items():
             output: simulated(system)
             params: code=solver, command=papermill("00_simulate", f"{system}-simulate", system=system, workers=SIM_WORKERS)
             threads: CORES if torch.cuda.is_available() else SIM_WORKERS
-            priority: 9
+            priority: FIRST_SYSTEMS[system] + 9
             shell: "{params.command}"
 
     if system in PRESET.sims and PRESET.refined:
@@ -236,7 +238,7 @@ for system, runs_in, about in PLACES:
                 params: code=code_digest(*runs[0].modules, entries=runs[0].entries), command=papermill("03_pretrain", f"{name}-pretrain", **values)
                 threads: JOB_THREADS
                 resources: gpu=GPUS
-                priority: row.cost  # long jobs first, and what the longest waits for
+                priority: FIRST_SYSTEMS[system] + row.cost  # long jobs first, and what the longest waits for
                 shell: "{params.command}"
         rule:
             name: f"probe_{name}".replace("-", "_")
@@ -244,7 +246,7 @@ for system, runs_in, about in PLACES:
             output: results
             threads: JOB_THREADS
             resources: gpu=GPUS
-            priority: row.cost if row.pair in ACROSS else 0
+            priority: FIRST_SYSTEMS[system] + (row.cost if row.pair in ACROSS else 0)
             params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, finetuned=row.finetuned, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"})
             shell: "{params.command}"
 
@@ -261,6 +263,17 @@ rule table1:
     output: figures("overview", "table1", "curves", *[DIFFERENCES[r] for r in references_of(TABLE_ROWS[FIRST])], *[f"table1_{s}" for s in SYSTEMS])
     params: rows=repr(TABLE_ROWS), code=stage("05_table1", "results.seeds", "results.panels", "results.curves", "results.forest", "results.comparison", "results.table", "experiments.costs", "experiments.table1", "experiments.overview") + PROBING, command=papermill("05_table1", "table1", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
+
+# what came out of a system is printed while the next one is trained
+PRINTED = [OUT / "finished" / f"{system}-printed" for system in SYSTEMS]
+for system, done in zip(SYSTEMS, PRINTED):
+    rule:
+        name: f"print_{system}".replace("-", "_")
+        input: [result for result in RESULTS if result.is_relative_to(OUT / system)]
+        output: touch(done)
+        params: command=f"{shlex.quote(sys.executable)} -m physrep.experiments.table1"
+        priority: FIRST_SYSTEMS[system] + 99
+        shell: "{params.command} {input:q}"
 
 # a method is a curve: the encoders that every run kept on its way are probed, one job a system, then drawn
 SCORED = [OUT / "finished" / f"{system}-learning-curves" for system in SYSTEMS]
@@ -280,11 +293,25 @@ rule learning_curves:
     params: rows=repr(TABLE_ROWS), code=stage("05a_learning_curves", "experiments.learning_curve_figures", "experiments.table1") + PROBING, command=papermill("05a_learning_curves", "learning_curves", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
+# `make few`: supervised encoders that are trained on few labelled flows, a job for each system
+FEW_LABELS = [OUT / "finished" / f"{system}-few-labels" for system in SYSTEMS]
+for system, done in zip(SYSTEMS, FEW_LABELS):
+    asked_rows = [row for row in TABLE_ROWS[system] if row.objective == "supervised"]
+    made = [run_of(row, SYSTEMS[system], PRESET, 0, DATA).folder() / TRAINED_ON_FEW for row in asked_rows]
+    rule:
+        name: f"few_labels_{system}".replace("-", "_")
+        input: simulated(system)
+        output: touch(finished(done, all(file.is_file() for file in made)))
+        params: rows=repr(asked_rows), code=code_digest("experiments.trained_on_few") + PROBING, command=papermill("06_data_efficiency", f"{system}-few-labels", systems=SYSTEMS[system], draw=False, **WITH_ROWS)
+        threads: JOB_THREADS
+        resources: gpu=GPUS
+        shell: "{params.command}"
+
 # few labels, and flows that start in another way
 rule data_efficiency:
-    input: RESULTS + MORE_SEEDS
+    input: RESULTS + MORE_SEEDS + [done for done in FEW_LABELS if config.get("few") or done.is_file()]
     output: figures("data_efficiency", *(["table1_shifted", "shift"] if SHIFTED_TOO else []))
-    params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "experiments.table1", "results.seeds", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
+    params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "experiments.table1", "experiments.trained_on_few", "results.seeds", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 
 # what asks encoders of all rows something new; where it cannot, it says why
@@ -537,6 +564,7 @@ rule all:
     default_target: True
     input:
         MORE_SEEDS,
+        PRINTED,
         rules.table1.output,
         rules.learning_curves.output if KEEPS_CURVES else [],
         rules.data_efficiency.output,

@@ -62,7 +62,8 @@ def _draw_lines(ax: Axes, still: pd.DataFrame, rows: Sequence[Row]) -> None:
 
 def _draw_curves(ax: Axes, measured: pd.DataFrame, rows: Sequence[Row]) -> None:
     "Mean over seeds of every trained row; bars are the 95 % intervals of a single seed, or the range of several."
-    for i, pair in enumerate(row_order(measured, rows)):
+    pairs = row_order(measured, rows)
+    for i, pair in enumerate(pairs):
         one = measured[(measured.objective == pair[0]) & (measured.encoder == pair[1])]
         seeds = one.seed.nunique()
         found = one.groupby("step").agg(
@@ -70,7 +71,7 @@ def _draw_curves(ax: Axes, measured: pd.DataFrame, rows: Sequence[Row]) -> None:
             low=("low", "mean"), high=("high", "mean"),
         )  # fmt: skip
         low, high = (found.least, found.most) if seeds > 1 else (found.low, found.high)
-        place = found.operations * 1.05**i  # beside each other
+        place = found.operations * 1.012 ** (i - (len(pairs) - 1) / 2)  # beside each other
         look = dict(color=color_of(*pair, rows), label=title_of(*pair, rows=rows))
         ax.plot(place, found.value, marker=marker_of(pair[1], pair[0], rows), ms=4, lw=1.2, **look)
         ax.vlines(place, low, high, color=look["color"], lw=0.7, alpha=0.7)

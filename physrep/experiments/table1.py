@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TUNED', 'searched_row', 'row_in', 'own_random_weights', 'table_rows', 'shown_rows', 'without_tag', 'shown_as',
-           'differences_from_own', 'sides', 'against_random']
+           'differences_from_own', 'sides', 'against_random', 'printed_errors']
 
 # %% ../../nbs/experiments/table1.ipynb #ec088d22
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ import pandas as pd
 
 from .recipes import random_weights
 from ..objectives.methods import objective_class
-from ..physics.systems import get_system
+from ..physics.systems import SYSTEMS, get_system
+from ..probing.records import read_results
 from ..results.comparison import Method, differences, read_methods
 from ..results.forest import is_clear
-from ..results.rows import ROWS, Row, chosen_rows, read_rows, row_name, title_of
+from ..results.rows import PROBE_ORDER, ROWS, Row, chosen_rows, ordered, read_rows, row_name, row_order, title_of
 from ..training.presets import Preset
 
 # %% ../../nbs/experiments/table1.ipynb #4b35af5d
@@ -121,3 +123,20 @@ def against_random(paired: pd.DataFrame, rows: Sequence[Row], split: str = "test
     asked = asked[[pair in blind for pair in zip(asked.objective, asked.encoder)]]
     titles = [title_of(*pair, rows=rows) for pair in zip(asked.objective, asked.encoder)]
     return asked.assign(title=titles, verdict=sides(asked))
+
+# %% ../../nbs/experiments/table1.ipynb #a02196eb
+def printed_errors(results: Sequence[str | Path]) -> str:
+    "Errors on `test`, mean over labels and seeds, of every row and probe in these results of a system, as text."
+    table = shown_as(read_results(results))
+    table = table[(table.metric == "mse") & (table.label == "mean") & (table.split == "test")]
+    titles = {pair: title_of(*pair) for pair in row_order(table)}
+    errors = table.assign(row=[titles[pair] for pair in zip(table.objective, table.encoder)])
+    errors = errors.pivot_table(index="row", columns="probe", values="value", sort=False)
+    errors = errors.reindex(index=titles.values(), columns=ordered(errors.columns, PROBE_ORDER))
+    names = ", ".join(SYSTEMS[name].title if name in SYSTEMS else name for name in table.system.unique())
+    text = errors.to_string(float_format="{:.3f}".format, na_rep="-")
+    return f"== {names}: z-scored squared errors on test (1: always the mean label)\n{text}"
+
+# %% ../../nbs/experiments/table1.ipynb #5d113cf6
+if __name__ == "__main__" and "__file__" in globals():  # as a command, not in a notebook
+    print(printed_errors(sys.argv[1:]), flush=True)

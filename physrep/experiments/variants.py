@@ -79,6 +79,12 @@ def _row_of(variant: Variant, system: str, preset: Preset) -> Row:
     return row_in(system, next(row for row in ROWS if row.pair == variant.row), preset)
 
 
+def _recipe_of(row: Row, preset: Preset) -> dict:
+    "The recipe of a row, whole: a variant with another objective or encoder keeps it."
+    usual = preset.recipe(row.objective, row.encoder).decisive()
+    return usual | dict(row.recipe)
+
+# %% ../../nbs/experiments/variants.ipynb #811a7a54
 def variant_run(
     name: str, system: str, preset: str | Path | Preset, *, seed: int = 0, data_dir: str | Path | None = None
 ) -> Run:
@@ -98,12 +104,6 @@ def variant_run(
     run = run_of(changed, system, preset, seed, data_dir)
     run = replace(run, clip=replace(run.clip, noise=variant.noise)) if variant.noise else run
     return with_operations_of(run, run_of(row, system, preset, seed, data_dir))
-
-
-def _recipe_of(row: Row, preset: Preset) -> dict:
-    "The recipe of a row, whole: a variant with another objective or encoder keeps it."
-    usual = preset.recipe(row.objective, row.encoder).decisive()
-    return usual | dict(row.recipe)
 
 
 def base_run(
