@@ -209,9 +209,9 @@ _LAPTOP_TUNED = {
         "by_hand": ["rayleigh_benard", "active_matter"],
     },
     "mae-vit": {
-        "coefficients": {"ratio": 0.5, "target_norm": "patch"},
-        "recipe": {"lr": 1.9e-3, "weight_decay": 0.077, "batch_size": 8, "steps": 2421},
-        "by_hand": ["shear_flow"],
+        "coefficients": {"ratio": 0.5, "target_norm": "none"},
+        "recipe": {"lr": 6.6e-3, "weight_decay": 0.2, "batch_size": 4, "steps": 4842},
+        "by_hand": [],
     },
     "forecast-vit": {
         "coefficients": {"frames": 4, "target": "change"},
