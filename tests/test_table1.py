@@ -191,3 +191,12 @@ def smoke_runs_of_paddings(smoke_data, tmp_path_factory):
             score_run(run, smoke_data, root, probes=("linear", "knn", "kernel", "attentive"), progress=False)
             folders[row.pair[0]] = run.folder(root)
     return folders, rows
+
+
+@pytest.mark.parametrize(
+    "part", ["recipe: {lr: 5e-5}", "coefficients: {ratio: 1E+2}", "encoder_config: {a: {b: -3e4}}"]
+)
+def test_a_number_that_yaml_reads_as_text_is_named(part, tmp_path):
+    (tmp_path / "rows.yaml").write_text(f"rows:\n  - {{objective: mae, encoder: vit, tag: own, {part}}}\n")
+    with pytest.raises(TypeError, match=r"rows.yaml, row mae.own-vit.*is the text .*with a dot: 5.0e-5"):
+        table_rows(LAPTOP, "shear_flow", own=tmp_path / "rows.yaml")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.parameters import check_numbers
 from .recipes import random_weights
 from ..objectives.methods import objective_class
 from ..physics.systems import SYSTEMS, get_system
@@ -59,7 +60,7 @@ def table_rows(preset: Preset, system: str, only: str = "", own: str | Path = ""
     """The rows of Table 1 for a system: those that are named in `only` (`mae-vit,random-vit`; default: the main rows)
     with the recipes that the preset holds for this system, the random weights that belong to them, the baselines, and
     the rows of a `rows.yaml` of one's own. ValueError as `chosen_rows` and `read_rows`, and for a preset in which
-    another row is tuned than there is."""
+    another row is tuned than there is; TypeError for a text that was meant as a number, such as `lr: 5e-5`."""
     rows = chosen_rows(only)
     there = [row_name(row) for row in ROWS if row.kind == "trained"]
     if unknown := sorted(set(preset.tuned) - set(there)):
@@ -67,6 +68,9 @@ def table_rows(preset: Preset, system: str, only: str = "", own: str | Path = ""
     baselines = [row for row in rows if row.kind == "baseline"]
     others = [row for row in rows if row.kind != "baseline"]
     mine = read_rows(own) if own else ()
+    for row in mine:
+        parts = {"recipe": row.recipe, "coefficients": row.coefficients, "encoder_config": row.encoder_config}
+        check_numbers(f"{own}, row {row_name(row)}", parts)
     if wrong := [row for row in mine if (row.objective, row.tag) != (without_tag(row.objective), without_tag(row.tag))]:
         names = ", ".join(row_name(row) for row in wrong)
         raise ValueError(f"{own}: the tag {TUNED} of {names} marks recipes that tuning chose; give yours another one")
