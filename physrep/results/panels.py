@@ -311,15 +311,15 @@ def system_title(name: str) -> str:
     return get_system(name).title if name in SYSTEMS else name
 
 
-EASY = 0.05  # an error of the controls below which a split is called easy
+EASY = 0.05  # an error of the controls on `test` below which a set is called easy
 
 
-def _easy(df: pd.DataFrame, system: str, metric: str, split: str) -> str:
-    "A second line of a title where the controls read the parameters of a split well; empty elsewhere."
-    known = df[(df.system == system) & (df.label == "mean") & (df.metric == metric) & (df.split == split)]
+def _easy(df: pd.DataFrame, system: str, metric: str) -> str:
+    "A second line of a title where the controls read the parameters well; empty elsewhere."
+    known = df[(df.system == system) & (df.label == "mean") & (df.metric == metric) & (df.split == "test")]
     known = known[known.objective.isin(CONTROLS)]
     best = known.value.min() if metric == "mse" and len(known) else math.inf
-    return f"\n(easy: statistics reach {best:.2g})" if best < EASY else ""
+    return f"\n(easy: controls reach {best:.2g})" if best < EASY else ""
 
 
 def plot_systems(df: pd.DataFrame, metric: str = "mse", rows: Sequence[Row] = ROWS, *, split: str = "test") -> Figure:
@@ -334,5 +334,5 @@ def plot_systems(df: pd.DataFrame, metric: str = "mse", rows: Sequence[Row] = RO
     for system in ordered(df.system, tuple(SYSTEMS)):
         measured = drawn_rows(df[df.label == "mean"], system, metric, split)
         paper = _paper(measured, metric) if split == "test" else {}
-        panels.append(Panel(system_title(system) + _easy(df, system, metric, split), measured, paper))
+        panels.append(Panel(system_title(system) + _easy(df, system, metric), measured, paper))
     return draw_panels(panels, metric, numbers=True, rows=rows)
