@@ -27,7 +27,7 @@ FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
 READY := $(VENV)/.ready
 CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(CELLS),cells="$(CELLS)") $(FEW) $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
 # with a profile, jobs run where it says, e.g. on a cluster
-SNAKE = $(BIN)/python -m snakemake $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
+SNAKE = $(BIN)/python tools/workflow.py $(NAME) $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
 KEEP = echo "== the committed figures are as they were; make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/"
 CODE := nbs tests tools setup.py
@@ -68,7 +68,7 @@ data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
-	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES)
+	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES) --systems "$(SYSTEM)" --seeds "$(SEEDS)"
 	@set -e; for experiment in reproduce tuned few resolution regimes across ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning

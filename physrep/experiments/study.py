@@ -8,19 +8,24 @@ __all__ = ['RATE', 'planned_runs', 'study_table', 'describe', 'main']
 # %% ../../nbs/experiments/study.ipynb #f54f33d4
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from ..core.parameters import seeds_in
 from . import longer, rates
 from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
 from .rollout import emulator_rows
 from .table1 import searched_row, table_rows
+from .trained_on_few import few_root
 from .variants import VARIANTS, variant_run
+from ..probing.evaluate import FEW
 from ..results.archive import scored_elsewhere
+from ..results.data_efficiency import TRAINED_ON_FEW
 from ..results.rows import ROWS, row_name, run_of
 from ..training.cost import cost
 from ..training.presets import Preset, get_preset
@@ -31,37 +36,53 @@ RATE = 30e9  # operations a second of one core
 
 
 def planned_runs(
-    preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None
+    preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None, seeds: Sequence[int] = ()
 ) -> list[tuple[str, Run]]:
-    "(command of make, run) of every training that the figures need, each run once, in the order of `make study`."
+    """(command of make, run) of every training that the figures need, each run once, in the order of `make study`;
+    `seeds` are further ones, as `SEEDS` of make."""
     systems = systems or preset.systems
+    more = replace(preset, seeds=tuple(dict.fromkeys((*preset.seeds, *seeds))))
     by_hand = [row for row in ROWS if row.main and row.kind == "trained"]
     both = [*by_hand, *(searched_row(row, preset) for row in by_hand if row_name(row) in preset.tuned)]
     asked_rows = [("reproduce", s, row) for s in systems for row in table_rows(preset, s) if row.kind == "trained"]
     asked_rows += [("tuned", s, row) for s in systems for row in both]
-    found = [(command, run_of(row, s, preset, k)) for command, s, row in asked_rows for k in preset.seeds]
+    found = [(command, run_of(row, s, preset, k)) for command, s, row in asked_rows for k in more.seeds]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]
     found += [("question", run_of(row, s, preset, k)) for s in systems for row in asked for k in preset.seeds]
-    rated = changed_runs(at_rate, trained_row(rates.ASKED), rates.FACTORS, rates.SEEDS, systems[0], preset)
+    usual, twice = (list(dict.fromkeys((*known, *seeds))) for known in (rates.SEEDS, longer.SEEDS))
+    rated = changed_runs(at_rate, trained_row(rates.ASKED), rates.FACTORS, usual, systems[0], preset)
     found += [("rates", run) for some in rated.values() for run in some]
     compared = [trained_row(name) for name in longer.ASKED]
     for s in systems:
-        lengths = longer.longer_runs(compared, longer.FACTOR, longer.SEEDS, s, preset)
+        lengths = longer.longer_runs(compared, longer.FACTOR, twice, s, preset)
         found += [("longer", run) for one in lengths.values() for some in one.values() for run in some]
-    found += [("matters", run) for _, run in planned_cells(preset, systems, run_dir)]
+    found += [("matters", run) for _, run in planned_cells(more, systems, run_dir)]
     once: dict[tuple[str, str], tuple[str, Run]] = {}
     for command, run in found:
         once.setdefault((run.system.name, run.path), (command, run))
     return list(once.values())
 
+# %% ../../nbs/experiments/study.ipynb #397ef8b3
+def _few_labels(preset: Preset, systems: Sequence[str], run_dir: str | Path | None) -> Iterator[tuple[str, Run, bool]]:
+    "(row, run, whether it is done) of each supervised encoder that `make few` trains on few labelled flows."
+    for system in systems or preset.systems:
+        for row in (row for row in table_rows(preset, system) if row.objective == "supervised"):
+            run = run_of(row, system, preset, 0)
+            scored = (run.folder(run_dir) / TRAINED_ON_FEW).is_file()
+            for number in FEW:
+                trained = (run.folder(few_root(number, run_dir)) / "encoder.safetensors").is_file()
+                yield f"{'-'.join(run.row)} on {number} flows", run, scored or trained
 
-def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None) -> pd.DataFrame:
+
+def study_table(
+    preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None, seeds: Sequence[int] = ()
+) -> pd.DataFrame:
     "A row for each training: command, system, row, seed, whether it is done, and how many minutes of a core it takes."
     operations: dict[str, int] = {}
     rows = []
-    for command, run in planned_runs(preset, systems, run_dir):
+    for command, run in planned_runs(preset, systems, run_dir, seeds):
         cell = command == "matters"  # all cells take the same number of operations
         key = f"{run.system.name}/{command if cell else run.name}"
         operations[key] = operations.get(key) or cost(run)["total"]
@@ -70,9 +91,15 @@ def study_table(preset: Preset, systems: Sequence[str] = (), run_dir: str | Path
         about = {"make": command, "system": run.system.name, "row": row, "seed": run.seed}
         folder = run.folder(matters_root(run_dir) if cell else run_dir)
         # what is asked of results alone is not trained where `make unpack` took them from the repository
-        unpacked = command in ("reproduce", "tuned", "rates", "longer", "matters") and scored_elsewhere(folder, preset)
+        unpacked = command in ("reproduce", "tuned", "ablations", "rates", "longer", "matters") and scored_elsewhere(
+            folder, preset
+        )
         done = (folder / "encoder.safetensors").is_file() or unpacked
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
+    for name, run, done in _few_labels(preset, systems, run_dir):
+        about = {"make": "few", "system": run.system.name, "row": name, "seed": run.seed, "done": done}
+        total = operations.get(f"{run.system.name}/{run.name}") or cost(run)["total"]
+        rows.append(about | {"core minutes": total / RATE / 60})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/study.ipynb #8f801cce
@@ -95,8 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m physrep.experiments.study", description=main.__doc__)
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--systems", default="", help="comma-separated; default: all of the preset")
+    parser.add_argument("--seeds", default="", help='further seeds of Table 1, such as "1 2"')
     asked = parser.parse_args(arguments)
-    print(describe(study_table(get_preset(asked.preset)), asked.cores))
+    systems = [name for name in asked.systems.split(",") if name]
+    print(describe(study_table(get_preset(asked.preset), systems, seeds=seeds_in(asked.seeds)), asked.cores))
     return 0
 
 # %% ../../nbs/experiments/study.ipynb #4d95e46d
