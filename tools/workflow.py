@@ -2,8 +2,8 @@
 
     python tools/workflow.py laptop table1 --cores 2 --config preset=laptop
 
-First comes the name of the preset, then what snakemake takes. Snakemake deletes the outputs of a job before it starts, so
-a second workflow would take results away from the first one. The lock ends with its process, however that ends.
+First comes the name of the preset, then what snakemake takes. Snakemake deletes the outputs of a job before it starts,
+so a second workflow would take results away from the first one. The lock ends with its process, however that ends.
 """
 
 import signal
