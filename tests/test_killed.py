@@ -218,6 +218,20 @@ def test_a_stage_that_is_killed_in_the_middle_of_a_write_is_finished_as_if_nothi
         assert contents(work) == expected
 
 
+@pytest.mark.parametrize("years", [-40, 40])
+def test_a_clock_that_jumped_makes_nothing_again(years, before, tmp_path):
+    folder = shutil.copytree(before["done"], tmp_path / "work")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for number, path in enumerate(files):  # some before and some after the files that they were made of
+        moment = path.stat().st_mtime + (years * 365 * 86400 if number % 2 else 0)
+        os.utime(path, (moment, moment))
+    times = {path: path.stat().st_mtime_ns for path in files if path.name in ("encoder.safetensors", "stats.yaml")}
+    for stage in STAGES.values():
+        stage(folder)
+    assert contents(folder) == contents(before["done"])
+    assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == 2, "neither is made again"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_is_killed_anywhere_is_finished_as_if_nothing_was(name, before, tmp_path):
