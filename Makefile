@@ -222,11 +222,12 @@ SECONDS ?= 60
 fuzz: $(READY)  ## break sound files at random and read them, SECONDS=60
 	@$(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $$(date +%s)
 
-audit: $(READY)  ## known holes of the installed packages (needs a network), and their list in build/sbom.json
-	@mkdir -p build && $(BIN)/python -m pip --disable-pip-version-check inspect --local > build/sbom.json && echo "== $$(grep -c '"metadata_location"' build/sbom.json) packages in build/sbom.json (pip inspect)"
-	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit \
-	  && build/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" --progress-spinner off \
-	  || { echo "pip-audit could not be installed or reached, or it found something (above); build/sbom.json can be checked elsewhere"; exit 1; }
+audit: $(READY)  ## the installed packages in build/sbom.cdx.json (CycloneDX), and their known holes (needs a network)
+	@mkdir -p build && $(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom pip-audit
+	@build/audit/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.cdx.json $(BIN)/python 2>/dev/null
+	@echo "== $$(grep -c '"bom-ref"' build/sbom.cdx.json) packages in build/sbom.cdx.json"
+	@build/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" --progress-spinner off \
+	  || { echo "pip-audit could not reach its list, or it found something (above); build/sbom.cdx.json can be checked elsewhere"; exit 1; }
 
 format: $(READY)  ## ruff on notebooks, tests and tools: sort imports, fix, format; then export
 	@$(BIN)/ruff check --fix $(CODE) || true
