@@ -211,7 +211,7 @@ _LAPTOP_TUNED = {
     "mae-vit": {
         "coefficients": {"ratio": 0.5, "target_norm": "none"},
         "recipe": {"lr": 6.6e-3, "weight_decay": 0.2, "batch_size": 4, "steps": 4842},
-        "by_hand": [],
+        "by_hand": ["rayleigh_benard"],
     },
     "forecast-vit": {
         "coefficients": {"frames": 4, "target": "change"},
