@@ -32,7 +32,7 @@ from physrep.experiments.recipes import at_length, at_rate, changed_runs
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.table1 import searched_row, table_rows
 from physrep.experiments.tuning import OWN, TUNING_SEED, tuning_root
-from physrep.experiments.variants import VARIANTS, variant_run
+from physrep.experiments.variants import VARIANTS, changed_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
 from physrep.results.archive import scored_elsewhere, with_seeds_there
@@ -506,7 +506,7 @@ rule tuned:
 # `make ablations`: a job per variant and seed
 VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS for seed in PRESET.seeds]
 for name, seed, done in VARIED:
-    run = variant_run(name, SYSTEMS[FIRST], PRESET, seed=seed, data_dir=DATA)
+    run, _ = changed_run(name, SYSTEMS[FIRST], PRESET, seed=seed, data_dir=DATA)
     probed = (OUT / FIRST).glob(f"{'-'.join(run.row)}-*/seed{seed}/result.json")
     rule:
         name: f"ablate_{name}_seed{seed}"
