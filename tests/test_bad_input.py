@@ -556,7 +556,7 @@ UPLOADED = [
     (replace(TRACER, 3.0), "not as in The Well's format"),
     (replace(TIME, h5py.Empty("f4")), "not as in The Well's format"),
     (replace("dimensions/x", h5py.Empty("f4")), "not as in The Well's format"),
-    (lambda f: (f.pop("scalars/Reynolds"), f.create_group("scalars/Reynolds")), "not as in The Well's format"),
+    (lambda f: (f.pop("scalars/Reynolds"), f.create_group("scalars/Reynolds")), "no dataset 'scalars/Reynolds'"),
     (lambda f: f["dimensions"].attrs.update(spatial_dims=3), "not as in The Well's format"),
 ]
 
