@@ -143,7 +143,7 @@ KEEPS_CURVES = all(recipe.schedule == "constant" for recipe in PRESET.train.valu
 SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].splits for system in SYSTEMS)
 RESULTS, OF_ROW, REFINED = [], {}, []
 BESIDE_RESULTS = []  # of the rows with the recipe that a system does not take, which `make tuned` reads
-HAND_RESULTS = []  # of the rows with the recipes of the preset, and of baselines: what the experiments below `all` read
+HAND_RESULTS = []  # of the rows with the recipes of the preset, and of baselines
 MORE_SEEDS = []  # results of further seeds: Table 1, learning curves and few labels show them
 ALL_ENCODERS = True  # False where `make unpack` took results of the preset's seeds from the repository
 
@@ -324,9 +324,9 @@ CANNOT = "echo 'this needs all rows and built-in systems: several on one grid (a
 
 # the same flows at twice the resolution, read by the same encoders and probes
 rule resolution:
-    input: HAND_RESULTS + REFINED if CAN["resolution"] else []
+    input: RESULTS + REFINED if CAN["resolution"] else []
     output: figures("resolution") if CAN["resolution"] else []
-    params: code=stage("05b_resolution", "experiments.resolution", "experiments.refinement", "results.forest") + PROBING, command=papermill("05b_resolution", "resolution", **SHOWN) if CAN["resolution"] else CANNOT
+    params: rows=repr(TABLE_ROWS), code=stage("05b_resolution", "experiments.resolution", "experiments.refinement", "experiments.table1", "results.forest") + PROBING, command=papermill("05b_resolution", "resolution", **SHOWN) if CAN["resolution"] else CANNOT
     shell: "{params.command}"
 
 # one encoder for all systems, and encoders that read another
@@ -348,9 +348,9 @@ rule leakage:
 
 # a second thing to ask all encoders
 rule regimes:
-    input: HAND_RESULTS if CAN["regimes"] else []
+    input: RESULTS if CAN["regimes"] else []
     output: figures("regimes") if CAN["regimes"] else []
-    params: code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN) if CAN["regimes"] else CANNOT
+    params: rows=repr(TABLE_ROWS), code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN) if CAN["regimes"] else CANNOT
     threads: JOB_THREADS
     resources: gpu=GPUS
     priority: 1  # the longest of the last
@@ -375,17 +375,17 @@ rule machines:
 
 # `make grid`: probes that are fitted and scored on a grid of labels, as sets of The Well have
 rule grid:
-    input: HAND_RESULTS
+    input: RESULTS
     output: figures("grid")
-    params: rows=repr(BY_HAND), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
+    params: rows=repr(TABLE_ROWS), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
     threads: CORES  # it simulates a set
     shell: "{params.command}"
 
 # `make box`: flows in a box twice as long
 rule box:
-    input: HAND_RESULTS
+    input: RESULTS
     output: figures("box")
-    params: rows=repr(BY_HAND), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
+    params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
     threads: CORES  # it simulates a set
     shell: "{params.command}"
 
@@ -554,7 +554,7 @@ rule matters:
     params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
-# of a preset that was tuned, the rows by hand are trained by `make regimes`, `make across` and `make resolution` themselves
+# at a preset that was tuned, `make regimes`, `make across` and `make resolution` are asked for by name
 WHOLE = ALL_ENCODERS and not ONLY and not any(BESIDE.values())
 
 rule simulated:

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 
 from ..data.generate import SimPreset, make_dataset
 from ..data.windows import Windows, check_disjoint
+from .table1 import shown_rows, table_rows
 from ..physics.systems import get_system
 from ..probing.baselines import BASELINES, MEASURES, baselines_for, measured_features
 from ..probing.evaluate import bootstrap_groups, predict_windows
@@ -154,19 +155,21 @@ def box_table(
     data_dir: str | Path,
     run_dir: str | Path | None = None,
     *,
-    rows: Sequence[Row] = ROWS,
+    only: str = "",  # rows by name, comma-separated
     device: str = "cpu",
 ) -> pd.DataFrame:
-    "The scores of all rows with an encoder and of the baselines, on `test`, `shifted` and `shifted_box`."
+    """The scores of the rows of Table 1 with an encoder and of the baselines, on `test`, `shifted` and
+    `shifted_box`."""
     found = []
     for system, w in windows.items():
         for name in baselines_for(get_system(system)):
             saved = read_predictions(baseline_folder(name, system, preset, run_dir))
             about = {"system": system, "objective": name, "encoder": "none"}
             found += score_predictions(baseline_predictions(name, w, saved), w, saved, **about)
-        for row in rows:
+        rows = table_rows(preset, system, only)
+        for row, shown in zip(rows, shown_rows(rows)):
             if row.kind in ("trained", "random"):
-                about = {"system": system, "objective": row.pair[0], "encoder": row.pair[1]}
+                about = {"system": system, "objective": shown.pair[0], "encoder": shown.pair[1]}
                 each = encoder_predictions(row, system, w, preset, data_dir, run_dir, device)
                 found += score_predictions(each, w, saved, **about)
     return pd.DataFrame(found)
@@ -175,10 +178,10 @@ def box_table(
 _LIMIT = 2.0  # of the axis; what is beyond is drawn there
 
 
-def _draw_line(ax: Axes, here: pd.DataFrame, line: Line) -> None:
+def _draw_line(ax: Axes, here: pd.DataFrame, line: Line, rows: Sequence[Row]) -> None:
     "The three errors of a row and a probe."
-    color = color_of(line.objective, line.encoder)
-    marker = marker_of(line.encoder, line.objective)
+    color = color_of(line.objective, line.encoder, rows)
+    marker = marker_of(line.encoder, line.objective, rows)
     for r in here.itertuples():
         x = min(r.value, _LIMIT)
         if r.split == SPLIT:
@@ -190,11 +193,11 @@ def _draw_line(ax: Axes, here: pd.DataFrame, line: Line) -> None:
             ax.plot(x, line.y, marker, mfc="none", mec=color, ms=5.2, mew=1.0, zorder=4)
 
 
-def plot_box(table: pd.DataFrame) -> Figure:
+def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
     "A table of `box_table`: a panel for each system, a line for each row and probe, mean over labels."
     mean = table[table.label == "mean"]
     systems = list(dict.fromkeys(mean.system))
-    lines = figure_lines(mean)
+    lines = figure_lines(mean, rows)
     with using_style():
         fig = Figure(figsize=(3 * len(systems) + 1.5, 1.6 + 0.165 * (1 - lines[-1].y)), layout="constrained")
         axes = fig.subplots(1, len(systems), sharey=True, sharex=True, squeeze=False)[0]
@@ -202,11 +205,11 @@ def plot_box(table: pd.DataFrame) -> Figure:
             here = mean[mean.system == system].set_index(["objective", "encoder", "probe"]).sort_index()
             for line in lines:
                 if line.key in here.index:
-                    _draw_line(ax, here.loc[[line.key]], line)
+                    _draw_line(ax, here.loc[[line.key]], line, rows)
             ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)
             ax.set(title=get_system(system).title, xlabel="z-scored MSE (lower is better)", xlim=(0, _LIMIT + 0.03))
         shade_methods(axes, lines)
-        name_lines(axes[0], lines)
+        name_lines(axes[0], lines, rows)
         grey = dict(color="#555555", ls="", ms=5.2)
         marks = [
             Line2D([], [], marker="o", mfc="none", **grey),

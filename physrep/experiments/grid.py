@@ -18,6 +18,7 @@ import pandas as pd
 from ..data.generate import SimPreset, make_dataset
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows, check_disjoint
+from .table1 import shown_rows, table_rows
 from ..models.pretrained import load_encoder
 from ..physics.systems import System, get_system
 from ..probing.baselines import MEASURES, measured_features
@@ -27,7 +28,7 @@ from ..probing.few_labels import fit_few
 from ..probing.frozen import Probe, fit_probe, load_probe
 from ..probing.reading import ONE_TOKEN, SPLITS, features_of, probe_splits
 from ..probing.scores import score_seeds
-from ..results.rows import ROWS, Row, run_of
+from ..results.rows import run_of
 from ..training.presets import Preset
 from ..training.run import Run, resolve
 
@@ -163,14 +164,16 @@ def grid_answers(
     data_dir: str | Path,
     run_dir: str | Path | None = None,
     *,
-    rows: Sequence[Row] = ROWS,
+    only: str = "",  # rows by name, comma-separated
     feature_dir: str | Path | None = None,
     device: str = "cpu",
 ) -> Answers:
-    "What the probes of all rows with an encoder, of the baselines that are features, and a constant answer."
+    """What the probes of the rows of Table 1 with an encoder, of the baselines that are features, and a constant
+    answer."""
     scaler = LabelScaler.fit(windows["train"].system, windows["train"].labels, source=windows["train"].root)
     found: Answers = {}
-    for row in rows:
+    rows = table_rows(preset, system, only)
+    for row, shown in zip(rows, shown_rows(rows)):
         if row.kind in ("trained", "random"):
             runs = [run_of(row, system, preset, seed, data_dir) for seed in preset.seeds]
             each = [run_predictions(run, windows, run_dir, feature_dir, device) for run in runs]
@@ -178,7 +181,7 @@ def grid_answers(
             each = [fit_all(measured_features(windows, MEASURES[row.objective]), scaler)]
         else:
             continue
-        found |= {(system, *row.pair, *key): tuple(one[key] for one in each) for key in each[0]}
+        found |= {(system, *shown.pair, *key): tuple(one[key] for one in each) for key in each[0]}
     for split in SCORED:
         mean = scaler.inverse(np.zeros((1, len(scaler.mean))))
         constant = (np.repeat(mean, len(windows[split]), axis=0),)

@@ -20,7 +20,7 @@ from .grid import Answers, Asked
 from ..physics.systems import get_system
 from ..probing.scores import bootstrap_weights
 from ..results.figures import using_style
-from ..results.rows import PROBE_ORDER, color_of, marker_of, ordered, row_order, title_of
+from ..results.rows import PROBE_ORDER, ROWS, Row, color_of, marker_of, ordered, row_order, title_of
 
 # %% ../../nbs/experiments/grid_ranks.ipynb #e5344b37
 COLUMNS: Mapping[tuple[str, str], str] = {  # (way to fit, split that is scored) -> title
@@ -93,19 +93,19 @@ def order_changes(decided: pd.DataFrame, table: pd.DataFrame, reference: tuple[s
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/grid_ranks.ipynb #5fce9a04
-def _draw_row(ax: Axes, mine: pd.DataFrame, ranks: pd.Series, offset: float) -> None:
+def _draw_row(ax: Axes, mine: pd.DataFrame, ranks: pd.Series, offset: float, rows: Sequence[Row]) -> None:
     "The errors of a row in all columns, with intervals and ranks."
     first = mine.iloc[0]
-    color = color_of(first.objective, first.encoder)
+    color = color_of(first.objective, first.encoder, rows)
     places = [k for k, column in enumerate(COLUMNS) if column in ranks.index]
     mine = mine.set_index(["fit", "split"])
     values = [mine.value[column] for column in COLUMNS if column in ranks.index]
-    style = ":" if first.objective == "random" else "--" if first.encoder == "none" else "-"
+    style = ":" if first.objective.startswith("random") else "--" if first.encoder == "none" else "-"
     ax.plot(places, values, style, color=color, lw=1.1, alpha=0.75, zorder=2)
     for x, column in zip(places, (c for c in COLUMNS if c in ranks.index)):
         ax.plot([x + offset] * 2, [mine.low[column], mine.high[column]], color=color, lw=1.0, alpha=0.5, zorder=1)
         look = dict(color=color, mec="white", mew=0.5, zorder=3)
-        ax.plot(x, mine.value[column], marker_of(first.encoder, first.objective), ms=8.5, **look)
+        ax.plot(x, mine.value[column], marker_of(first.encoder, first.objective, rows), ms=8.5, **look)
         ax.annotate(
             str(ranks[column]), (x, mine.value[column]), ha="center", va="center", fontsize=5.5, color="white", zorder=4
         )
@@ -119,14 +119,14 @@ def _draw_constant(ax: Axes, table: pd.DataFrame) -> None:
             ax.plot([k - 0.3, k + 0.3], [here.value.iloc[0]] * 2, color="k", lw=0.8, ls=(0, (4, 3)))
 
 # %% ../../nbs/experiments/grid_ranks.ipynb #731db8ef
-def plot_grid(table: pd.DataFrame) -> Figure:
+def plot_grid(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
     "A table of `grid_table`: errors of all rows in four columns, a panel for each probe (down) and system (across)."
     mean = table[table.label == "mean"]
     constant, mean = mean[mean.objective == "constant"], mean[mean.objective != "constant"]
     systems = list(dict.fromkeys(mean.system))
     probes = ordered(list(mean.probe), PROBE_ORDER)
     ranks = column_ranks(table)
-    order = row_order(mean)
+    order = row_order(mean, rows)
     offsets = np.linspace(-0.2, 0.2, len(order)) if len(order) > 1 else [0.0]
     with using_style():
         fig = Figure(figsize=(3.6 * len(systems) + 0.4, 3.3 * len(probes) + 0.6), layout="constrained")
@@ -136,7 +136,7 @@ def plot_grid(table: pd.DataFrame) -> Figure:
             for (objective, encoder), offset in zip(order, offsets):
                 mine = here[(here.objective == objective) & (here.encoder == encoder)]
                 if len(mine):
-                    _draw_row(ax, mine, ranks.loc[(system, probe, objective, encoder)], offset)
+                    _draw_row(ax, mine, ranks.loc[(system, probe, objective, encoder)], offset, rows)
             _draw_constant(ax, constant[constant.system == system])
             ax.set_yscale("log")
             ax.set_xticks(range(len(COLUMNS)), COLUMNS.values(), fontsize=7)
@@ -145,6 +145,9 @@ def plot_grid(table: pd.DataFrame) -> Figure:
         for ax in axes[:, 0]:
             ax.set_ylabel("z-scored MSE (lower is better)")
         look = dict(ms=6, mec="white", mew=0.5)
-        handles = [Line2D([], [], color=color_of(o, e), marker=marker_of(e, o), **look) for o, e in order]
-        fig.legend(handles, [title_of(o, e) for o, e in order], loc="outside lower center", ncol=1 + len(systems))
+        looks = [(color_of(o, e, rows), marker_of(e, o, rows)) for o, e in order]
+        handles = [Line2D([], [], color=color, marker=marker, **look) for color, marker in looks]
+        fig.legend(
+            handles, [title_of(o, e, rows=rows) for o, e in order], loc="outside lower center", ncol=1 + len(systems)
+        )
     return fig

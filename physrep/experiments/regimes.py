@@ -23,6 +23,7 @@ from sklearn.metrics import roc_auc_score
 
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
+from .table1 import shown_rows, table_rows
 from ..models.pretrained import load_encoder
 from ..physics.regimes import defect_count, wall_nusselt, wave_energy
 from ..physics.statistics import summary_statistics
@@ -241,11 +242,9 @@ def regime_answers(
     preset: Preset,
     data_dir: str | Path,
     run_dir: str | Path | None = None,
-    *,
-    rows: Sequence[Row] = ROWS,
     device: str = "cpu",
 ) -> Regimes:
-    "Answers of the comparisons and of all rows with an encoder, for one system."
+    "Answers of the comparisons and of the rows of Table 1 with an encoder, for one system."
     scaler = LabelScaler.fit(windows["train"].system, windows["train"].labels)
     simple: dict[str, Callable[[Windows], Features]] = {
         BASELINES["statistics"]: state_statistics,
@@ -259,10 +258,11 @@ def regime_answers(
         # the number now is no answer to the question for the number now
         asked = ("later",) if name == BASELINES["number"] else ("now", "later")
         found[system, name, "none"] = {k: v for k, v in answers.items() if k[0] in asked}
-    for row in rows:
+    rows = table_rows(preset, system)
+    for row, shown in zip(rows, shown_rows(rows)):
         if row.kind in ("trained", "random"):
             features = features_by_seed(row, windows, preset, data_dir, run_dir, device)
-            found[system, *row.pair] = probe_regime(features, windows, targets)
+            found[system, *shown.pair] = probe_regime(features, windows, targets)
     return found
 
 # %% ../../nbs/experiments/regimes.ipynb #73d15289
@@ -294,21 +294,36 @@ def regime_table(answers: Regimes) -> pd.DataFrame:
     return pd.DataFrame([dict(zip(about, key)) | row for key, found in answers.items() for row in regime_rows(found)])
 
 
-def regime_differences(answers: Regimes, split: str = "test") -> pd.DataFrame:
+def _own_random(pair: tuple[str, str], rows: Sequence[Row]) -> tuple[str, str] | None:
+    """The (objective, encoder) of the random weights that have the network of a row, with its options; None where there
+    are none, as for random weights themselves."""
+    row = next((row for row in rows if row.pair == pair), None)
+    if row is None or row.kind == "random":
+        return None
+    random = (other for other in rows if other.kind == "random" and other.encoder == row.encoder)
+    return next((other.pair for other in random if other.encoder_config == row.encoder_config), None)
+
+
+def regime_differences(answers: Regimes, split: str = "test", rows: Sequence[Row] = ROWS) -> pd.DataFrame:
     """Paired differences on the same windows, linear probe: each encoder minus summary statistics, and minus random
-    weights of its own kind. Below zero is better."""
+    weights of its own network. Below zero is better."""
     lines = []
     for (system, objective, encoder), found in answers.items():
         if encoder == "none":
             continue
         against = {"statistics": (BASELINES["statistics"], "none")}
-        if objective != "random":
-            against["random weights"] = ("random", encoder)
+        if random := _own_random((objective, encoder), rows):
+            against["random weights"] = random
         for name, other in against.items():
             for when in ("now", "later"):
                 key = (when, "linear", split)
                 numbers = regime_difference(found[key], answers[system, *other][key])
-                about = {"encoder": title_of(objective, encoder), "against": name, "system": system, "when": when}
+                about = {
+                    "encoder": title_of(objective, encoder, rows=rows),
+                    "against": name,
+                    "system": system,
+                    "when": when,
+                }
                 lines.append(about | {"text": interval_text(*numbers)})
     return pd.DataFrame(lines)
 
@@ -316,15 +331,17 @@ def regime_differences(answers: Regimes, split: str = "test") -> pd.DataFrame:
 _LIMIT = 1.3  # of the axis; what is beyond is drawn there
 
 
-def _draw_answers(ax: Axes, rows: pd.DataFrame, order: Sequence[tuple[str, str]]) -> None:
+def _draw_answers(ax: Axes, measured: pd.DataFrame, order: Sequence[tuple[str, str]], rows: Sequence[Row]) -> None:
     "Errors of all methods for one system: now filled, later hollow, seeds as dots."
-    for r in rows.itertuples():
+    for r in measured.itertuples():
         now = r.when == "now"
         y = order.index((r.objective, r.encoder)) + (0.16 if now else -0.2)
-        color = color_of(r.objective)
+        color = color_of(r.objective, r.encoder, rows)
         ax.plot([r.low, min(r.high, _LIMIT)], [y, y], color=color, lw=1.4, alpha=1 if now else 0.5)
         face = color if now else "white"
-        ax.plot(min(r.value, _LIMIT), y, marker_of(r.encoder), color=color, mfc=face, ms=5.5, mew=1.1)
+        ax.plot(
+            min(r.value, _LIMIT), y, marker_of(r.encoder, r.objective, rows), color=color, mfc=face, ms=5.5, mew=1.1
+        )
         seeds = [v for v in r.by_seed if v < _LIMIT] if len(r.by_seed) > 1 else []
         ax.plot(seeds, [y - 0.17] * len(seeds), ".", color=color, ms=2.6, mec="none")
     ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)  # the mean of train scores about 1
@@ -332,20 +349,20 @@ def _draw_answers(ax: Axes, rows: pd.DataFrame, order: Sequence[tuple[str, str]]
     ax.grid(axis="x")
 
 
-def plot_regimes(table: pd.DataFrame, split: str = "test") -> Figure:
+def plot_regimes(table: pd.DataFrame, split: str = "test", rows: Sequence[Row] = ROWS) -> Figure:
     "Error of the linear probe of a table of `regime_table`: a panel a system, a line a method, now and one clip later."
-    rows = table[(table.metric == "mse") & (table.split == split) & (table.probe == "linear")]
-    systems = list(dict.fromkeys(rows.system))
-    methods = dict.fromkeys(zip(rows.objective, rows.encoder))
+    measured = table[(table.metric == "mse") & (table.split == split) & (table.probe == "linear")]
+    systems = list(dict.fromkeys(measured.system))
+    methods = dict.fromkeys(zip(measured.objective, measured.encoder))
     simple = [(name, "none") for name in BASELINES.values()]
     order = [*simple, *(m for m in methods if m not in simple)][::-1]
     with using_style():
         fig = Figure(figsize=(9, 4.0), layout="constrained")
         axes = fig.subplots(1, len(systems), sharey=True, sharex=True, squeeze=False)[0]
         for ax, system in zip(axes, systems):
-            _draw_answers(ax, rows[rows.system == system], order)
+            _draw_answers(ax, measured[measured.system == system], order, rows)
             ax.set_title(f"{get_system(system).title}\n{REGIMES[system].description}", fontsize=8.5)
-        axes[0].set_yticks(range(len(order)), [title_of(*method) for method in order])
+        axes[0].set_yticks(range(len(order)), [title_of(*method, rows=rows) for method in order])
         axes[0].set_xlim(0, _LIMIT + 0.03)
         look = dict(ls="", marker="o", color="#555555", mew=1.1, ms=5.5)
         marks = [Line2D([], [], mfc=face, **look) for face in ("#555555", "white")]
