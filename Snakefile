@@ -520,7 +520,7 @@ for name, seed, done in VARIED:
 rule ablations:
     input: [result for result in RESULTS if result.is_relative_to(OUT / FIRST)] + [done for *_, done in VARIED]
     output: figures("ablations")
-    params: code=stage("08b_ablations", "experiments.ablations", "results.forest"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
+    params: code=stage("08b_ablations", "experiments.ablations"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
     shell: "{params.command}"
 
 # `make matters`: a job per cell of the factorial, with its seeds and systems (and rates, where none was found before); the

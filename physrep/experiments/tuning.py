@@ -326,13 +326,17 @@ def chosen_configurations(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/tuning.ipynb #868fd0b6
+_MARKERS = {"convnext": "s"}  # others are circles
+
+
 def _draw_scores(ax: Axes, table: pd.DataFrame, rows: Sequence[tuple[str, str]]) -> None:
     "A line for each row: all configurations, the preset's with a ring, the repeated ones joined over their seeds."
     for y, row in enumerate(rows):
         part = table[(table.objective == row[0]) & (table.encoder == row[1])]
         color = color_of(row[0])
         first = part[part.seed == TUNING_SEED]
-        ax.plot(first.score, np.full(len(first), y), "o", ms=5, color=color, alpha=0.6, mec="none")
+        marker = _MARKERS.get(row[1], "o")
+        ax.plot(first.score, np.full(len(first), y), marker, ms=5, color=color, alpha=0.6, mec="none")
         preset = first[first.number == 0]
         ax.plot(preset.score, np.full(len(preset), y), "o", ms=9, mfc="none", mec="black", mew=1.0)
         for k, (_, again) in enumerate(g for g in part.groupby("number") if len(g[1]) > 1):
@@ -346,14 +350,12 @@ def _draw_scores(ax: Axes, table: pd.DataFrame, rows: Sequence[tuple[str, str]])
 
 
 def _draw_rates(ax: Axes, table: pd.DataFrame, rows: Sequence[tuple[str, str]]) -> None:
-    "Score against learning rate at the seed of the first trials."
+    "Score against learning rate at the seed of the first trials, in the colours and marks of the left panel."
     for row in rows:
         part = table[(table.objective == row[0]) & (table.encoder == row[1]) & (table.seed == TUNING_SEED)]
         if part.lr.notna().any():
-            part = part.sort_values("lr")
-            style = dict(marker="s" if row[1] == "convnext" else "o", ms=3.5, lw=0.8, color=color_of(row[0]))
-            ax.plot(part.lr, part.score, **style)
-    ax.set(xscale="log", xlabel="learning rate", ylabel="score on valid")
+            ax.plot(part.lr, part.score, _MARKERS.get(row[1], "o"), ms=4, color=color_of(row[0]), alpha=0.8, mec="none")
+    ax.set(xscale="log", xlabel="learning rate", ylabel="score on valid (low is better)")
     ax.set_xticks([1e-4, 1e-3, 1e-2], ["0.0001", "0.001", "0.01"])
     ax.minorticks_off()
     ax.grid(True)
