@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune tuned few ablations matters machines resolution regimes across rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune tuned few finetune ablations matters machines resolution regimes across rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -69,7 +69,7 @@ data: $(READY)  ## simulate the data of PRESET only
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES) --systems "$(SYSTEM)" --seeds "$(SEEDS)"
-	@set -e; for experiment in reproduce tuned few resolution regimes across ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
+	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -90,6 +90,12 @@ few: $(READY)  ## train supervised encoders on 8, 16 and 64 labelled flows, and 
 	@$(COMPARE) data_efficiency
 	@$(KEEP)
 
+finetune: TARGET = finetune
+finetune: $(READY)  ## train the encoders of Table 1 further with labels, and draw the errors; an hour of two cores after `make reproduce`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) fine_tuned
+	@$(KEEP)
+
 ablations: TARGET = ablations
 ablations: $(READY)  ## rows of Table 1 with one thing changed (what is asked, hidden or shared, noise, width, backbone), forty minutes of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
@@ -103,13 +109,13 @@ matters: $(READY)  ## task x target x encoder, each cell at its best learning ra
 	@$(KEEP)
 
 resolution: TARGET = resolution
-resolution: $(READY)  ## simulate flows of `test` at twice the resolution and read them, with the recipes by hand; ten minutes after `make tuned`
+resolution: $(READY)  ## simulate flows of `test` at twice the resolution and read them; ten minutes after `make reproduce`
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/resolution.csv || $(COMPARE) resolution
 	@$(KEEP)
 
 regimes: TARGET = regimes
-regimes: $(READY)  ## ask the encoders for the state of the flow, with the recipes by hand; ten minutes after `make tuned`
+regimes: $(READY)  ## ask the encoders for the state of the flow; ten minutes after `make reproduce`
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/regimes.csv || $(COMPARE) regimes
 	@$(KEEP)
@@ -133,13 +139,13 @@ rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows t
 	@$(KEEP)
 
 grid: TARGET = grid
-grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as sets of The Well have; simulates such a set, half an hour after `make tuned`
+grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as sets of The Well have; simulates such a set, half an hour after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) grid
 	@$(KEEP)
 
 box: TARGET = box
-box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make tuned`
+box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) box
 	@$(KEEP)

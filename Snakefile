@@ -35,7 +35,7 @@ from physrep.experiments.tuning import OWN, TUNING_SEED, tuning_root
 from physrep.experiments.variants import VARIANTS, changed_run
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
-from physrep.results.archive import scored_elsewhere, with_seeds_there
+from physrep.results.archive import FINE_TUNED, scored_elsewhere, with_seeds_there
 from physrep.results.data_efficiency import TRAINED_ON_FEW
 from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
@@ -312,6 +312,30 @@ rule data_efficiency:
     input: RESULTS + MORE_SEEDS + [done for done in FEW_LABELS if config.get("few") or done.is_file()]
     output: figures("data_efficiency", *(["table1_shifted", "shift"] if SHIFTED_TOO else []))
     params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "experiments.table1", "experiments.trained_on_few", "results.seeds", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
+    shell: "{params.command}"
+
+# `make finetune`: encoders that are trained further with labels, a job for each system and row, with its own random weights
+FURTHER_TRAINED = []
+for system, row in ((system, row) for system in SYSTEMS for row in BY_HAND if row.kind != "baseline" and row.objective != "supervised"):
+    own = [one for one in table_rows(PRESET, SYSTEMS[system], row_name(row)) if one.kind != "baseline"]
+    runs = [run_of(one, SYSTEMS[system], PRESET, seed, DATA) for one in own for seed in PRESET.seeds]
+    name = f"{system}-{row_name(row)}-finetune"
+    FURTHER_TRAINED.append(OUT / "finished" / name)
+    rule:
+        name: name.replace("-", "_").replace(".", "_")
+        input: [run.folder() / "result.json" for run in runs]
+        output: touch(finished(FURTHER_TRAINED[-1], all((run.folder() / FINE_TUNED).is_file() for run in runs)))
+        params: code=code_digest("experiments.fine_tuned", *runs[0].modules, entries=runs[0].entries) + PROBING, command=papermill("05e_fine_tuned", name, systems=SYSTEMS[system], only=row_name(row), draw=False)
+        threads: JOB_THREADS
+        resources: gpu=GPUS
+        shell: "{params.command}"
+
+rule finetune:
+    input: RESULTS + FURTHER_TRAINED
+    output: figures("fine_tuned")
+    params: rows=repr(TABLE_ROWS), code=stage("05e_fine_tuned", "experiments.fine_tuned") + PROBING, command=papermill("05e_fine_tuned", "fine_tuned", **SHOWN, only=ONLY or None)
+    threads: JOB_THREADS
+    resources: gpu=GPUS
     shell: "{params.command}"
 
 # what asks encoders of all rows something new; where it cannot, it says why

@@ -139,7 +139,7 @@ def test_the_graph_of_the_laptop_preset(tmp_path):
     "Snakemake finds every stage of every row: as tuned for the table, by hand for other experiments."
     preset = tmp_path / "no_results_of_this_name.yaml"
     preset.write_text("base: laptop\n")
-    targets = ("table1", "tuned", "resolution", "across", "regimes")
+    targets = ("table1", "tuned", "finetune", "resolution", "across", "regimes")
     done = dry_run("--forceall", *targets, preset=str(preset), data="")
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-3000:]
@@ -153,6 +153,7 @@ def test_the_graph_of_the_laptop_preset(tmp_path):
             f"probe_{system}_mae.tuned_vit",
             f"probe_{system}_random.circular_convnext",
             f"probe_{system}_baselines",
+            f"{system}_jepa.circular_convnext_finetune".replace(".", "_"),
         ):
             assert re.search(rf"^{rule}\s+1$", text, re.M), rule
     for rule in targets:

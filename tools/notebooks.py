@@ -32,6 +32,7 @@ SHOWN = {
     "05b_resolution": "resolution",
     "05c_machines": "machines",
     "05d_leakage": "leakage",
+    "05e_fine_tuned": "fine_tuned",
     "06_data_efficiency": "data_efficiency",
     "07_rollout": "rollout",
     "08_what_matters": "matters",

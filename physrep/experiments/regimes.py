@@ -6,7 +6,7 @@
 __all__ = ['REGIMES', 'Regimes', 'BASELINES', 'Regime', 'regime_labels', 'regime_system', 'regime_targets', 'later',
            'state_statistics', 'state_parameters', 'state_now', 'Answers', 'probe_regime', 'regime_rows',
            'regime_difference', 'features_by_seed', 'regime_answers', 'regime_windows', 'describe_targets',
-           'regime_table', 'regime_differences', 'plot_regimes']
+           'regime_table', 'own_random', 'regime_differences', 'plot_regimes']
 
 # %% ../../nbs/experiments/regimes.ipynb #dc6cf7a5
 import math
@@ -294,7 +294,7 @@ def regime_table(answers: Regimes) -> pd.DataFrame:
     return pd.DataFrame([dict(zip(about, key)) | row for key, found in answers.items() for row in regime_rows(found)])
 
 
-def _own_random(pair: tuple[str, str], rows: Sequence[Row]) -> tuple[str, str] | None:
+def own_random(pair: tuple[str, str], rows: Sequence[Row]) -> tuple[str, str] | None:
     """The (objective, encoder) of the random weights that have the network of a row, with its options; None where there
     are none, as for random weights themselves."""
     row = next((row for row in rows if row.pair == pair), None)
@@ -312,7 +312,7 @@ def regime_differences(answers: Regimes, split: str = "test", rows: Sequence[Row
         if encoder == "none":
             continue
         against = {"statistics": (BASELINES["statistics"], "none")}
-        if random := _own_random((objective, encoder), rows):
+        if random := own_random((objective, encoder), rows):
             against["random weights"] = random
         for name, other in against.items():
             for when in ("now", "later"):

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core.parameters import seeds_in
 from . import longer, rates
+from .fine_tuned import RATES, SEEN
 from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
@@ -24,7 +25,7 @@ from .table1 import searched_row, table_rows
 from .trained_on_few import few_root
 from .variants import VARIANTS, variant_run
 from ..probing.evaluate import FEW
-from ..results.archive import scored_elsewhere
+from ..results.archive import FINE_TUNED, scored_elsewhere
 from ..results.data_efficiency import TRAINED_ON_FEW
 from ..results.rows import ROWS, row_name, run_of
 from ..training.cost import cost
@@ -76,6 +77,19 @@ def _few_labels(preset: Preset, systems: Sequence[str], run_dir: str | Path | No
                 yield f"{'-'.join(run.row)} on {number} flows", run, scored or trained
 
 
+def _fine_tunings(
+    preset: Preset, systems: Sequence[str], run_dir: str | Path | None
+) -> Iterator[tuple[str, Run, bool, float]]:
+    "(row, run, whether it is done, operations) of each encoder that `make finetune` trains further with labels."
+    for system in systems or preset.systems:
+        for row in table_rows(preset, system):
+            if row.kind in ("trained", "random") and row.objective != "supervised":
+                like = cost(run_of(trained_row(f"supervised-{row.encoder}"), system, preset))
+                operations = like["train"] * SEEN * len(RATES)
+                for run in (run_of(row, system, preset, seed) for seed in preset.seeds):
+                    yield "-".join(run.row), run, (run.folder(run_dir) / FINE_TUNED).is_file(), operations
+
+
 def study_table(
     preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None, seeds: Sequence[int] = ()
 ) -> pd.DataFrame:
@@ -99,6 +113,9 @@ def study_table(
     for name, run, done in _few_labels(preset, systems, run_dir):
         about = {"make": "few", "system": run.system.name, "row": name, "seed": run.seed, "done": done}
         total = operations.get(f"{run.system.name}/{run.name}") or cost(run)["total"]
+        rows.append(about | {"core minutes": total / RATE / 60})
+    for name, run, done, total in _fine_tunings(preset, systems, run_dir):
+        about = {"make": "finetune", "system": run.system.name, "row": name, "seed": run.seed, "done": done}
         rows.append(about | {"core minutes": total / RATE / 60})
     return pd.DataFrame(rows)
 

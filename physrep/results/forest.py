@@ -17,7 +17,16 @@ from matplotlib.ticker import AutoMinorLocator
 
 from ..physics.systems import SYSTEMS
 from .figures import using_style
-from .panels import METRIC_AXES, figure_lines, name_lines, shade_methods, system_title
+from physrep.results.panels import (
+    METRIC_AXES,
+    SMALL,
+    WIDTH,
+    figure_lines,
+    in_lines,
+    name_lines,
+    shade_methods,
+    system_title,
+)
 from .rows import PROBE_ORDER, PROBE_TITLES, ROWS, Row, color_of, marker_of, ordered, title_of
 
 # %% ../../nbs/results/forest.ipynb #a14cd045
@@ -34,11 +43,13 @@ def _draw_legend(fig: Figure, seeds: bool) -> None:
     filled = f"95 % interval{' and every seed' if seeds else ''} on one side of zero"
     hollow = f"interval includes zero{', or a seed has the other sign' if seeds else ''}"
     handles = [Line2D([], [], **look), Line2D([], [], mfc="white", **look)]
-    fig.legend(handles, [filled, hollow], loc="outside lower center", ncol=2)
+    fig.legend(handles, [filled, hollow], loc="outside lower center", ncol=1, fontsize=SMALL)
 
 # %% ../../nbs/results/forest.ipynb #7a4e395d
-def _draw_differences(ax: Axes, measured: pd.DataFrame, height: Mapping, rows: Sequence[Row]) -> None:
-    "Intervals and marks of one panel, with the numbers right of it."
+def _draw_differences(
+    ax: Axes, measured: pd.DataFrame, height: Mapping, rows: Sequence[Row], whole: bool = True
+) -> None:
+    "Intervals and marks of one panel, with the numbers right of it: with their intervals (`whole`), or alone."
     for r in measured.itertuples():
         y = height[r.objective, r.encoder, r.probe]
         color = color_of(r.objective, r.encoder, rows)
@@ -47,8 +58,9 @@ def _draw_differences(ax: Axes, measured: pd.DataFrame, height: Mapping, rows: S
         ax.plot([r.low, r.high], [y, y], color=color, lw=1.6, solid_capstyle="butt", zorder=3)
         mark = {"color": color, "mfc": color if clear else "white", "ms": 5.2, "mew": 1.1, "zorder": 4}
         ax.plot(r.difference, y, marker, **mark)
-        where = {"ha": "left", "va": "center", "fontsize": 7, "color": "#333333" if clear else "#999999"}
-        ax.text(1.02, y, r.text, transform=ax.get_yaxis_transform(), **where)
+        where = {"ha": "left", "va": "center", "fontsize": SMALL, "color": "#333333" if clear else "#999999"}
+        text = r.text if whole else r.text.partition(" [")[0]
+        ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), **where)
     ax.axvline(0, color="k", lw=0.8, zorder=2)
 
 
@@ -85,13 +97,14 @@ def _forest(
     better = "worse" if metric == "r2" else "better"
     axis = f"{METRIC_AXES[metric]}{what}".replace(", ", ",\n" if len(titles) > 2 else ", ", 1)
     with using_style():
-        fig = Figure(figsize=(9, 1.55 + 0.165 * (1 - lines[-1].y)), layout="constrained")
-        fig.get_layout_engine().set(w_pad=0.08)  # between the numbers of a panel and the next one
+        fig = Figure(figsize=(WIDTH, 1.9 + 0.165 * (1 - lines[-1].y)), layout="constrained")
+        fig.get_layout_engine().set(w_pad=0.06)  # between the numbers of a panel and the next one
         axes = fig.subplots(1, len(titles), sharey=True, sharex=True, squeeze=False)[0]
         for ax, (name, title) in zip(axes, titles.items()):
-            _draw_differences(ax, measured[measured[by] == name], height, rows)
-            ax.set_title(title)
-            ax.set_xlabel(f"{axis}\n(left of zero is {better})")
+            _draw_differences(ax, measured[measured[by] == name], height, rows, whole=len(titles) < 2)
+            ax.set_title(title, fontsize=SMALL + 0.5)
+            ax.set_xlabel(f"{axis}\n(left of zero is {better})", fontsize=SMALL)
+            ax.tick_params(axis="x", labelsize=SMALL)
         shade_methods(axes, lines)
         name_lines(axes[0], lines, rows)
         if len(axes) > 2:
@@ -139,11 +152,11 @@ def plot_systems_differences(df: pd.DataFrame, reference: str = "random", rows: 
     if measured.empty:
         there = ", ".join(sorted(set(df.reference))) or "none"
         raise ValueError(f"no differences from {reference!r}, mean over labels; references: {there}")
-    titles = {system: system_title(system) for system in ordered(measured.system, tuple(SYSTEMS))}
+    titles = {system: in_lines(system_title(system)) for system in ordered(measured.system, tuple(SYSTEMS))}
     fig = _forest(measured, "system", titles, rows=rows)
     title = f"difference from {_reference_title(reference)}: mean over labels, {measured.split.iloc[0]}"
     with using_style():
-        fig.suptitle(title.replace("\n", " "), fontsize=10)
+        fig.suptitle(title.replace("\n", " "), fontsize=SMALL + 1)
     return fig
 
 # %% ../../nbs/results/forest.ipynb #c2a94e77
@@ -153,7 +166,7 @@ def _name_groups(ax: Axes, names: Sequence[str], colors: Sequence[str], size: in
         top = -i * (size + 1) + 1
         if i % 2 == 0:
             ax.axhspan(top - 0.1, top - size - 0.9, color="#eeeeee", lw=0, zorder=0)
-        where = {"ha": "right", "va": "center", "fontsize": 7.2, "color": color, "fontweight": "bold"}
+        where = {"ha": "right", "va": "center", "fontsize": SMALL, "color": color, "fontweight": "bold"}
         middle = (0, top - 0.5 - size / 2)
         away = {"xytext": (-62, 0), "textcoords": "offset points"}  # beyond the names of the lines
         ax.annotate(name, middle, xycoords=ax.get_yaxis_transform(), **away, **where)
@@ -173,7 +186,7 @@ def plot_groups(df: pd.DataFrame, *, label: str = "mean", rows: Sequence[Row] = 
     firsts = [measured[measured.reference == name].iloc[0] for name in groups]
     lines = len(groups) * (len(probes) + 1)
     with using_style():
-        fig = Figure(figsize=(8.2, 1.4 + 0.165 * lines), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 1.4 + 0.165 * lines), layout="constrained")
         ax = fig.subplots()
         ticks = {}
         for i, name in enumerate(groups):
@@ -182,7 +195,7 @@ def plot_groups(df: pd.DataFrame, *, label: str = "mean", rows: Sequence[Row] = 
             _draw_differences(ax, measured[measured.reference == name], height, rows)
             ticks |= {y: PROBE_TITLES.get(probe, probe) for probe, y in places.items()}
         _name_groups(ax, groups, [color_of(f.objective, f.encoder, rows) for f in firsts], len(probes))
-        ax.set_yticks(list(ticks), list(ticks.values()), color="#555555", fontsize=7.5)
+        ax.set_yticks(list(ticks), list(ticks.values()), color="#555555", fontsize=SMALL)
         ax.tick_params(axis="y", length=0)
         named = "mean over labels" if label == "mean" else label
         better = "worse" if measured.metric.iloc[0] == "r2" else "better"
