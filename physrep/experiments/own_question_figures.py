@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from .own_question import kept_answers
 from ..probing.evaluate import PROBES, score_run
 from ..probing.reading import FROZEN, probe_splits
+from ..results.archive import remove_unpacked, scored_elsewhere
 from ..results.comparison import compare, interval_text
 from ..results.figures import using_style
 from ..results.panels import system_title
@@ -31,7 +32,7 @@ from ..training.run import Run
 # %% ../../nbs/experiments/own_question_figures.ipynb #0a70e580
 FASTER = 3.0  # times the learning rate of the encoder
 _FEATURES = {  # whose they are -> colour
-    "Table 1": "#0072B2",
+    "usual predictor": "#0072B2",
     "faster predictor": "#D55E00",
     "random weights": "#7A7A7A",
 }
@@ -78,7 +79,11 @@ def train_pair(
     options = dict(device=device, progress=progress)
     probes = PROBES if row.finetuned else FROZEN
     for run in (usual, fast):
-        folder = pretrain(run, data_dir, run_dir, windows=asked, **options)
+        folder = run.folder(run_dir)
+        if scored_elsewhere(folder, run.preset) and is_current(folder / "question.json", run.preset):
+            continue  # both are there without the encoder
+        remove_unpacked(folder)
+        pretrain(run, data_dir, run_dir, windows=asked, **options)
         if not is_current(folder / "result.json", run.preset, probed):
             score_run(run, data_dir, run_dir, probes=probes, windows=probed, **options)
     answers = tuple(kept_answers(run, data_dir, run_dir, device=device) for run in (usual, fast))
