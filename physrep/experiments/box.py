@@ -29,7 +29,7 @@ from ..probing.reading import FROZEN, ONE_TOKEN, probe_splits
 from ..probing.records import Predictions, read_predictions
 from ..probing.scores import score_seeds
 from ..results.figures import using_style
-from ..results.panels import Line, figure_lines, name_lines, shade_methods
+from ..results.panels import SMALL, WIDTH, Line, figure_lines, in_lines, name_lines, shade_methods
 from ..results.rows import ROWS, Row, color_of, marker_of, run_of
 from ..training.presets import Preset
 from ..training.run import baseline_folder, resolve, stride_of
@@ -190,7 +190,7 @@ def _draw_line(ax: Axes, here: pd.DataFrame, line: Line, rows: Sequence[Row]) ->
         elif r.split == "shifted":
             ax.plot(x, line.y, "x", color=color, ms=3.6, mew=1.0, zorder=4)
         else:
-            ax.plot(x, line.y, marker, mfc="none", mec=color, ms=5.2, mew=1.0, zorder=4)
+            ax.plot(x, line.y, "|", color=color, ms=8, mew=1.2, zorder=4)
 
 
 def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
@@ -199,7 +199,7 @@ def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
     systems = list(dict.fromkeys(mean.system))
     lines = figure_lines(mean, rows)
     with using_style():
-        fig = Figure(figsize=(3 * len(systems) + 1.5, 1.6 + 0.165 * (1 - lines[-1].y)), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 1.9 + 0.165 * (1 - lines[-1].y)), layout="constrained")
         axes = fig.subplots(1, len(systems), sharey=True, sharex=True, squeeze=False)[0]
         for ax, system in zip(axes, systems):
             here = mean[mean.system == system].set_index(["objective", "encoder", "probe"]).sort_index()
@@ -207,16 +207,18 @@ def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
                 if line.key in here.index:
                     _draw_line(ax, here.loc[[line.key]], line, rows)
             ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)
-            ax.set(title=get_system(system).title, xlabel="z-scored MSE (lower is better)", xlim=(0, _LIMIT + 0.03))
+            ax.set_title(in_lines(get_system(system).title), fontsize=SMALL + 0.5)
+            ax.set_xlabel("z-scored MSE\n(lower is better)", fontsize=SMALL)
+            ax.set_xlim(0, _LIMIT + 0.03)
         shade_methods(axes, lines)
         name_lines(axes[0], lines, rows)
         grey = dict(color="#555555", ls="", ms=5.2)
         marks = [
-            Line2D([], [], marker="o", mfc="none", **grey),
+            Line2D([], [], marker="|", **grey | {"ms": 8}),
             Line2D([], [], marker="x", **grey),
             Line2D([], [], marker="o", **grey | {"ls": "-"}),
             Line2D([], [], color="k", lw=0.8, ls=(0, (4, 3))),
         ]
         names = ["test", "shifted: other initial conditions", f"{SPLIT}: longer box, 95 % interval", "a constant"]
-        fig.legend(marks, names, loc="outside lower center", ncol=4 if len(systems) > 2 else len(systems))
+        fig.legend(marks, names, loc="outside lower center", ncol=2, fontsize=SMALL)
     return fig

@@ -148,7 +148,7 @@ def _draw_system(ax: Axes, here: pd.DataFrame, order: Sequence[tuple[str, str]],
         color, marker = color_of(*pair, rows), marker_of(pair[1], pair[0], rows)
         means = mine.groupby("probe").value.mean()
         ax.plot([means["attentive"], means["finetune"]], [y, y], color=color, lw=0.8, zorder=2)
-        ax.plot(means["attentive"], y, marker, color=color, mfc="white", ms=4.5, mew=1.0, zorder=3)
+        ax.plot(means["attentive"], y, "|", color=color, ms=8, mew=1.2, zorder=3)
         ax.plot(means["finetune"], y, marker, color=color, ms=5, mec="white", mew=0.4, zorder=4)
     ax.axvline(here[here.probe == "head"].value.mean(), color=color_of("supervised"), lw=1.0, ls=":", zorder=1)
     ax.grid(axis="x")
@@ -171,7 +171,7 @@ def plot_fine_tuned(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
         axes[0].invert_yaxis()
         grey = dict(color="#555555", marker="o", ls="", ms=4.5)
         dotted = Line2D([], [], color=color_of("supervised"), lw=1.0, ls=":")
-        marks = [Line2D([], [], mfc="white", **grey), Line2D([], [], **grey), dotted]
+        marks = [Line2D([], [], **grey | {"marker": "|", "ms": 8}), Line2D([], [], **grey), dotted]
         names = ["frozen, attentive probe", "fine-tuned", "trained with labels only"]
         title = "z-scored MSE on test (lower is better)"
         fig.legend(marks, names, title=title, loc="outside lower center", ncol=3, fontsize=7, title_fontsize=7.5)

@@ -19,7 +19,7 @@ from ..physics.systems import SYSTEMS
 from ..probing.reading import FROZEN
 from ..probing.records import read_results
 from ..results.figures import using_style
-from ..results.panels import system_title
+from ..results.panels import SMALL, in_lines, system_title
 from ..results.rows import PROBE_TITLES, ROWS, Row, color_of, marker_of, ordered, row_order, title_of
 from ..training.cost import cost
 from ..training.loop import CURVE, branches
@@ -87,7 +87,7 @@ def plot_learning_curves(
     "Error on `test` against operations of the training: a row of panels for each probe, a column for each system."
     systems = ordered(curves.system, tuple(SYSTEMS))
     with using_style():
-        fig = Figure(figsize=(0.8 + 2.6 * len(systems), 1.1 + 2.2 * len(probes)), layout="constrained")
+        fig = Figure(figsize=(0.6 + 1.9 * len(systems), 1.5 + 1.9 * len(probes)), layout="constrained")
         axes = fig.subplots(len(probes), len(systems), squeeze=False, sharex=True, sharey="col")
         for line, probe in zip(axes, probes):
             for ax, system in zip(line, systems):
@@ -97,16 +97,16 @@ def plot_learning_curves(
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 ax.yaxis.set_minor_formatter(NullFormatter())
-            line[0].set_ylabel(f"{PROBE_TITLES.get(probe, probe)}\nz-scored MSE, test")
+            line[0].set_ylabel(f"{PROBE_TITLES.get(probe, probe)}\nz-scored MSE, test", fontsize=SMALL)
         for ax, system in zip(axes[0], systems):
-            ax.set_title(system_title(system))
+            ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5)
         for ax in axes[-1]:
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            ax.xaxis.set_major_locator(LogLocator(subs=(1,)))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e12:.2g}"))
             ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_xlabel("training, 10¹² operations")
+            ax.set_xlabel("training, 10¹² operations", fontsize=SMALL)
         handles = {h.get_label(): h for ax in axes.flat for h in ax.get_lines() if not h.get_label().startswith("_")}
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=SMALL, columnspacing=1.0)
     return fig
 
 # %% ../../nbs/experiments/learning_curve_figures.ipynb #8ebf1ae9

@@ -15,8 +15,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..core.files import read_json
 from ..core.places import short_name, tagged
-from ..physics.systems import SYSTEMS
 from .figures import using_style
+from .panels import SMALL, in_lines, system_title
 from .rows import ROWS, Row, color_of, marker_of, row_order, title_of
 from ..training.loop import read_metrics
 from ..training.watch import shortcomings
@@ -64,7 +64,7 @@ def plot_curves(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
     systems = list(dict.fromkeys(curves.system))
     pairs = row_order(curves, rows)
     with using_style():
-        fig = Figure(figsize=(1.2 + 3.1 * len(systems), 3.4), layout="constrained")
+        fig = Figure(figsize=(0.7 + 1.9 * len(systems), 3.7), layout="constrained")
         axes = fig.subplots(1, len(systems), squeeze=False)[0]
         for ax, system in zip(axes, systems):
             one = curves[curves.system == system]
@@ -77,11 +77,13 @@ def plot_curves(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
                     ax.plot(run.index, run, marker=marker_of(pair[1], pair[0], rows), ms=4, lw=1.2, **look)
             ax.set_xscale("symlog", linthresh=20)
             ax.set_xlim(left=0)
-            ax.set(yscale="log", xlabel="windows seen", title=SYSTEMS[system].title if system in SYSTEMS else system)
+            ax.set_yscale("log")
+            ax.set_xlabel("windows seen", fontsize=SMALL)
+            ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5)
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
-        axes[0].set_ylabel("online error on valid\n(z-scored, mean of labels)")
+        axes[0].set_ylabel("online error on valid\n(z-scored, mean of labels)", fontsize=SMALL)
         handles = {h.get_label(): h for ax in axes for h in ax.get_lines()}
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=SMALL, columnspacing=1.0)
     return fig

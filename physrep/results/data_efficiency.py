@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocat
 from ..physics.systems import SYSTEMS
 from ..probing.records import read_results
 from .figures import using_style
-from .panels import system_title
+from .panels import SMALL, in_lines, system_title
 from .rows import CONTROLS, PROBE_TITLES, ROWS, Row, color_of, marker_of, ordered, row_order, title_of
 from .verify import is_current
 
@@ -44,9 +44,7 @@ def _draw_efficiency(ax: Axes, measured: pd.DataFrame, rows: Sequence[Row]) -> N
         style = ":" if objective in CONTROLS else "--" if objective.partition(".")[0] == "random" else "-"
         place = values.index * 1.012 ** (i - (len(pairs) - 1) / 2)  # beside each other
         marker = marker_of(encoder, objective, rows)
-        ax.plot(
-            place, values["mean"], style, marker=marker, ms=4, lw=1.2, mfc="white" if style == ":" else None, **look
-        )
+        ax.plot(place, values["mean"], style, marker=marker, ms=4, lw=1.2, **look)
         ax.vlines(place, values["min"], values["max"], color=look["color"], lw=0.8)
     numbers = sorted(measured.labelled_flows.unique())
     ax.set(xscale="log", yscale="log")
@@ -73,22 +71,22 @@ def plot_data_efficiency(
         raise ValueError(f"no rows of split {split!r} and probes {', '.join(probes)}; make reproduce makes them")
     systems = ordered(measured.system, tuple(SYSTEMS))
     with using_style():
-        fig = Figure(figsize=(1.0 + 2.6 * len(systems), 0.9 + 2.3 * len(probes)), layout="constrained")
+        fig = Figure(figsize=(0.6 + 1.9 * len(systems), 1.5 + 1.9 * len(probes)), layout="constrained")
         axes = fig.subplots(len(probes), len(systems), squeeze=False, sharex="col", sharey="col")
         for line, probe in zip(axes, probes):
             for ax, system in zip(line, systems):
                 _draw_efficiency(ax, measured[(measured.system == system) & (measured.probe == probe)], rows)
-            line[0].set_ylabel(f"{PROBE_TITLES.get(probe, probe)}\nz-scored MSE, {split}")
+            line[0].set_ylabel(f"{PROBE_TITLES.get(probe, probe)}\nz-scored MSE, {split}", fontsize=SMALL)
         for ax, system in zip(axes[0], systems):
-            ax.set_title(system_title(system))
+            ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5)
         for ax in axes[-1]:
-            ax.set_xlabel("labelled flows")
+            ax.set_xlabel("labelled flows", fontsize=SMALL)
         handles = {h.get_label(): h for ax in axes.flat for h in ax.get_lines() if not h.get_label().startswith("_")}
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=SMALL, columnspacing=1.0)
     return fig
 
 # %% ../../nbs/results/data_efficiency.ipynb #c188466f
-_MARKS = {"test": ("o", "full"), "shifted": ("o", "none"), "refitted": ("x", "full")}
+_MARKS = {"test": "o", "shifted": "|", "refitted": "x"}
 _MEANING = {
     "test": "test",
     "shifted": "shifted: other initial conditions, same probe",
@@ -107,7 +105,7 @@ def plot_shift(df: pd.DataFrame, probe: str = "linear", *, rows: Sequence[Row] =
     systems = ordered(measured.system, tuple(SYSTEMS))
     pairs = row_order(measured, rows)
     with using_style():
-        fig = Figure(figsize=(1.6 + 2.4 * len(systems), 1.1 + 0.24 * len(pairs)), layout="constrained")
+        fig = Figure(figsize=(1.4 + 1.65 * len(systems), 1.4 + 0.22 * len(pairs)), layout="constrained")
         axes = fig.subplots(1, len(systems), squeeze=False, sharey=True, sharex=True)[0]
         for ax, system in zip(axes, systems):
             values = measured[measured.system == system].groupby(["objective", "encoder", "split"]).value.mean()
@@ -116,10 +114,11 @@ def plot_shift(df: pd.DataFrame, probe: str = "linear", *, rows: Sequence[Row] =
                 color = color_of(*pair, rows)
                 ax.plot([min(found.values(), default=1), max(found.values(), default=1)], [-y, -y], color=color, lw=0.8)
                 for split, value in found.items():
-                    marker, fill = _MARKS[split]
-                    ax.plot(value, -y, marker, color=color, mfc=color if fill == "full" else "white", ms=5.2)
+                    ax.plot(value, -y, _MARKS[split], color=color, ms=8 if _MARKS[split] == "|" else 5.2, mew=1.2)
             ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)
-            ax.set(xscale="log", title=system_title(system), xlabel=f"z-scored MSE, {PROBE_TITLES.get(probe, probe)}")
+            ax.set_xscale("log")
+            ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5)
+            ax.set_xlabel(f"z-scored MSE,\n{PROBE_TITLES.get(probe, probe)} probe", fontsize=SMALL)
             ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(axis="x")
@@ -127,8 +126,6 @@ def plot_shift(df: pd.DataFrame, probe: str = "linear", *, rows: Sequence[Row] =
         axes[0].set_yticks([-y for y in range(len(pairs))], [title_of(*pair, rows=rows) for pair in pairs])
         for tick, pair in zip(axes[0].get_yticklabels(), pairs):
             tick.set_color(color_of(*pair, rows))
-        marks = [
-            axes[0].plot([], [], m, color="0.35", mfc="0.35" if f == "full" else "white")[0] for m, f in _MARKS.values()
-        ]
-        fig.legend(marks, [_MEANING[s] for s in _MARKS], loc="outside lower center", ncols=2, fontsize=8)
+        marks = [axes[0].plot([], [], marker, color="0.35")[0] for marker in _MARKS.values()]
+        fig.legend(marks, [_MEANING[s] for s in _MARKS], loc="outside lower center", ncols=1, fontsize=SMALL)
     return fig

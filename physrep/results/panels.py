@@ -153,7 +153,7 @@ def _draw_legend(
     "What the marks mean, of those that are drawn, below the panels."
     items = _legend_items(measured)
     if paper:
-        items.append((Line2D([], [], color="k", marker="D", ms=5.2, ls="", mfc="none"), PAPER_NOTE))
+        items.append((Line2D([], [], color="k", marker="*", ms=7, ls=""), PAPER_NOTE))
     for control in ordered(set(measured.objective) & set(CONTROLS), CONTROLS):
         look = {"color": color_of(control, None, rows), "lw": 1.0, "ls": ":"}
         items.append((Line2D([], [], **look), f"{title_of(control, 'none', rows=rows)}, best probe"))
@@ -255,7 +255,7 @@ def _draw_panel(
         here = (measured.objective == line.objective) & (measured.encoder == line.encoder)
         draw_line(ax, measured[here & (measured.probe == line.probe)], line.y, limit, not numbers, rows)
         if line.key in panel.paper:
-            ax.plot(panel.paper[line.key], line.y, "D", mfc="none", mec="k", ms=5.2, mew=1.0, zorder=5)
+            ax.plot(panel.paper[line.key], line.y, "*", color="k", ms=7, mec="white", mew=0.5, zorder=5)
     for control in CONTROLS:
         values = measured[measured.objective == control].value
         if len(values):
@@ -298,7 +298,7 @@ def plot_table1(df: pd.DataFrame, system: str, metric: str = "mse", rows: Sequen
     """Every method and probe of one system on `test` with 95 % intervals: mean over labels, then each label.
 
     `df` is a summary (of `comparison.summarise` or `table.over_seeds`) or plain results. The paper's
-    numbers are hollow. `rows` say order, titles and colours; what was not measured is left out. ValueError for an
+    numbers are stars. `rows` say order, titles and colours; what was not measured is left out. ValueError for an
     unknown metric, a system without rows on test, or several variants of a row.
     """
     measured = drawn_rows(df, system, metric)
