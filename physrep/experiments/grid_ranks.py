@@ -14,20 +14,22 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy.stats import spearmanr
 
 from .grid import Answers, Asked
 from ..physics.systems import get_system
 from ..probing.scores import bootstrap_weights
 from ..results.figures import using_style
+from ..results.panels import SMALL, WIDTH, in_lines
 from ..results.rows import PROBE_ORDER, ROWS, Row, color_of, marker_of, ordered, row_order, title_of
 
 # %% ../../nbs/experiments/grid_ranks.ipynb #e5344b37
-COLUMNS: Mapping[tuple[str, str], str] = {  # (way to fit, split that is scored) -> title
-    ("drawn", "test"): "fitted drawn\nscored drawn",
-    ("grid", "test"): "fitted grid\nscored drawn",
-    ("grid", "grid_test"): "fitted grid\nscored grid",
-    ("drawn", "grid_test"): "fitted drawn\nscored grid",
+COLUMNS: Mapping[tuple[str, str], str] = {  # (way to fit, split that is scored) -> the two in words
+    ("drawn", "test"): "drawn\ndrawn",
+    ("grid", "test"): "grid\ndrawn",
+    ("grid", "grid_test"): "grid\ngrid",
+    ("drawn", "grid_test"): "drawn\ngrid",
 }
 REFERENCE = ("drawn", "test")
 
@@ -93,22 +95,20 @@ def order_changes(decided: pd.DataFrame, table: pd.DataFrame, reference: tuple[s
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/grid_ranks.ipynb #5fce9a04
-def _draw_row(ax: Axes, mine: pd.DataFrame, ranks: pd.Series, offset: float, rows: Sequence[Row]) -> None:
-    "The errors of a row in all columns, with intervals and ranks."
+def _draw_row(ax: Axes, mine: pd.DataFrame, offset: float, rows: Sequence[Row]) -> None:
+    "The errors of a row in all columns, with intervals."
     first = mine.iloc[0]
     color = color_of(first.objective, first.encoder, rows)
-    places = [k for k, column in enumerate(COLUMNS) if column in ranks.index]
     mine = mine.set_index(["fit", "split"])
-    values = [mine.value[column] for column in COLUMNS if column in ranks.index]
+    columns = [column for column in COLUMNS if column in mine.index]
+    places = [list(COLUMNS).index(column) for column in columns]
+    values = [mine.value[column] for column in columns]
     style = ":" if first.objective.startswith("random") else "--" if first.encoder == "none" else "-"
     ax.plot(places, values, style, color=color, lw=1.1, alpha=0.75, zorder=2)
-    for x, column in zip(places, (c for c in COLUMNS if c in ranks.index)):
+    for x, column in zip(places, columns):
         ax.plot([x + offset] * 2, [mine.low[column], mine.high[column]], color=color, lw=1.0, alpha=0.5, zorder=1)
-        look = dict(color=color, mec="white", mew=0.5, zorder=3)
-        ax.plot(x, mine.value[column], marker_of(first.encoder, first.objective, rows), ms=8.5, **look)
-        ax.annotate(
-            str(ranks[column]), (x, mine.value[column]), ha="center", va="center", fontsize=5.5, color="white", zorder=4
-        )
+        look = dict(color=color, mec="white", mew=0.4, zorder=3)
+        ax.plot(x, mine.value[column], marker_of(first.encoder, first.objective, rows), ms=4.5, **look)
 
 
 def _draw_constant(ax: Axes, table: pd.DataFrame) -> None:
@@ -125,29 +125,34 @@ def plot_grid(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
     constant, mean = mean[mean.objective == "constant"], mean[mean.objective != "constant"]
     systems = list(dict.fromkeys(mean.system))
     probes = ordered(list(mean.probe), PROBE_ORDER)
-    ranks = column_ranks(table)
     order = row_order(mean, rows)
     offsets = np.linspace(-0.2, 0.2, len(order)) if len(order) > 1 else [0.0]
     with using_style():
-        fig = Figure(figsize=(3.6 * len(systems) + 0.4, 3.3 * len(probes) + 0.6), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 2.1 * len(probes) + 1.4), layout="constrained")
         axes = fig.subplots(len(probes), len(systems), sharex=True, squeeze=False)
         for ax, (probe, system) in zip(axes.flat, ((p, s) for p in probes for s in systems)):
             here = mean[(mean.system == system) & (mean.probe == probe)]
             for (objective, encoder), offset in zip(order, offsets):
                 mine = here[(here.objective == objective) & (here.encoder == encoder)]
                 if len(mine):
-                    _draw_row(ax, mine, ranks.loc[(system, probe, objective, encoder)], offset, rows)
+                    _draw_row(ax, mine, offset, rows)
             _draw_constant(ax, constant[constant.system == system])
             ax.set_yscale("log")
-            ax.set_xticks(range(len(COLUMNS)), COLUMNS.values(), fontsize=7)
-            ax.set_title(f"{get_system(system).title}, {title_of(probe)}")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            ax.set_xticks(range(len(COLUMNS)), COLUMNS.values(), fontsize=SMALL)
             ax.grid(axis="y")
-        for ax in axes[:, 0]:
-            ax.set_ylabel("z-scored MSE (lower is better)")
+        for ax, probe in zip(axes[:, 0], probes):
+            ax.set_ylabel(f"{title_of(probe)}\nz-scored MSE", fontsize=SMALL)
+        for ax, system in zip(axes[0], systems):
+            ax.set_title(in_lines(get_system(system).title), fontsize=SMALL + 0.5)
+        for ax in axes[-1]:
+            ax.set_xlabel("fitted on (above),\nscored on (below)", fontsize=SMALL)
         look = dict(ms=6, mec="white", mew=0.5)
         looks = [(color_of(o, e, rows), marker_of(e, o, rows)) for o, e in order]
         handles = [Line2D([], [], color=color, marker=marker, **look) for color, marker in looks]
         fig.legend(
-            handles, [title_of(o, e, rows=rows) for o, e in order], loc="outside lower center", ncol=1 + len(systems)
+            handles, [title_of(o, e, rows=rows) for o, e in order], loc="outside lower center", ncol=3, fontsize=SMALL
         )
     return fig

@@ -21,6 +21,7 @@ from .matters import CELL_ENCODERS, FACTORS, PAPER, Errors, group_sums, matters_
 from .matters_model import LEVELS, RUNS, TERMS, term_name
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..results.figures import using_style
+from ..results.panels import SMALL, WIDTH, in_lines
 from ..results.rows import ENCODER_TITLES
 from ..training.presets import Preset
 
@@ -112,7 +113,7 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
     )
     with using_style():
         networks = [encoder for encoder in CELL_ENCODERS if encoder in set(means.encoder)]
-        fig = Figure(figsize=(9.5, 4.3), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 4.3), layout="constrained")
         axes = np.atleast_1d(fig.subplots(1, len(networks), sharey=True))
         for ax, encoder in zip(axes, networks):
             mine = means[means.encoder == encoder]
@@ -130,10 +131,10 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
             ax.set_xticks([_TASKS.index(t) for t in there], [TITLES[t] for t in there])
             first, last = _TASKS.index(there[0]), _TASKS.index(there[-1])
             ax.set(yscale="log", xlim=(first - 0.45, last + 0.45))
-            ax.set_title(TITLES[encoder], fontweight="bold")
+            ax.set_title(in_lines(TITLES[encoder]), fontweight="bold", fontsize=SMALL + 0.5)
             ax.grid(axis="y")
             _plain_log(ax.yaxis, ticks)
-        axes[0].set_ylabel(f"error on {split} (geometric mean of probes and seeds)")
+        axes[0].set_ylabel(f"error on {split} (geometric mean of probes and seeds)", fontsize=SMALL)
         _legend(fig, [t for t in COLORS if t in set(means.target)], bool((~means.passed).any()))
     return fig
 
@@ -141,7 +142,9 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
 def _legend(fig: Figure, targets: Sequence[str], failed: bool) -> None:
     "What colours (on the right) and marks (below) mean."
     lines = [Line2D([], [], color=COLORS[t], marker="o", ms=8, lw=2, label=TITLES[t]) for t in targets]
-    fig.legend(handles=lines, loc="outside right upper", title="what is predicted", labelspacing=1.1, alignment="left")
+    look = dict(fontsize=SMALL, handletextpad=0.4, columnspacing=1.2)
+    title = dict(title="what is predicted", title_fontsize=SMALL, ncols=len(lines))
+    fig.legend(handles=lines, loc="outside upper center", **title, **look)
     grey = dict(color="#555555", mec="#555555")
     handles = [
         Line2D([], [], marker="o", ls="", ms=8, **grey, label="a cell, and the range of its seeds"),
@@ -150,7 +153,7 @@ def _legend(fig: Figure, targets: Sequence[str], failed: bool) -> None:
     if failed:
         text = "worse than a trivial answer to its own question, or collapsed"
         handles.append(Line2D([], [], marker="o", ls="", ms=8, mew=1.6, mec="#555555", mfc="white", label=text))
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, **look)
 
 # %% ../../nbs/experiments/matters_figures.ipynb #3f18188c
 NAMES = {
@@ -195,7 +198,7 @@ def _draw_claim(ax: Axes, claim: pd.DataFrame) -> None:
         between = [[start * (row.factor - row.low)], [start * (row.high - row.factor)]]
         ax.errorbar(end, -i, xerr=between, color="black", lw=1)
         text = f"x {row.factor:.2f}  [{row.low:.2f}, {row.high:.2f}]"
-        ax.annotate(text, (0.02, -i + 0.42), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        ax.annotate(text, (0.02, -i + 0.42), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL)
         lows.append(min(start, start * row.low))
         highs.append(max(start, start * row.high))
         at = end
@@ -218,11 +221,11 @@ def plot_shares(table: pd.DataFrame, without: pd.DataFrame | None = None, claim:
     """Shares of variance, diamonds those `without` runs that failed (both of `shares`), and the way from VideoMAE to
     JEPA (of `paper_claim`; None: the cells on it are not all there)."""
     with using_style():
-        fig = Figure(figsize=(9.5, 4.2), layout="constrained")
-        left, right = fig.subplots(1, 2, width_ratios=(1.1, 1))
+        fig = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+        left, right = fig.subplots(2, 1, height_ratios=(1.5, 1))
         _draw_shares(left, table, without)
-        left.set_title("What the error depends on", fontweight="bold")
-        right.set_title("From VideoMAE's cell to JEPA's", fontweight="bold")
+        left.set_title("What the error depends on", fontweight="bold", fontsize=SMALL + 0.5)
+        right.set_title("From VideoMAE's cell to JEPA's", fontweight="bold", fontsize=SMALL + 0.5)
         if claim is None:
             right.text(0.5, 0.5, "needs cells that are not there", ha="center", transform=right.transAxes)
             right.set_axis_off()
@@ -237,7 +240,7 @@ SYSTEM_MARKS = ("o", "s", "^")
 def plot_main_effects(tables: Mapping[str, pd.DataFrame]) -> Figure:
     "A panel for each factor: the factor on the error of its levels (of `main_effects`), a mark for each system."
     with using_style():
-        fig = Figure(figsize=(9.5, 2.9), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = fig.subplots(1, len(FACTORS), sharey=True, width_ratios=[len(LEVELS[f]) for f in FACTORS])
         for i, (system, table) in enumerate(tables.items()):
             shift = 0.14 * (i - (len(tables) - 1) / 2)

@@ -25,6 +25,7 @@ from .matters_model import pooled_spread, term_tests
 from ..probing.reading import FROZEN
 from ..probing.records import read_predictions
 from ..results.figures import using_style
+from ..results.panels import SMALL, WIDTH
 from ..results.rows import PROBE_TITLES
 from ..results.verify import is_current
 from ..training.presets import Preset
@@ -187,16 +188,16 @@ def plot_by_probe(table: pd.DataFrame) -> Figure:
     probes = ["attentive", *(p for p in dict.fromkeys(table.probe) if p not in ("attentive", MEAN)), MEAN]
     parts = {"VideoMAE's": "VideoMAE", "its own random weights'": OWN}
     with using_style():
-        fig = Figure(figsize=(9.0, 3.2), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 3.3), layout="constrained")
         axes = fig.subplots(1, 2, sharey=True)
         for ax, (word, over) in zip(axes, parts.items()):
             if not (part := table[table.over == over]).empty:
                 _draw_ratios(ax, part, probes)
-            ax.set_xlabel(f"error, times {word} (left is better)")
+            ax.set_xlabel(f"error, times {word}\n(left is better)", fontsize=SMALL)
         axes[0].set_yticks(
             range(len(probes)), [PROBE_TITLES.get(p, p) + " (the paper's)" * (p == "attentive") for p in probes]
         )
         axes[0].invert_yaxis()
         handles = [Line2D([], [], color=c, marker=m, ls="", label=name) for name, (c, m) in _LOOKS.items()]
-        fig.legend(handles=handles, loc="outside lower center", ncols=3)
+        fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=SMALL)
     return fig
