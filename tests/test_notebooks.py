@@ -217,6 +217,12 @@ def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
     table = pd.read_csv(runs / "smoke" / "figures" / "leakage.csv")
     both = table.pivot(index=["objective", "encoder", "probe"], columns="splits", values="value")
     assert len(both) > 10 and (both["published"] == both["leak-free"]).all()
+    further = ("-p", "seen", "64", "-p", "systems", "shear_flow", "-p", "data_dir", str(smoke_data))
+    tuned = papermill("nbs/05e_fine_tuned.ipynb", str(tmp_path / "f.ipynb"), *common, *further, cwd=ROOT)
+    assert tuned.returncode == 0, tuned.stderr[-3000:]
+    table = pd.read_csv(runs / "smoke" / "figures" / "fine_tuned.csv")
+    rows = table[table.probe == "finetune"].groupby(["objective", "encoder"]).seed.nunique()
+    assert dict(rows) == {("jepa", "vit"): 2, ("random", "vit"): 2}, "a supervised row is not fine-tuned"
 
 
 def test_tuning_notebook_goes_on_where_it_was_stopped(smoke_data, tmp_path):

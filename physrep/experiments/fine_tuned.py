@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..core.files import read_json
 from ..core.provenance import provenance
 from ..data.batches import Batches
 from ..data.scaling import LabelScaler
@@ -82,14 +83,17 @@ def fine_tune(
     progress: bool = True,
 ) -> Path:
     """Fine-tunes the encoder of a run, which is trained and probed first where it is not, and writes scores and
-    predictions of the probe `finetune` into its folder. What today's code has done is kept. ValueError for a run that
-    reads labels, and for no rate or one that is not above 0."""
+    predictions of the probe `finetune` into its folder. What today's code has done with the same rates and windows is
+    kept. ValueError for a run that reads labels, and for no rate, or a number that is not above 0."""
     if run.recipe is not None and run.reads_labels:
         raise ValueError(f"{run.path} was trained with these labels already: fine-tune an encoder that reads none")
     if not rates or not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"rates must be numbers above 0, at least one; got {tuple(rates)}")
+    if seen < 1:
+        raise ValueError(f"seen is a number of windows, at least 1; got {seen}")
     windows, folder = probe_splits(run, data_dir), run.folder(run_dir)
-    if is_current(folder / FINE_TUNED, run.preset, windows):
+    asked = {"rates": list(rates), "seen": seen, "batch_size": BATCH}
+    if is_current(folder / FINE_TUNED, run.preset, windows) and read_json(folder / FINE_TUNED)["finetuning"] == asked:
         print(f"{run.path} is fine-tuned")
         return folder / FINE_TUNED
     remove_unpacked(folder)  # results without their encoder
@@ -100,7 +104,7 @@ def fine_tune(
     start = load_probe(folder / "probe-attentive.safetensors", device=device)
     tuned = _fit_rates(encoder, batches, rates, seen, start=start, seed=run.seed, progress=progress)
     predictions = {("finetune", split): tuned.predict(b) for split, b in batches.items() if split != "train"}
-    made = dict(config=run.as_dict(), probing=run.preset.probing(), provenance=record)
+    made = dict(config=run.as_dict(), probing=run.preset.probing(), provenance=record, finetuning=asked)
     about = dict(objective=run.row[0], encoder=run.row[1], seed=run.seed, run=run.path)
     scored = write_scores(
         folder, predictions, windows, scaler, result=FINE_TUNED, probes={"finetune": tuned}, **about, **made
