@@ -24,6 +24,7 @@ from physrep.objectives.methods import OBJECTIVES
 from physrep.training import distributed, processes
 from physrep.training.distributed import OPTIONS, follow, lead, parsed, pretrain_together
 from physrep.training.loop import TimeUp
+from physrep.training.memory import check_memory
 from physrep.training.pretrain import Session, pretrain, training_batches, training_windows
 from physrep.training.processes import Group, ProcessLost, Rank, SharedBatches, connected, mean_over_samples
 from physrep.training.run import build, resolve
@@ -421,3 +422,13 @@ def test_torchrun_in_front_of_the_command(smoke_data, tmp_path):
     assert re.search(r"\b4/6 \[00:00<\?", done.stderr), "it begins at the checkpoint"
     assert (Path(done.stdout.strip().splitlines()[-1]) / "encoder.safetensors").is_file()
     assert not list((tmp_path / "runs").rglob("*.ipynb")), "several processes execute no notebook"
+
+
+def test_a_part_of_a_batch_that_does_not_fit_is_refused_before_any_work(monkeypatch):
+    run = resolve("shear_flow", "mae", "vit", "smoke")
+    free = check_memory(run, available=10**12).total + 10**6
+    monkeypatch.setattr(distributed, "memory_available", lambda device: free)
+    distributed.check_share(run, "cpu", 1)
+    with pytest.raises(ValueError, match="needs about .* are free on cpu. What helps: recipe accumulate"):
+        distributed.check_share(run, "cpu", 16)  # of the machine each has a sixteenth, and weights are not shared
+    distributed.check_share(resolve("shear_flow", "random", "vit", "smoke"), "cpu", 10**6)  # trains nothing
