@@ -315,8 +315,10 @@ def test_a_study_does_not_plan_what_was_unpacked_unless_its_encoder_is_asked(tmp
     unpack(tmp_path / "archives", system)
     planned = [(command, run) for command in ("reproduce", "rates", "longer", "question") for run in (here, there)]
     monkeypatch.setattr(study, "planned_runs", lambda *_: planned)
-    monkeypatch.setattr(study, "cost", lambda run: {"total": 60e9})
+    monkeypatch.setattr(study, "cost", lambda run: {"total": 60e9, "train": 10**6})
     table = study.study_table(preset, run_dir=runs)
+    of_question = table[(table.make == "question") & (table.seed == 1)]
+    assert not of_question.done.any(), "its answers were not unpacked"
     assert [tuple(row) for row in table[table.done][["make", "seed"]].to_numpy()] == [
         ("reproduce", 1),
         ("rates", 1),

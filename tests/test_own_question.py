@@ -55,9 +55,9 @@ def test_the_notebook_asks_one_row(smoke_data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     runs = tmp_path / "runs" / "smoke"
     table = pd.read_csv(runs / "figures" / "own_question.csv").set_index("features")
-    assert table.index.tolist() == ["Table 1", "faster predictor", "random weights"]
+    assert table.index.tolist() == ["usual predictor", "faster predictor", "random weights"]
     assert table.loc["random weights", ["own", "settled"]].isna().all()
-    for features, run in (("Table 1", "jepa-vit"), ("faster predictor", "jepa.predictor3-vit")):
+    for features, run in (("usual predictor", "jepa-vit"), ("faster predictor", "jepa.predictor3-vit")):
         (curve,) = runs.glob(f"shear_flow/{run}-*/seed0/curve.csv")
         assert table.own[features] == pytest.approx(pd.read_csv(curve).gate.iloc[-1], rel=1e-4), "the gate of the run"
     assert (table.settled != table.own)[:2].all(), "the predictor has gone on"
@@ -68,7 +68,7 @@ def test_the_notebook_asks_one_row(smoke_data, tmp_path):
 
 def test_the_figure_has_a_mark_for_each_answer():
     about, answers = {"system": "shear_flow", "row": "JEPA ViT"}, dict(own=0.9, settled=0.8, shrunk=0.7, linear=0.6)
-    rows = [about | answers | {"features": name} for name in ("Table 1", "faster predictor")]
+    rows = [about | answers | {"features": name} for name in ("usual predictor", "faster predictor")]
     rows.append(about | answers | {"features": "random weights", "own": math.nan, "settled": math.nan})
     (ax,) = plot_questions(pd.DataFrame(rows)).axes
     assert [t.get_text() for t in ax.get_yticklabels()] == ["Shear flow\nJEPA ViT"]

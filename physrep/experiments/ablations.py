@@ -20,6 +20,7 @@ from ..probing.records import read_predictions
 from ..results.comparison import compare, interval_text
 from ..results.figures import using_style
 from ..results.forest import is_clear
+from ..results.panels import SMALL, WIDTH
 from ..results.rows import PROBE_ORDER, color_of, ordered, title_of
 from ..training.cost import cost
 from ..training.run import Run
@@ -77,8 +78,8 @@ def variant_costs(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/ablations.ipynb #39df936f
-_BEYOND = 0.3  # differences that are larger are drawn at the edge, as a triangle
-_OF_ROW = {"ha": "right", "va": "center", "fontsize": 7, "color": "#555555"}
+_BEYOND = 0.3  # differences that are larger are triangles at the edge, with their number
+_OF_ROW = {"ha": "right", "va": "center", "fontsize": SMALL, "color": "#555555"}
 
 
 def _places(table: pd.DataFrame) -> dict[str, float]:
@@ -103,6 +104,11 @@ def _draw_probe(ax: Axes, measured: pd.DataFrame, places: Mapping[str, float]) -
         ax.plot(ends, [y, y], color=color, lw=1.3, solid_capstyle="butt", zorder=3)
         face = color if is_clear(r) else "white"
         ax.plot(inside, y, marker, color=color, mfc=face, ms=4.2, mew=1.0, zorder=4)
+        if inside != r.difference:
+            side = {"ha": "left" if inside < 0 else "right", "xytext": (6 if inside < 0 else -6, 0)}
+            ax.annotate(
+                f"{r.difference:.2f}", (inside, y), textcoords="offset points", va="center", fontsize=SMALL, **side
+            )
     own = {r.row: r.b for r in measured.itertuples() if not check_variant(r.variant).against}
     for row, error in own.items():
         ax.text(0.99, places[row], f"{error:.2f}", transform=ax.get_yaxis_transform(), **_OF_ROW)
@@ -121,23 +127,23 @@ def plot_variants(table: pd.DataFrame, label: str = "mean") -> Figure:
     places, probes = _places(measured), ordered(measured.probe, PROBE_ORDER)
     several = measured.seeds_a.max() > 1
     with using_style():
-        fig = Figure(figsize=(7, 0.9 + 0.17 * (1 - min(places.values()))), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 1.1 + 0.17 * (1 - min(places.values()))), layout="constrained")
         axes = fig.subplots(1, len(probes), sharey=True, sharex=True, squeeze=False)[0]
         for ax, probe in zip(axes, probes):
             _draw_probe(ax, measured[measured.probe == probe], places)
-            ax.set_title(title_of(probe), fontsize=8)
+            ax.set_title(title_of(probe), fontsize=SMALL)
             ax.set_xticks([-0.2, 0, 0.2])
             ax.tick_params(axis="y", length=0)
-            ax.tick_params(axis="x", labelsize=7)
+            ax.tick_params(axis="x", labelsize=SMALL)
         axes[0].set(xlim=(-1.1 * _BEYOND, 1.1 * _BEYOND), ylim=(min(places.values()) - 0.6, 0.7))
         names = {r.variant: check_variant(r.variant).title for r in measured.itertuples()}
-        axes[0].set_yticks(list(places.values()), [names.get(name, name) for name in places], fontsize=7)
+        axes[0].set_yticks(list(places.values()), [names.get(name, name) for name in places], fontsize=SMALL)
         colors = {r.row: color_of(*check_variant(r.variant).row) for r in measured.itertuples()}
         for tick, name in zip(axes[0].get_yticklabels(), places):
             tick.set(color=colors.get(name, "black"), fontweight="bold" if name in colors else "normal")
         look = dict(color="#555555", marker="o", ms=4.2, mew=1.0)
         marks = [Line2D([], [], **look), Line2D([], [], mfc="white", **look)]
         texts = ["95 % interval" + (" and every seed" if several else "") + " on one side of zero", "undecided"]
-        title = "z-scored MSE minus that of the row, whose own is the number; left of zero is better"
-        fig.legend(marks, texts, title=title, loc="outside lower center", ncol=2, fontsize=7.5, title_fontsize=7.5)
+        title = "z-scored MSE minus that of the row, whose own is the number;\nleft of zero is better"
+        fig.legend(marks, texts, title=title, loc="outside lower center", ncol=2, fontsize=SMALL, title_fontsize=SMALL)
     return fig

@@ -140,7 +140,7 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
 
 
 def _legend(fig: Figure, targets: Sequence[str], failed: bool) -> None:
-    "What colours (on the right) and marks (below) mean."
+    "What colours (above) and marks (below) mean."
     lines = [Line2D([], [], color=COLORS[t], marker="o", ms=8, lw=2, label=TITLES[t]) for t in targets]
     look = dict(fontsize=SMALL, handletextpad=0.4, columnspacing=1.2)
     title = dict(title="what is predicted", title_fontsize=SMALL, ncols=len(lines))

@@ -80,7 +80,8 @@ def train_pair(
     probes = PROBES if row.finetuned else FROZEN
     for run in (usual, fast):
         folder = run.folder(run_dir)
-        if scored_elsewhere(folder, run.preset) and is_current(folder / "question.json", run.preset):
+        kept = {split: probed[split] for split in ("train", "valid")}
+        if scored_elsewhere(folder, run.preset) and is_current(folder / "question.json", run.preset, kept):
             continue  # both are there without the encoder
         remove_unpacked(folder)
         pretrain(run, data_dir, run_dir, windows=asked, **options)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.parameters import seeds_in
 from . import longer, rates
-from .fine_tuned import RATES, SEEN
+from .further_training import RATES, SEEN
 from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
@@ -87,7 +87,9 @@ def _fine_tunings(
                 like = cost(run_of(trained_row(f"supervised-{row.encoder}"), system, preset))
                 operations = like["train"] * SEEN * len(RATES)
                 for run in (run_of(row, system, preset, seed) for seed in preset.seeds):
-                    yield "-".join(run.row), run, (run.folder(run_dir) / FINE_TUNED).is_file(), operations
+                    again = cost(run)["total"] if scored_elsewhere(run.folder(run_dir), preset) else 0  # its encoder
+                    done = (run.folder(run_dir) / FINE_TUNED).is_file()
+                    yield f"{'-'.join(run.row)} fine-tuned", run, done, operations + again
 
 
 def study_table(
@@ -105,9 +107,9 @@ def study_table(
         about = {"make": command, "system": run.system.name, "row": row, "seed": run.seed}
         folder = run.folder(matters_root(run_dir) if cell else run_dir)
         # what is asked of results alone is not trained where `make unpack` took them from the repository
-        unpacked = command in ("reproduce", "tuned", "ablations", "rates", "longer", "matters") and scored_elsewhere(
-            folder, preset
-        )
+        of_results = command in ("reproduce", "tuned", "ablations", "rates", "longer", "matters")
+        of_results |= command == "question" and (folder / "question.json").is_file()
+        unpacked = of_results and scored_elsewhere(folder, preset)
         done = (folder / "encoder.safetensors").is_file() or unpacked
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
     for name, run, done in _few_labels(preset, systems, run_dir):
