@@ -174,7 +174,7 @@ def _draw_ratios(ax: Axes, table: pd.DataFrame, probes: Sequence[str]) -> None:
         span = np.clip([one.factor - one.low, one.high - one.factor], 0, None)  # rounding may turn a 0 round
         ax.errorbar(one.factor, y, xerr=span, color=color, marker=marker, ls="")
     ax.axvline(1.0, color="#555555", lw=0.8)
-    ticks = [t for t in (0.25, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3) if table.low.min() < t < table.high.max()]
+    ticks = [t for t in (0.25, 0.33, 0.5, 0.7, 1, 1.4, 2, 3) if table.low.min() < t < table.high.max()]
     ax.set(xscale="log")
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
