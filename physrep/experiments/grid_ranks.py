@@ -95,6 +95,9 @@ def order_changes(decided: pd.DataFrame, table: pd.DataFrame, reference: tuple[s
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/grid_ranks.ipynb #5fce9a04
+_LOWEST = 1e-3  # an error below it, such as 0, is a triangle here on the logarithmic axis
+
+
 def _draw_row(ax: Axes, mine: pd.DataFrame, offset: float, rows: Sequence[Row]) -> None:
     "The errors of a row in all columns, with intervals."
     first = mine.iloc[0]
@@ -102,13 +105,15 @@ def _draw_row(ax: Axes, mine: pd.DataFrame, offset: float, rows: Sequence[Row]) 
     mine = mine.set_index(["fit", "split"])
     columns = [column for column in COLUMNS if column in mine.index]
     places = [list(COLUMNS).index(column) for column in columns]
-    values = [mine.value[column] for column in columns]
+    values = [max(mine.value[column], _LOWEST) for column in columns]
     style = ":" if first.objective.startswith("random") else "--" if first.encoder == "none" else "-"
     ax.plot(places, values, style, color=color, lw=1.1, alpha=0.75, zorder=2)
     for x, column in zip(places, columns):
-        ax.plot([x + offset] * 2, [mine.low[column], mine.high[column]], color=color, lw=1.0, alpha=0.5, zorder=1)
+        ends = [max(end, _LOWEST) for end in (mine.low[column], mine.high[column])]
+        ax.plot([x + offset] * 2, ends, color=color, lw=1.0, alpha=0.5, zorder=1)
         look = dict(color=color, mec="white", mew=0.4, zorder=3)
-        ax.plot(x, mine.value[column], marker_of(first.encoder, first.objective, rows), ms=4.5, **look)
+        marker = "v" if mine.value[column] < _LOWEST else marker_of(first.encoder, first.objective, rows)
+        ax.plot(x, max(mine.value[column], _LOWEST), marker, ms=4.5, **look)
 
 
 def _draw_constant(ax: Axes, table: pd.DataFrame) -> None:
@@ -153,6 +158,11 @@ def plot_grid(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
         looks = [(color_of(o, e, rows), marker_of(e, o, rows)) for o, e in order]
         handles = [Line2D([], [], color=color, marker=marker, **look) for color, marker in looks]
         fig.legend(
-            handles, [title_of(o, e, rows=rows) for o, e in order], loc="outside lower center", ncol=3, fontsize=SMALL
+            handles,
+            [title_of(o, e, rows=rows) for o, e in order],
+            loc="outside lower center",
+            ncol=3,
+            fontsize=SMALL,
+            columnspacing=1.0,
         )
     return fig
