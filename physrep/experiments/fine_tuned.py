@@ -111,7 +111,7 @@ def fine_tuned_differences(runs: Runs, rows: Sequence[Row] = ROWS, run_dir: str 
             both = (some, runs[system, other])
             files = [[run.folder(run_dir) / PREDICTIONS for run in which] for which in both]
             numbers = compare(*files, probe="finetune", metric="mse")
-            text = [interval_text(r.difference, r.low, r.high) for r in numbers.itertuples()]
+            text = [interval_text(r.difference, r.low, r.high, digits=3) for r in numbers.itertuples()]
             about = {"system": system, "objective": pair[0], "encoder": pair[1]}
             found.append(numbers.assign(**about, reference="-".join(other), text=text))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
