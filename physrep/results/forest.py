@@ -17,16 +17,9 @@ from matplotlib.ticker import AutoMinorLocator
 
 from ..physics.systems import SYSTEMS
 from .figures import using_style
-from physrep.results.panels import (
-    METRIC_AXES,
-    SMALL,
-    WIDTH,
-    figure_lines,
-    in_lines,
-    name_lines,
-    shade_methods,
-    system_title,
-)
+from .panels import METRIC_AXES, SMALL, WIDTH, figure_lines, in_lines, name_lines, shade_methods
+
+from .panels import system_title  # isort: skip
 from .rows import PROBE_ORDER, PROBE_TITLES, ROWS, Row, color_of, marker_of, ordered, title_of
 
 # %% ../../nbs/results/forest.ipynb #a14cd045
