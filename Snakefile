@@ -310,7 +310,7 @@ for system, done in zip(SYSTEMS, FEW_LABELS):
 # few labels, and flows that start in another way
 rule data_efficiency:
     input: RESULTS + MORE_SEEDS + [done for done in FEW_LABELS if config.get("few") or done.is_file()]
-    output: figures("data_efficiency", *(["table1_shifted", "shift"] if SHIFTED_TOO else []))
+    output: figures("data_efficiency", *(["table1_shifted", "shift"] if SHIFTED_TOO else []), *(["data_efficiency_paper"] if "shear_flow" in SYSTEMS else []))
     params: rows=repr(TABLE_ROWS), code=stage("06_data_efficiency", "experiments.table1", "experiments.trained_on_few", "results.seeds", "results.data_efficiency", "results.panels", "results.comparison") + PROBING, command=papermill("06_data_efficiency", "data_efficiency", **SHOWN, **WITH_ROWS)
     shell: "{params.command}"
 

@@ -13,7 +13,7 @@ from physrep.probing.features import Features
 from physrep.probing.few_labels import draw_flows, fit_attentive_on_few, fit_few, of_flows, score_few, score_refitted
 from physrep.probing.frozen import AttentiveRecipe
 from physrep.probing.records import read_results
-from physrep.results.data_efficiency import plot_data_efficiency, plot_shift, read_few
+from physrep.results.data_efficiency import PAPER_SHARES, plot_beside_paper, plot_data_efficiency, plot_shift, read_few
 from physrep.training.pretrain import pretrain
 from physrep.training.run import resolve
 
@@ -112,3 +112,7 @@ def test_a_run_has_its_rows_of_few_flows(smoke_data, tmp_path):
     table = read_few([folder])
     assert set(table.labelled_flows) == {4, 8, 16} and "valid" not in set(table.split)
     assert len(plot_data_efficiency(table).axes) == 2 and len(plot_shift(table).axes) == 1
+    paper, here = plot_beside_paper(table, ("kernel",)).axes
+    assert [tuple(line.get_ydata()) for line in paper.lines[:2]] == [tuple(p.values()) for p in PAPER_SHARES.values()]
+    mean = table[(table.probe == "kernel") & (table.split == "test")].groupby("labelled_flows").value.mean()
+    assert tuple(here.lines[0].get_xdata()) == (0.5, 1.0) and np.allclose(here.lines[0].get_ydata(), mean)
