@@ -72,6 +72,8 @@ def test_notebook_is_clean(path):
     assert "injected-parameters" not in text and '"output_type": "error"' not in text
     assert str(ROOT) not in text and str(Path.home()) + "/" not in text
     assert "widgets" not in nbformat.reads(text, 4).metadata, "states of widgets; make notebooks drops them"
+    first = next(cell for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown")
+    assert not re.search(r"^- ", first.source, re.M), "nbdev reads such a list below the title as YAML: begin it with *"
     for cell in nbformat.reads(text, 4).cells:
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", "warnings and progress bars are no documentation"
