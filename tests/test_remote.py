@@ -1,6 +1,8 @@
 "Sets on a network: a web server that is slow, cuts connections and answers with error pages, read through the cache."
 
+import http.client
 import http.server
+import shutil
 import threading
 import time
 from functools import partial
@@ -39,6 +41,22 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def fail(self, fault: str, part: bytes) -> bool:
+        "What goes wrong with a request for this part of a file; whether it is answered by that."
+        if fault == "slow":
+            time.sleep(0.3)
+            return False
+        if fault == "cut":
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            self.wfile.write(part[: len(part) // 2])
+            self.close_connection = True
+            self.connection.close()
+        else:
+            self.answer({"page": 503, "page as data": 200, "gone": 404}[fault], PAGE)
+        return True
+
     def do_HEAD(self):
         self.do_GET()
 
@@ -56,22 +74,8 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
         first, last = int(first), min(int(last or len(body)), len(body) - 1)
         part = body[first : last + 1]
         self.server.asked.append((file.name, first, last + 1))
-        fault = self.server.faults.pop(0) if self.server.faults else ""
-        if fault == "page":
-            return self.answer(503, PAGE)
-        if fault == "page as data":
-            return self.answer(200, PAGE)
-        if fault == "gone":
-            return self.answer(404, PAGE)
-        if fault == "slow":
-            time.sleep(0.3)
-        if fault == "cut":
-            self.send_response(206)
-            self.send_header("Content-Length", str(len(part)))
-            self.end_headers()
-            self.wfile.write(part[: len(part) // 2])
-            self.close_connection = True
-            return self.connection.close()
+        if self.server.faults and self.fail(self.server.faults.pop(0), part):
+            return None
         return self.answer(206, part, ETag=tag, Content_Range=f"bytes {first}-{last}/{len(body)}")
 
 
@@ -266,9 +270,23 @@ def test_the_workflow_takes_an_address(server):
     assert f"data_dir {server.address}" in done.stdout and "leak_free" not in done.stdout
 
 
+class FaultyStore(FaultyHandler):
+    "Passes requests on to an object store; the same faults happen to those for a range."
+
+    def do_GET(self):
+        if "Range" in self.headers and self.server.faults and self.fail(self.server.faults.pop(0), b"x" * 4096):
+            return
+        store = http.client.HTTPConnection(*self.server.store)
+        store.request(self.command, self.path, headers=dict(self.headers))
+        found = store.getresponse()
+        body = found.read()
+        kept = {k.title(): v for k, v in found.getheaders() if k.lower() not in ("server", "date", "connection")}
+        self.answer(found.status, body, **kept)
+
+
 @pytest.mark.long
 def test_a_set_in_an_object_store(folder, tmp_path, monkeypatch):
-    'The same from S3, served by moto: pip install s3fs "moto[s3]" flask flask-cors'
+    'The same from S3, served by moto through a line with faults: pip install s3fs "moto[s3]" flask flask-cors'
     pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
     import boto3
@@ -277,11 +295,15 @@ def test_a_set_in_an_object_store(folder, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of the library below; physrep asks again itself
     monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(remote.fetch, "__kwdefaults__", {"pause": 0.01})
     server.start()
     host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://{host}:{port}"})
+    line = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyStore)
+    line.store, line.faults = (host, port), []
+    threading.Thread(target=line.serve_forever, daemon=True).start()
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{line.server_port}"})
     try:
         store = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
         store.create_bucket(Bucket="sets")
@@ -290,6 +312,19 @@ def test_a_set_in_an_object_store(folder, tmp_path, monkeypatch):
         here, there = (Windows(root, "shear_flow", "train", frames=4) for root in (folder, "s3://sets"))
         assert here.fingerprint() == there.fingerprint()
         assert (here.read([0, 5, -1]) == there.read([0, 5, -1])).all()
+        one, same = (WellFile(windows.paths[0], "shear_flow") for windows in (here, there))
+        monkeypatch.setattr(type(there.paths[0].fs), "retries", 1)
+        for fault in ("page", "page as data", "cut", "slow"):
+            shutil.rmtree(tmp_path / "cache")
+            line.faults = [fault] * (remote.TRIES - 1)
+            assert (same.window(1, 3, 8) == one.window(1, 3, 8)).all(), fault
+            assert fault == "slow" or not line.faults, "all of them were met"
+        shutil.rmtree(tmp_path / "cache")
+        line.faults = ["page"] * 100
+        with pytest.raises(NetworkError, match="were not to be had in 5 tries"):
+            same.window(1, 3, 8)
+        line.faults = []
+        assert (same.window(1, 3, 8) == one.window(1, 3, 8)).all()
         assert read_stats("s3://sets", "shear_flow")["std"].keys() == read_stats(folder, "shear_flow")["std"].keys()
         first = there.paths[0]
         store.upload_file(str(here.paths[1]), "sets", str(here.paths[0].relative_to(folder)))
@@ -301,4 +336,6 @@ def test_a_set_in_an_object_store(folder, tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="no such file"):
             WellFile(first, "shear_flow")
     finally:
+        line.shutdown()
+        line.server_close()
         server.stop()
