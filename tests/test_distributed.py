@@ -30,6 +30,7 @@ from physrep.training.processes import Group, ProcessLost, Rank, SharedBatches, 
 from physrep.training.run import build, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
+CELL = "physrep.objectives.cells:Cell"
 quiet = dict(progress=False, say=lambda text: None)
 # name -> objective and what is changed of preset smoke: all objectives that are trained, and what couples samples
 CASES: dict[str, tuple[str, dict]] = {
@@ -39,8 +40,9 @@ CASES: dict[str, tuple[str, dict]] = {
     "average": ("jepa", {"coefficients": {"target": "ema", "chunks": 2, "centre": False}}),
     "blocks": ("jepa_ema", {"coefficients": {"mask": "blocks"}}),
     "whitened": ("forecast", {"coefficients": {"target": "whitened"}}),
+    "means of places": (CELL, {"encoder": "vit", "coefficients": {"task": "tube", "target": "shared"}}),
 }
-ENCODING = {"blocks", "whitened"}  # of these the processes share no samples
+ENCODING = {"blocks", "whitened", "means of places"}  # of these the processes share no samples
 
 
 def forked(work: Callable[[Group], None], processes: int = 2, seconds: float = 60.0) -> list[int]:
