@@ -1,12 +1,14 @@
 """The smoke preset twice, as `make reproduce` runs it: the same to the byte. Few rows; the whole in `make test-all`."""
 
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from helpers import dry_run
 
@@ -56,35 +58,49 @@ rows:
 FEW_SEEDS = "base: smoke\nseeds: [0]\ntuned: {forecast-vit: {recipe: {lr: 0.00005}}}\n"
 
 
-def snakemake(folder: Path, *targets: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> str:
-    "Runs the workflow at preset smoke in `folder`; what it said."
+def started(folder: Path, *targets: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> subprocess.Popen:
+    "Starts the workflow at preset smoke in `folder`."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = [f"{k}={v}" for k, v in {"preset": "smoke", **config}.items()]
-    options = ["--cores", str(cores), "--nolock", "--quiet", *quiet, "--config", *given]
+    options = ["--cores", str(cores), "--nolock", "--rerun-incomplete", "--quiet", *quiet, "--config", *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}"}
     environment.pop("PHYSREP_ROOT", None)
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "snakemake", *targets, *options],
         cwd=folder,
         env=environment,
-        capture_output=True,
-        text=True,
         stdin=subprocess.DEVNULL,
-        timeout=1200,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
-def reproduce(folder: Path, *targets: str, **config: str) -> Path:
-    "Runs the workflow (or these rules of it) at preset smoke in a copy of what it needs; the folder of its runs."
+def snakemake(folder: Path, *targets: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> str:
+    "Runs the workflow at preset smoke in `folder`; what it said."
+    process = started(folder, *targets, quiet=quiet, **config)
+    try:
+        said, _ = process.communicate(timeout=1200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said[-5000:]
+    return said
+
+
+def copied(folder: Path) -> Path:
+    "A folder with a copy of what the workflow needs, and rows and a preset of a user's own."
     folder.mkdir()
     for name in ("nbs", "Snakefile", "settings.ini"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
     (folder / "own_package.py").write_text(OWN_PACKAGE)
     (folder / "rows.yaml").write_text(OWN_ROWS)
     (folder / "few.yaml").write_text(FEW_SEEDS)
-    snakemake(folder, *targets, **config)
+    return folder
+
+
+def reproduce(folder: Path, *targets: str, **config: str) -> Path:
+    "Runs the workflow (or these rules of it) at preset smoke in such a folder; the folder of its runs."
+    snakemake(copied(folder), *targets, **config)
     return folder / "runs"
 
 
@@ -112,6 +128,27 @@ def test_few_rows_are_the_same_to_the_byte(few_rows_twice):
     assert len(same_files(few_rows_twice, "encoder.safetensors")) == 3, "all rows but bands, which has no weights"
     for name in ("predictions.safetensors", "probe-attentive.safetensors", "*.png"):
         assert len(same_files(few_rows_twice, name)) >= 4, name
+
+
+@pytest.mark.long
+def test_a_workflow_that_is_killed_is_finished_as_if_nothing_was(few_rows_twice, tmp_path):
+    "SIGKILL for the workflow, its stages and their kernels, again and again."
+    folder, deaths = copied(tmp_path / "killed"), 0
+    for seconds in random.Random(0).sample(range(15, 45), 4):
+        process = started(folder, "table1", **FEW)
+        try:
+            said, _ = process.communicate(timeout=seconds)
+            break
+        except subprocess.TimeoutExpired:
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                one.kill()
+            process.communicate()
+            deaths += 1
+    assert deaths >= 2, said
+    snakemake(folder, "table1", **FEW)
+    assert "table1.csv" in {p.name for p in same_files((few_rows_twice[0], folder / "runs"), "*.csv")}
+    for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors"):
+        assert len(same_files((few_rows_twice[0], folder / "runs"), name)) >= 3, name
 
 
 def test_rows_of_ones_own_stand_in_the_table(few_rows_twice):
