@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'Luck', 'NO_LUCK', 'ZEROS', 'PERIODIC', 'OVER', 'NAMES', 'OWN', 'luck_of', 'probe_ratio', 'untrained_sums',
-           'paper_by_probe', 'tests_by_probe', 'cell_ratios', 'plot_by_probe']
+           'cells_over_untrained', 'paper_by_probe', 'tests_by_probe', 'cell_ratios', 'plot_by_probe']
 
 # %% ../../nbs/experiments/matters_probes.ipynb #4db6d36d
 import math
@@ -43,7 +43,10 @@ def _logs(sums: np.ndarray, sizes: np.ndarray, weights: np.ndarray) -> np.ndarra
 
 
 def luck_of(sides: Sequence[np.ndarray], sizes: np.ndarray) -> Luck:
-    "`pooled_spread` of the logarithms of errors of several cells `(runs, heads, groups)`, for each head and the mean."
+    """`pooled_spread` of the logarithms of errors of several cells `(runs, heads, groups)`, for each head and the mean;
+    NO_LUCK without cells."""
+    if not sides:
+        return NO_LUCK
     logs = [_logs(sums, sizes, np.ones((1, len(sizes))))[:, :, 0] for sums in sides]
     return pooled_spread(np.concatenate(logs), np.repeat(np.arange(len(logs)), [len(one) for one in logs]))
 
@@ -114,27 +117,39 @@ def _luck_of_cells(errors: Errors) -> Luck:
     return luck_of([errors.sums[cells == cell] for cell in dict.fromkeys(cells)], errors.sizes)
 
 
+def cells_over_untrained(
+    errors: Errors, untrained: Mapping[str, np.ndarray], *, n_bootstrap: int = 1000
+) -> pd.DataFrame:
+    """`probe_ratio` of every cell over random weights of its network, where these are there: columns `cell` and those
+    of `probe_ratio`."""
+    runs = errors.runs.reset_index(drop=True)
+    luck = _luck_of_cells(errors), luck_of(list(untrained.values()), errors.sizes)
+    asked = dict(heads=errors.heads, luck=luck, n_bootstrap=n_bootstrap)
+    found = [
+        probe_ratio(errors.sums[rows.index], untrained[network], errors.sizes, **asked).assign(cell=cell)
+        for (cell, network), rows in runs.groupby(["cell", "encoder"], sort=False)
+        if network in untrained
+    ]
+    columns = ["cell", "probe", "factor", "low", "high"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+
+# %% ../../nbs/experiments/matters_probes.ipynb #982e5d2c
 def paper_by_probe(errors: Errors, untrained: Mapping[str, np.ndarray], *, n_bootstrap: int = 1000) -> pd.DataFrame:
     """`probe_ratio` of JEPA's cells over VideoMAE's, and of each of the three over random weights of its network:
     columns `cell` and `over`, in words, and those of `probe_ratio`. Without pairs of which one is not there."""
     runs = errors.runs.reset_index(drop=True)
     sums = {cell: errors.sums[rows.index] for cell, rows in runs.groupby("cell", sort=False) if cell in NAMES}
-    networks = dict(zip(runs.cell, runs.encoder))
-    trained = _luck_of_cells(errors)
-    before = luck_of(list(untrained.values()), errors.sizes) if untrained else NO_LUCK
+    asked = dict(heads=errors.heads, luck=(_luck_of_cells(errors),) * 2, n_bootstrap=n_bootstrap)
     video = PAPER["VideoMAE"]
-    pairs = [(cell, NAMES[video], sums.get(video), trained) for cell in (ZEROS, PERIODIC)]
-    pairs += [(cell, OWN, untrained.get(networks.get(cell, "")), before) for cell in NAMES]
-    asked = (errors.sizes, errors.heads)
     found = [
-        probe_ratio(sums[cell], other, *asked, luck=(trained, luck), n_bootstrap=n_bootstrap).assign(
-            cell=NAMES[cell], over=over
-        )
-        for cell, over, other, luck in pairs
-        if cell in sums and other is not None
+        probe_ratio(sums[cell], sums[video], errors.sizes, **asked).assign(cell=cell, over=NAMES[video])
+        for cell in (ZEROS, PERIODIC)
+        if {cell, video} <= set(sums)
     ]
+    own = cells_over_untrained(errors, untrained, n_bootstrap=n_bootstrap)
+    table = pd.concat([*found, own[own.cell.isin(list(NAMES))].assign(over=OWN)], ignore_index=True)
     columns = ["cell", "over", "probe", "factor", "low", "high"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    return table.assign(cell=table.cell.map(NAMES)).reindex(columns=columns)
 
 # %% ../../nbs/experiments/matters_probes.ipynb #f489c464
 def tests_by_probe(errors: Errors) -> pd.DataFrame:
