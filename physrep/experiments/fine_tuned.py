@@ -42,7 +42,8 @@ RATES = (2e-4, 1e-3, 3e-3)
 
 
 def _tried(file: Path, run: Run, windows: Mapping[str, Windows], asked: Mapping) -> dict[str, float]:
-    "Lowest error on `valid` at each rate that today's code has tried with these settings, none that is not asked for."
+    """Lowest error on `valid` at each rate that today's code has tried with these settings; empty if it has tried one
+    that is not asked for."""
     if not is_current(file, run.preset, windows):
         return {}
     found = read_json(file)
@@ -63,8 +64,9 @@ def fine_tune(
     progress: bool = True,
 ) -> Path:
     """Fine-tunes the encoder of a run, which is trained and probed first where it is not, and writes scores and
-    predictions of the probe `finetune` into its folder. A rate that today's code has tried on the same windows is
-    kept. ValueError for a run that reads labels, and for no rate, or a number that is not above 0."""
+    predictions of the probe `finetune` into its folder. A rate that today's code has tried on the same windows, seen as
+    often, is kept; all are tried anew if the file has one that is not asked for, and where results were unpacked
+    without their encoder. ValueError for a run that reads labels, and for no rate, or a number that is not above 0."""
     if run.recipe is not None and run.reads_labels:
         raise ValueError(f"{run.path} was trained with these labels already: fine-tune an encoder that reads none")
     if not rates or not all(0 < rate < math.inf for rate in rates):
@@ -75,10 +77,12 @@ def fine_tune(
     file = folder / FINE_TUNED
     epochs = epochs_of(seen, len(windows["train"]))
     asked = {"rates": list(rates), "seen": epochs * len(windows["train"]), "batch_size": BATCH}
-    if len(_tried(file, run, windows, asked)) == len(rates):
+    tried = _tried(file, run, windows, asked)
+    if {f"{rate:g}" for rate in rates} <= tried.keys():
         print(f"{run.path} is fine-tuned")
         return file
-    remove_unpacked(folder)  # results without their encoder
+    if remove_unpacked(folder):  # results without their encoder
+        tried = {}
     train_and_probe(run, data_dir, run_dir, finetune=finetune, device=device, progress=progress)
     modules = (*run.modules, "probing.evaluate", "experiments.further_training")
     record = provenance(*modules, device=device, entries=run.entries)
@@ -87,21 +91,18 @@ def fine_tune(
     start = load_probe(folder / "probe-attentive.safetensors", device=device)
     about = dict(objective=run.row[0], encoder=run.row[1], seed=run.seed, run=run.path)
     made = dict(config=run.as_dict(), probing=run.preset.probing(), provenance=record)
-    for rate in rates:
-        before = _tried(file, run, windows, asked)
-        if f"{rate:g}" in before:
-            continue
+    for rate in (rate for rate in rates if f"{rate:g}" not in tried):
         tuned = train_further(encoder, batches, [rate], seen, start=start, seed=run.seed, progress=progress)
-        errors = before | tuned.chosen["valid_mse"]
-        so_far = asked | {"rates": [r for r in rates if f"{r:g}" in errors]}
-        if min(errors, key=lambda one: errors[one]) == f"{rate:g}":
-            tuned.chosen["valid_mse"] = errors
+        tried = tried | tuned.chosen["valid_mse"]
+        so_far = asked | {"rates": [r for r in rates if f"{r:g}" in tried]}
+        if min(tried, key=lambda one: (tried[one], float(one))) == f"{rate:g}":
+            tuned.chosen["valid_mse"] = tried
             predictions = {("finetune", split): tuned.predict(b) for split, b in batches.items() if split != "train"}
             options = dict(result=FINE_TUNED, probes={"finetune": tuned}, finetuning=so_far)
             write_scores(folder, predictions, windows, scaler, **about, **made, **options)
         else:
             found = read_json(file)
-            found["chosen"]["finetune"]["valid_mse"], found["finetuning"] = errors, so_far
+            found["chosen"]["finetune"]["valid_mse"], found["finetuning"] = tried, so_far
             write_json(file, found)
     print(f"{run.path} is fine-tuned")
     return file

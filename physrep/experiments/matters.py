@@ -293,8 +293,9 @@ Levels = tuple[str, ...]  # one of each of FACTORS
 
 
 def crossed(cells: Collection[Levels]) -> set[Levels]:
-    """The cells without those of a level that is together with one level only of another factor, whose effects could
-    not be told from each other; all of them if less than two levels of a factor would be left."""
+    """The cells without those of a level that is together with one level only of another factor; all of them if less
+    than two levels of a factor would be left. For such a level an interaction cannot be told, and the model would leave
+    this interaction out for all levels."""
     kept = set(cells)
     while True:
         several = [i for i, levels in enumerate(map(set, zip(*kept))) if len(levels) > 1]

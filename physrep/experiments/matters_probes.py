@@ -131,7 +131,8 @@ def cells_over_untrained(
         if network in untrained
     ]
     columns = ["cell", "probe", "factor", "low", "high"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    none = pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[2:], float))
+    return pd.concat(found, ignore_index=True)[columns] if found else none
 
 # %% ../../nbs/experiments/matters_probes.ipynb #982e5d2c
 def paper_by_probe(errors: Errors, untrained: Mapping[str, np.ndarray], *, n_bootstrap: int = 1000) -> pd.DataFrame:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.files import read_json
 from ..core.parameters import seeds_in
 from . import longer, rates
-from .further_training import RATES, SEEN
+from .fine_tuned import RATES
+from .further_training import SEEN
 from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
@@ -88,7 +90,8 @@ def _fine_tunings(
                 operations = like["train"] * SEEN * len(RATES)
                 for run in (run_of(row, system, preset, seed) for seed in preset.seeds):
                     again = cost(run)["total"] if scored_elsewhere(run.folder(run_dir), preset) else 0  # its encoder
-                    done = (run.folder(run_dir) / FINE_TUNED).is_file()
+                    file = run.folder(run_dir) / FINE_TUNED
+                    done = file.is_file() and {*RATES} <= {*read_json(file)["finetuning"]["rates"]}
                     yield f"{'-'.join(run.row)} fine-tuned", run, done, operations + again
 
 

@@ -101,7 +101,7 @@ def plot_beside_paper(
 ) -> Figure:
     """Error on `test` of the shear flow against the share of labels, for the two methods of the paper's Table 2 and
     random weights of their networks: the paper's numbers, then a panel for each probe, bars over draws and seeds.
-    ValueError if there are no such rows."""
+    ValueError without rows of the shear flow and these probes."""
     measured = df[(df.system == "shear_flow") & (df.split == "test") & df.probe.isin(probes)]
     if measured.empty:
         raise ValueError(f"no rows of the shear flow and probes {', '.join(probes)}; make reproduce makes them")
@@ -130,7 +130,7 @@ def plot_beside_paper(
             ax.xaxis.set_minor_locator(NullLocator())
         axes[0].set_ylabel("z-scored MSE, shear flow", fontsize=SMALL)
         axes[0].set_ylim(bottom=0)
-        handles = {h.get_label(): h for ax in axes[1:] for h in ax.get_lines() if not h.get_label().startswith("_")}
+        handles = {h.get_label(): h for ax in axes for h in ax.get_lines() if not h.get_label().startswith("_")}
         fig.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=SMALL, columnspacing=1.0)
     return fig
 

@@ -217,8 +217,8 @@ def mean_over_samples(objective: nn.Module) -> bool:
         return isinstance(objective, Supervised)
     outside = [name for name in normed if not name.startswith("regulariser.")]
     fitted = getattr(objective.target, "whitening", None) is not None
-    own_answer = type(objective).answer is not Composite.answer  # which may take means over the batch, as cells do
-    return not (outside or fitted or own_answer or isinstance(objective.task, Blocks))
+    by_place = getattr(objective, "by_place", False)  # of cells
+    return not (outside or fitted or by_place or isinstance(objective.task, Blocks))
 
 # %% ../../nbs/training/processes.ipynb #c5a13585
 def gather_features(objective: Composite, group: Group) -> None:
