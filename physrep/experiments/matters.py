@@ -213,9 +213,16 @@ def chosen_rate(scores: Mapping[str, float]) -> str | None:
 
 
 _BY_RATE = {
-    "lowest": [f"{cell}-{e}" for cell in ("tube-pixels", "tube-shared", "window-shared") for e in CELL_ENCODERS[1:]],
-    "low": ["tube-shared-vit", "window-pixels-vit", "window-pixels-convnext_circular", "window-shared-vit"],
-    "high": ["tube-pixels-vit", "window-pixels-convnext"],
+    "lowest": (
+        *(f"{cell}-{e}" for cell in ("tube-pixels", "tube-shared", "window-shared") for e in CELL_ENCODERS[1:]),
+        "future-ema-vit",
+    ),
+    "low": (
+        *(f"{cell}-vit" for cell in ("tube-shared", "window-pixels", "window-shared", "future-shared")),
+        "window-pixels-convnext_circular",
+    ),
+    "middle": ("future-pixels-vit",),
+    "high": ("tube-pixels-vit", "window-pixels-convnext", "tube-ema-vit", "window-ema-vit"),
 }
 FOUND: Mapping[tuple[str, str], Mapping[str, str]] = {  # (preset, system) -> cell -> rate that was chosen on `valid`
     ("laptop", "shear_flow"): {cell: rate for rate, cells in _BY_RATE.items() for cell in cells}
