@@ -140,14 +140,14 @@ def test_a_rate_that_was_found_before_is_taken_until_all_are_tried_here(tmp_path
     assert rate_of("tube-pixels-vit", run, tmp_path) == "high"
     write_scores(run, tmp_path, {"high": 0.4})
     assert rate_of("tube-pixels-vit", run, tmp_path) == "lowest"
-    assert rate_of("tube-ema-vit", cell_run("tube-ema-vit", "shear_flow", laptop, steps=1), tmp_path) is None
+    assert rate_of("pair-pooled-vit", cell_run("pair-pooled-vit", "shear_flow", laptop, steps=1), tmp_path) is None
 
 
 def test_the_rates_that_were_found_are_those_of_the_committed_figure():
     configs = read_json(project_root() / "figures" / "matters.json")["configs"]
     used = {(c["tag"], c["encoder"], "padding_mode" in c.get("encoder_config", {})): c for c in configs.values()}
     found = FOUND["laptop", "shear_flow"]
-    assert len(used) == len(found) == 12
+    assert len(used) == len(found) == 17
     for name, rate in found.items():
         run = cell_run(name, "shear_flow", "laptop", rate=rate, steps=1)
         config = used[run.tag, run.encoder, "circular" in name]
