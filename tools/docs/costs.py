@@ -17,12 +17,11 @@ if __name__ == "__main__":
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["objective", "encoder", "encode", "train"])
     asked = sys.argv[1:] or [f"{row.objective}-{row.encoder}" for row in ROWS]
-    for row in ROWS:
-        if row.kind != "baseline" and f"{row.objective}-{row.encoder}" in asked:
-            trained = row.objective not in ("random", "frozen")
-            recipe = {"batch_size": 2, "accumulate": 1} if trained else None
-            chunks = {"chunks": 1} if row.objective == "jepa" else None
-            run = resolve("shear_flow", row.objective, row.encoder, "paper", recipe=recipe, coefficients=chunks)
-            counted = cost(run)
-            table.writerow([row.objective, row.encoder, counted["encode"], counted["train"]])
+    pairs = dict.fromkeys((row.objective, row.encoder) for row in ROWS if row.kind != "baseline")
+    for objective, encoder in pairs:
+        if f"{objective}-{encoder}" in asked:
+            recipe = {"batch_size": 2, "accumulate": 1} if objective not in ("random", "frozen") else None
+            chunks = {"chunks": 1} if objective == "jepa" else None
+            counted = cost(resolve("shear_flow", objective, encoder, "paper", recipe=recipe, coefficients=chunks))
+            table.writerow([objective, encoder, counted["encode"], counted["train"]])
             sys.stdout.flush()

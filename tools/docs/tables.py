@@ -165,29 +165,36 @@ def features_disk() -> str:
 
 def gpu_hours() -> str:
     "Counted operations of a training at preset `paper`, and the hours that they take at an assumed speed."
+    from physrep.experiments.table1 import table_rows
     from physrep.training.presets import get_preset
 
     preset = get_preset("paper")
-    lines = []
-    for row in read_csv(HERE / "costs.csv"):
-        objective, encoder, train = row["objective"], row["encoder"], float(row["train"])
-        if not train:
-            continue
-        recipe = preset.recipe(objective, encoder)
+    counted = {(row["objective"], row["encoder"]): float(row["train"]) for row in read_csv(HERE / "costs.csv")}
+    lines, whole = [], 0.0
+    for row in (row for row in table_rows(preset, "shear_flow") if row.kind == "trained"):
+        recipe, train = preset.recipe(row.objective, row.encoder), counted[row.objective, row.encoder]
         total = train * recipe.batch_size * recipe.steps
+        whole += total
         lines.append(
             [
-                objective,
-                encoder,
+                row.title,
                 f"{train / 1e12:.2f} TFLOP",
                 f"{recipe.steps} x {recipe.batch_size}",
                 f"{total / 1e15:.0f} PFLOP",
                 f"{total / FLOPS / 3600:.2f} h",
             ]
         )
-    return markdown(
-        ["objective", "encoder", "a window, there and back", "updates x windows", "in all", "at 400 TFLOP/s"], lines
+    systems = len(preset.systems)
+    lines.append(
+        [
+            f"all of them, {systems} systems, one seed",
+            "",
+            "",
+            f"{systems * whole / 1e15:.0f} PFLOP",
+            f"{systems * whole / FLOPS / 3600:.1f} h",
+        ]
     )
+    return markdown(["row", "a window, there and back", "updates x windows", "in all", "at 400 TFLOP/s"], lines)
 
 
 def frozen_clips() -> str:
