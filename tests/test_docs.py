@@ -229,6 +229,9 @@ def test_tables_follow_the_figures(tmp_path):
 def test_size_of_the_published_sets():
     assert "233.6 MB" in tables.disk() and "| 225 | 53 GB |" in tables.disk(), "as The Well says: 51 to 53 GB"
     assert tables.PUBLISHED.keys() <= set(tables.titles())
+
+
+def test_hours_of_a_gpu_add_up():
     *rows, whole = (line.split(" | ") for line in tables.gpu_hours().splitlines()[2:])
     petaflops = [float(row[3].removesuffix(" PFLOP")) for row in rows]
     assert "JEPA ConvNeXt" in rows[0][0] and petaflops[0] == pytest.approx(0.580239e12 * 750 * 256 / 1e15, abs=0.5)
