@@ -2,14 +2,18 @@
 
 With PHYSREP_SCREENSHOTS=nbs/explore/screenshots the tests take the pictures of the documentation."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 from browser import FRAMES, answers, enter, expected, open_browser, rows_of, wait_for
 
@@ -26,12 +30,12 @@ def data_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("sets")
 
 
-@pytest.fixture(scope="module")
-def address(data_dir):
-    "The page, served as `make app` serves it, but for one system and short flows."
+@contextlib.contextmanager
+def served(data_dir: Path, port: int) -> Iterator[tuple[subprocess.Popen, str]]:
+    "The page, served as `make app` serves it, but for one system and short flows: its process and its address."
     values = {"systems": "shear_flow", "frames": str(FRAMES), "flows": "3", "data_dir": str(data_dir)}
     options = [part for name, value in values.items() for part in ("-p", name, value)]
-    command = [sys.executable, str(ROOT / "tools" / "app.py"), "--no-browser", "--port", "8876", *options]
+    command = [sys.executable, str(ROOT / "tools" / "app.py"), "--no-browser", "--port", str(port), *options]
     app = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
     )
@@ -42,9 +46,15 @@ def address(data_dir):
             break
     found = re.search(r"http://127\.0\.0\.1:\d+/", "".join(said))
     assert app.poll() is None and found, "".join(said)[-3000:]
-    yield found[0]
+    yield app, found[0]
     app.terminate()
     app.wait(30)
+
+
+@pytest.fixture(scope="module")
+def address(data_dir):
+    with served(data_dir, 8876) as (_, found):
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +209,39 @@ def test_a_flow_of_the_user_is_checked_and_read(page, keep, tmp_path):
         row[1] for row in expected(session.read(0, flow))[1:]
     ]
     keep("5_your_flow")
+
+
+def make_data(page, address: str) -> None:
+    "Asks the page for a handful of flows."
+    page.goto(address)
+    page.get_by_role("tab", name="Data").click()
+    page.locator(".physrep-make").click()
+
+
+@pytest.mark.long
+def test_a_page_that_is_killed_while_it_makes_data_makes_the_same_data_when_it_is_started_again(page, tmp_path):
+    "SIGKILL for the server and its kernels, in the middle of a set of files."
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    another = page.context.browser.new_page(viewport={"width": 1880, "height": 860})
+    with served(killed, 8877) as (app, place):
+        make_data(another, place)
+        everyone = [app, *psutil.Process(app.pid).children(recursive=True)]
+        until = time.monotonic() + 60
+        while not list(killed.rglob("*.hdf5")) and time.monotonic() < until:
+            time.sleep(0.002)
+        for one in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        app.wait(30)
+    assert len(list(killed.rglob("*.hdf5"))) < 3, "in the middle"
+    found = []
+    for folder, port in ((killed, 8877), (whole, 8878)):
+        with served(folder, port) as (_, place):
+            make_data(another, place)
+            another.locator(".physrep-status", has_text="Made 3 flows").wait_for()
+        paths = sorted(path.relative_to(folder) for path in folder.rglob("*.hdf5"))
+        found.append({path: open_flow(folder / path, "shear_flow") for path in paths})
+    assert found[0].keys() == found[1].keys() and len(found[1]) >= 3
+    for path, flow in found[1].items():
+        again = found[0][path]
+        assert np.array_equal(again.fields, flow.fields) and again.labels == flow.labels
