@@ -99,8 +99,9 @@ def _name_paper(ax: Axes, means: pd.DataFrame) -> None:
         for row in means[means.cell == cell].itertuples():
             x = _TASKS.index(row.task) + 0.09 * (CELL_TARGETS.index(row.target) - 1)
             ax.plot(x, row.error, "o", ms=16, mec="black", mew=1.3, mfc="none", zorder=4)
-            beside = (12, -4) if x > 1 else (-13, -43)
-            ax.annotate(name, (x, row.error), beside, textcoords="offset points", fontweight="bold", fontsize=SMALL)
+            beside = (12, -4) if x > 1 else (-13, -34)
+            look = dict(fontweight="bold", fontsize=SMALL - 0.5, arrowprops=dict(arrowstyle="-", lw=0.8, shrinkB=8))
+            ax.annotate(name, (x, row.error), beside, textcoords="offset points", **look)
 
 # %% ../../nbs/experiments/matters_figures.ipynb #40159192
 def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, split: str = "test") -> Figure:
