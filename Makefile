@@ -78,14 +78,14 @@ tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for ev
 	@$(KEEP)
 
 tuned: TARGET = tuned
-tuned: $(READY)  ## train the rows of Table 1 with the recipe of the search and with the one by hand, in every system, and compare them; an hour and a half of two cores after `make reproduce`
+tuned: $(READY)  ## train the rows of Table 1 with the recipe of the search and with the one by hand, in every system, and compare them; an hour of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/tuned.csv || $(COMPARE) tuned
 	@$(KEEP)
 
 few: TARGET = data_efficiency
 few: FEW = few=1
-few: $(READY)  ## train supervised encoders on 8, 16 and 64 labelled flows, and draw the error against the number of labels; half an hour and a half of two cores after `make reproduce`
+few: $(READY)  ## train supervised encoders on 8, 16 and 64 labelled flows, and draw the error against the number of labels; half an hour of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) data_efficiency
 	@$(KEEP)

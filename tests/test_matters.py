@@ -368,7 +368,8 @@ def test_figures_of_an_incomplete_experiment():
 def test_a_cell_is_compared_with_those_that_are_there():
     errors = made_up(np.random.default_rng(8), 3, luck=0.01)
     found = cell_ratios(errors, PAPER["JEPA"], [PAPER["VideoMAE"], PERIODIC], n_bootstrap=50)
-    assert found.over.tolist() == [PAPER["VideoMAE"]], "no run has periodic padding here"
+    assert set(found.over) == {PAPER["VideoMAE"]}, "no run has periodic padding here"
+    found = found[found.probe == MEAN]
     true = dict(zip(["-".join(x) for x in GRID.to_numpy()], true_logs(GRID)))
     row = found.iloc[0]
     assert row.factor == pytest.approx(math.exp(true[PAPER["JEPA"]] - true[PAPER["VideoMAE"]]), rel=0.1)

@@ -162,8 +162,9 @@ def tests_by_probe(errors: Errors) -> pd.DataFrame:
 def cell_ratios(
     errors: Errors, cell: str = PERIODIC, over: Sequence[str] = OVER, *, n_bootstrap: int = 1000
 ) -> pd.DataFrame:
-    """`probe_ratio` of a cell over others that are there, the MEAN of the probes: columns `cell`, `over`, `factor`,
-    `low` and `high`. ValueError for a cell that is not there itself."""
+    """`probe_ratio` of a cell over others that are there: columns `cell`, `over`, and those of `probe_ratio`.
+
+    ValueError for a cell that is not there itself."""
     cells = errors.runs.cell.to_numpy()
     if cell not in cells:
         raise ValueError(f"no runs of {cell}; there are {', '.join(dict.fromkeys(cells))}")
@@ -172,9 +173,9 @@ def cell_ratios(
         first, second = errors.sums[cells == cell], errors.sums[cells == other]
         luck = (_luck_of_cells(errors),) * 2
         ratios = probe_ratio(first, second, errors.sizes, errors.heads, luck=luck, n_bootstrap=n_bootstrap)
-        ratio = ratios.set_index("probe").loc[MEAN]
-        found.append({"cell": cell, "over": other} | ratio.to_dict())
-    return pd.DataFrame(found)
+        found.append(ratios.assign(cell=cell, over=other))
+    columns = ["cell", "over", "probe", "factor", "low", "high"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 # %% ../../nbs/experiments/matters_probes.ipynb #c3df179c
 _LOOKS = dict(zip(NAMES.values(), (("#D55E00", "o"), ("#0072B2", "s"), ("#0072B2", "P"))))
