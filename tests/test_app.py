@@ -39,16 +39,18 @@ def served(data_dir: Path, port: int) -> Iterator[tuple[subprocess.Popen, str]]:
     app = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
     )
-    said = []
-    for line in app.stdout:  # it ends if the app ends
-        said.append(line)
-        if "Kernel pool" in line and "is filled" in line:
-            break
-    found = re.search(r"http://127\.0\.0\.1:\d+/", "".join(said))
-    assert app.poll() is None and found, "".join(said)[-3000:]
-    yield app, found[0]
-    app.terminate()
-    app.wait(30)
+    try:
+        said = []
+        for line in app.stdout:  # it ends if the app ends
+            said.append(line)
+            if "Kernel pool" in line and "is filled" in line:
+                break
+        found = re.search(r"http://127\.0\.0\.1:\d+/", "".join(said))
+        assert app.poll() is None and found, "".join(said)[-3000:]
+        yield app, found[0]
+    finally:
+        app.terminate()
+        app.wait(30)
 
 
 @pytest.fixture(scope="module")
