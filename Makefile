@@ -105,7 +105,7 @@ ablations: $(READY)  ## rows of Table 1 with one thing changed (what is asked, h
 matters: TARGET = matters
 matters: $(READY)  ## task x target x encoder, each cell at its best learning rate: what the paper's comparison rests on; some hours of two cores
 	@$(SNAKE) </dev/null
-	@$(COMPARE) matters matters_shares matters_probes $(if $(SYSTEM),,matters_systems)
+	@$(COMPARE) matters matters_shares matters_probes matters_over_random $(if $(SYSTEM),,matters_paper matters_systems)
 	@$(KEEP)
 
 resolution: TARGET = resolution

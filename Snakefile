@@ -574,8 +574,8 @@ for name, done in list(FACTORIAL.items()):
 
 rule matters:
     input: list(FACTORIAL.values())
-    output: figures("matters", "matters_shares", "matters_probes", *(["matters_systems"] if ELSEWHERE else []))
-    params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
+    output: figures("matters", "matters_shares", "matters_probes", "matters_over_random", *(["matters_paper", "matters_systems"] if ELSEWHERE else []))
+    params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes", "experiments.matters_systems") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
 # at a preset that was tuned, `make regimes`, `make across` and `make resolution` are asked for by name

@@ -57,6 +57,7 @@ from physrep.experiments.matters_probes import (
     paper_by_probe,
     plot_by_probe,
 )
+from physrep.experiments.matters_systems import read_system
 from physrep.physics.systems import get_system
 from physrep.probing.reading import FROZEN
 from physrep.probing.records import write_predictions
@@ -363,6 +364,15 @@ def test_figures_of_an_incomplete_experiment():
     found = analyse(errors, n_bootstrap=4)
     assert found.claim is None and plot_shares(found.shares, found.without_failed, found.claim).axes
     assert len(plot_main_effects({"shear_flow": main_effects(errors, n_bootstrap=4)}).axes) == len(FACTORS)
+
+
+def test_one_seed_takes_the_spread_of_errors_that_have_several(tmp_path):
+    several, one = made_up(np.random.default_rng(8), 3), made_up(np.random.default_rng(9), 1)
+    flows, seeds = main_effects(one, n_bootstrap=100), main_effects(one, seeds_of=several, n_bootstrap=100)
+    assert np.allclose(flows.effect, seeds.effect)
+    assert (np.log(seeds.high / seeds.low) > np.log(flows.high / flows.low)).all()
+    with pytest.raises(ValueError, match="no cell of active_matter is there.* of 4 learning rates tried"):
+        read_system("active_matter", SMOKE, [0], chosen_on="shear_flow", run_dir=tmp_path)
 
 
 def test_a_cell_is_compared_with_those_that_are_there():

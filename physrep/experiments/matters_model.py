@@ -187,10 +187,12 @@ def pooled_spread(y: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, int]:
     return (np.sqrt((rest**2).sum(axis=0) / left) if left else np.zeros(y.shape[1])), left
 
 
-def with_luck(errors: Errors, draw: np.random.Generator) -> np.ndarray:
-    "Logarithms of errors `(runs,)`, mean over heads, of drawn flows; every cell with an error of its mean over seeds."
+def with_luck(errors: Errors, draw: np.random.Generator, seeds_of: Errors | None = None) -> np.ndarray:
+    """Logarithms of errors `(runs,)`, mean over heads, of drawn flows; every cell with an error of its mean over seeds.
+    `seeds_of` are errors that tell the spread of seeds, where these have one seed a cell; default: these."""
     cells, groups = errors.runs.cell.to_numpy(), len(errors.sizes)
-    (spread,), left = pooled_spread(errors.logs().mean(axis=1, keepdims=True), cells)
+    spread_of = errors if seeds_of is None else seeds_of
+    (spread,), left = pooled_spread(spread_of.logs().mean(axis=1, keepdims=True), spread_of.runs.cell.to_numpy())
     y = errors.logs(draw.multinomial(groups, np.full(groups, 1 / groups)).astype(float)).mean(axis=1)
     for cell in dict.fromkeys(cells) if left else ():
         n = (cells == cell).sum()
@@ -262,8 +264,11 @@ def paper_claim(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.
     return np.exp(pd.DataFrame(columns)).rename_axis("changed").reset_index()
 
 # %% ../../nbs/experiments/matters_model.ipynb #4fd36fa2
-def main_effects(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd.DataFrame:
-    "A row for each level of each factor: `effect`, its factor on the error, with the 95 % interval `low` and `high`."
+def main_effects(
+    errors: Errors, *, seeds_of: Errors | None = None, n_bootstrap: int = 500, seed: int = 0
+) -> pd.DataFrame:
+    """A row for each level of each factor: `effect`, its factor on the error, with the 95 % interval `low` and `high`;
+    `seeds_of` as in `with_luck`."""
     frame = errors.runs
     levels = present_levels(frame)
     terms = estimable(frame, levels)
@@ -278,7 +283,7 @@ def main_effects(errors: Errors, *, n_bootstrap: int = 500, seed: int = 0) -> pd
         return np.concatenate([c @ fit.coefficients[part, 0] for c, part in zip(columns, parts)])
 
     draw = np.random.default_rng(seed_for("main effects", seed))
-    drawn = np.stack([found(with_luck(errors, draw)) for _ in range(n_bootstrap)])
+    drawn = np.stack([found(with_luck(errors, draw, seeds_of)) for _ in range(n_bootstrap)])
     low, high = np.exp(np.quantile(drawn, [0.025, 0.975], axis=0))
     return rows.assign(effect=np.exp(found(errors.logs().mean(axis=1))), low=low, high=high)
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'Luck', 'NO_LUCK', 'ZEROS', 'PERIODIC', 'OVER', 'NAMES', 'OWN', 'luck_of', 'probe_ratio', 'untrained_sums',
-           'cells_over_untrained', 'paper_by_probe', 'tests_by_probe', 'cell_ratios', 'plot_by_probe']
+           'lucks_of', 'cells_over_untrained', 'paper_by_probe', 'tests_by_probe', 'cell_ratios', 'draw_ratios',
+           'probes_of', 'name_probes', 'cell_handles', 'plot_by_probe', 'plot_paper_on_systems']
 
 # %% ../../nbs/experiments/matters_probes.ipynb #4db6d36d
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -17,15 +18,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..core.randomness import seed_for
 from .matters import CELL_ENCODERS, PAPER, Errors, group_sums, matters_root, untrained_run
+from .matters_figures import log_ticks
 from .matters_model import pooled_spread, term_tests
 from ..probing.reading import FROZEN
 from ..probing.records import read_predictions
 from ..results.figures import using_style
-from ..results.panels import SMALL, WIDTH
+from ..results.panels import SMALL, WIDTH, in_lines, system_title
 from ..results.rows import PROBE_TITLES
 from ..results.verify import is_current
 from ..training.presets import Preset
@@ -110,20 +111,30 @@ def untrained_sums(
             found.setdefault(encoder, []).append(group_sums(folder, "test")[0])
     return {encoder: np.stack(some) for encoder, some in found.items()}
 
-
+# %% ../../nbs/experiments/matters_probes.ipynb #e201c497
 def _luck_of_cells(errors: Errors) -> Luck:
     "`luck_of` all cells that are there."
     cells = errors.runs.cell.to_numpy()
     return luck_of([errors.sums[cells == cell] for cell in dict.fromkeys(cells)], errors.sizes)
 
 
+def lucks_of(errors: Errors, untrained: Mapping[str, np.ndarray]) -> tuple[Luck, Luck]:
+    "`luck_of` all cells that are there, and of random weights of all networks."
+    return _luck_of_cells(errors), luck_of(list(untrained.values()), errors.sizes)
+
+
 def cells_over_untrained(
-    errors: Errors, untrained: Mapping[str, np.ndarray], *, n_bootstrap: int = 1000
+    errors: Errors,
+    untrained: Mapping[str, np.ndarray],
+    *,
+    luck: tuple[Luck, Luck]
+    | None = None,  # of `lucks_of` of errors with several seeds, where these have one; default: these
+    n_bootstrap: int = 1000,
 ) -> pd.DataFrame:
     """`probe_ratio` of every cell over random weights of its network, where these are there: columns `cell` and those
     of `probe_ratio`."""
     runs = errors.runs.reset_index(drop=True)
-    luck = _luck_of_cells(errors), luck_of(list(untrained.values()), errors.sizes)
+    luck = luck or lucks_of(errors, untrained)
     asked = dict(heads=errors.heads, luck=luck, n_bootstrap=n_bootstrap)
     found = [
         probe_ratio(errors.sums[rows.index], untrained[network], errors.sizes, **asked).assign(cell=cell)
@@ -135,19 +146,26 @@ def cells_over_untrained(
     return pd.concat(found, ignore_index=True)[columns] if found else none
 
 # %% ../../nbs/experiments/matters_probes.ipynb #982e5d2c
-def paper_by_probe(errors: Errors, untrained: Mapping[str, np.ndarray], *, n_bootstrap: int = 1000) -> pd.DataFrame:
+def paper_by_probe(
+    errors: Errors,
+    untrained: Mapping[str, np.ndarray],
+    *,
+    luck: tuple[Luck, Luck] | None = None,  # as in `cells_over_untrained`
+    n_bootstrap: int = 1000,
+) -> pd.DataFrame:
     """`probe_ratio` of JEPA's cells over VideoMAE's, and of each of the three over random weights of its network:
     columns `cell` and `over`, in words, and those of `probe_ratio`. Without pairs of which one is not there."""
+    luck = luck or lucks_of(errors, untrained)
     runs = errors.runs.reset_index(drop=True)
     sums = {cell: errors.sums[rows.index] for cell, rows in runs.groupby("cell", sort=False) if cell in NAMES}
-    asked = dict(heads=errors.heads, luck=(_luck_of_cells(errors),) * 2, n_bootstrap=n_bootstrap)
+    asked = dict(heads=errors.heads, luck=(luck[0],) * 2, n_bootstrap=n_bootstrap)
     video = PAPER["VideoMAE"]
     found = [
         probe_ratio(sums[cell], sums[video], errors.sizes, **asked).assign(cell=cell, over=NAMES[video])
         for cell in (ZEROS, PERIODIC)
         if {cell, video} <= set(sums)
     ]
-    own = cells_over_untrained(errors, untrained, n_bootstrap=n_bootstrap)
+    own = cells_over_untrained(errors, untrained, luck=luck, n_bootstrap=n_bootstrap)
     table = pd.concat([*found, own[own.cell.isin(list(NAMES))].assign(over=OWN)], ignore_index=True)
     columns = ["cell", "over", "probe", "factor", "low", "high"]
     return table.assign(cell=table.cell.map(NAMES)).reindex(columns=columns)
@@ -181,7 +199,7 @@ def cell_ratios(
 _LOOKS = dict(zip(NAMES.values(), (("#D55E00", "o"), ("#0072B2", "s"), ("#0072B2", "P"))))
 
 
-def _draw_ratios(ax: Axes, table: pd.DataFrame, probes: Sequence[str]) -> None:
+def draw_ratios(ax: Axes, table: pd.DataFrame, probes: Sequence[str]) -> None:
     "Factors on the error with their intervals, a line for each probe, a mark for each cell."
     cells = [cell for cell in NAMES.values() if cell in set(table.cell)]
     for i, cell in enumerate(cells):
@@ -191,30 +209,58 @@ def _draw_ratios(ax: Axes, table: pd.DataFrame, probes: Sequence[str]) -> None:
         span = np.clip([one.factor - one.low, one.high - one.factor], 0, None)  # rounding may turn a 0 round
         ax.errorbar(one.factor, y, xerr=span, color=color, marker=marker, ls="")
     ax.axvline(1.0, color="#555555", lw=0.8)
-    ticks = [t for t in (0.25, 0.33, 0.5, 0.7, 1, 1.4, 2, 3) if table.low.min() < t < table.high.max()]
     ax.set(xscale="log")
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    log_ticks(ax.xaxis, table.low.min(), table.high.max())
     ax.grid(axis="x")
 
+# %% ../../nbs/experiments/matters_probes.ipynb #ba72d8ec
+def probes_of(table: pd.DataFrame) -> list[str]:
+    "The probes of a table as a figure has them: the paper's first, their MEAN last."
+    return ["attentive", *(p for p in dict.fromkeys(table.probe) if p not in ("attentive", MEAN)), MEAN]
 
+
+def name_probes(ax: Axes, probes: Sequence[str]) -> None:
+    "Writes the names of probes beside the lines of a panel, the first at the top."
+    ax.set_yticks(range(len(probes)), [PROBE_TITLES.get(p, p) + " (the paper's)" * (p == "attentive") for p in probes])
+    ax.set_ylim(len(probes) - 0.5, -0.5)
+
+
+def cell_handles(names: Iterable[str]) -> list[Line2D]:
+    "Entries of a legend for some of NAMES."
+    return [Line2D([], [], color=_LOOKS[n][0], marker=_LOOKS[n][1], ls="", label=n) for n in names]
+
+# %% ../../nbs/experiments/matters_probes.ipynb #30642400
 def plot_by_probe(table: pd.DataFrame) -> Figure:
     """Left, the error of JEPA's cells over that of VideoMAE's; right, that of all three over random weights of their
     network. A line for each probe, the paper's first. Of `paper_by_probe`."""
-    probes = ["attentive", *(p for p in dict.fromkeys(table.probe) if p not in ("attentive", MEAN)), MEAN]
+    probes = probes_of(table)
     parts = {"VideoMAE's": "VideoMAE", "its own random weights'": OWN}
     with using_style():
         fig = Figure(figsize=(WIDTH, 3.3), layout="constrained")
         axes = fig.subplots(1, 2, sharey=True)
         for ax, (word, over) in zip(axes, parts.items()):
             if not (part := table[table.over == over]).empty:
-                _draw_ratios(ax, part, probes)
+                draw_ratios(ax, part, probes)
             ax.set_xlabel(f"error, times {word}\n(left is better)", fontsize=SMALL)
-        axes[0].set_yticks(
-            range(len(probes)), [PROBE_TITLES.get(p, p) + " (the paper's)" * (p == "attentive") for p in probes]
-        )
-        axes[0].invert_yaxis()
-        handles = [Line2D([], [], color=c, marker=m, ls="", label=name) for name, (c, m) in _LOOKS.items()]
-        fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=SMALL)
+        name_probes(axes[0], probes)
+        fig.legend(handles=cell_handles(NAMES.values()), loc="outside lower center", ncols=3, fontsize=SMALL)
+    return fig
+
+# %% ../../nbs/experiments/matters_probes.ipynb #2ba20246
+def plot_paper_on_systems(table: pd.DataFrame) -> Figure:
+    """The error of JEPA's cells over that of VideoMAE's: a panel for each system, a line for each probe. The table is
+    that of `paper_by_probe` with a column `system`."""
+    table = table[table.over == "VideoMAE"]
+    probes = probes_of(table)
+    systems = list(dict.fromkeys(table.system))
+    with using_style():
+        fig = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        axes = np.atleast_1d(fig.subplots(1, len(systems), sharex=True, sharey=True))
+        for ax, system in zip(axes, systems):
+            draw_ratios(ax, table[table.system == system], probes)
+            ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5, fontweight="bold")
+        log_ticks(axes[0].xaxis, 0.95 * table.low.min(), 1.05 * table.high.max())
+        name_probes(axes[0], probes)
+        fig.supxlabel("error, times VideoMAE's (left is better)", fontsize=SMALL)
+        fig.legend(handles=cell_handles(dict.fromkeys(table.cell)), loc="outside upper center", ncols=2, fontsize=SMALL)
     return fig
