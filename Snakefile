@@ -7,7 +7,8 @@
 #
 # config: preset (a name or a .yaml file), data (a folder or an address), systems (comma-separated), rows (a rows.yaml with rows of
 # your own), only (rows of the table, comma-separated, e.g. mae-vit,random-vit; baselines and rows of your own are always there),
-# seeds (further ones, "1 2"; those of the preset are always there), cells (of `make matters`), few (of `make few`).
+# seeds (further ones, "1 2"; those of the preset are always there), cells (of `make matters`), few (of `make few`), encoders (yes:
+# encoders are needed, so rows of which only results were unpacked are trained here).
 # On a cluster also cores (of a job that can use several) and gpus (of a job that trains); see tools/slurm/config.yaml.
 import contextlib
 import hashlib
@@ -51,6 +52,7 @@ ASKED_SEEDS = seeds_in(str("" if config.get("seeds") is None else config["seeds"
 ONLY = str(config.get("only") or "")
 BY_HAND = chosen_rows(ONLY)  # the same with the recipes of the preset: what is compared with variants of these
 WITH_ROWS = ({"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}) | ({"only": ONLY} if ONLY else {})
+NEEDS_ENCODERS = config.get("encoders") in (True, "yes")
 NAMED = [name for name in str(config.get("systems") or "").split(",") if name]
 SYSTEMS = {get_system(name).name: name for name in NAMED or systems_of(PRESET, DATA)}  # name in tables -> as it was asked for
 FIRST = next(iter(SYSTEMS))
@@ -144,6 +146,7 @@ SHIFTED_TOO = all(system in PRESET.sims and "shifted" in PRESET.sims[system].spl
 RESULTS, OF_ROW, REFINED = [], {}, []
 BESIDE_RESULTS = []  # of the rows with the recipe that a system does not take, which `make tuned` reads
 HAND_RESULTS = []  # of the rows with the recipes of the preset, and of baselines
+STAMP_OF = {}  # result -> what says that its encoder is there, where encoders are needed
 MORE_SEEDS = []  # results of further seeds: Table 1, learning curves and few labels show them
 ALL_ENCODERS = True  # False where `make unpack` took results of the preset's seeds from the repository
 
@@ -222,7 +225,8 @@ for system, runs_in, about in PLACES:
             HAND_RESULTS.extend(wanted if row in BY_HAND else [])
         if runs_in is None and row in BESIDE[system]:
             BESIDE_RESULTS.extend(wanted)
-        runs = [run for run in every if not scored_elsewhere(run.folder(runs_in), PRESET)]
+        asks_encoders = NEEDS_ENCODERS and seeds == PRESET.seeds  # experiments ask those of the preset's seeds
+        runs = [run for run in every if asks_encoders or not scored_elsewhere(run.folder(runs_in), PRESET)]
         if row in of_place and seeds == PRESET.seeds and len(runs) < len(every):
             ALL_ENCODERS = False
         if not runs:
@@ -240,10 +244,14 @@ for system, runs_in, about in PLACES:
                 resources: gpu=GPUS
                 priority: FIRST_SYSTEMS[system] + row.cost  # long jobs first, and what the longest waits for
                 shell: "{params.command}"
+        stamp = OUT / "finished" / name
+        if asks_encoders and row.kind in ("trained", "random"):
+            STAMP_OF |= dict.fromkeys(results, stamp)
+        alone = results[0] in STAMP_OF and row.kind == "random"  # a result that is there would not be made again
         rule:
             name: f"probe_{name}".replace("-", "_")
-            input: inputs + ([OUT / "finished" / name] if row.kind == "trained" else [])
-            output: results
+            input: inputs + ([stamp] if row.kind == "trained" else [])
+            output: touch(finished(stamp, all(f.is_file() for f in trained))) if alone else results
             threads: JOB_THREADS
             resources: gpu=GPUS
             priority: FIRST_SYSTEMS[system] + (row.cost if row.pair in ACROSS else 0)
@@ -338,6 +346,12 @@ rule finetune:
     resources: gpu=GPUS
     shell: "{params.command}"
 
+def with_encoders(results):
+    "Results and, where they were unpacked, what trains their encoders."
+    results = list(results)
+    return [*results, *dict.fromkeys(STAMP_OF[result] for result in results if result in STAMP_OF)]
+
+
 # what asks encoders of all rows something new; where it cannot, it says why
 CAN = {
     "resolution": len(REFINED) == len(SYSTEMS) and not ONLY,
@@ -348,14 +362,14 @@ CANNOT = "echo 'this needs all rows and built-in systems: several on one grid (a
 
 # the same flows at twice the resolution, read by the same encoders and probes
 rule resolution:
-    input: RESULTS + REFINED if CAN["resolution"] else []
+    input: with_encoders(RESULTS) + REFINED if CAN["resolution"] else []
     output: figures("resolution") if CAN["resolution"] else []
     params: rows=repr(TABLE_ROWS), code=stage("05b_resolution", "experiments.resolution", "experiments.refinement", "experiments.table1", "results.forest") + PROBING, command=papermill("05b_resolution", "resolution", **SHOWN) if CAN["resolution"] else CANNOT
     shell: "{params.command}"
 
 # one encoder for all systems, and encoders that read another
 rule across:
-    input: [result for row in ACROSS for result in OF_ROW.get(row, [])] if CAN["across"] else []
+    input: with_encoders(result for row in ACROSS for result in OF_ROW.get(row, [])) if CAN["across"] else []
     output: figures("across") if CAN["across"] else []
     params: code=stage("08c_across_systems", "experiments.transfer") + PROBING, command=papermill("08c_across_systems", "across", **SHOWN) if CAN["across"] else CANNOT
     threads: JOB_THREADS
@@ -372,7 +386,7 @@ rule leakage:
 
 # a second thing to ask all encoders
 rule regimes:
-    input: RESULTS if CAN["regimes"] else []
+    input: with_encoders(RESULTS) if CAN["regimes"] else []
     output: figures("regimes") if CAN["regimes"] else []
     params: rows=repr(TABLE_ROWS), code=stage("08d_regimes", "experiments.regimes") + PROBING, command=papermill("08d_regimes", "regimes", **SHOWN) if CAN["regimes"] else CANNOT
     threads: JOB_THREADS
@@ -382,7 +396,7 @@ rule regimes:
 
 # `make rollout`: predictions fed back, of the rows whose objective predicts frames
 rule rollout:
-    input: [result for row in EMULATED for result in OF_ROW[row.pair]]
+    input: with_encoders(result for row in EMULATED for result in OF_ROW[row.pair])
     output: figures("rollout", "rollout_spectra", "rollout_drift", "rollout_frames", "rollout_probes")
     params: code=stage("07_rollout", "experiments.rollout_figures") + PROBING, command=papermill("07_rollout", "rollout", **SHOWN)
     threads: JOB_THREADS
@@ -399,7 +413,7 @@ rule machines:
 
 # `make grid`: probes that are fitted and scored on a grid of labels, as sets of The Well have
 rule grid:
-    input: RESULTS
+    input: with_encoders(RESULTS)
     output: figures("grid")
     params: rows=repr(TABLE_ROWS), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
     threads: CORES  # it simulates a set
@@ -407,7 +421,7 @@ rule grid:
 
 # `make box`: flows in a box twice as long
 rule box:
-    input: RESULTS
+    input: with_encoders(RESULTS)
     output: figures("box")
     params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
     threads: CORES  # it simulates a set

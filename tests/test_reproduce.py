@@ -219,6 +219,9 @@ def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(
     said = snakemake(folder, "--dry-run", rows=str(first / "rows.yaml"), **table)
     new = ("pretrain_shear_flow_MeanField_vit", "probe_shear_flow_MeanField_vit", "probe_shear_flow_frozen_make_bands")
     assert made_by(said) == {"simulate_shear_flow", *new}
+    assert made_by(snakemake(folder, "box", "--dry-run", **table)) == set()
+    said = snakemake(folder, "box", "--dry-run", encoders="yes", **table)
+    assert made_by(said) == {"simulate_shear_flow", *tuned, "probe_shear_flow_random_vit"}, "a box asks encoders"
     snakemake(folder, **table)
     assert not (folder / "data").exists() and not list((folder / "runs").rglob("encoder.safetensors"))
     for name in ("table1.csv", "data_efficiency.csv", "learning_curves.csv"):
