@@ -63,7 +63,8 @@ def test_what_a_table_needs_comes_back_to_the_byte_and_nothing_else(tmp_path):
     assert pack(tmp_path / "runs", tmp_path / "archives") == {RUN: "written"}
     assert unpack(tmp_path / "archives", tmp_path / "others") == {RUN: "written"}
     found = contents(tmp_path / "others" / RUN)
-    assert len(found.pop(".unpacked")) == 16
+    digest, *names = found.pop(".unpacked").decode().splitlines()
+    assert len(digest) == 16 and set(names) == set(found)
     assert found == {name: path.read_bytes() for name, path in kept_files(there).items()}
     assert {*found} == {f"{name}.json" for name in ("result", "few", "config", "curve/11")} | {
         f"{name}.csv" for name in ("curve", "metrics")
@@ -133,6 +134,20 @@ def test_a_run_counts_as_scored_elsewhere_until_it_is_trained_or_scored_here(tmp
     assert there.is_dir()
 
 
+def test_what_was_made_here_stays_when_results_from_elsewhere_are_removed(tmp_path):
+    scored(tmp_path / "runs")
+    pack(tmp_path / "runs", tmp_path / "archives")
+    unpack(tmp_path / "archives", tmp_path / "others")
+    there = tmp_path / "others" / RUN
+    (there / "trained_on_few.json").write_text("{}")
+    outside = tmp_path / "outside.json"
+    outside.write_text("{}")
+    with (there / ".unpacked").open("a") as mark:
+        mark.write(f"\n../../../outside.json\n{outside}")
+    assert remove_unpacked(there) and list(contents(there)) == ["trained_on_few.json"]
+    assert outside.is_file(), "a mark names nothing outside its folder"
+
+
 def test_results_from_elsewhere_are_renewed_when_their_code_is_of_yesterday(tmp_path):
     scored(tmp_path / "runs", code="0123456789abcdef")
     old = {name: path.read_bytes() for name, path in kept_files(tmp_path / "runs" / RUN).items()}
@@ -140,7 +155,8 @@ def test_results_from_elsewhere_are_renewed_when_their_code_is_of_yesterday(tmp_
     there.mkdir(parents=True)
     for name in ("result.json", "few.json"):
         (there / name).write_bytes(old[name])
-    (there / ".unpacked").write_text(hashlib.sha256(old["result.json"]).hexdigest()[:16])
+    digest = hashlib.sha256(old["result.json"]).hexdigest()[:16]
+    (there / ".unpacked").write_text("\n".join([digest, "result.json", "few.json"]))
     assert not scored_elsewhere(there)
     scored(tmp_path / "today")
     pack(tmp_path / "today", tmp_path / "archives")

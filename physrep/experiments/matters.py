@@ -195,11 +195,12 @@ def score_on_valid(
 
 # %% ../../nbs/experiments/matters.ipynb #0541fefa
 def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float]:
-    "The score on `valid` of a run of a cell at each rate that has one; infinite where the training diverged."
+    """The score on `valid` of a run of a cell at each rate that has one of today's code; infinite where the training
+    diverged."""
     found = {}
     for rate in RATES:
         path = at_rate(run, rate).folder(matters_root(run_dir)) / "valid.json"
-        if path.is_file():
+        if is_current(path, run.preset):
             score = read_json(path)["score"]
             found[rate] = math.inf if score is None else score
     return found
@@ -365,8 +366,9 @@ class Errors:
 
 # %% ../../nbs/experiments/matters.ipynb #dba1f8e9
 def group_sums(folder: str | Path, split: str, label: str = "mean") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Summed squared errors `(heads, groups)` of a probed run, windows `(groups,)`, and the windows' truth and groups
-    as one array, to compare runs. ValueError for an unknown label or a split that was not scored."""
+    """Summed squared errors `(heads, groups)` of a probed run, windows `(groups,)`, and labels (in their own units) and
+    groups of the windows as one array, to compare runs. ValueError for an unknown label or a split that was not
+    scored."""
     read = read_predictions(folder)
     names = ["mean", *read.scaler.system.label_names]
     if label not in names:
@@ -381,7 +383,7 @@ def group_sums(folder: str | Path, split: str, label: str = "mean") -> tuple[np.
         squared = (z - truth) ** 2
         one = squared.mean(axis=1) if label == "mean" else squared[:, names.index(label) - 1]
         np.add.at(sums[i], index.reshape(-1), one)
-    return sums, np.bincount(index.reshape(-1)), np.column_stack([truth, read.groups[split]])
+    return sums, np.bincount(index.reshape(-1)), np.column_stack([read.truth[split], read.groups[split]])
 
 # %% ../../nbs/experiments/matters.ipynb #227d94c2
 def _about(name: str, run: Run, rate: str, folder: Path) -> dict:

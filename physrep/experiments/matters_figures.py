@@ -248,6 +248,8 @@ def plot_main_effects(tables: Mapping[str, pd.DataFrame]) -> Figure:
     "A panel for each factor: the factor on the error of its levels (of `main_effects`), a mark for each system."
     with using_style():
         fig = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        if not tables:
+            return fig
         axes = fig.subplots(1, len(FACTORS), sharey=True, width_ratios=[len(LEVELS[f]) for f in FACTORS])
         for i, (system, table) in enumerate(tables.items()):
             shift = 0.14 * (i - (len(tables) - 1) / 2)

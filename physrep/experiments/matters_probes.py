@@ -255,6 +255,8 @@ def plot_paper_on_systems(table: pd.DataFrame) -> Figure:
     systems = list(dict.fromkeys(table.system))
     with using_style():
         fig = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        if table.empty:
+            return fig
         axes = np.atleast_1d(fig.subplots(1, len(systems), sharex=True, sharey=True))
         for ax, system in zip(axes, systems):
             draw_ratios(ax, table[table.system == system], probes)

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..core.files import read_json
-from .matters import CELL_ENCODERS, CELLS, Errors, matters_root, read_errors, scored_runs
+from .matters import CELL_ENCODERS, CELLS, FACTORS, Errors, matters_root, read_errors, scored_runs
 from .matters_figures import log_ticks
-from .matters_model import main_effects
+from .matters_model import estimable, main_effects, present_levels
 from .matters_probes import MEAN, cells_over_untrained, lucks_of, paper_by_probe, untrained_sums
 from ..results.figures import using_style
 from ..results.panels import SMALL, WIDTH, in_lines, system_title
@@ -66,7 +66,8 @@ def read_system(
 # %% ../../nbs/experiments/matters_systems.ipynb #ab1fe5ff
 def _each(places: Sequence[OnSystem], table: Callable[[OnSystem], pd.DataFrame]) -> pd.DataFrame:
     "One table for all systems, with the column `system`."
-    return pd.concat([table(place).assign(system=place.system) for place in places], ignore_index=True)
+    found = [table(place).assign(system=place.system) for place in places]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def over_untrained(places: Sequence[OnSystem], *, n_bootstrap: int = 1000) -> pd.DataFrame:
@@ -81,11 +82,18 @@ def paper_on_systems(places: Sequence[OnSystem], *, n_bootstrap: int = 1000) -> 
     return _each(places, lambda p: paper_by_probe(p.errors, p.untrained, luck=luck, n_bootstrap=n_bootstrap))
 
 # %% ../../nbs/experiments/matters_systems.ipynb #e1843e0e
+def _factors_told(runs: pd.DataFrame) -> bool:
+    "Whether some factor has two levels, and each that has them can be told from the others."
+    levels = present_levels(runs)
+    main = [(factor,) for factor in FACTORS if len(levels[factor]) > 1]
+    return bool(main) and set(main) <= set(estimable(runs, levels))
+
+
 def effects_on_systems(places: Sequence[OnSystem], *, n_bootstrap: int = 500) -> pd.DataFrame:
-    """`main_effects` of the crossed cells of each system, without systems that have less than three of them; seeds of
+    """`main_effects` of the crossed cells of each system, without systems whose cells do not tell them apart; seeds of
     all spread as those of the first."""
     first = places[0].errors.factorial()
-    places = [place for place in places if place.errors.factorial().runs.cell.nunique() > 2]
+    places = [place for place in places if _factors_told(place.errors.factorial().runs)]
     return _each(places, lambda p: main_effects(p.errors.factorial(), seeds_of=first, n_bootstrap=n_bootstrap))
 
 # %% ../../nbs/experiments/matters_systems.ipynb #ba10ecd1
@@ -137,6 +145,8 @@ def plot_over_untrained(table: pd.DataFrame) -> Figure:
     systems = list(dict.fromkeys(table.system))
     with using_style():
         fig = Figure(figsize=(WIDTH, 1.1 + 0.21 * len(cells)), layout="constrained")
+        if table.empty:
+            return fig
         axes = np.atleast_1d(fig.subplots(1, len(systems), sharex=True, sharey=True))
         for ax, system in zip(axes, systems):
             _draw_over(ax, table[table.system == system], cells)

@@ -20,7 +20,7 @@ from ..probing.evaluate import FEW, bootstrap_groups
 from ..probing.features import Features
 from ..probing.few_labels import draw_flows, score_few
 from ..probing.reading import features_of, probe_splits
-from ..probing.records import write_result
+from ..probing.records import read_results, write_result
 from ..results.data_efficiency import TRAINED_ON_FEW
 from ..results.verify import is_current
 from ..training.pretrain import pretrain, training_windows
@@ -56,7 +56,7 @@ def train_on_few(
         raise ValueError(f"{run.path} reads no labels: few labelled flows change nothing of its training")
     windows = probe_splits(run, data_dir)
     path = run.folder(run_dir) / TRAINED_ON_FEW
-    if is_current(path, run.preset, windows):
+    if is_current(path, run.preset, windows) and set(numbers) <= set(read_results(path).labelled_flows):
         return path
     record = provenance(*run.modules, "probing.evaluate", device=device, entries=run.entries)
     whole, scaler = training_windows(run, data_dir), label_scaler(run, windows["train"])

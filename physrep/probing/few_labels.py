@@ -124,7 +124,7 @@ def fit_few(name: str, features: Features, scaler: LabelScaler, *, folds: int = 
 def fit_attentive_on_few(
     features: Features, scaler: LabelScaler, *, updates: int, recipe: AttentiveRecipe, **options
 ) -> Probe:
-    "An attentive probe after at least so many updates."
+    "An attentive probe after at least so many updates; of all epochs that with the lowest error on its own windows."
     per_epoch = -(-len(features) // recipe.batch_size)
     recipe = replace(recipe, epochs=-(-updates // per_epoch))
     return fit_probe("attentive", features, features, scaler, recipe=recipe, **options)

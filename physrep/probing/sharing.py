@@ -204,7 +204,7 @@ def save_pretrained(
     encoder = source if isinstance(source, LoadedEncoder) else pretrained.load_encoder(source)
     probes = _probes_of(place, encoder) if place else {}
     result = read_json(place / "result.json") if place and (place / "result.json").is_file() else {}
-    rows = check_rows(result["rows"]) if result else []
+    rows = check_rows(result.get("rows")) if result else []
     if config is None and place and (place / "config.json").is_file():
         config = read_json(place / "config.json")
     folder.mkdir(parents=True, exist_ok=True)

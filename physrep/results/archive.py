@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import os
 import re
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -123,7 +122,9 @@ def pack(
     return state
 
 # %% ../../nbs/results/archive.ipynb #5974a80b
-_UNPACKED = ".unpacked"  # marks a folder that `unpack` made, with the digest of the result that it wrote
+_UNPACKED = (
+    ".unpacked"  # marks a folder that `unpack` made: the digest of the result that it wrote, then names of its files
+)
 
 
 def _digest(result: Path) -> str:
@@ -135,7 +136,12 @@ def is_unpacked(folder: str | Path) -> bool:
     folder = Path(folder)
     result, mark = folder / "result.json", folder / _UNPACKED
     begun = (folder / "encoder.safetensors").exists() or (folder / "checkpoint").exists()
-    return result.is_file() and mark.is_file() and not begun and mark.read_text(encoding="utf-8") == _digest(result)
+    return result.is_file() and mark.is_file() and not begun and _mark(folder)[0] == _digest(result)
+
+
+def _mark(folder: Path) -> list[str]:
+    "The lines of the mark of a folder that `unpack` made."
+    return (folder / _UNPACKED).read_text(encoding="utf-8").splitlines() or [""]
 
 # %% ../../nbs/results/archive.ipynb #5c716f71
 def scored_elsewhere(folder: str | Path, preset: Preset | None = None) -> bool:
@@ -144,10 +150,19 @@ def scored_elsewhere(folder: str | Path, preset: Preset | None = None) -> bool:
 
 
 def remove_unpacked(folder: str | Path) -> bool:
-    "Removes the folder of a run if all that it holds was unpacked; whether it was."
-    if found := is_unpacked(folder):
-        shutil.rmtree(folder)
-    return found
+    "Removes what was unpacked of a run, and its folder if nothing else is in it; whether there was anything."
+    folder = Path(folder)
+    if not is_unpacked(folder):
+        return False
+    here = folder.resolve()
+    files = [file for name in _mark(folder)[1:] if (file := (here / name).resolve()).is_relative_to(here)]
+    for file in files or [file for file in here.rglob("*") if file.is_file()]:  # older marks have no names
+        file.unlink(missing_ok=True)
+    (here / _UNPACKED).unlink(missing_ok=True)
+    for inside in (*(place for place in here.glob("*") if place.is_dir()), here):
+        if not any(inside.iterdir()):
+            inside.rmdir()
+    return True
 
 # %% ../../nbs/results/archive.ipynb #467a3077
 def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = None) -> dict[str, str]:
@@ -167,7 +182,7 @@ def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = Non
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(content)
                 result = Path(room) / run / "result.json"
-                (result.parent / _UNPACKED).write_text(_digest(result), encoding="utf-8")
+                (result.parent / _UNPACKED).write_text("\n".join([_digest(result), *files]), encoding="utf-8")
                 try:
                     state[run] = "written" if is_current(result, preset) else "old"
                 except (ValueError, TypeError, AttributeError, KeyError) as error:

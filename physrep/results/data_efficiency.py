@@ -35,7 +35,7 @@ def read_few(folders: Sequence[str | Path]) -> pd.DataFrame:
 
 # %% ../../nbs/results/data_efficiency.ipynb #489a687b
 def _draw_efficiency(ax: Axes, measured: pd.DataFrame, rows: Sequence[Row]) -> None:
-    "The lines of one probe and system; bars span the draws."
+    "The lines of one probe and system; bars span the draws and, for encoders, the seeds."
     pairs = row_order(measured, rows)
     for i, (objective, encoder) in enumerate(pairs):
         here = measured[(measured.objective == objective) & (measured.encoder == encoder)]
