@@ -193,7 +193,7 @@ def _on_color(color: str) -> dict[str, object]:
     light = float(np.dot(to_rgb(color), (0.3, 0.59, 0.11))) > 0.55
     return {"color": "k" if light else "white", "bbox": {"boxstyle": "round,pad=0.25", "fc": color, "ec": "none"}}
 
-
+# %% ../../nbs/results/panels.ipynb #200a26f2
 def _short(value: float) -> str:
     "Two decimals, or three below 0.1."
     digits = 3 if abs(value) < 0.0995 else 2
