@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from ..core.paths import project_root
 from ..data.windows import Windows
@@ -26,7 +25,6 @@ from ..probing.evaluate import score_encoder
 from ..probing.reading import FROZEN, probe_splits
 from ..results.comparison import compare, interval_text, summarise
 from ..results.figures import using_style
-from ..results.panels import SMALL, WIDTH, in_lines, system_title
 from ..results.rows import PROBE_TITLES, color_of
 from ..training.presets import Preset
 from ..training.run import Run, label_scaler, resolve
@@ -176,20 +174,26 @@ def across_differences(scored: Mapping[tuple[str, str], Sequence[Path]]) -> pd.D
     return pd.DataFrame(lines)
 
 # %% ../../nbs/experiments/transfer.ipynb #da267a1e
-_MARKS = {"attentive": ("o", -0.27), "kernel": ("s", -0.09), "linear": ("^", 0.09), "knn": ("x", 0.27)}  # and height
+_MARKS = {  # probe -> marker, whether it is filled, height
+    "attentive": ("o", True, -0.27),
+    "kernel": ("s", True, -0.09),
+    "linear": ("o", False, 0.09),
+    "knn": ("x", True, 0.27),
+}
 _LIMIT = 1.3  # of the axis; what is beyond is drawn there
 
 
 def _draw_readers(ax: Axes, rows: pd.DataFrame, order: Sequence[str], objective: str) -> None:
     "Errors with intervals of all readers of a system."
     for r in rows.itertuples():
-        marker, offset = _MARKS[r.probe]
+        marker, filled, offset = _MARKS[r.probe]
         y = -order.index(r.what) - offset
         color = color_of("random" if r.what in ("random", "shared") else objective)
         ax.plot([r.low, min(r.high, _LIMIT)], [y, y], color=color, lw=1.4, solid_capstyle="butt")
-        ax.plot(min(r.value, _LIMIT), y, marker, color=color, ms=4.5, mew=1.1)
+        face = color if filled else "white"
+        ax.plot(min(r.value, _LIMIT), y, marker, color=color, mfc=face, ms=5.5, mew=1.1)
     ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)  # the mean of train scores about 1
-    ax.set_xlabel("z-scored MSE\n(lower is better)")
+    ax.set_xlabel("z-scored MSE (lower is better)")
     ax.grid(axis="x")
 
 
@@ -199,16 +203,16 @@ def plot_across(table: pd.DataFrame, objective: str) -> Figure:
     titles = reader_titles(zip(table.reads, table.what))
     order = list(titles)
     with using_style():
-        fig = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+        fig = Figure(figsize=(9, 3.3), layout="constrained")
         axes = fig.subplots(1, len(systems), sharex=True, sharey=True, squeeze=False)[0]
         for ax, target in zip(axes, systems):
             _draw_readers(ax, table[table.reads == target], order, objective)
-            ax.set_title(in_lines(system_title(target)), fontsize=SMALL + 0.5, fontweight="bold")
-        axes[0].set_yticks([-i for i in range(len(order))], [in_lines(titles[name]) for name in order])
+            ax.set_title(get_system(target).title)
+        axes[0].set_yticks([-i for i in range(len(order))], [titles[name] for name in order])
         axes[0].set_xlim(0, _LIMIT + 0.03)
-        look = dict(color="#555555", ms=4.5, mew=1.1, ls="")
-        handles = [
-            Line2D([], [], marker=m, label=f"{PROBE_TITLES[probe]} probe", **look) for probe, (m, _) in _MARKS.items()
+        look = dict(color="#555555", ms=5.5, mew=1.1, ls="")
+        marks = [
+            axes[0].plot([], [], m, mfc="#555555" if filled else "white", **look)[0] for m, filled, _ in _MARKS.values()
         ]
-        fig.legend(handles=handles, loc="outside lower center", ncol=4, fontsize=SMALL)
+        fig.legend(marks, [f"{PROBE_TITLES[p]} probe" for p in _MARKS], loc="outside lower center", ncol=4)
     return fig

@@ -164,7 +164,7 @@ def _draw_legend(
         items.append(
             (
                 Line2D([], [], marker="$0.12$", ms=17, mew=0, **grey),
-                f"on {measured.split.iloc[0]}; bold: lowest of a method",
+                f"{measured.split.iloc[0]}; bold: best probe of a method",
             )
         )
         items.append((Line2D([], [], marker="s", ms=8, **grey), "on colour: best frozen encoder without labels"))
@@ -193,12 +193,6 @@ def _on_color(color: str) -> dict[str, object]:
     light = float(np.dot(to_rgb(color), (0.3, 0.59, 0.11))) > 0.55
     return {"color": "k" if light else "white", "bbox": {"boxstyle": "round,pad=0.25", "fc": color, "ec": "none"}}
 
-# %% ../../nbs/results/panels.ipynb #200a26f2
-def _short(value: float) -> str:
-    "Two decimals, or three below 0.1."
-    digits = 3 if abs(value) < 0.0995 else 2
-    return f"{round(value, digits) + 0.0:.{digits}f}"
-
 
 def _write_numbers(ax: Axes, measured: pd.DataFrame, lines: Sequence[Line], metric: str, rows: Sequence[Row]) -> None:
     """The number of every line right of the panel, bold for the best of each method; the best frozen encoder is on
@@ -214,7 +208,7 @@ def _write_numbers(ax: Axes, measured: pd.DataFrame, lines: Sequence[Line], metr
         if line.key == winner:
             look |= _on_color(color)
             ax.axhspan(line.y - 0.55, line.y + 0.55, color=color, alpha=0.16, lw=0, zorder=0.5)
-        text = _short(value[line.key]) if line.key in value else "–"
+        text = f"{round(value[line.key], 2) + 0.0:.2f}" if line.key in value else "–"
         ax.annotate(text, (1, line.y), (26, 0), xycoords=ax.get_yaxis_transform(), ha="right", **where, **look)
     if winner is not None:
         name = f"{title_of(*winner[:2], rows=rows)},\n{title_of(winner[2])}"
