@@ -255,7 +255,7 @@ for system, runs_in, about in PLACES:
             threads: JOB_THREADS
             resources: gpu=GPUS
             priority: FIRST_SYSTEMS[system] + (row.cost if row.pair in ACROSS else 0)
-            params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, finetuned=row.finetuned, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"})
+            params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, finetuned=row.finetuned, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"}, curve=True if KEEPS_CURVES and row in ENCODED.get(system, []) and runs_in is None and row.kind == "trained" else None)
             shell: "{params.command}"
 
 
@@ -283,7 +283,8 @@ for system, done in zip(SYSTEMS, PRINTED):
         priority: FIRST_SYSTEMS[system] + 99
         shell: "{params.command} {input:q}"
 
-# a method is a curve: the encoders that every run kept on its way are probed, one job a system, then drawn
+# a method is a curve: the encoders that a run kept on its way are probed by the job that probes its last one; a job a system
+# does what is still missing, then all are drawn
 SCORED = [OUT / "finished" / f"{system}-learning-curves" for system in SYSTEMS]
 for system, done in zip(SYSTEMS, SCORED):
     rule:
