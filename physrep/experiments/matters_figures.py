@@ -22,7 +22,7 @@ from .matters import CELL_ENCODERS, FACTORS, PAPER, Errors, group_sums, matters_
 from .matters_model import LEVELS, RUNS, TERMS, term_name
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..results.figures import using_style
-from ..results.panels import SMALL, WIDTH, in_lines
+from ..results.panels import SMALL, WIDTH, in_lines, system_title
 from ..results.rows import ENCODER_TITLES
 from ..training.presets import Preset
 
@@ -52,7 +52,8 @@ def _plain_log(axis: Axis, values: tuple[float, ...]) -> None:
 
 def log_ticks(axis: Axis, low: float, high: float) -> None:
     "Ticks of a logarithmic axis of ratios between two values, as plain numbers."
-    _plain_log(axis, tuple(t for t in (0.12, 0.25, 0.33, 0.5, 0.7, 1, 1.4, 2, 3, 4, 8) if low < t < high))
+    some = (0.25, 0.33, 0.5, 0.7, 1, 1.4, 2, 3, 4) if high < 6 * low else (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
+    _plain_log(axis, tuple(t for t in some if low < t < high))
 
 # %% ../../nbs/experiments/matters_figures.ipynb #36cfd918
 def cell_means(errors: Errors) -> pd.DataFrame:
@@ -250,21 +251,27 @@ def plot_main_effects(tables: Mapping[str, pd.DataFrame]) -> Figure:
         fig = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         if not tables:
             return fig
-        axes = fig.subplots(1, len(FACTORS), sharey=True, width_ratios=[len(LEVELS[f]) for f in FACTORS])
+        every = pd.concat(tables.values())
+        levels = {f: [one for one in LEVELS[f] if one in set(every[every.factor == f].level)] for f in FACTORS}
+        axes = fig.subplots(1, len(FACTORS), sharey=True, width_ratios=[max(1, len(some)) for some in levels.values()])
         for i, (system, table) in enumerate(tables.items()):
             shift = 0.14 * (i - (len(tables) - 1) / 2)
             for ax, factor in zip(axes, FACTORS):
                 mine = table[table.factor == factor]
-                x = np.array([LEVELS[factor].index(level) for level in mine.level]) + shift
+                x = np.array([levels[factor].index(level) for level in mine.level]) + shift
                 between = [mine.effect - mine.low, mine.high - mine.effect]
-                look = dict(color=f"C{i}", ms=6, capsize=0, label=system)
+                look = dict(color=f"C{i}", ms=6, capsize=0, label=system_title(system))
                 ax.errorbar(x, mine.effect, yerr=np.clip(between, 0, None), fmt=SYSTEM_MARKS[i % 3], **look)
         for ax, factor in zip(axes, FACTORS):
-            ax.set_xticks(range(len(LEVELS[factor])), [TITLES[level] for level in LEVELS[factor]])
-            ax.set(yscale="log", title=NAMES[factor], xlim=(-0.5, len(LEVELS[factor]) - 0.5))
+            ax.set_xticks(
+                range(len(levels[factor])),
+                [TITLES[level] if "\n" in TITLES[level] else in_lines(TITLES[level]) for level in levels[factor]],
+            )
+            ax.set(yscale="log", xlim=(-0.5, len(levels[factor]) - 0.5))
+            ax.set_title(in_lines(NAMES[factor]), fontsize=SMALL + 0.5, fontweight="bold")
             ax.axhline(1.0, color="#555555", lw=0.8)
             ax.grid(axis="y")
             _plain_log(ax.yaxis, (0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3))
         axes[0].set_ylabel("error, times the mean of all")
-        axes[0].legend(title=None)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(tables), fontsize=SMALL)
     return fig
