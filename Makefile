@@ -19,6 +19,9 @@ CONSTRAINTS ?= constraints.txt
 CORES ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)' 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
+# set by targets, not by an environment that happens to have a variable of that name
+TARGET :=
+FEW :=
 # a preset of your own is the path of a .yaml file, and is called after it
 NAME := $(basename $(notdir $(PRESET)))
 DRAWN := runs/$(NAME)/figures

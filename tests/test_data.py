@@ -206,6 +206,9 @@ def test_new_code_makes_the_data_anew(tmp_path):
     victim.write_bytes(sorted((folder / "data/train").iterdir())[1].read_bytes())  # whole, but not what this code gives
     plan = read_json(folder / "plan.json")
     write_json(folder / "plan.json", plan | {"code": "0" * 16})
+    with pytest.raises(TimeoutError):
+        make_dataset("shear_flow", sim, tmp_path, workers=1, minutes=0, progress=False)
+    assert not (folder / "stats.yaml").exists(), "statistics of the old flows would make the set look complete"
     make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
     assert fingerprints(folder) == before and read_json(folder / "plan.json") == plan
 

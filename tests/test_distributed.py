@@ -377,10 +377,15 @@ def test_the_command_has_the_options_of_the_stage(capsys):
         distributed.mapping("{a: ")
 
 
-def test_one_process_needs_no_launcher(smoke_data, tmp_path, capsys):
+def test_one_process_needs_no_launcher_and_leaves_no_result_of_another_encoder(smoke_data, tmp_path, capsys):
     names = ["--objective", "random", "--encoder", "vit", "--preset", "smoke"]
-    assert distributed.main([*names, "--data-dir", str(smoke_data), "--run-dir", str(tmp_path)]) == 0
+    folder = resolve("shear_flow", "random", "vit", "smoke").folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")  # as `make unpack` leaves it
+    names += ["--system", "shear_flow", "--data-dir", str(smoke_data), "--run-dir", str(tmp_path)]
+    assert distributed.main(names) == 0
     assert (Path(capsys.readouterr().out.strip().splitlines()[-1]) / "encoder.safetensors").is_file()
+    assert not (folder / "result.json").exists()
 
 
 KILLED = """

@@ -48,6 +48,15 @@ def test_a_periodic_row_pads_each_axis_as_the_system_ends_there():
     row = next(row for row in ROWS if row.encoder_config == PERIODIC)
     for system, modes in (("shear_flow", ["circular", "circular"]), ("rayleigh_benard", ["circular", "zeros"])):
         assert run_of(row, system, "laptop").encoder_config["padding_mode"] == modes
+    cut = {
+        "shear_flow": ["circular", "zeros"],
+        "rayleigh_benard": ["zeros", "zeros"],
+        "active_matter": ["circular"] * 2,
+    }
+    for system, modes in cut.items():  # the paper's crop is a part of these axes
+        run = run_of(row, system, "paper")
+        assert run.encoder_config["padding_mode"] == modes
+        assert run.seen_system.boundary == tuple("periodic" if mode == "circular" else "wall" for mode in modes)
 
 
 def test_what_waits_longest_starts_first():

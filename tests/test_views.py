@@ -130,6 +130,14 @@ def test_partner_in_evaluation_depends_on_the_window_alone(shear):
     assert torch.equal(few, everything[chosen])
 
 
+def test_no_batch_of_an_evaluation_is_one_window(shear):
+    batches = ViewBatches(shear, [CLIP, PAIR], **options(shear))
+    sizes = [len(b["fields"]) for b in batches.evaluation(4, limit=9)]
+    assert sizes == [4, 5], "of one sample there is no spread"
+    assert [len(b["fields"]) for b in batches.evaluation(4, limit=10)] == [4, 4, 2]
+    assert [len(b["fields"]) for b in batches.evaluation(1, limit=3)] == [1, 1, 1]
+
+
 def test_windows_without_room_are_left_out(smoke_data):
     windows = Windows(smoke_data, SHEAR, "train", frames=16, stride=4)  # of 36 frames: 8 and 12 have no room
     batches = ViewBatches(windows, [View(16), replace(PAIR, frames=16)], **options(windows))

@@ -223,12 +223,17 @@ class Batches(BatchMaker):
         yield from prefetch((partial(self.make, *part) for part in parts), ahead=self.ahead)
 
     def evaluation(self, batch_size: int | None = None, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """All windows in order (or `limit` of them, evenly spread), without augmentation and noise. Seeds depend on
-        the window alone."""
+        """All windows in order (or `limit` of them, evenly spread), without augmentation and noise. A last batch of one
+        window joins the one before it. Seeds depend on the window alone."""
         n = len(self.windows)
         chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).round().astype(int)
         size = batch_size or self.batch_size
-        parts = np.split(chosen, range(size, len(chosen), size))
+        starts = [*range(size, len(chosen), size)]
+        if (
+            size > 1 and starts and len(chosen) - starts[-1] == 1
+        ):  # of one sample there is no spread, so it joins the part before it
+            starts.pop()
+        parts = np.split(chosen, starts)
         seeds = (sample_seeds(self.seed, -1, -1, part.tolist()) for part in parts)
         makers = (partial(self.make, *both, plain=True) for both in zip(parts, seeds))
         yield from prefetch(makers, ahead=self.ahead)

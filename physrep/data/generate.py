@@ -307,6 +307,7 @@ def _prepare(folder: Path, recipe: dict) -> None:
     if not (folder / "plan.json").is_file() or not _made_by(folder, recipe):
         for old in (folder / "data").rglob("*.hdf5"):
             old.unlink()
+        (folder / "stats.yaml").unlink(missing_ok=True)  # of the old files: what is not there yet would look complete
         write_json(folder / "plan.json", recipe)
     else:  # the splits that it had, and those that are new
         found = read_json(folder / "plan.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .table1 import row_in
 from .tuning import with_operations_of
-from ..results.rows import ROWS, Row, run_of
+from ..results.rows import PERIODIC, ROWS, Row, run_of
 from ..training.presets import Preset, get_preset
 from ..training.run import Run
 
@@ -35,9 +35,7 @@ class Variant:
 _JEPA, _MAE, _FORECAST, _INVARIANCE = (("jepa", "vit"), ("mae", "vit"), ("forecast", "vit"), ("invariance", "vit"))
 
 VARIANTS: dict[str, Variant] = {
-    "circular": Variant(
-        "circular padding", ("jepa", "convnext"), encoder_config={"padding_mode": ["circular", "circular"]}
-    ),
+    "circular": Variant("periodic padding", ("jepa", "convnext"), encoder_config=PERIODIC),
     "sigreg": Variant("SIGReg in place of VICReg", _JEPA, objective="jepa_sigreg"),
     "paper_weights": Variant("the paper's weights 2/40/2", _JEPA, coefficients={"invariance": 2.0}),
     "near": Variant("4 frames ahead in place of 16", _JEPA, coefficients={"horizon": 4}),

@@ -103,6 +103,8 @@ class LatentTab(LatentControls):
     def choose(self) -> None:
         "Lists the data sets and encoders of a system."
         self.cloud = None
+        for shown in (self.map.box, self.near, self.tokens):  # of the system before
+            shown.layout.display = "none"
         self.session = session = Session(self.system.value)
         refill(self.encoder, session.folders)
         refill(self.channel, {channel_word(c): c for c in session.system.channels})
@@ -124,7 +126,8 @@ class LatentTab(LatentControls):
             return latent.make_cloud(session.system, place, split or splits_of(place)[0], folder, report)
 
         def finish(cloud: latent.Cloud) -> None:
-            self.cloud = cloud
+            self.cloud, self.folder = cloud, folder
+            self.map.box.layout.display = None
             self.paint()
             self.click(0)
             self.runner.say(f"{len(cloud.index)} windows. Click a point.", "good")
@@ -139,6 +142,8 @@ class LatentTab(LatentControls):
 
     def click(self, point: int) -> None:
         "Shows what lies behind a point."
+        if self.cloud is None:
+            return
         try:
             self.map.show(latent.map_picture(self.cloud, self.label.value, point))
             for image, png in zip((self.near, self.tokens), behind(self, point)):
@@ -153,7 +158,7 @@ def behind(tab: LatentTab, point: int) -> tuple[bytes, bytes]:
     box, scale = session.blank(1).box, session.scales[tab.channel.value]
     channel = session.system.channels.index(tab.channel.value)
     window = cloud.fields(point)
-    colours = latent.token_colours(cached_encoder(tab.encoder.value), window, cloud.windows.files[0].dt)
+    colours = latent.token_colours(cached_encoder(tab.folder), window, cloud.windows.files[0].dt)
     near = [point, *cloud.neighbours(point)]
     return latent.neighbours_png(cloud, near, channel, scale, box), latent.tokens_png(
         colours, window[channel], scale, box

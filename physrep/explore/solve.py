@@ -198,7 +198,8 @@ def _possible(system: str, frame: np.ndarray, first: np.ndarray) -> bool:
     if system == "shear_flow":
         return bool(np.square(frame[2:]).sum() <= 1.05 * np.square(first[2:]).sum())
     if system == "rayleigh_benard":
-        return bool(frame[0].min() > -0.6 and frame[0].max() < 1.6)
+        low, high = min(first[0].min(), 0.0) - 0.5, max(first[0].max(), 1.0) + 0.5  # as in the solver
+        return bool(frame[0].min() > low and frame[0].max() < high)
     return bool(frame[0].min() > 0)
 
 

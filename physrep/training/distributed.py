@@ -9,6 +9,7 @@ __all__ = ['OPTIONS', 'follow', 'lead', 'pretrain_together', 'mapping', 'parsed'
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -190,16 +191,21 @@ def train_parsed(asked: argparse.Namespace, group: Group) -> list[Path]:
     changes |= {name: getattr(asked, name) for name in ("tag", "coefficients", "encoder_config", "recipe")}
     run = resolve(asked.system, asked.objective, asked.encoder, asked.preset, seed=asked.seed, **changes)
     check_share(run, group.device, group.world)
-    minutes = asked.minutes or math.inf
+    begun, minutes = time.monotonic(), asked.minutes or math.inf
     first = group.rank == 0
     data_dir: object = None
     if first:
         data_dir = ensure_data(run, asked.data_dir or None, device=group.device, minutes=minutes)
     data_dir = group.tell(data_dir) if group.world > 1 else data_dir
+    runs, run_dir = [run.with_seed(seed) for seed in seeds_in(asked.seeds) or [asked.seed]], asked.run_dir or None
+    for folder in (one.folder(run_dir) for one in runs if first):
+        if not any((folder / name).exists() for name in ("encoder.safetensors", "checkpoint")):
+            (folder / "result.json").unlink(missing_ok=True)  # from elsewhere, and of another encoder
     folders = []
-    for seed in seeds_in(asked.seeds) or [asked.seed]:
-        session = dict(resume=asked.resume, minutes=minutes, progress=first)
-        folders.append(pretrain_together(run.with_seed(seed), data_dir, asked.run_dir or None, group=group, **session))
+    for one in runs:
+        left = minutes - (time.monotonic() - begun) / 60
+        session = dict(resume=asked.resume, minutes=max(left, 0.0), progress=first)
+        folders.append(pretrain_together(one, data_dir, run_dir, group=group, **session))
     return folders
 
 

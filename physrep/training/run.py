@@ -78,6 +78,14 @@ class Setup:
         return dict(self.system.paper).get("crop") if self.clip.size and not self.simulated else None
 
     @property
+    def seen_system(self) -> System:
+        "The system as an encoder sees it: an axis that the crop cuts does not close on itself."
+        if self.crop is None:
+            return self.system
+        whole = [tuple(part) == (0, n) for part, n in zip(self.crop, self.system.native)]
+        return replace(self.system, boundary=tuple(b if w else "wall" for b, w in zip(self.system.boundary, whole)))
+
+    @property
     def clip_shape(self) -> tuple[int, int, int]:
         "`(t, h, w)` of what the encoder sees."
         if self.clip.size:
@@ -131,9 +139,10 @@ def build(run: Setup) -> torch.nn.Module:
         torch.manual_seed(seed_for("encoder", run.encoder, run.seed))
         encoder = build_encoder(run.encoder, in_channels=run.system.n_channels, **run.encoder_config)
         if hasattr(encoder, "wrap_for"):  # which axes are periodic
-            encoder.wrap_for(run.system)
+            encoder.wrap_for(run.seen_system)
         torch.manual_seed(seed_for("objective", run.objective, run.seed))
-        return build_objective(run.objective, encoder, system=run.system, shape=run.clip_shape, **run.coefficients)
+        asked = dict(system=run.seen_system, shape=run.clip_shape)
+        return build_objective(run.objective, encoder, **asked, **run.coefficients)
 
 # %% ../../nbs/training/run.ipynb #dea61f68
 @dataclass(frozen=True)
@@ -252,8 +261,9 @@ def resolve(
     recipe: Mapping | None = None,  # of the training recipe, over the preset's
     data_dir: str | Path | None = None,  # only for a system whose grid nothing but its files can tell
 ) -> Run:
-    """Every parameter of a run. Raises ValueError for unknown names and impossible values; the message lists the valid
-    ones."""
+    """Every parameter of a run. A convolution that pads circularly (`padding_mode`, one for each axis) pads with zeros
+    where the paper's crop cuts an axis. Raises ValueError for unknown names and impossible values; the message lists
+    the valid ones."""
     preset = get_preset(preset)
     encoder = check_pair(objective, encoder)
     if objective == "frozen" and ":" not in encoder:
@@ -266,7 +276,7 @@ def resolve(
     changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
     if tag and not tag.replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"tag may hold letters, digits, '.' and '_', got {tag!r}")
-    return Run(
+    run = Run(
         system=system,
         objective=objective,
         encoder=encoder,
@@ -285,6 +295,11 @@ def resolve(
         ),
         data=preset.sims.get(system.name) or _stored(system, preset, data_dir),
     )
+    padding = run.encoder_config.get("padding_mode")
+    if run.crop is None or not isinstance(padding, list):
+        return run
+    padding = [mode if edge == "periodic" else "zeros" for mode, edge in zip(padding, run.seen_system.boundary)]
+    return replace(run, encoder_config={**run.encoder_config, "padding_mode": padding})
 
 # %% ../../nbs/training/run.ipynb #0910b326
 def _json(value: Mapping) -> dict:

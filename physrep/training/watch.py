@@ -99,10 +99,13 @@ def shortcomings(row: Mapping[str, float]) -> list[str]:
     found = []
     if row.get("gate", 0.0) >= 1:
         found.append(f"its own error is {row['gate']:.2f} times that of the best trivial answer")
-    if not row["effective_rank"] >= LEAST_RANK:
-        found.append(f"its features vary along {row['effective_rank']:.1f} directions, fewer than {LEAST_RANK:g}")
-    if not row["feature_std"] >= LEAST_STD:
-        found.append(f"the std of its features is {row['feature_std']:.1e}, less than {LEAST_STD:g}")
+    rank, std = (
+        row.get(name, math.nan) for name in ("effective_rank", "feature_std")
+    )  # what is not finite is not kept
+    if not rank >= LEAST_RANK:
+        found.append(f"its features vary along {rank:.1f} directions, fewer than {LEAST_RANK:g}")
+    if not std >= LEAST_STD:
+        found.append(f"the std of its features is {std:.1e}, less than {LEAST_STD:g}")
     return found
 
 # %% ../../nbs/training/watch.ipynb #a369d200
