@@ -229,9 +229,7 @@ class Batches(BatchMaker):
         chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).round().astype(int)
         size = batch_size or self.batch_size
         starts = [*range(size, len(chosen), size)]
-        if (
-            size > 1 and starts and len(chosen) - starts[-1] == 1
-        ):  # of one sample there is no spread, so it joins the part before it
+        if size > 1 and starts and len(chosen) - starts[-1] == 1:  # of one sample there is no spread
             starts.pop()
         parts = np.split(chosen, starts)
         seeds = (sample_seeds(self.seed, -1, -1, part.tolist()) for part in parts)
