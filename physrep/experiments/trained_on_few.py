@@ -6,7 +6,7 @@
 __all__ = ['few_root', 'drawn_groups', 'train_on_few']
 
 # %% ../../nbs/experiments/trained_on_few.ipynb #a67de6a2
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,17 @@ import torch
 
 from ..core.paths import project_root
 from ..core.provenance import provenance
-from ..data.windows import of_flows
-from ..models.pretrained import load_encoder
+from ..data.windows import Windows, of_flows
+from ..models.pretrained import LoadedEncoder, load_encoder
 from ..probing.evaluate import FEW, bootstrap_groups
 from ..probing.features import Features
 from ..probing.few_labels import draw_flows, score_few
 from ..probing.reading import features_of, probe_splits
 from ..probing.records import read_results, write_result
+from ..probing.scores import score
 from ..results.data_efficiency import TRAINED_ON_FEW
 from ..results.verify import is_current
-from ..training.pretrain import pretrain, training_windows
+from ..training.pretrain import pretrain, restore, training_windows
 from ..training.run import Run, label_scaler
 
 # %% ../../nbs/experiments/trained_on_few.ipynb #15b0a953
@@ -40,6 +41,20 @@ def drawn_groups(run: Run, data_dir: str | Path, number: int) -> np.ndarray:
         Features(torch.zeros(len(labels), 1, 1), labels, windows.window_groups()), label_scaler(run, windows), number
     )
 
+# %% ../../nbs/experiments/trained_on_few.ipynb #e6f9b2cd
+def _own_head(
+    run: Run, root: Path, encoder: LoadedEncoder, few: Windows, scored: Mapping[str, Windows], reading: Mapping
+) -> dict[str, np.ndarray]:
+    "Physical predictions `(n, labels)` of the head that a run below `root` was trained with, by split but for `train`."
+    head, scaler = restore(run, root).head.eval(), label_scaler(run, few)
+    found = {}
+    for split in (split for split in scored if split != "train"):
+        tokens = features_of(encoder, scored[split], scaler, progress=False, **{**reading, "max_tokens": None}).tokens
+        with torch.no_grad():
+            z = torch.cat([head(part.float()) for part in tokens.split(256)])
+        found[split] = scaler.inverse(scaler.clip(z.double().numpy()))
+    return found
+
 # %% ../../nbs/experiments/trained_on_few.ipynb #9da9b908
 def train_on_few(
     run: Run,  # supervised, as in Table 1
@@ -50,14 +65,17 @@ def train_on_few(
     device: str = "cpu",
     progress: bool = True,
 ) -> Path:
-    """Trains a run on the first draw of 8, 16 and 64 labelled flows, and writes rows of probes that are fitted on the
-    same flows into its folder. What today's code has done is kept. ValueError for a run that reads no labels."""
+    """Trains a run on the first draw of 8, 16 and 64 labelled flows, and writes rows of its own head and of probes that
+    are fitted on the same flows into its folder. What today's code has done is kept. ValueError for a run that reads no
+    labels."""
     if not run.reads_labels:
         raise ValueError(f"{run.path} reads no labels: few labelled flows change nothing of its training")
     windows = probe_splits(run, data_dir)
     path = run.folder(run_dir) / TRAINED_ON_FEW
-    if is_current(path, run.preset, windows) and set(numbers) <= set(read_results(path).labelled_flows):
-        return path
+    if is_current(path, run.preset, windows):
+        there = read_results(path)
+        if set(numbers) <= set(there.labelled_flows[there.probe == "head"]):
+            return path
     record = provenance(*run.modules, "probing.evaluate", device=device, entries=run.entries)
     whole, scaler = training_windows(run, data_dir), label_scaler(run, windows["train"])
     scored = {split: w for split, w in windows.items() if split != "valid"}
@@ -72,6 +90,10 @@ def train_on_few(
         encoder = load_encoder(folder, device)
         features = {s: features_of(encoder, w, scaler, progress=progress, **reading) for s, w in scored.items()}
         rows += score_few(features, groups, scaler, {number: 1}, about | {"run": run.path})
+        kind = dict(probe="head", labelled_flows=number, draw=0, run=run.path)
+        for split, predicted in _own_head(run, few_root(number, run_dir), encoder, few, scored, reading).items():
+            found = score(predicted, features[split].labels, groups[split], run.system, scaler)
+            rows += [{**about, **kind, "split": split, **row} for row in found]
         print(f"{run.path} is trained on {number} flows")
     data = {split: w.fingerprint() for split, w in windows.items()}
     made = dict(config=run.as_dict(), probing=run.preset.probing(), provenance=record)
