@@ -84,6 +84,12 @@ class LatentControls:
         found = column(self.near, self.tokens, kind="answers")
         self.box = widgets.VBox([widgets.HTML(POINTS), text(INTRO, "intro"), side_by_side(controls, shown, found)])
 
+    def clear(self) -> None:
+        "Hides the map and what lies behind its points."
+        self.cloud = None
+        for shown in (self.map.box, self.near, self.tokens):
+            shown.layout.display = "none"
+
     def click(self, point: int) -> None:
         raise NotImplementedError
 
@@ -102,9 +108,7 @@ class LatentTab(LatentControls):
 
     def choose(self) -> None:
         "Lists the data sets and encoders of a system."
-        self.cloud = None
-        for shown in (self.map.box, self.near, self.tokens):  # of the system before
-            shown.layout.display = "none"
+        self.clear()
         self.session = session = Session(self.system.value)
         refill(self.encoder, session.folders)
         refill(self.channel, {channel_word(c): c for c in session.system.channels})
@@ -126,8 +130,7 @@ class LatentTab(LatentControls):
             return latent.make_cloud(session.system, place, split or splits_of(place)[0], folder, report)
 
         def finish(cloud: latent.Cloud) -> None:
-            self.cloud, self.folder = cloud, folder
-            self.map.box.layout.display = None
+            self.cloud, self.folder, self.map.box.layout.display = cloud, folder, None
             self.paint()
             self.click(0)
             self.runner.say(f"{len(cloud.index)} windows. Click a point.", "good")
@@ -142,8 +145,6 @@ class LatentTab(LatentControls):
 
     def click(self, point: int) -> None:
         "Shows what lies behind a point."
-        if self.cloud is None:
-            return
         try:
             self.map.show(latent.map_picture(self.cloud, self.label.value, point))
             for image, png in zip((self.near, self.tokens), behind(self, point)):
