@@ -244,7 +244,7 @@ def stride_of(system: System, stride: int | None, default: int = 1) -> int:
     "Frames between the starts of windows: what the preset says, or else the paper's for the system, or else `default`."
     return stride or dict(system.paper).get("stride", default)
 
-
+# %% ../../nbs/training/run.ipynb #252d2fc3
 def resolve(
     system: str | System,
     objective: str,
