@@ -20,6 +20,7 @@ from physrep.experiments.matters import (
     FOUND,
     PAIRS,
     PAPER,
+    PERIODIC,
     RATES,
     Errors,
     Place,
@@ -31,6 +32,7 @@ from physrep.experiments.matters import (
     read_errors,
     score_on_valid,
     scored_runs,
+    seeds_elsewhere,
     seeds_there,
     untrained_run,
 )
@@ -52,12 +54,11 @@ from physrep.experiments.matters_model import (
 from physrep.experiments.matters_probes import (
     MEAN,
     OWN,
-    PERIODIC,
     cell_ratios,
     paper_by_probe,
     plot_by_probe,
 )
-from physrep.experiments.matters_systems import read_system
+from physrep.experiments.matters_systems import OnSystem, paper_on_systems, place_lucks, read_system
 from physrep.physics.systems import get_system
 from physrep.probing.reading import FROZEN
 from physrep.probing.records import write_predictions
@@ -379,6 +380,25 @@ def test_one_seed_takes_the_spread_of_errors_that_have_several(tmp_path):
     assert (np.log(seeds.high / seeds.low) > np.log(flows.high / flows.low)).all()
     with pytest.raises(ValueError, match="no cell of active_matter is there.* of 4 learning rates tried"):
         read_system("active_matter", SMOKE, [0], chosen_on="shear_flow", run_dir=tmp_path)
+
+
+def test_a_system_with_enough_seeds_has_a_spread_of_its_own():
+    paper = GRID[["-".join(cell) in PAPER.values() for cell in GRID.to_numpy()]]
+    first = made_up(np.random.default_rng(8), 3, luck=0.01)
+    few, enough = (made_up(np.random.default_rng(9), seeds, paper, luck=0.5) for seeds in (2, 3))
+    here, two, three = (OnSystem(name, [], errors, {}, {}, []) for name, errors in zip("abc", (first, few, enough)))
+    assert place_lucks(two, here)[0][1] == place_lucks(here, here)[0][1], "2 degrees of freedom: those of the first"
+    (spread, left), _ = place_lucks(three, here)
+    assert left == 4 and spread[-1] > 5 * place_lucks(here, here)[0][0][-1]
+    table = paper_on_systems([here, two, three], n_bootstrap=200)
+    table = table[(table.probe == MEAN) & (table.over == "VideoMAE")].set_index("system")
+    width = np.log(table.high / table.low)
+    assert width["c"] > 3 * width["b"], "the spread of its own seeds is larger"
+
+
+def test_only_the_comparison_of_the_paper_has_several_seeds_on_other_systems():
+    assert {name for name in CELLS if len(seeds_elsewhere(name, [0, 1, 2])) > 1} == {*PAPER.values(), PERIODIC}
+    assert all(seeds_elsewhere(name, [0, 1, 2])[:1] == [0] for name in CELLS)
 
 
 def test_a_cell_is_compared_with_those_that_are_there():

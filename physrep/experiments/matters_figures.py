@@ -267,7 +267,7 @@ def plot_main_effects(tables: Mapping[str, pd.DataFrame]) -> Figure:
                 range(len(levels[factor])),
                 [TITLES[level] if "\n" in TITLES[level] else in_lines(TITLES[level]) for level in levels[factor]],
             )
-            ax.set(yscale="log", xlim=(-0.5, len(levels[factor]) - 0.5))
+            ax.set(yscale="log", xlim=(-0.5, max(1, len(levels[factor])) - 0.5))
             ax.set_title(in_lines(NAMES[factor]), fontsize=SMALL + 0.5, fontweight="bold")
             ax.axhline(1.0, color="#555555", lw=0.8)
             ax.grid(axis="y")
