@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Runs', 'BY_HAND', 'TUNED', 'RANDOM', 'tuned_runs', 'recipe_table', 'lower_on_valid', 'recipe_differences', 'verdicts',
-           'beside_controls', 'order_table', 'describe_order', 'plot_recipes']
+           'luck_of_choice', 'beside_controls', 'order_table', 'describe_order', 'plot_recipes']
 
 # %% ../../nbs/experiments/tuned.ipynb #89403ca8
 from collections.abc import Mapping, Sequence
@@ -97,6 +97,24 @@ def recipe_differences(runs: Runs, run_dir: str | Path | None = None) -> pd.Data
 def verdicts(differences: pd.DataFrame) -> np.ndarray:
     "`lower`, `higher` or `undecided`: on which side of 0 the interval of each difference lies."
     return np.select([differences.high < 0, differences.low > 0], ["lower", "higher"], "undecided")
+
+# %% ../../nbs/experiments/tuned.ipynb #677b0abc
+def luck_of_choice(table: pd.DataFrame) -> pd.DataFrame:
+    """A line for each row of a `recipe_table` of one system, with errors on `test`, means over probes and seeds: with
+    the recipe that is `lower_on_valid` (`chosen`), with the one that the other seeds choose (`by others`), of random
+    weights (`random`), and of the better on `valid` of every two of them (`better of two`). ValueError for one seed."""
+    if table.seed.nunique() < 2:
+        raise ValueError("one seed has no others that choose for it; use at least two, such as seeds 0 and 1")
+    means = table.groupby(["of", "recipe", "seed"], sort=False)[["error", "valid"]].mean()
+    rows = []
+    for name, lower in lower_on_valid(table).lower.items():
+        error, valid = (means.loc[name][which].unstack("recipe") for which in ("error", "valid"))
+        others = [valid.drop(seed)[[TUNED, BY_HAND]].mean().idxmin() for seed in valid.index]
+        pairs = [error.loc[valid.loc[list(two), RANDOM].idxmin(), RANDOM] for two in combinations(valid.index, 2)]
+        by_others = [error.loc[seed, recipe] for seed, recipe in zip(valid.index, others)]
+        found = {"chosen": error[lower], "by others": by_others, "random": error[RANDOM], "better of two": pairs}
+        rows.append({"of": name} | {what: float(np.mean(errors)) for what, errors in found.items()})
+    return pd.DataFrame(rows).set_index("of")
 
 # %% ../../nbs/experiments/tuned.ipynb #01d54aed
 def beside_controls(runs: Runs, system: str, preset: Preset, run_dir: str | Path | None = None) -> pd.DataFrame:
