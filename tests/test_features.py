@@ -1,8 +1,11 @@
 """Features: extraction, digests, and a cache that is never wrong."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from physrep.models.pretrained import LoadedEncoder, load_encoder, save_encoder
 from physrep.physics.systems import get_system
 from physrep.probing.evaluate import Reader, _drop_others
 from physrep.probing.features import (
+    ABANDONED,
     Features,
     FewerTokens,
     cache_path,
@@ -396,6 +400,35 @@ def test_a_buffer_has_one_shape_and_a_place(tmp_path):
         torch.nn.Identity(), clips(3, 3), memory_limit=0, scratch=tmp_path / "new" / "folder", progress=False
     ).shape == (4, 3, 4)
     assert not list((tmp_path / "new" / "folder").iterdir())
+
+
+def test_a_disk_that_is_too_small_is_named_before_the_work(tmp_path, monkeypatch):
+    seen = []
+
+    class Counted(torch.nn.Identity):
+        def forward(self, x):
+            seen.append(len(x))
+            return x
+
+    clips = [{"fields": torch.zeros(2, 3, 4)}] * 5
+    free = 10 * 3 * 4 * 2  # bytes of ten windows as float16
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    enough = dict(memory_limit=0, scratch=tmp_path / "new", progress=False)
+    assert extract(Counted(), clips, expected=10, **enough).shape == (10, 3, 4)
+    seen.clear()
+    with pytest.raises(OSError, match=f"would go to {tmp_path}.*, where .* are free; what helps: another folder"):
+        extract(Counted(), clips, expected=10, kept_in=tmp_path, **enough)
+    assert seen == [2], "the tokens would be there twice while they are copied"
+    assert len(extract(Counted(), clips, expected=11, progress=False)) == 10, "what fits memory needs no disk"
+
+
+def test_files_of_a_killed_process_are_removed_after_a_day(tmp_path):
+    old, new = (tmp_path / f".train-{i}.safetensors.1.tmp" for i in (0, 1))
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (0, time.time() - ABANDONED - 60))
+    cached(tmp_path, "train", KEY, Make())
+    assert not old.exists() and new.exists()
 
 
 def test_a_run_keeps_the_features_of_today_only(smoke_data, tmp_path):

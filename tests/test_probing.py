@@ -22,7 +22,7 @@ from physrep.experiments import token_reading
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import LoadedEncoder
 from physrep.physics.systems import Label, System, get_system
-from physrep.probing import frozen
+from physrep.probing import token_order
 from physrep.probing.evaluate import _finetune
 from physrep.probing.features import Features, encoder_digest, extract
 from physrep.probing.finetune import FinetuneRecipe, fit_finetune
@@ -30,16 +30,15 @@ from physrep.probing.frozen import (
     PROBES,
     AttentiveRecipe,
     ProbeKind,
-    conformal_half_width,
     fit_probe,
     load_probe,
     ridge_path,
-    shuffled,
-    squared_error,
     standardiser,
     token_standardiser,
 )
+from physrep.probing.prediction import conformal_half_width, squared_error
 from physrep.probing.reading import features_of
+from physrep.probing.token_order import shuffled
 from physrep.training.presets import get_preset
 
 SYSTEM = get_system("shear_flow")
@@ -435,10 +434,10 @@ def test_windows_beyond_memory_are_shuffled_in_blocks(monkeypatch, count):
     assert torch.equal(torch.cat(in_memory), torch.randperm(count, generator=generator("some", 0))), (
         "as it always was, up to 8 GB"
     )
-    monkeypatch.setattr(frozen, "BLOCK", 64 * 10)
-    monkeypatch.setattr(frozen, "BLOCKS_TOGETHER", 5)
+    monkeypatch.setattr(token_order, "BLOCK", 64 * 10)
+    monkeypatch.setattr(token_order, "BLOCKS_TOGETHER", 5)
     read = []
-    monkeypatch.setattr(frozen, "_read_through", lambda block: read.append(block[:, 0, 0].int().tolist()))
+    monkeypatch.setattr(token_order, "_read_through", lambda block: read.append(block[:, 0, 0].int().tolist()))
     seen = []
     for index in shuffled(tokens, 32, "some", 0, in_any_order=63):
         assert set(index.tolist()) <= {window for block in read for window in block}, "read before it is asked for"

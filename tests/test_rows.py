@@ -22,7 +22,7 @@ from physrep.results.rows import (
     title_of,
 )
 from physrep.training.presets import get_preset
-from physrep.training.run import resolve, system_folder
+from physrep.training.run import resolve, seen_system, system_folder
 
 
 def written(folder, text):
@@ -56,7 +56,7 @@ def test_a_periodic_row_pads_each_axis_as_the_system_ends_there():
     for system, modes in cut.items():  # the paper's crop is a part of these axes
         run = run_of(row, system, "paper")
         assert run.encoder_config["padding_mode"] == modes
-        assert run.seen_system.boundary == tuple("periodic" if mode == "circular" else "wall" for mode in modes)
+        assert seen_system(run).boundary == tuple("periodic" if mode == "circular" else "wall" for mode in modes)
 
 
 def test_what_waits_longest_starts_first():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'PERIODIC', 'CELL', 'RATES', 'BUDGET', 'FOUND', 'Levels',
-           'check_cell', 'cell_coefficients', 'equal_steps', 'seeds_elsewhere', 'equal_budget', 'cell_run',
-           'untrained_run', 'at_rate', 'matters_root', 'seeds_there', 'score_on_valid', 'valid_errors', 'chosen_rate',
-           'rate_of', 'Place', 'crossed', 'Errors', 'group_sums', 'read_errors', 'planned_cells', 'scored_runs']
+           'check_cell', 'cell_coefficients', 'equal_steps', 'equal_budget', 'cell_run', 'untrained_run', 'at_rate',
+           'matters_root', 'seeds_there', 'score_on_valid', 'seeds_elsewhere', 'valid_errors', 'chosen_rate', 'rate_of',
+           'Place', 'crossed', 'Errors', 'group_sums', 'read_errors', 'planned_cells', 'scored_runs']
 
 # %% ../../nbs/experiments/matters.ipynb #015d054a
 import json
@@ -108,12 +108,7 @@ def equal_steps(run: Run, budget: int) -> int:
     few = replace(run, recipe=replace(recipe, batch_size=together, accumulate=1))
     return max(1, round(budget / (cost(few)["train"] * recipe.batch_size)))
 
-
-def seeds_elsewhere(name: str, seeds: Sequence[int]) -> Sequence[int]:
-    "The seeds of a cell on other systems than the first: all for the comparison of the paper, one for other cells."
-    return seeds if name in (*PAPER.values(), PERIODIC) else seeds[:1]
-
-
+# %% ../../nbs/experiments/matters.ipynb #592547f8
 def equal_budget(system: str, preset: Preset, data_dir: str | Path | None = None) -> int:
     "The operations that every cell gets: those of the training of the row `BUDGET`."
     return cost(resolve(system, *BUDGET, preset, data_dir=data_dir))["total"]
@@ -198,6 +193,11 @@ def score_on_valid(
     data = {split: one.fingerprint() for split, one in windows.items()}
     write_json(path, found | json.loads(json.dumps(made)) | {"data": data})
     return read_json(path)
+
+
+def seeds_elsewhere(name: str, seeds: Sequence[int]) -> Sequence[int]:
+    "The seeds of a cell on other systems than the first: all for the comparison of the paper, one for other cells."
+    return seeds if name in (*PAPER.values(), PERIODIC) else seeds[:1]
 
 # %% ../../nbs/experiments/matters.ipynb #0541fefa
 def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float]:

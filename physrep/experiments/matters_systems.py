@@ -90,7 +90,7 @@ def _each(places: Sequence[OnSystem], table: Callable[..., pd.DataFrame], *, n_b
         found.append(table(place.errors, place.untrained, **asked).assign(system=place.system))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
-
+# %% ../../nbs/experiments/matters_systems.ipynb #d26750e9
 def over_untrained(places: Sequence[OnSystem], *, n_bootstrap: int = 1000) -> pd.DataFrame:
     "`cells_over_untrained` of each system, with the spread of seeds of `place_lucks`."
     return _each(places, cells_over_untrained, n_bootstrap=n_bootstrap)

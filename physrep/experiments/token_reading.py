@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..core.files import open_tensors, write_tensors
-from ..probing.frozen import BLOCK, BLOCKS_TOGETHER, shuffled
+from ..probing.token_order import BLOCK, BLOCKS_TOGETHER, shuffled
 
 # %% ../../nbs/experiments/token_reading.ipynb #76b8f9da
 def _forget(path: Path) -> None:

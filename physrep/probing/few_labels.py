@@ -19,7 +19,8 @@ from .frozen import LAMBDAS, NEIGHBOURS, WIDTHS, AttentiveRecipe, Probe
 from .scores import score
 
 # %% ../../nbs/probing/few_labels.ipynb #69e2f891
-from .frozen import fit_probe, squared_error, standardiser
+from .frozen import fit_probe, standardiser
+from .prediction import squared_error
 
 # %% ../../nbs/probing/few_labels.ipynb #3f8d460d
 def draw_flows(features: Features, scaler: LabelScaler, number: int, draw: int = 0) -> np.ndarray:

@@ -21,7 +21,8 @@ from ..data.batches import Batches
 from ..data.scaling import LabelScaler, Normaliser
 from ..models.pretrained import LoadedEncoder
 from .features import FewerTokens, encoder_digest
-from .frozen import Predictor, Probe, best_trial, fitted_head, new_head, squared_error
+from .frozen import Probe, fitted_head, new_head
+from .prediction import Predictor, best_trial, squared_error
 from ..training.loop import warmup_cosine
 
 # %% ../../nbs/probing/finetune.ipynb #75182190

@@ -88,7 +88,8 @@ def features_of(
 
     def make() -> torch.Tensor:
         options = dict(device=device, scratch=scratch or cache, max_tokens=max_tokens, progress=progress)
-        return extract(encoder, batches.evaluation(), **options)
+        kept_in = cache if known else None
+        return extract(encoder, batches.evaluation(), expected=len(windows), kept_in=kept_in, **options)
 
     if cache and known:
         key = features_key(encoder, windows, size=size, max_tokens=max_tokens, device=device)
