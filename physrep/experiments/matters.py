@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'PERIODIC', 'CELL', 'RATES', 'BUDGET', 'FOUND', 'Levels',
            'check_cell', 'cell_coefficients', 'equal_steps', 'equal_budget', 'cell_run', 'untrained_run', 'at_rate',
-           'matters_root', 'seeds_there', 'score_on_valid', 'seeds_elsewhere', 'valid_errors', 'chosen_rate', 'rate_of',
+           'matters_root', 'seeds_there', 'seeds_elsewhere', 'score_on_valid', 'valid_errors', 'chosen_rate', 'rate_of',
            'Place', 'crossed', 'Errors', 'group_sums', 'read_errors', 'planned_cells', 'scored_runs']
 
 # %% ../../nbs/experiments/matters.ipynb #015d054a
@@ -164,6 +164,11 @@ def seeds_there(system: str, preset: Preset, run_dir: str | Path | None = None) 
     return sorted({*preset.seeds, *(int(folder.name.removeprefix("seed")) for folder in folders)})
 
 
+def seeds_elsewhere(name: str, seeds: Sequence[int]) -> Sequence[int]:
+    "The seeds of a cell on other systems than the first: all for the comparison of the paper, one for other cells."
+    return seeds if name in (*PAPER.values(), PERIODIC) else seeds[:1]
+
+# %% ../../nbs/experiments/matters.ipynb #d93dce6c
 def score_on_valid(
     run: Run,
     data_dir: str | Path,
@@ -193,11 +198,6 @@ def score_on_valid(
     data = {split: one.fingerprint() for split, one in windows.items()}
     write_json(path, found | json.loads(json.dumps(made)) | {"data": data})
     return read_json(path)
-
-
-def seeds_elsewhere(name: str, seeds: Sequence[int]) -> Sequence[int]:
-    "The seeds of a cell on other systems than the first: all for the comparison of the paper, one for other cells."
-    return seeds if name in (*PAPER.values(), PERIODIC) else seeds[:1]
 
 # %% ../../nbs/experiments/matters.ipynb #0541fefa
 def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float]:
