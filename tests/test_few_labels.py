@@ -8,10 +8,11 @@ import torch
 
 from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import get_system
+from physrep.probing import few_labels
 from physrep.probing.evaluate import FEW, score_run
 from physrep.probing.features import Features
 from physrep.probing.few_labels import draw_flows, fit_attentive_on_few, fit_few, of_flows, score_few, score_refitted
-from physrep.probing.frozen import AttentiveRecipe
+from physrep.probing.frozen import AttentiveRecipe, fit_probe
 from physrep.probing.records import read_results
 from physrep.results.data_efficiency import PAPER_SHARES, plot_beside_paper, plot_data_efficiency, plot_shift, read_few
 from physrep.training.pretrain import pretrain
@@ -47,6 +48,32 @@ def test_draws_are_whole_flows_stratified_and_the_same_for_every_encoder():
             draw_flows(features, scaler, wrong)
 
 
+def test_drawn_flows_cover_the_range_more_evenly_than_luck():
+    features, rng = toy(), np.random.default_rng(0)
+    scaler = LabelScaler.fit(SYSTEM, features.labels)
+    rank = features.labels[::3].argsort(0).argsort(0) / 39  # of each flow and label, from 0 to 1
+
+    def off(flows: np.ndarray) -> float:
+        "How far the ranks of eight flows are from even ones."
+        return np.abs(np.sort(rank[flows], 0) - (np.arange(8)[:, None] + 0.5) / 8).max()
+
+    drawn = np.mean([off(draw_flows(features, scaler, 8, k)) for k in range(30)])
+    assert drawn < 0.6 * np.mean([off(rng.permutation(40)[:8]) for _ in range(300)])
+
+
+@pytest.mark.parametrize("name", ["linear", "knn", "kernel"])
+def test_the_candidate_is_taken_that_is_best_on_the_flows_left_out(name):
+    features = toy(16, noise=0.3)
+    scaler = LabelScaler.fit(SYSTEM, features.labels)
+    error = np.zeros(())
+    for part in few_labels._parts(features.groups, few_labels.FOLDS):
+        out, rest = (of_flows(features, groups) for groups in (part, np.setdiff1d(features.groups, part)))
+        trials = fit_probe(name, rest, out, scaler).trials
+        error = error + len(out) / len(features) * np.array([trial["valid_mse"] for trial in trials])
+    best = fit_probe(name, features, features, scaler).trials[int(np.argmin(error))]
+    assert fit_few(name, features, scaler).chosen == {k: v for k, v in best.items() if k != "valid_mse"}
+
+
 @pytest.mark.parametrize("name", ["linear", "knn", "kernel"])
 def test_what_is_chosen_leaves_flows_out(name):
     features = toy(16, noise=0.3)
@@ -54,9 +81,10 @@ def test_what_is_chosen_leaves_flows_out(name):
     probe = fit_few(name, features, scaler)
     assert probe.name == name and np.isfinite(probe.predict(features)).all()
     # a flow's windows are copies of each other: whoever leaves windows out in place of flows chooses one neighbour
-    copies = Features(torch.randn(16, 1, 5).repeat_interleave(3, 0), features.labels, features.groups)
     if name == "knn":
-        assert fit_few(name, copies, scaler).chosen["k"] > 1
+        tokens = (torch.randn(16, 1, 5, generator=torch.Generator().manual_seed(i)) for i in range(5))
+        copies = [Features(x.repeat_interleave(3, 0), features.labels, features.groups) for x in tokens]
+        assert sum(fit_few(name, f, scaler).chosen["k"] > 1 for f in copies) >= 3
     with pytest.raises(ValueError, match="at least two flows"):
         fit_few(name, of_flows(features, np.array([3])), scaler)
 
@@ -98,6 +126,39 @@ def test_a_drifted_read_out_is_told_from_lost_information():
         assert {r["split"] for r in rows} == {"refitted"} and rows[0]["labelled_flows"] == 12
         errors.append(next(r["value"] for r in rows if (r["label"], r["metric"]) == ("mean", "mse")))
     assert errors[0] < 0.05 and errors[1] > 0.7
+
+
+def test_probes_of_few_flows_know_the_labels_of_these_alone(monkeypatch):
+    seen = []
+
+    def watched(name: str, features: Features, scaler: LabelScaler):
+        seen.append((features, scaler))
+        return fit_few(name, features, scaler)
+
+    monkeypatch.setattr(few_labels, "fit_few", watched)
+    train, test = toy(64), toy(30, seed=1)
+    scaler = LabelScaler.fit(SYSTEM, train.labels)
+    score_few({"train": train, "test": test}, {"test": test.groups}, scaler, {8: 2}, ABOUT, probes=["linear"])
+    assert len(seen) == 2
+    for features, own in seen:
+        assert np.allclose(own.transform(features.labels).mean(0), 0), "scaled by the few labels, not by all"
+
+
+def test_refitted_probes_predict_draws_that_they_were_not_fitted_on(monkeypatch):
+    class Perfect:
+        def __init__(self, features: Features):
+            self.seen = set(features.groups.tolist())
+
+        def predict(self, features: Features) -> np.ndarray:
+            assert not self.seen & set(features.groups.tolist()), "fitted on the draws that it predicts"
+            return features.labels
+
+    monkeypatch.setattr(few_labels, "fit_few", lambda name, features, scaler: Perfect(features))
+    features = toy(24)
+    scaler = LabelScaler.fit(SYSTEM, features.labels)
+    rows = score_refitted(features, features.groups // 2, scaler, ABOUT, probes=["linear"])
+    errors = [row["value"] for row in rows if row["metric"] == "mse"]
+    assert errors and errors == pytest.approx([0] * len(errors), abs=1e-12)
 
 
 def test_a_run_has_its_rows_of_few_flows(smoke_data, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from physrep.data.generate import draw_parameters, make_files, plan
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
+from physrep.experiments import grid as grids
 from physrep.experiments.box import SHORTER, SPLIT, check_same_data, longer_box, plot_box
 from physrep.experiments.grid import (
     FITS,
@@ -27,6 +28,7 @@ from physrep.experiments.grid import (
 from physrep.experiments.grid_ranks import REFERENCE, column_ranks, decided_order, order_changes, plot_grid
 from physrep.physics.systems import SYSTEMS, get_system
 from physrep.probing.features import Features
+from physrep.probing.few_labels import fit_few
 from physrep.training.presets import get_preset
 
 SIMULATED = [(preset, system) for preset in ("smoke", "laptop", "gpu") for system in SYSTEMS]
@@ -108,6 +110,18 @@ def split_features(noise=0.05):
         tokens = np.log10(x) + noise * rng.normal(size=x.shape)
         features[s] = Features(torch.tensor(tokens[:, None], dtype=torch.float32), x, np.arange(len(x)))
     return features, LabelScaler.fit(SHEAR, labels["train"])
+
+
+def test_a_probe_that_leaves_pairs_out_is_given_the_flows_of_a_pair_as_one(monkeypatch):
+    seen = []
+
+    def watched(name, features, scaler):
+        seen.append(len(np.unique(features.groups)))
+        return fit_few(name, features, scaler)
+
+    monkeypatch.setattr(grids, "fit_few", watched)
+    fit_all(*split_features(), probes=["linear"])
+    assert seen == [16]
 
 
 @pytest.fixture(scope="module")

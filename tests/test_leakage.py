@@ -1,5 +1,6 @@
 """Leakage where its notebook does not look: bad values, other systems, records, views that cannot be."""
 
+import shutil
 import warnings
 
 import h5py
@@ -7,11 +8,16 @@ import numpy as np
 import pytest
 
 from physrep.data.leakage import data_report, deal_flows, find_flows, leakage, main, write_leak_free
+from physrep.data.scaling import LabelScaler
 from physrep.data.well import DamagedFileError, WellFile
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_well
 from physrep.physics.systems import get_system
-from physrep.probing.evaluate import bootstrap_groups, window_flows
+from physrep.probing import evaluate
+from physrep.probing.evaluate import bootstrap_groups, window_flows, write_scores
+from physrep.probing.reading import probe_splits
+from physrep.probing.records import read_predictions
+from physrep.training.run import resolve
 
 BOX = {"active_matter": (10.0, 10.0), "shear_flow": (1.0, 2.0), "rayleigh_benard": (4.0, 1.0)}
 
@@ -89,6 +95,25 @@ def test_the_bootstrap_draws_new_parameters_with_all_their_flows(tmp_path):
         assert np.array_equal(bootstrap_groups(other, of), window_flows(other))
     few = bootstrap_groups(valid, test)
     assert np.array_equal(few, window_flows(valid)), "3 draws of parameters are too few"
+
+
+def test_a_flow_of_train_in_test_is_refused_wherever_splits_are_loaded(smoke_data, tmp_path):
+    folder = shutil.copytree(smoke_data / "shear_flow", tmp_path / "shear_flow")
+    source = min((folder / "data" / "train").glob("*.hdf5"))
+    shutil.copy(source, folder / "data" / "test" / source.name)
+    with pytest.raises(ValueError, match="of 'test' have an initial condition that 'train' has too"):
+        probe_splits(resolve("shear_flow", "random", "vit", "smoke"), tmp_path)
+
+
+def test_scores_are_drawn_by_parameters(smoke_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "ENOUGH", 2)  # smoke has four draws
+    windows = probe_splits(resolve("shear_flow", "random", "vit", "smoke"), smoke_data)
+    test = windows["test"]
+    truth = test.targets(np.arange(len(test)))
+    scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
+    write_scores(tmp_path, {("linear", "test"): truth}, windows, scaler, objective="mae", encoder="vit")
+    groups = read_predictions(tmp_path).groups["test"]
+    assert len(np.unique(groups)) == len(np.unique(test.labels, axis=0)) < len(np.unique(test.groups))
 
 
 def test_equal_velocity_at_another_reynolds_number_is_no_twin(tmp_path):

@@ -7,7 +7,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import statsmodels.formula.api as smf
 import torch
+from scipy import stats
+from statsmodels.stats.anova import anova_lm
 
 from physrep.core.files import read_json, write_json
 from physrep.core.paths import project_root
@@ -47,9 +50,12 @@ from physrep.experiments.matters_model import (
     estimable,
     main_effects,
     paper_claim,
+    pooled_spread,
     present_levels,
     shares,
     term_columns,
+    term_tests,
+    with_luck,
 )
 from physrep.experiments.matters_probes import (
     MEAN,
@@ -59,7 +65,11 @@ from physrep.experiments.matters_probes import (
     plot_by_probe,
 )
 from physrep.experiments.matters_systems import OnSystem, paper_on_systems, place_lucks, read_system
+from physrep.models.vit import ViT
+from physrep.objectives.cells import Cell
+from physrep.objectives.composite import Composite
 from physrep.physics.systems import get_system
+from physrep.probing.evaluate import score_run
 from physrep.probing.reading import FROZEN
 from physrep.probing.records import write_predictions
 from physrep.results.figures import resolve_arguments
@@ -220,21 +230,53 @@ def test_a_training_that_diverges_has_no_score_and_is_not_repeated(tmp_path, mon
     assert Place("shear_flow", SMOKE, "", tmp_path).train_at(run, "low", [0, 1]) == []
 
 
-def write_run(run, run_dir, draw: np.random.Generator, groups: np.ndarray, gate: float = 0.5) -> np.ndarray:
-    "A run folder with made-up predictions of its probes on `test`; their errors `(heads, windows, labels)`, z-scored."
+def test_the_score_of_a_rate_is_the_mean_error_on_valid(smoke_data, tmp_path):
+    run = cell_run("tube-pixels-vit", "shear_flow", SMOKE, steps=1)
+    found = score_on_valid(run, smoke_data, tmp_path, progress=False)
+    assert set(found["valid"]) == set(FROZEN) and set(found["data"]) == {"train", "valid"}
+    assert found["score"] == pytest.approx(np.mean([list(labels.values()) for labels in found["valid"].values()]))
+    rows = pd.DataFrame(score_run(run, smoke_data, matters_root(tmp_path), probes=FROZEN, progress=False).rows)
+    rows = rows.query("split == 'valid' and metric == 'mse' and label != 'mean'")
+    there = {(head, label): error for head, labels in found["valid"].items() for label, error in labels.items()}
+    assert there == pytest.approx({(r.probe, r.label): r.value for r in rows.itertuples()})
+
+
+def test_the_places_of_hidden_tokens_are_centred_by_themselves():
+    torch.manual_seed(0)
+    vit = ViT(4, dim=16, depth=1, heads=2, tubelet=(2, 4, 4))
+    cell = Cell(vit, system=get_system("shear_flow"), shape=(8, 16, 16), target="shared")
+    batch = {"fields": torch.randn(6, 4, 8, 16, 16), "seeds": torch.arange(6)}
+    raw, centred = Composite.answer(cell, batch)[1], cell.answer(batch)[1]
+    places = cell.masks(batch)[0].nonzero()[:, 1].view(6, -1)
+    for z, found in zip(raw, centred, strict=True):
+        for place in places.unique():
+            here = places == place
+            n = int(here.sum())
+            by_hand = (z[here] - z[here].mean(0)) * math.sqrt(n / max(1, n - 1))
+            assert torch.allclose(found[here], by_hand, atol=1e-5)
+
+
+def write_run(
+    run, run_dir, draw: np.random.Generator, groups: np.ndarray, gate: float = 0.5, fields: str = "00aa"
+) -> np.ndarray:
+    """A run folder with made-up predictions of its probes on `test`; their errors `(heads, windows, labels)`, z-scored
+    and clipped."""
     folder = run.folder(matters_root(run_dir))
     folder.mkdir(parents=True)
-    scaler = LabelScaler(get_system("shear_flow"), *(np.array([v, v]) for v in (0.0, 1.0, -9.0, 9.0)))
+    scaler = LabelScaler(get_system("shear_flow"), *(np.array([v, v]) for v in (0.0, 1.0, -2.0, 2.0)))
     truth = np.random.default_rng(0).normal(size=(len(groups), 2))
     z = truth + draw.normal(size=(len(FROZEN), len(groups), 2))
     predictions = {(head, "test"): scaler.inverse(z[i]) for i, head in enumerate(FROZEN)}
     about = {"system": "shear_flow", "objective": run.row[0], "encoder": run.encoder, "seed": run.seed}
     options = dict(scaler=scaler, labelled_flows=16, run=run.path, **about)
     file = folder / "predictions.safetensors"
-    write_predictions(file, predictions, {"test": scaler.inverse(truth)}, {"test": groups}, **options)
+    write_predictions(
+        file, predictions, {"test": scaler.inverse(truth)}, {"test": groups}, data={"test": fields}, **options
+    )
     row = {"step": 6, "effective_rank": 9.0, "feature_std": 0.1, "gate": gate}
     pd.DataFrame([row]).to_csv(folder / "curve.csv", index=False)
-    return z - truth
+    assert (np.abs(z) > 2.4).any(), "a tenth beyond the range of labels"
+    return np.clip(z, -2.4, 2.4) - truth
 
 
 def test_errors_are_those_of_the_predictions(tmp_path):
@@ -254,6 +296,10 @@ def test_errors_are_those_of_the_predictions(tmp_path):
     write_run(other[SOME[2]][0], tmp_path, draw, groups[::-1].copy())
     with pytest.raises(ValueError, match="same windows"):
         read_errors(runs | other, tmp_path)
+    elsewhere = {SOME[3]: [cell_run(SOME[3], "shear_flow", SMOKE, steps=1)]}
+    write_run(elsewhere[SOME[3]][0], tmp_path, draw, groups, fields="00bb")
+    with pytest.raises(ValueError, match="same windows"):  # equal labels of other fields
+        read_errors(runs | elsewhere, tmp_path)
     with pytest.raises(ValueError, match="valid: mean, Reynolds, Schmidt"):
         read_errors(runs, tmp_path, label="Re")
 
@@ -324,6 +370,28 @@ def test_intervals_cover():
     assert table.low["task"] < TRUE["task"] / whole < table.high["task"]
     wider = shares(made_up(draw, luck=0.4), n_bootstrap=40).set_index("component")
     assert wider.high["task"] - wider.low["task"] > table.high["task"] - table.low["task"]
+
+
+def test_intervals_of_cells_are_as_wide_as_seeds_and_flows_make_them():
+    errors = made_up(np.random.default_rng(8), 3)
+    cells, draw = errors.runs.cell.to_numpy(), np.random.default_rng(0)
+    (spread,), left = pooled_spread(errors.logs().mean(axis=1, keepdims=True), cells)
+    y = np.stack([with_luck(errors, draw) for _ in range(1000)])
+    first, other = (y[:, cells == cell].mean(axis=1) for cell in (cells[0], cells[-1]))  # flows cancel
+    assert (first - other).std() == pytest.approx(spread * math.sqrt(2 / 3 * left / (left - 2)), rel=0.12)
+    flows = np.random.default_rng(1).multinomial(40, np.full(40, 1 / 40), size=1000)
+    assert y.mean(axis=1).std() == pytest.approx(np.std([errors.logs(w).mean() for w in flows]), rel=0.15)
+    found = main_effects(errors, n_bootstrap=400).query("factor == 'task'")
+    by_hand = 2 * stats.t.ppf(0.975, left) * spread * math.sqrt((1 / 6 - 1 / 18) / 3)
+    assert np.allclose(np.log(found.high / found.low), by_hand, rtol=0.2)
+
+
+def test_terms_are_tested_as_in_an_analysis_of_variance():
+    errors = made_up(np.random.default_rng(3), 2)
+    frame = errors.runs.assign(y=errors.logs().mean(axis=1))
+    model = smf.ols("y ~ C(task, Sum) * C(target, Sum) * C(encoder, Sum)", frame).fit()
+    theirs, ours = anova_lm(model, typ=3).iloc[1:-1], term_tests(errors)
+    assert len(ours) == 7 and np.allclose(ours.F, theirs["F"]) and np.allclose(ours.p, theirs["PR(>F)"])
 
 
 def test_missing_cells_and_seeds_leave_out_what_they_would_tell():

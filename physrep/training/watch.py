@@ -95,7 +95,8 @@ def gate_measures(objective: nn.Module, batches: Iterable[dict]) -> dict[str, fl
 
 
 def shortcomings(row: Mapping[str, float]) -> list[str]:
-    "Why the encoder of a row of `curve.csv` is not called trained, in words; [] if it may be."
+    """Why the encoder of a row of `curve.csv` is not called trained, in words; [] if it may be. Without a question of
+    its own, as with labels, there is no gate."""
     found = []
     if row.get("gate", 0.0) >= 1:
         found.append(f"its own error is {row['gate']:.2f} times that of the best trivial answer")
