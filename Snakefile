@@ -543,7 +543,7 @@ rule tuned:
     shell: "{params.command}"
 
 # `make ablations`: a job per variant and seed
-VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS for seed in PRESET.seeds]
+VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS for seed in dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS))]
 for name, seed, done in VARIED:
     run, _ = changed_run(name, SYSTEMS[FIRST], PRESET, seed=seed, data_dir=DATA)
     probed = (OUT / FIRST).glob(f"{'-'.join(run.row)}-*/seed{seed}/result.json")
@@ -551,13 +551,13 @@ for name, seed, done in VARIED:
         name: f"ablate_{name}_seed{seed}"
         input: simulated(FIRST)
         output: touch(finished(done, any(probed)))
-        params: code=code_digest("experiments.ablations", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=SYSTEMS[FIRST], variants=name, seed=seed, draw=False)
+        params: code=code_digest("experiments.ablations", *run.modules, entries=run.entries) + run.hash + PROBING, command=papermill("08b_ablations", f"ablation-{name}-seed{seed}", system=SYSTEMS[FIRST], variants=name, seeds=str(seed), draw=False)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"
 
 rule ablations:
-    input: [result for result in RESULTS if result.is_relative_to(OUT / FIRST)] + [done for *_, done in VARIED]
+    input: [result for result in RESULTS + MORE_SEEDS if result.is_relative_to(OUT / FIRST)] + [done for *_, done in VARIED]
     output: figures("ablations")
     params: code=stage("08b_ablations", "experiments.ablations"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
     shell: "{params.command}"
