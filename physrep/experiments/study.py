@@ -50,7 +50,7 @@ def planned_runs(
     asked_rows = [("reproduce", s, row) for s in systems for row in table_rows(preset, s) if row.kind == "trained"]
     asked_rows += [("tuned", s, row) for s in systems for row in both]
     found = [(command, run_of(row, s, preset, k)) for command, s, row in asked_rows for k in more.seeds]
-    found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in preset.seeds]
+    found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in more.seeds]
     found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
     asked = [faster(row) for row in jepa_rows()]
     found += [("question", run_of(row, s, preset, k)) for s in systems for row in asked for k in preset.seeds]
