@@ -64,7 +64,14 @@ from physrep.experiments.matters_probes import (
     paper_by_probe,
     plot_by_probe,
 )
-from physrep.experiments.matters_systems import OnSystem, paper_on_systems, place_lucks, read_system
+from physrep.experiments.matters_systems import (
+    OnSystem,
+    level_ratios,
+    paper_on_systems,
+    place_lucks,
+    read_system,
+    spread_of_seeds,
+)
 from physrep.models.vit import ViT
 from physrep.objectives.cells import Cell
 from physrep.objectives.composite import Composite
@@ -458,10 +465,24 @@ def test_a_system_with_enough_seeds_has_a_spread_of_its_own():
     assert place_lucks(two, here)[0][1] == place_lucks(here, here)[0][1], "2 degrees of freedom: those of the first"
     (spread, left), _ = place_lucks(three, here)
     assert left == 4 and spread[-1] > 5 * place_lucks(here, here)[0][0][-1]
+    spreads = spread_of_seeds([here, three])
+    assert spreads.loc[("c", "all cells"), MEAN] == pytest.approx(spread[-1])
+    own = spreads.loc["c"].loc[list(PAPER.values()), MEAN]
+    assert np.sqrt((own**2).mean()) == pytest.approx(spread[-1]), "both cells have as many seeds"
     table = paper_on_systems([here, two, three], n_bootstrap=200)
     table = table[(table.probe == MEAN) & (table.over == "VideoMAE")].set_index("system")
     width = np.log(table.high / table.low)
     assert width["c"] > 3 * width["b"], "the spread of its own seeds is larger"
+
+
+def test_the_ratio_of_two_levels_is_the_square_of_an_effect():
+    errors = made_up(np.random.default_rng(8), 3, GRID[GRID.task != "future"])
+    effects = main_effects(errors, n_bootstrap=50).assign(system="a")
+    row = level_ratios(effects).set_index("factor").loc["task"]
+    task = errors.runs.task.to_numpy()
+    means = {level: errors.logs()[task == level].mean() for level in ("tube", "window")}
+    assert row.levels == "tube over window" and row.low < row.ratio < row.high
+    assert row.ratio == pytest.approx(math.exp(means["tube"] - means["window"]))
 
 
 def test_only_the_comparison_of_the_paper_has_several_seeds_on_other_systems():
@@ -494,6 +515,10 @@ def test_probes_that_contradict_each_other_are_told_apart():
     ratio = found[found.over == "VideoMAE"].set_index("probe").factor
     assert ratio[errors.heads[1]] / ratio[errors.heads[0]] == pytest.approx(4, rel=0.1)
     assert ratio[MEAN] == pytest.approx(np.exp(np.log(ratio.drop(MEAN)).mean()))
+    assert (found.lowest <= found.factor).all() and (found.factor <= found.highest).all()
+    by_hand = errors.logs()[jepa].min(0) - errors.logs()[(errors.runs.cell == PAPER["VideoMAE"]).to_numpy()].max(0)
+    lowest = found[found.over == "VideoMAE"].set_index("probe").lowest
+    assert np.allclose(np.log(lowest[list(errors.heads)]), by_hand)
     own = found[found.over == OWN]
     assert set(own.cell) == {"JEPA, zero padding"}, "random weights of the other networks are not there"
     assert own.factor.between(0.55, 0.8).all()

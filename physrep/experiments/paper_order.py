@@ -42,5 +42,5 @@ def paper_order(
     if not found:
         return pd.DataFrame(columns=columns)
     table = pd.concat(found, ignore_index=True)
-    text = [interval_text(*row) for row in table[["difference", "low", "high"]].itertuples(index=False)]
+    text = [interval_text(*numbers, 3) for numbers in zip(table.difference, table.low, table.high)]
     return table.assign(text=text)[columns]
