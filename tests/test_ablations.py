@@ -1,14 +1,17 @@
 "Ablations at preset smoke: trained, compared with their rows, drawn."
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import ROOT, papermill
+from scipy import stats
 
 from physrep.core.files import read_json
 from physrep.experiments import ablations
-from physrep.experiments.ablations import seeds_there
+from physrep.experiments.ablations import is_decided, seeds_there, variant_ratios
 from physrep.experiments.recipes import train_and_probe
 from physrep.experiments.variants import base_run, variant_run
+from physrep.probing.reading import FROZEN
 from physrep.training.presets import get_preset
 
 
@@ -22,6 +25,33 @@ def test_further_seeds_are_shown_where_both_sides_have_them(tmp_path, monkeypatc
             file.parent.mkdir(parents=True)
             file.write_text("{}")
     assert seeds_there("noise", "shear_flow", smoke, tmp_path) == [*smoke.seeds, 6]
+
+
+def test_two_seeds_are_enough_as_their_spread_is_pooled(monkeypatch):
+    smoke, draw = get_preset("smoke"), np.random.default_rng(0)
+    runs = {name: [variant_run(name, "shear_flow", smoke).with_seed(k) for k in (0, 1)] for name in ("near", "noise")}
+    made: dict[str, np.ndarray] = {}
+
+    def sums(folder, split, label="mean"):
+        if (key := f"{folder} {label}") not in made:
+            luck = 0.1 * draw.standard_normal((len(FROZEN), 1))
+            made[key] = (2.0 if "near" in key else 1.0) * np.exp(luck) * np.ones((len(FROZEN), 30))
+        return made[key], np.ones(30), np.zeros((30, 3))
+
+    monkeypatch.setattr(ablations, "group_sums", sums)
+    table = variant_ratios(runs, "runs")
+    mean = table[(table.label == "mean") & (table.probe == "linear")].set_index("variant")
+    logs = {key: np.log(value[0].mean()) for key, value in made.items() if key.endswith(" mean")}
+    sides = [[log for key, log in logs.items() if word in key] for word in ("near", "noise", "jepa-vit")]
+    assert [len(side) for side in sides] == [2, 2, 2], "both are compared with one row"
+    spread = np.sqrt(np.mean([np.var(side, ddof=1) for side in sides]))
+    by_hand = 2 * stats.t.ppf(0.975, 3) * spread
+    assert np.log(mean.high / mean.low).to_numpy() == pytest.approx([by_hand] * 2, rel=0.25)
+    assert np.log(mean.factor["near"]) == pytest.approx(np.mean(sides[0]) - np.mean(sides[2]))
+    assert [is_decided(row) for row in mean.itertuples()] == [True, False]
+    with pytest.raises(ValueError, match="same windows of 'test'; probe it again"):
+        monkeypatch.setattr(ablations, "group_sums", lambda f, *_: (np.ones((4, 30)), np.ones(30), np.full(9, hash(f))))
+        variant_ratios(runs, "runs")
 
 
 @pytest.mark.long
