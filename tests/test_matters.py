@@ -25,20 +25,19 @@ from physrep.experiments.matters import (
     PAPER,
     PERIODIC,
     RATES,
-    Errors,
     Place,
     at_rate,
     cell_run,
     check_cell,
     matters_root,
     rate_of,
-    read_errors,
     score_on_valid,
     scored_runs,
     seeds_elsewhere,
     seeds_there,
     untrained_run,
 )
+from physrep.experiments.matters_errors import Errors, read_errors
 from physrep.experiments.matters_figures import cell_means, plot_cells, plot_main_effects, plot_shares
 from physrep.experiments.matters_model import (
     FACTORS,

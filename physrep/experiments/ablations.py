@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .matters import group_sums
+from .matters_errors import group_sums
 from .matters_probes import luck_of, probe_ratio
 from .recipes import train_and_probe
 from .variants import base_run, check_variant, variant_run

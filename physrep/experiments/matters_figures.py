@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .matters import CELL_ENCODERS, FACTORS, PAPER, Errors, group_sums, matters_root, untrained_run
+from .matters import CELL_ENCODERS, FACTORS, PAPER, matters_root, untrained_run
+from .matters_errors import Errors, group_sums
 from .matters_model import LEVELS, RUNS, TERMS, term_name
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..results.figures import using_style

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.randomness import seed_for
-from .matters import CELL_ENCODERS, CELLS, FACTORS, PAPER, Errors
+from .matters import CELL_ENCODERS, CELLS, FACTORS, PAPER
+from .matters_errors import Errors
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 
 # %% ../../nbs/experiments/matters_model.ipynb #a8c6ffe8

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..core.randomness import seed_for
-from .matters import CELL_ENCODERS, PAPER, PERIODIC, Errors, group_sums, matters_root, untrained_run
+from .matters import CELL_ENCODERS, PAPER, PERIODIC, matters_root, untrained_run
+from .matters_errors import Errors, group_sums
 from .matters_figures import log_ticks
 from .matters_model import pooled_spread, term_tests
 from ..probing.reading import FROZEN

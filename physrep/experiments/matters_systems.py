@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 
 from ..core.files import read_json
 from . import matters_probes
-from .matters import CELL_ENCODERS, CELLS, FACTORS, Errors, matters_root, read_errors, scored_runs
+from .matters import CELL_ENCODERS, CELLS, FACTORS, matters_root, scored_runs
+from .matters_errors import Errors, read_errors
 from .matters_figures import log_ticks
 from .matters_model import estimable, main_effects, present_levels
 from .matters_probes import MEAN, Luck, cells_over_untrained, lucks_of, paper_by_probe
