@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,11 +16,12 @@ from statsmodels.stats.anova import anova_lm
 from physrep.core.files import read_json, write_json
 from physrep.core.paths import project_root
 from physrep.data.scaling import LabelScaler
-from physrep.experiments import matters, matters_probes
+from physrep.experiments import matters, matters_probes, matters_systems
 from physrep.experiments.matters import (
     BUDGET,
     CELL_ENCODERS,
     CELLS,
+    COMPARED,
     FOUND,
     PAIRS,
     PAPER,
@@ -30,6 +32,7 @@ from physrep.experiments.matters import (
     cell_run,
     check_cell,
     matters_root,
+    planned_cells,
     rate_of,
     score_on_valid,
     scored_runs,
@@ -68,8 +71,11 @@ from physrep.experiments.matters_systems import (
     level_ratios,
     paper_on_systems,
     place_lucks,
+    ratio_tables,
+    read_compared,
     read_system,
     spread_of_seeds,
+    tried_rates,
 )
 from physrep.models.vit import ViT
 from physrep.objectives.cells import Cell
@@ -78,6 +84,7 @@ from physrep.physics.systems import get_system
 from physrep.probing.evaluate import score_run
 from physrep.probing.reading import FROZEN
 from physrep.probing.records import write_predictions
+from physrep.results.comparison import interval_text
 from physrep.results.figures import resolve_arguments
 from physrep.training.cost import cost, example_batch
 from physrep.training.loop import TrainingDiverged, make_optimizer, update
@@ -178,6 +185,60 @@ def test_the_rates_that_were_found_are_those_of_the_committed_figure():
         assert config["recipe"]["lr"] == run.recipe.lr, name
 
 
+def test_the_rates_of_the_comparison_are_those_of_the_committed_figure_in_every_system():
+    configs = read_json(project_root() / "figures" / "matters_paper.json")["configs"]
+    others = {
+        system: found for (preset, system), found in FOUND.items() if (preset, system) != ("laptop", "shear_flow")
+    }
+    assert all(set(found) == set(COMPARED) for found in others.values())
+    for system, found in others.items():
+        for name, rate in found.items():
+            run = cell_run(name, system, "laptop", rate=rate, steps=1)
+            alike = [
+                c for c in configs.values() if (c["system"], c["tag"], c["encoder"]) == (system, run.tag, run.encoder)
+            ]
+            same = [c for c in alike if c["encoder_config"] == json.loads(json.dumps(run.encoder_config))]
+            assert {c["recipe"]["lr"] for c in same} == {run.recipe.lr}, (system, name)
+
+
+def test_on_other_systems_the_comparison_is_planned_at_their_own_rates_too(tmp_path, monkeypatch, any_code):
+    preset, paper, other = replace(SMOKE, seeds=(0, 1)), PAPER["VideoMAE"], "tube-ema-vit"
+    monkeypatch.setattr(matters, "FOUND", {("smoke", "shear_flow"): {paper: "high", other: "low"}})
+    runs = {name: cell_run(name, "active_matter", preset) for name in (paper, other)}
+
+    def planned(name: str) -> list:
+        found = planned_cells(preset, ["shear_flow", "active_matter"], tmp_path)
+        return [run for cell, run in found if cell == name and run.system.name == "active_matter"]
+
+    at = {rate: at_rate(runs[paper], rate) for rate in RATES}
+    rates = [*at.values(), at["middle"].with_seed(1), at["high"].with_seed(1)]
+    assert sorted(run.path for run in planned(paper)) == sorted(run.path for run in rates), "a search, and both rates"
+    write_scores(runs[paper], tmp_path, {"lowest": 0.4, "low": 0.3, "middle": None, "high": 0.4})
+    both = [at[rate].with_seed(seed).path for rate in ("low", "high") for seed in (0, 1)]
+    assert sorted(run.path for run in planned(paper)) == sorted(both), "the search is done"
+    assert [run.path for run in planned(other)] == [at_rate(runs[other], "low").path], (
+        "one seed at the rate of the first"
+    )
+
+
+def test_the_comparison_is_read_at_the_rate_of_its_system(tmp_path, monkeypatch, any_code):
+    monkeypatch.setattr(matters_systems, "check_current", lambda *args: None)
+    draw, groups = np.random.default_rng(1), np.repeat(np.arange(6), 4)
+    video = cell_run(PAPER["VideoMAE"], "active_matter", SMOKE)
+    write_scores(video, tmp_path, {"lowest": 0.4, "low": 0.3, "middle": 0.5, "high": 0.4})
+    seeds = {"shear_flow": [0], "active_matter": [0, 1]}
+    assert read_compared(seeds, SMOKE, run_dir=tmp_path) == [], "none is scored"
+    for run in (at_rate(video, "low"), at_rate(video, "high").with_seed(1)):  # the latter is at the rate of the first
+        write_run(run, tmp_path, draw, groups)
+        write_json(run.folder(matters_root(tmp_path)) / "result.json", {"data": {"test": "00aa"}})
+    (place,) = read_compared(seeds, SMOKE, run_dir=tmp_path)
+    assert place.system == "active_matter" and [run.path for run in place.runs] == [at_rate(video, "low").path]
+    assert f"{PAPER['VideoMAE']}: seed 1" in place.missing and len(place.missing) == 3, "other cells are not asked for"
+    tried = tried_rates(["active_matter"], SMOKE, tmp_path)
+    assert list(tried.chosen) == ["low", "not tried here", "not tried here"]
+    assert tried.middle["active_matter", PAPER["VideoMAE"]] == 0.5
+
+
 def test_what_was_scored_elsewhere_is_not_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(matters, "pretrain", lambda *args, **kwargs: pytest.fail("it is trained again"))
     monkeypatch.setattr(matters, "probe_splits", lambda *args: {})
@@ -268,7 +329,7 @@ def write_run(
     """A run folder with made-up predictions of its probes on `test`; their errors `(heads, windows, labels)`, z-scored
     and clipped."""
     folder = run.folder(matters_root(run_dir))
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     scaler = LabelScaler(get_system("shear_flow"), *(np.array([v, v]) for v in (0.0, 1.0, -2.0, 2.0)))
     truth = np.random.default_rng(0).normal(size=(len(groups), 2))
     z = truth + draw.normal(size=(len(FROZEN), len(groups), 2))
@@ -469,6 +530,11 @@ def test_a_system_with_enough_seeds_has_a_spread_of_its_own():
     own = spreads.loc["c"].loc[list(PAPER.values()), MEAN]
     assert np.sqrt((own**2).mean()) == pytest.approx(spread[-1]), "both cells have as many seeds"
     table = paper_on_systems([here, two, three], n_bootstrap=200)
+    ratios, ends = ratio_tables(table).values()
+    row = table[(table.probe == MEAN) & (table.over == "VideoMAE") & (table.system == "c")].iloc[0]
+    place = ("VideoMAE", "JEPA, zero padding", "c")
+    assert ratios.loc[place, MEAN] == interval_text(row.factor, row.low, row.high)
+    assert ends.loc[place, MEAN] == f"{row.lowest:.2f} to {row.highest:.2f}"
     table = table[(table.probe == MEAN) & (table.over == "VideoMAE")].set_index("system")
     width = np.log(table.high / table.low)
     assert width["c"] > 3 * width["b"], "the spread of its own seeds is larger"
@@ -485,7 +551,7 @@ def test_the_ratio_of_two_levels_is_the_square_of_an_effect():
 
 
 def test_only_the_comparison_of_the_paper_has_several_seeds_on_other_systems():
-    assert {name for name in CELLS if len(seeds_elsewhere(name, [0, 1, 2])) > 1} == {*PAPER.values(), PERIODIC}
+    assert {name for name in CELLS if len(seeds_elsewhere(name, [0, 1, 2])) > 1} == set(COMPARED)
     assert all(seeds_elsewhere(name, [0, 1, 2])[:1] == [0] for name in CELLS)
 
 
