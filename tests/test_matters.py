@@ -149,10 +149,10 @@ def write_scores(run, run_dir, scores: dict) -> None:
 def test_the_rate_is_chosen_on_valid_and_what_is_missing_is_said(tmp_path, monkeypatch, any_code):
     monkeypatch.setattr(matters, "CELLS", {name: CELLS[name] for name in SOME[:3]})
     first, second, third = (cell_run(name, "shear_flow", SMOKE) for name in SOME[:3])
-    write_scores(first, tmp_path, {"lowest": 0.6, "low": 0.5, "middle": None, "high": 0.4})  # middle diverged
+    write_scores(first, tmp_path, {"lowest": 0.6, "low": 0.4, "middle": None, "high": 0.5})  # middle diverged
     write_scores(second, tmp_path, {"low": 0.5, "middle": 0.2})
     write_scores(third, tmp_path, dict.fromkeys(RATES))
-    done = at_rate(first, "high").with_seed(1)
+    done = at_rate(first, "low").with_seed(1)
     write_json(done.folder(matters_root(tmp_path)) / "result.json", {})
     found, missing = scored_runs("shear_flow", SMOKE, [0, 1], tmp_path)
     assert found == {SOME[0]: [done]}
@@ -170,6 +170,8 @@ def test_a_rate_that_was_found_before_is_taken_until_all_are_tried_here(tmp_path
     write_scores(run, tmp_path, {"lowest": 0.1, "low": 0.2, "middle": 0.3})
     assert rate_of("tube-pixels-vit", run, tmp_path) == "high"
     write_scores(run, tmp_path, {"high": 0.4})
+    assert rate_of("tube-pixels-vit", run, tmp_path) == "high", "the best is an end, so one further down is to be tried"
+    write_scores(run, tmp_path, {"further down": 0.2})
     assert rate_of("tube-pixels-vit", run, tmp_path) == "lowest"
     assert rate_of("pair-pooled-vit", cell_run("pair-pooled-vit", "shear_flow", laptop, steps=1), tmp_path) is None
 
@@ -266,6 +268,22 @@ def test_a_training_takes_the_place_of_results_from_elsewhere(tmp_path, monkeypa
         assert Place("shear_flow", SMOKE, "", tmp_path).train_at(run, "middle", [0]) == []
     else:
         assert score_on_valid(run, "", tmp_path)["score"] is None
+
+
+def test_only_the_comparison_is_searched_further_where_an_end_is_best(tmp_path, monkeypatch, any_code):
+    true = {"further down": 0.1, "lowest": 0.2, "low": 0.3, "middle": 0.4, "high": 0.5, "further up": 0.6}
+    tried, trained = [], []
+
+    def score(run, *args, **kwargs):
+        (rate,) = (rate for rate in true if at_rate(run, rate) == run)
+        tried.append(rate)
+        write_scores(run, tmp_path, {rate: true[rate]})
+
+    monkeypatch.setattr(matters, "score_on_valid", score)
+    monkeypatch.setattr(Place, "train_at", lambda self, run, rate, seeds: trained.append(rate) or [])
+    for name in (PERIODIC, "tube-pixels-convnext"):
+        Place("shear_flow", SMOKE, "", tmp_path).train_cell(name, [0])
+    assert tried == [*RATES, "further down", *RATES] and trained == ["further down", "lowest"]
 
 
 def test_a_search_that_is_asked_for_takes_no_rate_of_before(tmp_path, monkeypatch):

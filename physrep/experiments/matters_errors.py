@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .matters import FACTORS, RATES, at_rate, check_cell, matters_root
+from .matters import ALL_RATES, FACTORS, at_rate, check_cell, matters_root
 from ..probing.reading import FROZEN
 from ..probing.records import read_predictions
 from ..training.loop import read_metrics
@@ -137,7 +137,7 @@ def read_errors(
         first = windows if first is None else first
         if not np.array_equal(first, windows) or len(flows) > 1:
             raise ValueError(f"{run.path} was not scored on the same windows of {split!r} as {rows[0]['run']}")
-        rate = next(rate for rate in RATES if at_rate(run, rate).recipe.lr == run.recipe.lr)
+        rate = next(rate for rate in ALL_RATES if at_rate(run, rate).recipe.lr == run.recipe.lr)
         rows.append(_about(name, run, rate, folder))
         sums.append(one)
     if not rows:

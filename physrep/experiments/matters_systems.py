@@ -105,13 +105,13 @@ def tried_rates(
     systems: Sequence[str], preset: Preset, run_dir: str | Path | None = None, data_dir: str | Path | None = None
 ) -> pd.DataFrame:
     """The error on `valid` of COMPARED at each learning rate, nan where it was not tried here, and which was `chosen`
-    from them; a line for each cell and system."""
+    from them once all were tried; a line for each cell and system."""
     rows = []
     for system, cell in product(systems, COMPARED):
         run = matters.cell_run(cell, system, preset, seed=preset.seeds[0], data_dir=data_dir)
         scores = matters.valid_errors(run, run_dir)
-        tried = {rate: scores.get(rate, math.nan) for rate in matters.RATES}
-        chosen = matters.chosen_rate(scores) or "not tried here"
+        tried = {rate: scores.get(rate, math.nan) for rate in matters.ALL_RATES}
+        chosen = matters.chosen_rate(cell, scores) or "not tried here"
         rows.append({"system": system, "cell": cell} | tried | {"chosen": chosen})
     return pd.DataFrame(rows).set_index(["system", "cell"])
 
