@@ -39,6 +39,7 @@ from physrep.experiments.matters import (
     seeds_elsewhere,
     seeds_there,
     untrained_run,
+    valid_errors,
 )
 from physrep.experiments.matters_errors import Errors, read_errors
 from physrep.experiments.matters_figures import cell_means, plot_cells, plot_main_effects, plot_shares
@@ -320,7 +321,10 @@ def test_the_score_of_a_rate_is_the_mean_error_on_valid(smoke_data, tmp_path):
     found = score_on_valid(run, smoke_data, tmp_path, progress=False)
     assert set(found["valid"]) == set(FROZEN) and set(found["data"]) == {"train", "valid"}
     assert found["score"] == pytest.approx(np.mean([list(labels.values()) for labels in found["valid"].values()]))
+    assert valid_errors(run, tmp_path) == {"middle": found["score"]}
     rows = pd.DataFrame(score_run(run, smoke_data, matters_root(tmp_path), probes=FROZEN, progress=False).rows)
+    (run.folder(matters_root(tmp_path)) / "valid.json").unlink()
+    assert valid_errors(run, tmp_path) == {"middle": pytest.approx(found["score"])}, "of what was scored on all splits"
     rows = rows.query("split == 'valid' and metric == 'mse' and label != 'mean'")
     there = {(head, label): error for head, labels in found["valid"].items() for label, error in labels.items()}
     assert there == pytest.approx({(r.probe, r.label): r.value for r in rows.itertuples()})

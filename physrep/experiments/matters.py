@@ -200,16 +200,24 @@ def score_on_valid(
     return read_json(path)
 
 # %% ../../nbs/experiments/matters.ipynb #0541fefa
+def _score_there(folder: Path, preset: Preset) -> float | None:
+    "The score on `valid` of a run that was scored there or on all splits; infinite if it diverged, None if neither."
+    if is_current(folder / "valid.json", preset):
+        score = read_json(folder / "valid.json")["score"]
+        return math.inf if score is None else score
+    if is_current(folder / "result.json", preset):
+        rows = read_json(folder / "result.json")["rows"]
+        asked = {"split": "valid", "metric": "mse", "label": "mean"}  # of the labels
+        return float(np.mean([row["value"] for row in rows if asked.items() <= row.items()]))
+    return None
+
+
 def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float]:
     """The score on `valid` of a run of a cell at each rate that has one of today's code; infinite where the training
     diverged."""
-    found = {}
-    for rate in ALL_RATES:
-        path = at_rate(run, rate).folder(matters_root(run_dir)) / "valid.json"
-        if is_current(path, run.preset):
-            score = read_json(path)["score"]
-            found[rate] = math.inf if score is None else score
-    return found
+    root = matters_root(run_dir)
+    found = {rate: _score_there(at_rate(run, rate).folder(root), run.preset) for rate in ALL_RATES}
+    return {rate: score for rate, score in found.items() if score is not None}
 
 
 def untried_rates(name: str, scores: Mapping[str, float]) -> list[str]:
