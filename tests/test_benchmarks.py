@@ -23,6 +23,7 @@ from physrep.experiments.benchmarks import (
     time_pieces,
 )
 from physrep.experiments.scaling import FACTORS
+from physrep.results.panels import WIDTH
 from physrep.training.loop import Recipe, make_optimizer
 
 ROOT = project_root()
@@ -157,8 +158,10 @@ def test_real_objectives_are_timed(smoke_data):
     assert (table.seconds >= 0).all() and (table[table.piece == "update"].seconds > 0).all()
     text = summary(table)
     assert len(text) == 4 and float(text.loc[("mae", "vit", 4), "of plain"]) > 0
-    left, right = plot_pieces(table).axes
-    assert len(left.patches) == 2 * len(PIECES) and len(right.lines) == 2
+    fig = plot_pieces(table)
+    left, right = fig.axes
+    assert len(left.patches) == 2 * len(PIECES) and [len(line.get_xdata()) for line in right.lines] == [2, 2]
+    assert fig.get_figwidth() == WIDTH and right.texts[0].get_text().endswith("x")
 
 
 @pytest.mark.parametrize("objective", ["mae", "jepa_ema", "invariance"])

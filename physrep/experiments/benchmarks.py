@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pandas as pd
 import torch
 from einops import rearrange
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -30,7 +32,8 @@ from ..models.vit import Block
 from ..objectives import predictors, targets
 from ..objectives.methods import OBJECTIVES, objective_class
 from ..results.figures import using_style
-from ..results.rows import color_of, marker_of, title_of
+from ..results.panels import SMALL, WIDTH
+from ..results.rows import title_of
 from ..training.cost import count_flops
 from ..training.loop import Recipe, make_optimizer, update
 from ..training.presets import get_preset
@@ -269,35 +272,42 @@ def _draw_shares(ax: Axes, table: pd.DataFrame) -> None:
             ax.barh(-y, one[piece], left=left, color=COLORS[piece], label=None if y else piece)
             left += one[piece]
     ax.set_yticks([-y for y in range(len(cases))], [title_of(*case) for case in cases])
-    ax.set(xlim=(0, 1), xlabel=f"share of an update, batch size {table.batch_size.iloc[0]}")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(PIECES), columnspacing=1, handlelength=1)
+    ax.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    ax.set(xlim=(0, 1), xlabel=f"share of an update\n({table.batch_size.iloc[0]} windows a batch)")
 
 # %% ../../nbs/experiments/benchmarks.ipynb #56f27358
 def _draw_speed(ax: Axes, table: pd.DataFrame, unit: str) -> None:
-    "Windows a second by batch size, a line a case."
-    for (objective, encoder), one in table[table.piece == "update"].groupby(["objective", "encoder"], sort=False):
-        style = dict(color=color_of(objective, encoder), marker=marker_of(encoder, objective))
+    "Windows a second of each case, a mark for each batch size, and beside them how many times plain PyTorch's that is."
+    whole = table[table.piece == "update"]
+    sizes = sorted(set(whole.batch_size))
+    tones = dict(zip(sizes, colormaps["viridis_r"](np.linspace(0.1, 0.9, len(sizes)))))
+    for y, (_, one) in enumerate(whole.groupby(["objective", "encoder"], sort=False)):
+        ax.plot(one.windows_per_second, [-y] * len(one), color="#BBBBBB", lw=1, zorder=1)
+        ax.scatter(one.windows_per_second, [-y] * len(one), c=[tones[n] for n in one.batch_size], s=18, zorder=2)
         ratio = one.against_plain.median()
-        label = title_of(objective, encoder) + (f", {ratio:.1f}x" if ratio == ratio else "")
-        ax.plot(one.batch_size, one.windows_per_second, ms=5, label=label, **style)
-    sizes = sorted(set(table.batch_size))
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(sizes, [str(n) for n in sizes], minor=False)
-    ax.set(xlabel="batch size", ylabel=unit, ylim=(0, None))
-    ax.grid(axis="y")
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="and times plain PyTorch")
+        text = f"{ratio:.1f}x" if ratio == ratio else "-"
+        ax.annotate(text, (1.03, -y), xycoords=ax.get_yaxis_transform(), va="center", fontsize=SMALL)
+    ax.annotate("times\nplain", (1.03, 1), xycoords=ax.get_yaxis_transform(), va="center", fontsize=SMALL)
+    for n in sizes:
+        ax.scatter([], [], color=tones[n], s=18, label=str(n))
+    ax.set(xlabel=unit, xlim=(0, None))
+    ax.grid(axis="x")
 
 
 def plot_pieces(table: pd.DataFrame, *, unit: str = "windows a core-second") -> Figure:
-    "A table of `time_pieces`: shares at a middle batch size, and windows a second by batch size."
+    "A table of `time_pieces`, a line a case: shares at a middle batch size, and windows a second by batch size."
     sizes = sorted(set(table.batch_size))
     shown = table[table.batch_size == sizes[(len(sizes) - 1) // 2]]
     cases = len(set(zip(table.objective, table.encoder)))
     with using_style():
-        fig = Figure(figsize=(11, 1.6 + 0.28 * cases), layout="constrained")
-        left, right = fig.subplots(1, 2)
+        fig = Figure(figsize=(WIDTH, 1.6 + 0.21 * cases), layout="constrained")
+        left, right = fig.subplots(1, 2, sharey=True)
         _draw_shares(left, shown)
         _draw_speed(right, table, unit)
+        look = dict(fontsize=SMALL, columnspacing=0.8, handlelength=1, handletextpad=0.4)
+        fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(PIECES), **look)
+        place = dict(loc="outside upper right", title="windows a batch", title_fontsize=SMALL)
+        fig.legend(*right.get_legend_handles_labels(), ncols=len(sizes), **place, **look)
     return fig
 
 # %% ../../nbs/experiments/benchmarks.ipynb #1c4e68b8
