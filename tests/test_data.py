@@ -463,6 +463,19 @@ def test_resize_noise_and_crop(smoke_data):
     )
 
 
+def test_data_that_nothing_here_has_simulated_are_left_alone(tmp_path):
+    file = tmp_path / "shear_flow" / "data" / "train" / "shear_flow_Reynolds_1e4.hdf5"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"days of a download")
+    (tmp_path / "shear_flow" / "stats.yaml").write_text("mean: {}")
+    with pytest.raises(
+        ValueError, match="shear_flow_Reynolds_1e4.hdf5.*no plan.json.*Preset paper or native reads them"
+    ):
+        make_dataset("shear_flow", SIM, tmp_path, workers=1, progress=False)
+    assert file.read_bytes() == b"days of a download" and (tmp_path / "shear_flow" / "stats.yaml").is_file()
+    assert not (tmp_path / "shear_flow" / "plan.json").exists()
+
+
 def test_batches_made_ahead_are_the_same(smoke_data):
     w = Windows(smoke_data, SHEAR, "train", frames=16, stride=8)
     options = dict(
@@ -479,6 +492,22 @@ def test_batches_made_ahead_are_the_same(smoke_data):
         assert len(one) == 3 and all(
             torch.equal(a[k], b[k]) for a, b in zip(one, two, strict=True) for k in ("fields", "labels", "seeds")
         )
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_first_batch_of_the_next_update_is_made_ahead(smoke_data, accumulate):
+    w = Windows(smoke_data, SHEAR, "train", frames=16, stride=8)
+    options = dict(normaliser=Normaliser.load(smoke_data, SHEAR), scaler=LabelScaler.fit(SHEAR, w.labels), augment=True)
+    plain, early = (Batches(w, batch_size=6, accumulate=accumulate, ahead=ahead, **options) for ahead in (False, True))
+    made, make = [], early.make
+    early.make = lambda indices, seeds: made.append(indices.tolist()) or make(indices, seeds)
+    for step in (0, 1, 2, 7):  # a run goes on elsewhere
+        for one, two in zip(plain(step), early(step), strict=True):
+            assert torch.equal(one["fields"], two["fields"]) and torch.equal(one["seeds"], two["seeds"])
+    early._ahead._thread.shutdown()
+    used = [part.tolist() for step in (0, 1, 2, 3, 7, 8) for part, _ in early.parts(step)]
+    skipped = 2 * (accumulate - 1)  # of steps 3 and 8 only the first was made
+    assert len(made) == len(used) - skipped, "each once, and one ahead of every jump"
 
 
 def test_one_is_made_ahead_and_an_error_comes_in_its_turn():

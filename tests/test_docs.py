@@ -234,8 +234,22 @@ def test_size_of_the_published_sets():
 def test_hours_of_a_gpu_add_up():
     *rows, whole = (line.split(" | ") for line in tables.gpu_hours().splitlines()[2:])
     petaflops = [float(row[3].removesuffix(" PFLOP")) for row in rows]
-    assert "JEPA ConvNeXt" in rows[0][0] and petaflops[0] == pytest.approx(0.580239e12 * 750 * 256 / 1e15, abs=0.5)
-    assert float(whole[3].removesuffix(" PFLOP")) == pytest.approx(3 * sum(petaflops), abs=3 * len(rows) / 2)
+    assert "JEPA ConvNeXt" in rows[0][0] and petaflops[0] == pytest.approx(0.580239e12 * 903 * 256 / 1e15, abs=0.5)
+    systems = (205 + 903 + 1411) / 903  # updates
+    assert float(whole[3].removesuffix(" PFLOP")) == pytest.approx(systems * sum(petaflops), abs=3 * len(rows) / 2)
+
+
+def test_the_paper_trains_for_six_epochs():
+    from physrep.physics.systems import SYSTEMS
+    from physrep.training.presets import get_preset
+    from physrep.training.run import stride_of
+
+    preset = get_preset("paper")
+    for name, system in SYSTEMS.items():
+        recipe = preset.recipe("jepa", "convnext", name)
+        windows = tables.windows_of(system, 32, 0, stride_of(system, preset.train_stride))
+        assert recipe.steps == round(6 * windows / recipe.batch_size), name
+        assert {preset.recipe(row, "vit", name).steps for row in ("mae", "forecast", "supervised")} == {recipe.steps}
 
 
 def build(out: Path, *options: str) -> Path:

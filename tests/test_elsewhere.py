@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from physrep.models.elsewhere import load_conv_predictor, load_convnext, load_videomae, read_weights
 from physrep.models.pretrained import load_encoder, save_encoder
-from physrep.probing.evaluate import own_encoder
+from physrep.models.vit import ViT
+from physrep.probing.evaluate import own_encoder, score_run
+from physrep.probing.reading import normaliser_for, probe_splits
 from physrep.training.run import resolve
 
 DIMS, DEPTHS = (4, 6, 8), (1, 2, 1)
@@ -210,6 +212,21 @@ def test_videomae_that_does_not_fit_is_refused(tmp_path):
         load_videomae(tmp_path / "c.pth")
 
 
+def test_channels_of_a_file_are_found_in_its_order(tmp_path):
+    torch.save(convnext_file(), tmp_path / "encoder.pth")
+    usual, ours = load_convnext(tmp_path / "encoder.pth"), load_convnext(tmp_path / "encoder.pth", fields=[2, 0, 1])
+    x = torch.randn(1, 3, 16, 64, 64, generator=torch.Generator().manual_seed(0))
+    in_the_file = torch.stack([x[:, 1], x[:, 2], x[:, 0]], dim=1)  # our channel 0 is its 2, and so on
+    with torch.no_grad():
+        assert torch.allclose(ours(x), usual(in_the_file), atol=1e-5) and not torch.allclose(
+            ours(x), usual(x), atol=1e-3
+        )
+    with pytest.raises(
+        ValueError, match=r"encoder.pth has channels 0 to 2, each is needed once; got fields \[0, 0, 1\]"
+    ):
+        load_convnext(tmp_path / "encoder.pth", fields=[0, 0, 1])
+
+
 def test_they_are_encoders_of_this_package(tmp_path):
     "Saved and loaded, and probed as an encoder of one's own."
     torch.save(videomae_file(), tmp_path / "a.pth")
@@ -222,3 +239,37 @@ def test_they_are_encoders_of_this_package(tmp_path):
     with torch.no_grad():
         assert torch.equal(load_encoder(tmp_path / "encoder.safetensors")(x), encoder(x))
         assert torch.equal(own_encoder(run)(x), encoder(x))
+
+
+def a_saved_encoder(path: str):
+    "What a function of one's own returns that reads an encoder of this package."
+    return load_encoder(path)
+
+
+def test_an_encoder_of_this_package_that_is_only_probed_keeps_its_normalisation(smoke_data, tmp_path):
+    def run_of(**facts):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        vit = ViT(4, dim=8, depth=1, heads=2, tubelet=(4, 8, 8))
+        usual = dict(
+            system="shear_flow",
+            mean=torch.full((4,), 3.0),
+            std=torch.full((4,), 2.0),
+            shape=resolve("shear_flow", "mae", "vit", "smoke").clip_shape,
+            dt=0.2,
+        )
+        save_encoder(file, vit, "vit", **usual | facts)
+        return resolve(
+            "shear_flow", "frozen", f"{__name__}:a_saved_encoder", "smoke", encoder_config={"path": str(file)}
+        )
+
+    run = run_of()
+    encoder = own_encoder(run)
+    windows = probe_splits(run, smoke_data)
+    assert torch.equal(normaliser_for(encoder, windows["train"]).mean, torch.full((4,), 3.0)), "not that of the data"
+    assert score_run(run, smoke_data, tmp_path / "runs", probes=["knn"], windows=windows, progress=False).rows
+    for wrong, said in (
+        (dict(dt=0.5), "was trained on frames 0.5 apart, got dt=0.2"),
+        (dict(shape=(16, 8, 8)), "was trained on grids of 8x8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            score_run(run_of(**wrong), smoke_data, tmp_path / "runs", probes=["knn"], windows=windows, progress=False)

@@ -91,6 +91,30 @@ def test_extract_takes_no_gradient_and_uses_evaluation_mode():
     assert torch.equal(tokens, x.flatten(2).transpose(1, 2)) and encoder.training and not tokens.requires_grad
 
 
+class OnASmallCard(torch.nn.Module):
+    "Means over space of at most `room` clips at once."
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+        self.sizes: list[int] = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x.mean((-1, -2)).transpose(1, 2)
+
+
+def test_a_batch_that_a_card_cannot_hold_is_read_in_parts():
+    clips = torch.randn(7, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    small = OnASmallCard(2)
+    found = extract(small, [{"fields": clips}], dtype=torch.float32, progress=False)
+    assert torch.allclose(found, clips.mean((-1, -2)).transpose(1, 2)) and small.sizes == [7, 4, 2, 2, 3, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        extract(OnASmallCard(0), [{"fields": clips}], progress=False)
+
+
 def test_features_and_batches_that_are_not_right_are_named():
     labels, groups = np.ones((5, 2)), np.arange(5)
     with pytest.raises(ValueError, match="tokens of 1 of 5 windows are not finite, first at window 3"):

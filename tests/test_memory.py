@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from physrep.training import cost
 from physrep.training.memory import check_memory, memory_available, memory_needed
 from physrep.training.run import resolve
 
@@ -44,6 +45,30 @@ def test_micro_batches_need_less():
     whole = memory_needed(resolve("shear_flow", "mae", "vit", "laptop", batch_size=64))
     parts = memory_needed(resolve("shear_flow", "mae", "vit", "laptop", batch_size=64, recipe={"accumulate": 4}))
     assert parts.weights == whole.weights and 0.2 < parts.saved / whole.saved < 0.3
+
+
+def test_half_the_precision_needs_less_and_a_convnext_on_a_gpu_more():
+    mae = [resolve("shear_flow", "mae", "vit", "laptop", recipe={"precision": p}) for p in ("float32", "bfloat16")]
+    single, half = (memory_needed(run).saved for run in mae)
+    assert 0.4 < half / single < 0.9
+    with pytest.raises(ValueError, match="smaller batch_size, or precision bfloat16 on a GPU$"):
+        check_memory(mae[0], available=10**6)
+    with pytest.raises(ValueError, match="smaller batch_size$"):
+        check_memory(mae[1], available=10**6)
+    jepa = resolve("shear_flow", "jepa", "convnext", "laptop")
+    assert memory_needed(jepa, "cuda").saved > 1.3 * memory_needed(jepa).saved, "norm and scale are not folded there"
+
+
+@pytest.mark.parametrize("row", [("jepa", "convnext"), ("invariance", "vit"), ("mae", "vit")])
+def test_operations_of_large_batches_are_counted_on_a_few_windows(row, monkeypatch):
+    run = resolve("shear_flow", *row, "smoke")
+    whole = cost.cost(run)
+    seen, make = [], cost.example_batch
+    monkeypatch.setattr(cost, "example_batch", lambda *args: seen.append(args[2]) or make(*args))
+    monkeypatch.setattr(cost, "_MANY", 0)
+    few = cost.cost(run)
+    assert max(seen) < run.recipe.batch_size and few["encode"] == whole["encode"]
+    assert few["train"] == pytest.approx(whole["train"], rel=1e-3)
 
 
 def test_what_does_not_fit_is_refused_with_what_would_help():

@@ -1,10 +1,13 @@
 """A preset of a file: what it takes over, what it is called, and every mistake with the file and the field."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from physrep.training.loop import Recipe
 from physrep.training.presets import PRESETS, read_preset
+from physrep.training.run import resolve
 
 
 def preset(folder: Path, text: str, name: str = "mine"):
@@ -76,3 +79,14 @@ def test_a_file_gives_no_name(tmp_path):
 def test_a_wrong_value_is_named_with_its_file_and_field(tmp_path, line, message):
     with pytest.raises(ValueError, match=f"mine.yaml.*{message}"):
         preset(tmp_path, line if line.startswith(("base", "{")) else f"base: smoke\n{line}\n")
+
+
+def test_a_system_may_have_a_recipe_of_its_own():
+    mine = replace(
+        PRESETS["smoke"], train={**PRESETS["smoke"].train, "mae@shear_flow": Recipe(steps=3, batch_size=4, lr=1e-3)}
+    )
+    assert mine.recipe("mae", "vit", "shear_flow").steps == 3 and mine.recipe("mae", "vit", "active_matter").steps == 6
+    assert mine.recipe("my:Own", "vit", "shear_flow").steps == 3 and mine.recipe("jepa", "vit", "shear_flow").steps == 6
+    assert resolve("shear_flow", "mae", "vit", mine).recipe.steps == 3
+    rates = {s: resolve(s, "jepa", "convnext", "paper").recipe.lr for s in ("active_matter", "shear_flow")}
+    assert rates == {"active_matter": 1e-3, "shear_flow": 1e-4}, "the paper's"

@@ -303,7 +303,15 @@ def _set_folder(data_dir: str | Path, system: str) -> Path:
 
 
 def _prepare(folder: Path, recipe: dict) -> None:
-    "Writes the plan of a folder; removes files of older code and what an interruption has left; see `_made_by`."
+    """Writes the plan of a folder; removes files of older code and what an interruption has left; see `_made_by`.
+
+    ValueError for data that nothing here has simulated, which are left as they are."""
+    if not (folder / "plan.json").is_file() and (found := sorted((folder / "data").rglob("*.h*5"))):
+        raise ValueError(
+            f"{folder} holds data that physrep has not simulated, such as {found[0].relative_to(folder)} (there is no "
+            "plan.json), so nothing is simulated there. Preset paper or native reads them (PRESET=paper DATA=...); to "
+            "simulate, name another folder"
+        )
     if not (folder / "plan.json").is_file() or not _made_by(folder, recipe):
         for old in (folder / "data").rglob("*.hdf5"):
             old.unlink()

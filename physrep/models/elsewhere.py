@@ -167,14 +167,23 @@ def _adapt(state: dict[str, Tensor], name: str, channels: int | None) -> int:
     return state[name].shape[1]
 
 
-def load_convnext(path: str | Path, in_channels: int | None = None) -> ConvNeXt:
+def load_convnext(
+    path: str | Path,
+    in_channels: int | None = None,  # default: the file's; for another number see `adapt_channels`
+    *,
+    fields: Sequence[int] | None = None,  # of each of our channels, its place in the file; default: the same order
+) -> ConvNeXt:
     """The authors' `ConvEncoder` as our `ConvNeXt`, `(b, c, t, h, w) -> (b, n, d)`.
 
-    `in_channels`: default the file's; for another number see `adapt_channels`. FileNotFoundError; ValueError that names
-    the file and all tensors that are missing, unexpected or of another shape. Names as in the code of Qu et al.,
-    arXiv:2603.13227."""
+    FileNotFoundError; ValueError that names the file and all tensors that are missing, unexpected or of another shape,
+    and for `fields` that are not its channels, each once. Names as in the code of Qu et al., arXiv:2603.13227."""
     state = _part(read_weights(path), "encoder.", ("predictor.",), path)
-    in_channels = _adapt(state, "downsample_layers.0.0.weight", in_channels)
+    stem = "downsample_layers.0.0.weight"
+    in_channels = _adapt(state, stem, in_channels)
+    if fields is not None:
+        if sorted(fields) != list(range(in_channels)):
+            raise ValueError(f"{path} has channels 0 to {in_channels - 1}, each is needed once; got fields {fields}")
+        state[stem] = state[stem][:, list(fields)]
     encoder = ConvNeXt(in_channels, **_convnext_config(state))
     _fill(encoder, state, {name: _published_name(name) for name in encoder.state_dict()}, path)
     return encoder

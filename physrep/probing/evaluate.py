@@ -27,7 +27,7 @@ from ..data.leakage import find_flows
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
 from ..models.encoders import ENCODERS
-from ..models.pretrained import LoadedEncoder, load_encoder
+from ..models.pretrained import LoadedEncoder, check_fields, load_encoder
 from ..physics.systems import System
 from .features import Features, cache_path, features_key
 from .few_labels import fit_attentive_on_few, score_few, score_refitted
@@ -237,23 +237,35 @@ class Reader(torch.nn.Module):
         return tokens if tokens.ndim == 3 else tokens[:, None]
 
 
-def own_encoder(run: Run, device: str = "cpu") -> Reader:
+def own_encoder(run: Run, device: str = "cpu") -> Reader | LoadedEncoder:
     """The user's encoder of a row that is only probed: what `my_package.module:make_encoder` returns when it is called
     with
     those of `system`, `shape` (t, h, w), `in_channels` that it has arguments for, and the run's `encoder_config`.
 
     The result is any callable from clips `(b, c, t, h, w)` to tokens. Its clips are normalised with the training
     statistics
-    of the data, or physical if it has an attribute `normalised = False`. ValueError for what is not callable."""
+    of the data, or physical if it has an attribute `normalised = False`; those of an encoder of `load_encoder` with its
+    own statistics. ValueError for what is not callable."""
     make: Any = load_object(run.encoder, ENCODERS)
     offered = {"system": run.system, "shape": run.clip_shape, "in_channels": run.system.n_channels}
     arguments = inspect.signature(make).parameters
     encoder = make(**{k: v for k, v in offered.items() if k in arguments}, **run.encoder_config)
+    if isinstance(encoder, LoadedEncoder):
+        return encoder.to(device)
     if not callable(encoder):
         raise ValueError(f"{run.encoder} returned {type(encoder).__name__}; a callable from clips to tokens is needed")
     if isinstance(encoder, torch.nn.Module):
         encoder = encoder.to(device).eval().requires_grad_(False)
     return Reader(encoder, run.encoder)
+
+
+def _check_windows(encoder: LoadedEncoder, windows: Windows, size: int | None) -> None:
+    "ValueError for windows, resized to `size` points, of another kind than those that an encoder was trained on."
+    channels, known = list(windows.system.channels), list(encoder.info["channels"])
+    if channels != known:
+        raise ValueError(f"this encoder takes {', '.join(known)}; {windows.system.name} has {', '.join(channels)}")
+    grid = (size, size) if size else windows.grid
+    check_fields(torch.zeros(1, len(channels), windows.frames, *grid), float(windows.files[0].dt), encoder.info)
 
 
 def _encoder_of(run: Run, run_dir: str | Path | None, device: str) -> torch.nn.Module:
@@ -281,6 +293,8 @@ def score_run(
     folder = run.folder(run_dir)
     encoder = _encoder_of(run, run_dir, device)
     windows = windows or probe_splits(run, data_dir)
+    if run.objective == "frozen" and isinstance(encoder, LoadedEncoder):
+        _check_windows(encoder, windows["train"], run.clip.size)
     scaler = label_scaler(run, windows["train"])
     options = dict(device=device, progress=progress)
     kept = folder / "features" if cache else None

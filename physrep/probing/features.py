@@ -207,6 +207,16 @@ def check_room(size: int, folders: Iterable[str | Path]) -> None:
             )
 
 # %% ../../nbs/probing/features.ipynb #f3c21c40
+def _in_parts(encoder: nn.Module, x: Tensor) -> Tensor:
+    "The tokens of a batch; in halves, and halves of these, where the memory of a GPU is too small."
+    try:
+        return encoder(x)
+    except torch.OutOfMemoryError:
+        if len(x) == 1:
+            raise
+    return torch.cat([_in_parts(encoder, part) for part in x.split((len(x) + 1) // 2)])
+
+
 @fast_products()
 def extract(
     encoder: nn.Module,  # `(b, c, t, h, w) -> (b, tokens, d)`
@@ -231,7 +241,7 @@ def extract(
     try:
         with torch.no_grad(), torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=amp):
             for i, batch in enumerate(tqdm(batches, desc="features", disable=not progress, leave=False)):
-                tokens = encoder(batch["fields"].to(device))
+                tokens = _in_parts(encoder, batch["fields"].to(device))
                 network = encoder.encoder if isinstance(encoder, LoadedEncoder) else encoder
                 tokens = fewer_tokens(tokens, network, batch["fields"].shape[2:], max_tokens)
                 dtype = dtype or (torch.float16 if _survives_rounding(tokens) else torch.float32)

@@ -22,7 +22,8 @@ class Numbers:
     sims: Mapping[str, SimPreset]
     encoders: Mapping[str, Mapping]  # encoder name -> its keyword arguments
     objectives: Mapping[str, Mapping]  # "objective-encoder", or "objective" for every encoder of it -> coefficients
-    train: Mapping[str, Recipe]  # "objective-encoder", or "objective" for every encoder of it
+    # "objective-encoder", or "objective" for every encoder of it; with "@system" for one system
+    train: Mapping[str, Recipe]
     # row of Table 1 -> its `coefficients` and `recipe` over those above, the best of those that `make tune` has tried,
     # and `by_hand`, the systems that keep those above
     tuned: Mapping[str, Mapping] = field(default_factory=dict)
@@ -71,10 +72,12 @@ class Numbers:
 class Preset(Numbers):
     "The numbers of one size of computer or reading of The Well, and what is looked up in them."
 
-    def recipe(self, objective: str, encoder: str) -> Recipe:
-        """The training recipe for an objective on an encoder. An objective from outside the package (`module:Class`)
-        that has none of its own takes that of `mae`. ValueError, with the recipes that there are, for any other."""
-        for key in (f"{objective}-{encoder}", objective, *(["mae"] if ":" in objective else [])):
+    def recipe(self, objective: str, encoder: str, system: str = "") -> Recipe:
+        """The training recipe for an objective on an encoder, that for the system if there is one (`mae@shear_flow`).
+        An objective from outside the package (`module:Class`) that has none of its own takes that of `mae`. ValueError,
+        with the recipes that there are, for any other."""
+        names = (f"{objective}-{encoder}", objective, *(["mae"] if ":" in objective else []))
+        for key in (*(f"{name}@{system}" for name in names), *names):
             if key in self.train:
                 return self.train[key]
         raise ValueError(
@@ -316,6 +319,23 @@ _GPU = Preset(
 )
 
 # %% ../../nbs/training/preset_tables.ipynb #36a26e66
+# 6 epochs of the 32 frames that JEPA sees, 256 windows an update; every row gets as many updates
+_PAPER_UPDATES = {"active_matter": 205, "shear_flow": 903, "rayleigh_benard": 1411}
+_PAPER_RATES = {"jepa@active_matter": 1e-3}  # elsewhere 1e-4
+
+
+def _paper_recipes(**accumulate: int) -> dict[str, Recipe]:
+    "The recipes of these objectives, with so many micro-batches an update, for every system and for others."
+    found = {}
+    for name, k in accumulate.items():
+        usual = dict(batch_size=256, accumulate=k, precision="bfloat16", schedule="cosine")
+        found[name] = Recipe(steps=750, lr=1e-4, **usual)
+        for system, steps in _PAPER_UPDATES.items():
+            key = f"{name}@{system}"
+            found[key] = Recipe(steps=steps, lr=_PAPER_RATES.get(key, 1e-4), **usual)
+    return found
+
+
 _PAPER = Preset(
     name="paper",
     description="The Well in the paper's configuration: cropped, 224x224",
@@ -323,30 +343,26 @@ _PAPER = Preset(
     encoders=_with_codes(_PAPER_ENCODERS, code=64),
     objectives={
         "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, chunks=5),
-        "mae": dict(ratio=0.9, patch=(2, 16, 16)),
+        "mae": dict(ratio=0.9, patch=(2, 16, 16), target_norm="patch", decoder_depth=4, decoder_heads=3),
         "jepa_ema": dict(ratio=0.9),
         "disco": dict(stages=4, hidden=64),
         "disco_film": dict(stages=4, hidden=64),
         "invariance": dict(shown=0.25),  # its losses need many pairs at once
         **{name: {} for name in ("jepa_sigreg", "forecast", "next_frame", "autoencoder", "supervised")},
     },
-    train={
-        # 6 epochs of about 32k windows at 256 windows an update, and the paper's cosine
-        name: Recipe(steps=750, batch_size=256, accumulate=k, lr=1e-4, precision="bfloat16", schedule="cosine")
-        for name, k in {
-            "jepa": 32,
-            "jepa_ema": 16,
-            "jepa_sigreg": 32,
-            "mae": 8,
-            "forecast": 16,
-            "next_frame": 32,
-            "invariance": 4,
-            "autoencoder": 16,
-            "disco": 32,
-            "disco_film": 32,
-            "supervised": 16,
-        }.items()
-    },
+    train=_paper_recipes(
+        jepa=32,
+        jepa_ema=16,
+        jepa_sigreg=32,
+        mae=8,
+        forecast=16,
+        next_frame=32,
+        invariance=4,
+        autoencoder=16,
+        disco=32,
+        disco_film=32,
+        supervised=16,
+    ),
     size=224,
     train_stride=None,
     probe_stride=None,

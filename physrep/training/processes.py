@@ -20,7 +20,7 @@ import torch
 from torch import distributed, nn
 
 from ..core.devices import pick_device
-from ..data.batches import Batches, prefetch
+from ..data.batches import Batches
 from ..objectives.composite import Composite, without_place
 from ..objectives.regularisers import NoRegulariser, PooledVICReg
 from ..objectives.supervised import Supervised
@@ -328,6 +328,5 @@ class SharedBatches:
     def __call__(self, step: int) -> Iterator[dict]:
         "The micro-batches of update `step`; after the last one the gradients are averaged."
         agree(self.group, step)
-        makers = (partial(self.batches.make, *part) for part in self.samples(step))
-        yield from prefetch(makers, ahead=self.batches.ahead)
+        yield from self.batches.micro_batches(step, self.samples)
         average_gradients(self.trained, self.group)

@@ -217,7 +217,7 @@ def baseline_folder(name: str, system: System | str, preset: str | Preset, run_d
     return system_folder(get_preset(preset), system, run_dir) / name
 
 # %% ../../nbs/training/run.ipynb #6079f0ac
-def _recipe(preset: Preset, objective: str, encoder: str, changes: Mapping) -> Recipe | None:
+def _recipe(preset: Preset, objective: str, encoder: str, system: str, changes: Mapping) -> Recipe | None:
     """The recipe of the preset with changes; None where nothing is trained. ValueError for unknown names and impossible
     values."""
     known = [f.name for f in fields(Recipe)]
@@ -225,7 +225,7 @@ def _recipe(preset: Preset, objective: str, encoder: str, changes: Mapping) -> R
         raise ValueError(f"recipe has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
     if not objective_class(objective).trains:
         return None
-    return replace(preset.recipe(objective, encoder), **changes)
+    return replace(preset.recipe(objective, encoder, system), **changes)
 
 
 def _stored(system: System, preset: Preset, data_dir: str | Path | None) -> Stored:
@@ -285,7 +285,7 @@ def resolve(
         tag=tag,
         encoder_config=_json({**preset.encoder_config(encoder), **(encoder_config or {})}),
         coefficients=_json({**preset.coefficients(objective, encoder), **(coefficients or {})}),
-        recipe=_recipe(preset, objective, encoder, {**changes, **(recipe or {})}),
+        recipe=_recipe(preset, objective, encoder, system.name, {**changes, **(recipe or {})}),
         clip=Clip(
             frames=preset.frames,
             size=preset.size if dict(system.paper).get("crop") else None,
