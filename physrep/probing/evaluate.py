@@ -27,7 +27,7 @@ from ..data.leakage import find_flows
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
 from ..models.encoders import ENCODERS
-from ..models.pretrained import LoadedEncoder, check_fields, load_encoder
+from ..models.pretrained import LoadedEncoder, load_encoder
 from ..physics.systems import System
 from .features import Features, cache_path, features_key
 from .few_labels import fit_attentive_on_few, score_few, score_refitted
@@ -265,7 +265,7 @@ def _check_windows(encoder: LoadedEncoder, windows: Windows, size: int | None) -
     if channels != known:
         raise ValueError(f"this encoder takes {', '.join(known)}; {windows.system.name} has {', '.join(channels)}")
     grid = (size, size) if size else windows.grid
-    check_fields(torch.zeros(1, len(channels), windows.frames, *grid), float(windows.files[0].dt), encoder.info)
+    encoder.check(torch.zeros(1, len(channels), windows.frames, *grid), float(windows.files[0].dt))
 
 
 def _encoder_of(run: Run, run_dir: str | Path | None, device: str) -> torch.nn.Module:
