@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune tuned few finetune ablations matters machines resolution regimes across rollout grid box question rates longer bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune tuned few finetune ablations matters machines resolution regimes across rollout grid box question rates longer attentive bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -74,7 +74,7 @@ data: $(READY)  ## simulate the data of PRESET only
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES) --systems "$(SYSTEM)" --seeds "$(SEEDS)"
-	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters; do $(MAKE) --no-print-directory $$experiment; done
+	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters attentive; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -171,6 +171,12 @@ longer: TARGET = longer
 longer: $(READY)  ## train MAE and forecasts (or other rows, ONLY=jepa_ema-vit) with twice the updates, two seeds in each system; two hours of two cores after `make tuned`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) longer_shear_flow longer_rayleigh_benard longer_active_matter
+	@$(KEEP)
+
+attentive: TARGET = attentive
+attentive: $(READY)  ## read the encoders of the paper's comparison with attentive probes that are trained up to eight times as long, in every system; an hour of two cores after `make unpack`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) probe_length
 	@$(KEEP)
 
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else

@@ -27,6 +27,7 @@ from physrep.data.generate import SOLVERS
 from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.matters import CELLS, FOUND, cell_run, matters_root
+from physrep.experiments.probe_length import FILE as LENGTH_FILE
 from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments import longer, rates
 from physrep.experiments.recipes import at_length, at_rate, changed_runs
@@ -591,6 +592,26 @@ rule matters:
     input: list(FACTORIAL.values())
     output: figures("matters", "matters_shares", "matters_probes", "matters_over_random", *(["matters_paper", "matters_systems"] if ELSEWHERE else []))
     params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes", "experiments.matters_systems") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
+    shell: "{params.command}"
+
+# `make attentive`: the comparison of the paper, read with attentive probes of several lengths; a job for each system
+READ_LONGER = {system: OUT / "attentive" / f"{system}.done" for system in SYSTEMS}
+LENGTH_SEEDS = list(dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))
+for system, done in READ_LONGER.items():
+    read = (matters_root(ROOT / "runs") / PRESET.name / system).glob(f"random-*/seed{LENGTH_SEEDS[-1]}/{LENGTH_FILE}")
+    rule:
+        name: f"attentive_{system}"
+        input: simulated(system)
+        output: touch(finished(done, any(read)))
+        params: code=code_digest("experiments.probe_length") + PROBING, command=papermill("08k_probe_length", f"attentive-{system}", systems=SYSTEMS[system], chosen_on=SYSTEMS[FIRST], seeds=" ".join(map(str, LENGTH_SEEDS)), draw=False)
+        threads: JOB_THREADS
+        resources: gpu=GPUS
+        shell: "{params.command}"
+
+rule attentive:
+    input: list(READ_LONGER.values())
+    output: figures("probe_length")
+    params: code=stage("08k_probe_length", "experiments.probe_length", "experiments.matters_probes") + PROBING, command=papermill("08k_probe_length", "probe_length", systems=",".join(SYSTEMS.values()), chosen_on=SYSTEMS[FIRST], train=False)
     shell: "{params.command}"
 
 # at a preset that was tuned, `make regimes`, `make across` and `make resolution` are asked for by name

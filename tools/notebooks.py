@@ -46,6 +46,7 @@ SHOWN = {
     "08h_learning_rates": "rates",
     "08i_longer_training": "longer-shear_flow",
     "08j_chosen_recipes": "tuned",
+    "08k_probe_length": "probe_length",
     "10_benchmarks": "benchmarks",
     "10a_scaling": "scaling",
     "10b_peer_solver": "peer_solver",

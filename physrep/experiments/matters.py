@@ -6,7 +6,7 @@
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'PERIODIC', 'COMPARED', 'CELL', 'RATES', 'FURTHER', 'ALL_RATES',
            'BUDGET', 'FOUND', 'check_cell', 'cell_coefficients', 'equal_steps', 'equal_budget', 'cell_run',
            'untrained_run', 'at_rate', 'matters_root', 'seeds_there', 'seeds_elsewhere', 'score_on_valid',
-           'valid_errors', 'untried_rates', 'chosen_rate', 'rate_of', 'Place', 'planned_cells', 'scored_runs']
+           'valid_errors', 'chosen_rate', 'further_rates', 'rate_of', 'Place', 'planned_cells', 'scored_runs']
 
 # %% ../../nbs/experiments/matters.ipynb #015d054a
 import json
@@ -56,7 +56,7 @@ def check_cell(name: str) -> dict[str, str]:
 # %% ../../nbs/experiments/matters.ipynb #072ba72c
 CELL = "physrep.objectives.cells:Cell"
 RATES = {"lowest": 1 / 6, "low": 0.5, "middle": 1.5, "high": 4.5}  # times the learning rate of JEPA in the preset
-FURTHER = {"further down": ("lowest", 1 / 18), "further up": ("high", 13.5)}  # tried where this end is the best of four
+FURTHER = {"further down": ("lowest", 1 / 18), "further up": ("high", 13.5)}  # tried where this end is best, not chosen
 ALL_RATES = RATES | {name: factor for name, (_, factor) in FURTHER.items()}
 BUDGET = ("mae", "vit")  # the row of Table 1 whose operations every cell gets
 _FROM = {  # where the preset says an option: (objective, its name there)
@@ -220,20 +220,17 @@ def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float
     return {rate: score for rate, score in found.items() if score is not None}
 
 
-def untried_rates(name: str, scores: Mapping[str, float]) -> list[str]:
-    "The rates that a cell's search still has to try: RATES, and for COMPARED one of FURTHER where an end is best."
-    if missing := [rate for rate in RATES if rate not in scores]:
-        return missing
-    best = min(RATES, key=lambda rate: scores[rate])
-    further = [rate for rate, (end, _) in FURTHER.items() if end == best and math.isfinite(scores[best])]
-    return [rate for rate in further if name in COMPARED and rate not in scores]
-
-
-def chosen_rate(name: str, scores: Mapping[str, float]) -> str | None:
-    "The rate of a cell with the smallest score; None while one has to be tried, or if all diverged."
-    if untried_rates(name, scores) or not math.isfinite(min(scores.values())):
+def chosen_rate(scores: Mapping[str, float]) -> str | None:
+    "The one of RATES with the smallest score; None while one has none, or if all diverged."
+    if not set(RATES) <= set(scores) or not math.isfinite(min(scores[rate] for rate in RATES)):
         return None
-    return min(scores, key=lambda rate: scores[rate])
+    return min(RATES, key=lambda rate: scores[rate])
+
+
+def further_rates(name: str, scores: Mapping[str, float]) -> list[str]:
+    "The one of FURTHER that a cell of COMPARED is tried at as well: beyond the chosen rate, if that is an end."
+    best = chosen_rate(scores)
+    return [rate for rate, (end, _) in FURTHER.items() if end == best and name in COMPARED]
 
 
 _BY_RATE = {
@@ -249,13 +246,14 @@ _BY_RATE = {
     "high": ("tube-pixels-vit", "window-pixels-convnext", "tube-ema-vit", "window-ema-vit"),
 }
 FOUND: Mapping[tuple[str, str], Mapping[str, str]] = {  # (preset, system) -> cell -> rate that was chosen on `valid`
-    ("laptop", "shear_flow"): {cell: rate for rate, cells in _BY_RATE.items() for cell in cells}
+    ("laptop", "shear_flow"): {cell: rate for rate, cells in _BY_RATE.items() for cell in cells},
+    ("laptop", "rayleigh_benard"): {PAPER["VideoMAE"]: "high", PAPER["JEPA"]: "low", PERIODIC: "middle"},
 }
 
 
 def rate_of(name: str, run: Run, run_dir: str | Path | None = None) -> str | None:
     "The rate of a cell: that with the smallest score here once the search is done, or else the one in FOUND, or None."
-    here = chosen_rate(name, valid_errors(run, run_dir))
+    here = chosen_rate(valid_errors(run, run_dir))
     return here or FOUND.get((run.preset.name, run.system.name), {}).get(name)
 
 # %% ../../nbs/experiments/matters.ipynb #682c9d90
@@ -286,6 +284,11 @@ class Place:
         score_run(run, self.data_dir, root, probes=FROZEN, windows=windows, **options)
         return True
 
+    def with_encoder(self, run: Run) -> bool:
+        "Whether a run is trained and scored with its encoder here, which is made again where only its results are."
+        remove_unpacked(run.folder(matters_root(self.run_dir)))
+        return self._score(run)
+
     def score_untrained(self, seeds: Sequence[int] = (0,)) -> None:
         "Probes the random weights of every encoder, where they are not probed yet."
         for encoder, seed in product(CELL_ENCODERS, seeds):
@@ -296,7 +299,7 @@ class Place:
         options = dict(device=self.device, progress=self.progress)
         for rate in rates or RATES:
             score_on_valid(at_rate(run, rate), self.data_dir, self.run_dir, **options)
-        for rate in () if rates else untried_rates(name, valid_errors(run, self.run_dir)):
+        for rate in () if rates else further_rates(name, valid_errors(run, self.run_dir)):
             score_on_valid(at_rate(run, rate), self.data_dir, self.run_dir, **options)
 
     def train_cell(self, name: str, seeds: Sequence[int], rates: Sequence[str] = ()) -> list[Run]:
@@ -308,7 +311,7 @@ class Place:
             self._search(name, run, rates)
         scores = valid_errors(run, self.run_dir)
         text = ", ".join(f"{rate} {score:.3f}" for rate, score in scores.items()) or "not tried here"
-        rate = known or chosen_rate(name, scores)
+        rate = known or chosen_rate(scores)
         print(f"{name}: error on valid: {text}; learning rate: {rate or 'none yet'}{', found before' if known else ''}")
         return self.train_at(run, rate, seeds) if rate else []
 
@@ -374,9 +377,9 @@ def scored_runs(
         scores = valid_errors(here, run_dir)
         rate = rate_of(name, here, run_dir)
         if rate is None:
-            untried = untried_rates(name, scores)
-            tried = f"{len(scores)} of {len(scores) + len(untried)} learning rates tried"
-            missing.append(f"{name}: {tried if untried else 'diverged at all learning rates'}")
+            there = len(set(RATES) & set(scores))
+            tried = f"{there} of {len(RATES)} learning rates tried"
+            missing.append(f"{name}: {tried if there < len(RATES) else 'diverged at all learning rates'}")
             continue
         run = here if first == system else cell_run(name, system, preset, budget=budgets[system], data_dir=data_dir)
         runs = [at_rate(run, rate).with_seed(seed) for seed in seeds]

@@ -111,7 +111,7 @@ def tried_rates(
         run = matters.cell_run(cell, system, preset, seed=preset.seeds[0], data_dir=data_dir)
         scores = matters.valid_errors(run, run_dir)
         tried = {rate: scores.get(rate, math.nan) for rate in matters.ALL_RATES}
-        chosen = matters.chosen_rate(cell, scores) or "not tried here"
+        chosen = matters.chosen_rate(scores) or "not tried here"
         rows.append({"system": system, "cell": cell} | tried | {"chosen": chosen})
     return pd.DataFrame(rows).set_index(["system", "cell"])
 

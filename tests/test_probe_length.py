@@ -1,0 +1,126 @@
+"""Attentive probes of several lengths: what they read is what the preset's probe reads, and what is there is kept."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from physrep.core.files import read_json
+from physrep.core.paths import project_root
+from physrep.experiments import matters, probe_length
+from physrep.experiments.matters import COMPARED, PAPER, PERIODIC, Place, at_rate, cell_run, matters_root, rate_of
+from physrep.experiments.matters_errors import group_sums
+from physrep.experiments.probe_length import (
+    ZEROS,
+    compared_runs,
+    kept_readings,
+    length_ratios,
+    length_table,
+    lengths_in,
+    plot_lengths,
+    random_name,
+    read_at_lengths,
+)
+from physrep.probing.reading import FROZEN
+from physrep.training.presets import get_preset
+
+SMOKE = get_preset("smoke")
+
+
+def test_a_factor_of_one_reads_what_the_probe_of_the_preset_reads_and_nothing_is_read_twice(
+    smoke_data, tmp_path, monkeypatch
+):
+    run = matters.untrained_run("vit", "shear_flow", SMOKE)
+    place = Place("shear_flow", SMOKE, smoke_data, tmp_path, progress=False)
+    found = read_at_lengths(run, place, [1, 2])
+    folder = run.folder(matters_root(tmp_path))
+    sums, sizes, _ = group_sums(folder, "test")
+    usual = found["read"][str(SMOKE.probe_epochs)]
+    assert np.allclose(usual["sums"], sums[FROZEN.index("attentive")]) and found["sizes"] == sizes.tolist()
+    assert all(0 < one["epoch"] <= int(epochs) for epochs, one in found["read"].items())
+
+    fitted, fit = [], probe_length.fit_probe
+    monkeypatch.setattr(probe_length, "fit_probe", lambda *a, **k: fitted.append(k["recipe"].epochs) or fit(*a, **k))
+    again = read_at_lengths(run, place, [1, 3])
+    assert fitted == [3 * SMOKE.probe_epochs], "one and two times are there"
+    assert again["read"].keys() == {str(k * SMOKE.probe_epochs) for k in (1, 2, 3)}
+    assert again["read"][str(SMOKE.probe_epochs)] == usual
+    (kept,) = kept_readings({"random-vit": [run, run.with_seed(5)]}, tmp_path)["random-vit"]
+    assert kept == again
+
+
+def test_results_from_elsewhere_are_made_again_with_an_encoder(smoke_data, tmp_path):
+    run = matters.untrained_run("vit", "shear_flow", SMOKE)
+    place = Place("shear_flow", SMOKE, smoke_data, tmp_path, progress=False)
+    place.score_untrained()
+    folder = run.folder(matters_root(tmp_path))
+    (folder / "encoder.safetensors").unlink()
+    (folder / ".unpacked").write_text(hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()[:16])
+    assert read_at_lengths(run, place, [1])["read"] and (folder / "encoder.safetensors").is_file()
+
+
+def test_a_system_has_its_own_learning_rate_or_that_of_the_first(tmp_path, monkeypatch):
+    video = PAPER["VideoMAE"]
+    monkeypatch.setattr(matters, "FOUND", {("smoke", "shear_flow"): dict.fromkeys(COMPARED, "low")})
+    runs = compared_runs("active_matter", SMOKE, [0, 3], chosen_on="shear_flow", run_dir=tmp_path)
+    assert set(runs) == {*COMPARED, *map(random_name, matters.CELL_ENCODERS)}
+    assert [run.seed for run in runs[video]] == [0, 3]
+    assert runs[video][0] == at_rate(cell_run(video, "active_matter", SMOKE), "low")
+    monkeypatch.setattr(matters, "FOUND", matters.FOUND | {("smoke", "active_matter"): {video: "high"}})
+    runs = compared_runs("active_matter", SMOKE, [0], chosen_on="shear_flow", run_dir=tmp_path)
+    assert runs[video][0] == at_rate(cell_run(video, "active_matter", SMOKE), "high")
+    monkeypatch.setattr(matters, "FOUND", {})
+    with pytest.raises(ValueError, match=f"{video} has no learning rate on active_matter or shear_flow yet"):
+        compared_runs("active_matter", SMOKE, [0], chosen_on="shear_flow", run_dir=tmp_path)
+
+
+def readings(draw: np.random.Generator, by_length: dict[int, float], seeds: int = 3, luck: float = 0.05) -> list[dict]:
+    "Made-up readings with these errors by epochs."
+    flows = np.random.default_rng(0).lognormal(0, 0.3, 12)
+    found = []
+    for _ in range(seeds):
+        own = np.exp(draw.normal(0, luck))
+        read = {str(n): {"valid": e, "epoch": n, "sums": (e * own * flows).tolist()} for n, e in by_length.items()}
+        found.append({"read": read, "sizes": [2] * len(flows)})
+    return found
+
+
+def test_ratios_are_those_of_errors_at_each_length():
+    draw = np.random.default_rng(3)
+    some = {PAPER["VideoMAE"]: readings(draw, {12: 0.4, 24: 0.1}), ZEROS: readings(draw, {12: 0.2, 24: 0.2, 48: 0.1})}
+    some[random_name("vit")] = readings(draw, {12: 0.5, 24: 0.3})
+    assert lengths_in(some) == [12, 24], "that all have"
+    table = length_table(some)
+    ratios = length_ratios(some, n_bootstrap=100).set_index(["cell", "over", "epochs"])
+    geometric = {
+        (name, n): np.exp(np.mean([np.log(sum(one["read"][str(n)]["sums"])) for one in found]))
+        for name, found in some.items()
+        for n in (12, 24)
+    }
+    for (cell, over, n), row in ratios.iterrows():
+        assert row.factor == pytest.approx(geometric[cell, n] / geometric[over, n]) and row.low < row.factor < row.high
+    assert set(ratios.index.droplevel("epochs")) == {
+        (ZEROS, PAPER["VideoMAE"]),
+        (PAPER["VideoMAE"], random_name("vit")),
+    }, "pairs of which both are there"
+    assert PERIODIC not in set(table.name) and (table["last"] == 3).all() and (table.lowest <= table.error).all()
+    assert len(plot_lengths(table.assign(system="shear_flow")).axes) == 1
+    assert length_ratios({}).empty
+
+
+def test_the_committed_readings_are_of_runs_at_known_rates():
+    configs = read_json(project_root() / "figures" / "probe_length.json")["configs"]
+    for system in get_preset("laptop").systems:
+        for name in COMPARED:
+            here, first = (cell_run(name, s, "laptop", steps=1) for s in (system, "shear_flow"))
+            rate = rate_of(name, here, "no such folder") or rate_of(name, first, "no such folder")
+            wanted = json.loads(json.dumps(at_rate(here, rate).as_dict()))
+            wanted = {k: v for k, v in wanted.items() if k in ("system", "tag", "encoder_config")} | {
+                "lr": wanted["recipe"]["lr"]
+            }
+            found = [
+                {k: c.get(k) for k in ("system", "tag", "encoder_config")} | {"lr": c["recipe"].get("lr")}
+                for c in configs.values()
+            ]
+            assert wanted in found, (system, name)
