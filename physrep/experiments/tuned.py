@@ -24,6 +24,7 @@ from ..probing.reading import FROZEN
 from ..probing.records import read_results
 from ..results.comparison import compare, interval_text
 from ..results.figures import using_style
+from ..results.panels import SMALL, WIDTH
 from ..results.rows import CONTROLS, PROBE_ORDER, PROBE_TITLES, ROWS, Row, ordered, row_name, run_of
 from ..training.presets import Preset
 from ..training.run import Run, baseline_folder
@@ -166,14 +167,14 @@ def _row_look(name: str) -> dict:
 
 def _draw_probe(ax: Axes, table: pd.DataFrame, rows: Sequence[str], lower: Mapping[str, str]) -> None:
     "The rows below each other: a line from the error with the recipe by hand to that with the one of the search."
-    means = table.groupby(["of", "recipe"])[["error", "low", "high"]].mean()
+    means = table.groupby(["of", "recipe"]).error.agg(error="mean", lowest="min", highest="max")
     for y, name in enumerate(rows):
         usual, tuned, random = (means.loc[(name, way)] for way in (BY_HAND, TUNED, RANDOM))
         look = _row_look(name)
         ax.plot([random.error] * 2, [y - 0.35, y + 0.35], color="#7A7A7A", lw=1.2, ls=":")
         ax.plot([usual.error, tuned.error], [y, y], color=look["color"], lw=1.0)
         ax.plot(usual.error, y, "|", color=look["color"], ms=9, mew=1.6)
-        span = [[tuned.error - tuned.low], [tuned.high - tuned.error]]
+        span = [[tuned.error - tuned.lowest], [tuned.highest - tuned.error]]
         ax.errorbar(tuned.error, y, xerr=span, ms=4.5, elinewidth=0.7, **look)
         taken = usual if lower[name] == BY_HAND else tuned
         ax.plot(taken.error, y, "o", ms=9, mfc="none", mec="black", mew=0.7)
@@ -182,15 +183,14 @@ def _draw_probe(ax: Axes, table: pd.DataFrame, rows: Sequence[str], lower: Mappi
 
 def plot_recipes(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """A line of panels for each `system` of the table (name -> title), a panel for each probe: the error on `test` of
-    each row with the recipe of the search (mark with its 95 % interval) and with that by hand (bar), means over seeds,
-    and of random weights of its encoder (dotted). A ring is around the one with the lower error on `valid`."""
+    each row with the recipe of the search (mark, with its lowest and highest seed) and with that by hand (bar), and of
+    random weights of its encoder (dotted), means over seeds. A ring is around the one with the lower error on `valid`."""
     systems, probes = [s for s in titles if s in set(table.system)], ordered(table.probe, PROBE_ORDER)
     rows = list(dict.fromkeys(table.of))
     names = [next(row.title for row in ROWS if row_name(row) == name) for name in rows]
     with using_style():
-        fig = Figure(
-            figsize=(1.9 + 1.4 * len(probes), 0.9 + (0.75 + 0.22 * len(rows)) * len(systems)), layout="constrained"
-        )
+        height = 0.9 + (0.75 + 0.22 * len(rows)) * len(systems)
+        fig = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = fig.subplots(len(systems), len(probes), sharex="row", sharey=True, squeeze=False)
         for line, system in zip(axes, systems):
             here = table[table.system == system]
@@ -198,16 +198,17 @@ def plot_recipes(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
             for ax, probe in zip(line, probes):
                 _draw_probe(ax, here[here.probe == probe], rows, lower)
                 ax.set_title(PROBE_TITLES.get(probe, probe) if ax in axes[0] else "")
-            line[0].set(ylabel=fill(titles[system], 14), xlim=(0, None))
+            line[0].set_ylabel(fill(titles[system], 14), fontsize=SMALL)
+            line[0].set_xlim(0, None)
             line[0].set_yticks(range(len(rows)), names)
         axes[0, 0].invert_yaxis()
         for ax in axes[-1]:
-            ax.set_xlabel("error on test")
+            ax.set_xlabel("error on test", fontsize=SMALL)
         handles = [
             Line2D([], [], color="black", marker="o", ls="none", ms=4.5, label=TUNED),
             Line2D([], [], color="black", marker="|", ls="none", ms=9, mew=1.6, label=BY_HAND),
             Line2D([], [], color="#7A7A7A", ls=":", lw=1.2, label=RANDOM),
             Line2D([], [], color="black", marker="o", ls="none", ms=9, mfc="none", mew=0.7, label="lower on valid"),
         ]
-        fig.legend(handles=handles, loc="outside lower center", ncols=4)
+        fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL, columnspacing=1.0)
     return fig
