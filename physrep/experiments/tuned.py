@@ -184,7 +184,7 @@ def _draw_probe(ax: Axes, table: pd.DataFrame, rows: Sequence[str], lower: Mappi
 def plot_recipes(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """A line of panels for each `system` of the table (name -> title), a panel for each probe: the error on `test` of
     each row with the recipe of the search (mark, with its lowest and highest seed) and with that by hand (bar), and of
-    random weights of its encoder (dotted), means over seeds. A ring is around the one with the lower error on `valid`."""
+    random weights of its encoder (dotted), means over seeds. A ring is around the lower error on `valid`."""
     systems, probes = [s for s in titles if s in set(table.system)], ordered(table.probe, PROBE_ORDER)
     rows = list(dict.fromkeys(table.of))
     names = [next(row.title for row in ROWS if row_name(row) == name) for name in rows]
