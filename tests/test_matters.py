@@ -230,13 +230,18 @@ def test_the_comparison_is_read_at_the_rate_of_its_system(tmp_path, monkeypatch,
     video = cell_run(PAPER["VideoMAE"], "active_matter", SMOKE)
     write_scores(video, tmp_path, {"lowest": 0.4, "low": 0.3, "middle": 0.5, "high": 0.4})
     seeds = {"shear_flow": [0], "active_matter": [0, 1]}
-    assert read_compared(seeds, SMOKE, run_dir=tmp_path) == [], "none is scored"
+    assert read_compared(seeds, SMOKE, otherwise="shear_flow", run_dir=tmp_path) == [], "none is scored"
     for run in (at_rate(video, "low"), at_rate(video, "high").with_seed(1)):  # the latter is at the rate of the first
         write_run(run, tmp_path, draw, groups)
         write_json(run.folder(matters_root(tmp_path)) / "result.json", {"data": {"test": "00aa"}})
-    (place,) = read_compared(seeds, SMOKE, run_dir=tmp_path)
+    (place,) = read_compared(seeds, SMOKE, otherwise="shear_flow", run_dir=tmp_path)
     assert place.system == "active_matter" and [run.path for run in place.runs] == [at_rate(video, "low").path]
     assert f"{PAPER['VideoMAE']}: seed 1" in place.missing and len(place.missing) == 3, "other cells are not asked for"
+    assert place.rates_of == "active_matter"
+    monkeypatch.setattr(matters, "FOUND", {("smoke", "shear_flow"): {PAPER["VideoMAE"]: "high"}})
+    (at_rate(video, "low").folder(matters_root(tmp_path)) / "result.json").unlink()
+    (place,) = read_compared(seeds, SMOKE, otherwise="shear_flow", run_dir=tmp_path)
+    assert place.rates_of == "shear_flow" and [run.seed for run in place.runs] == [1], "those of another system"
     tried = tried_rates(["active_matter"], SMOKE, tmp_path)
     assert list(tried.chosen) == ["low", "not tried here", "not tried here"]
     assert tried.middle["active_matter", PAPER["VideoMAE"]] == 0.5

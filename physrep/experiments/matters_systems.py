@@ -45,6 +45,7 @@ class OnSystem:
     untrained: Mapping[str, np.ndarray]  # by encoder, of `untrained_sums`
     flows: Mapping[str, str]  # split -> fingerprint of what the runs were scored on
     missing: Sequence[str]  # in words
+    rates_of: str = ""  # the system on which its learning rates were chosen
 
 
 def _on_system(
@@ -53,6 +54,7 @@ def _on_system(
     missing: Sequence[str],
     preset: Preset,
     seeds: Sequence[int],  # of random weights
+    rates_of: str,
     run_dir: str | Path | None,
     data_dir: str | Path | None,
 ) -> OnSystem:
@@ -62,7 +64,7 @@ def _on_system(
     check_current(folders, preset)
     flows = read_json(folders[0] / "result.json")["data"]
     untrained = matters_probes.untrained_sums(system, preset, seeds, flows["test"], run_dir, data_dir=data_dir)
-    return OnSystem(system, runs, read_errors(found, run_dir), untrained, flows, missing)
+    return OnSystem(system, runs, read_errors(found, run_dir), untrained, flows, missing, rates_of)
 
 
 def read_system(
@@ -81,23 +83,27 @@ def read_system(
     found, missing = scored_runs(system, preset, seeds, run_dir, chosen_on=chosen_on, data_dir=data_dir)
     if not found:
         raise ValueError(f"no cell of {system} is there, so train some first; missing: {', '.join(missing)}")
-    return _on_system(system, found, missing, preset, seeds, run_dir, data_dir)
+    return _on_system(system, found, missing, preset, seeds, chosen_on or system, run_dir, data_dir)
 
 # %% ../../nbs/experiments/matters_systems.ipynb #09b26a97
 def read_compared(
     seeds: Mapping[str, Sequence[int]],  # by system
     preset: Preset,
     *,
+    otherwise: str,  # the system whose learning rates are taken where another has none of its own
     run_dir: str | Path | None = None,
     data_dir: str | Path | None = None,
 ) -> list[OnSystem]:
-    """The cells of the paper's comparison, COMPARED, on each system at the learning rate that was chosen there; without
-    systems of which none is scored. ValueError as `read_system`."""
+    """The cells of the paper's comparison, COMPARED, on each system at the learning rate that was chosen there, or else
+    on another; without systems of which none is scored. ValueError as `read_system`."""
     places = []
     for system, some in seeds.items():
-        found, missing = scored_runs(system, preset, some, run_dir, cells=COMPARED, data_dir=data_dir)
-        if found:
-            places.append(_on_system(system, found, missing, preset, some, run_dir, data_dir))
+        for rates_of in dict.fromkeys((system, otherwise)):
+            about = dict(cells=COMPARED, chosen_on=rates_of, data_dir=data_dir)
+            found, missing = scored_runs(system, preset, some, run_dir, **about)
+            if found:
+                places.append(_on_system(system, found, missing, preset, some, rates_of, run_dir, data_dir))
+                break
     return places
 
 
