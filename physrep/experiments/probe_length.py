@@ -202,5 +202,5 @@ def plot_lengths(table: pd.DataFrame) -> Figure:
         fig.supxlabel("epochs of the attentive probe", fontsize=SMALL)
         handles = [Line2D([], [], ms=4, **_LOOKS[name]) for name in NAMES]
         handles.append(Line2D([], [], color="#555555", ls="--", label="random weights of its network"))
-        fig.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=SMALL)
+        fig.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=SMALL)
     return fig
