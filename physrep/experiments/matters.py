@@ -219,7 +219,7 @@ def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float
     found = {rate: _score_there(at_rate(run, rate).folder(root), run.preset) for rate in ALL_RATES}
     return {rate: score for rate, score in found.items() if score is not None}
 
-
+# %% ../../nbs/experiments/matters.ipynb #84c98476
 def chosen_rate(scores: Mapping[str, float]) -> str | None:
     "The one of RATES with the smallest score; None while one has none, or if all diverged."
     if not set(RATES) <= set(scores) or not math.isfinite(min(scores[rate] for rate in RATES)):

@@ -152,7 +152,7 @@ def length_table(readings: Mapping[str, Sequence[dict]]) -> pd.DataFrame:
             rows.append(about | ends | {"last": last, "seeds": len(some)})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/experiments/probe_length.ipynb #5a495468
 def length_ratios(readings: Mapping[str, Sequence[dict]], *, n_bootstrap: int = 1000) -> pd.DataFrame:
     """`probe_ratio` for each number of `epochs`, with intervals over flows and over the seeds of each side: JEPA's
     cells over VideoMAE's, and each of the three over random weights of its network; columns `cell` and `over`. Readings

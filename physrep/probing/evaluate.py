@@ -258,7 +258,7 @@ def own_encoder(run: Run, device: str = "cpu") -> Reader | LoadedEncoder:
         encoder = encoder.to(device).eval().requires_grad_(False)
     return Reader(encoder, run.encoder)
 
-
+# %% ../../nbs/probing/evaluate.ipynb #59336f4a
 def _check_windows(encoder: LoadedEncoder, windows: Windows, size: int | None) -> None:
     "ValueError for windows, resized to `size` points, of another kind than those that an encoder was trained on."
     channels, known = list(windows.system.channels), list(encoder.info["channels"])
