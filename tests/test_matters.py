@@ -189,18 +189,16 @@ def test_the_rates_that_were_found_are_those_of_the_committed_figure():
 
 
 def test_the_rates_of_the_comparison_are_those_of_the_committed_figure_in_every_system():
-    configs = read_json(project_root() / "figures" / "matters_paper.json")["configs"]
+    configs = read_json(project_root() / "figures" / "matters_paper.json")["configs"].values()
     others = {
         system: found for (preset, system), found in FOUND.items() if (preset, system) != ("laptop", "shear_flow")
     }
-    assert all(set(found) == set(COMPARED) for found in others.values())
+    assert others and all(set(found) == set(COMPARED) for found in others.values())
     for system, found in others.items():
         for name, rate in found.items():
             run = cell_run(name, system, "laptop", rate=rate, steps=1)
-            alike = [
-                c for c in configs.values() if (c["system"], c["tag"], c["encoder"]) == (system, run.tag, run.encoder)
-            ]
-            same = [c for c in alike if c["encoder_config"] == json.loads(json.dumps(run.encoder_config))]
+            alike = [c for c in configs if (c["system"], c["tag"], c["encoder"]) == (system, run.tag, run.encoder)]
+            same = [c for c in alike if ("padding_mode" in c.get("encoder_config", {})) == (name == PERIODIC)]
             assert {c["recipe"]["lr"] for c in same} == {run.recipe.lr}, (system, name)
 
 

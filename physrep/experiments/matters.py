@@ -6,7 +6,8 @@
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'PERIODIC', 'COMPARED', 'CELL', 'RATES', 'FURTHER', 'ALL_RATES',
            'BUDGET', 'FOUND', 'check_cell', 'cell_coefficients', 'equal_steps', 'equal_budget', 'cell_run',
            'untrained_run', 'at_rate', 'matters_root', 'seeds_there', 'seeds_elsewhere', 'score_on_valid',
-           'valid_errors', 'chosen_rate', 'further_rates', 'rate_of', 'Place', 'planned_cells', 'scored_runs']
+           'valid_errors', 'chosen_rate', 'further_rates', 'rate_of', 'try_rates', 'Place', 'planned_cells',
+           'scored_runs']
 
 # %% ../../nbs/experiments/matters.ipynb #015d054a
 import json
@@ -256,6 +257,17 @@ def rate_of(name: str, run: Run, run_dir: str | Path | None = None) -> str | Non
     here = chosen_rate(valid_errors(run, run_dir))
     return here or FOUND.get((run.preset.name, run.system.name), {}).get(name)
 
+# %% ../../nbs/experiments/matters.ipynb #f9a08f09
+def try_rates(
+    name: str, run: Run, rates: Sequence[str], data_dir: str | Path, run_dir: str | Path | None = None, **options
+) -> None:
+    """Scores the run of a cell on `valid` at these rates; without any, at RATES, and then at those of `further_rates`.
+    `options` go to `score_on_valid`."""
+    for rate in rates or RATES:
+        score_on_valid(at_rate(run, rate), data_dir, run_dir, **options)
+    for rate in () if rates else further_rates(name, valid_errors(run, run_dir)):
+        score_on_valid(at_rate(run, rate), data_dir, run_dir, **options)
+
 # %% ../../nbs/experiments/matters.ipynb #682c9d90
 @dataclass(frozen=True)
 class Place:
@@ -268,7 +280,7 @@ class Place:
     device: str = "cpu"
     progress: bool = True
 
-    def _score(self, run: Run) -> bool:
+    def score(self, run: Run) -> bool:
         "Whether a run is trained and scored now, which is done where it is missing; False if its training diverged."
         root = matters_root(self.run_dir)
         windows = probe_splits(run, self.data_dir)
@@ -284,23 +296,10 @@ class Place:
         score_run(run, self.data_dir, root, probes=FROZEN, windows=windows, **options)
         return True
 
-    def with_encoder(self, run: Run) -> bool:
-        "Whether a run is trained and scored with its encoder here, which is made again where only its results are."
-        remove_unpacked(run.folder(matters_root(self.run_dir)))
-        return self._score(run)
-
     def score_untrained(self, seeds: Sequence[int] = (0,)) -> None:
         "Probes the random weights of every encoder, where they are not probed yet."
         for encoder, seed in product(CELL_ENCODERS, seeds):
-            self._score(untrained_run(encoder, self.system, self.preset, self.data_dir).with_seed(seed))
-
-    def _search(self, name: str, run: Run, rates: Sequence[str]) -> None:
-        "Scores a cell on `valid` at these rates; without any, at all that its search has to try."
-        options = dict(device=self.device, progress=self.progress)
-        for rate in rates or RATES:
-            score_on_valid(at_rate(run, rate), self.data_dir, self.run_dir, **options)
-        for rate in () if rates else further_rates(name, valid_errors(run, self.run_dir)):
-            score_on_valid(at_rate(run, rate), self.data_dir, self.run_dir, **options)
+            self.score(untrained_run(encoder, self.system, self.preset, self.data_dir).with_seed(seed))
 
     def train_cell(self, name: str, seeds: Sequence[int], rates: Sequence[str] = ()) -> list[Run]:
         """The finished runs of a cell with these seeds, at the rate that is known, or, if `rates` are given or none is
@@ -308,7 +307,7 @@ class Place:
         run = cell_run(name, self.system, self.preset, seed=self.preset.seeds[0], data_dir=self.data_dir)
         known = None if rates else rate_of(name, run, self.run_dir)
         if not known:
-            self._search(name, run, rates)
+            try_rates(name, run, rates, self.data_dir, self.run_dir, device=self.device, progress=self.progress)
         scores = valid_errors(run, self.run_dir)
         text = ", ".join(f"{rate} {score:.3f}" for rate, score in scores.items()) or "not tried here"
         rate = known or chosen_rate(scores)
@@ -318,7 +317,7 @@ class Place:
     def train_at(self, run: Run, rate: str, seeds: Sequence[int]) -> list[Run]:
         "The finished and scored runs of a cell at a rate, one a seed; without those that diverged."
         runs = [at_rate(run, rate).with_seed(seed) for seed in seeds]
-        return [run for run in runs if self._score(run)]
+        return [run for run in runs if self.score(run)]
 
     def train_elsewhere(self, name: str, system: str, seeds: Sequence[int]) -> list[Run]:
         "The finished runs of a cell on another system, at the rate that was chosen here; none while none is."
