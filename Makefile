@@ -174,7 +174,7 @@ longer: $(READY)  ## train MAE and forecasts (or other rows, ONLY=jepa_ema-vit) 
 	@$(KEEP)
 
 attentive: TARGET = attentive
-attentive: $(READY)  ## read the encoders of the paper's comparison with attentive probes that are trained up to eight times as long, in every system; an hour of two cores after `make unpack`
+attentive: $(READY)  ## read the encoders of the paper's comparison with attentive probes that are trained up to eight times as long, in every system; an hour and a half of two cores, or a minute after `make unpack`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) probe_length
 	@$(KEEP)
