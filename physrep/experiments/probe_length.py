@@ -18,17 +18,8 @@ from matplotlib.lines import Line2D
 from ..core.files import read_json, write_json
 from ..core.provenance import provenance
 from ..data.windows import Windows
-from physrep.experiments.matters import (
-    CELL_ENCODERS,
-    CELLS,
-    COMPARED,
-    Place,
-    at_rate,
-    cell_run,
-    matters_root,
-    rate_of,
-    untrained_run,
-)
+from . import matters
+from .matters import CELL_ENCODERS, CELLS, COMPARED, Place, at_rate, cell_run, matters_root
 from .matters_probes import NAMES, PAPER, PERIODIC, ZEROS, luck_of, probe_ratio
 from ..models.pretrained import load_encoder
 from ..probing.evaluate import bootstrap_groups, label_scaler
@@ -61,12 +52,12 @@ def compared_runs(
     for name in COMPARED:
         about = dict(seed=preset.seeds[0], data_dir=data_dir)
         here, there = (cell_run(name, s, preset, **about) for s in (system, chosen_on))
-        rate = rate_of(name, here, run_dir) or rate_of(name, there, run_dir)
+        rate = matters.rate_of(name, here, run_dir) or matters.rate_of(name, there, run_dir)
         if rate is None:
             raise ValueError(f"{name} has no learning rate on {system} or {chosen_on} yet; `make matters` finds one")
         found[name] = [at_rate(here, rate).with_seed(seed) for seed in seeds]
     for encoder in CELL_ENCODERS:
-        run = untrained_run(encoder, system, preset, data_dir)
+        run = matters.untrained_run(encoder, system, preset, data_dir)
         found[random_name(encoder)] = [run.with_seed(seed) for seed in seeds]
     return found
 

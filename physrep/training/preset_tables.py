@@ -319,6 +319,7 @@ _GPU = Preset(
 )
 
 # %% ../../nbs/training/preset_tables.ipynb #36a26e66
+_VIDEOMAE_DECODER = dict(decoder_width=192, decoder_depth=4, decoder_heads=3)
 # 6 epochs of the 32 frames that JEPA sees, 256 windows an update; every row gets as many updates
 _PAPER_UPDATES = {"active_matter": 205, "shear_flow": 903, "rayleigh_benard": 1411}
 _PAPER_RATES = {"jepa@active_matter": 1e-3}  # elsewhere 1e-4
@@ -343,7 +344,7 @@ _PAPER = Preset(
     encoders=_with_codes(_PAPER_ENCODERS, code=64),
     objectives={
         "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, chunks=5),
-        "mae": dict(ratio=0.9, patch=(2, 16, 16), target_norm="patch", decoder_depth=4, decoder_heads=3),
+        "mae": dict(ratio=0.9, patch=(2, 16, 16), target_norm="patch", **_VIDEOMAE_DECODER),
         "jepa_ema": dict(ratio=0.9),
         "disco": dict(stages=4, hidden=64),
         "disco_film": dict(stages=4, hidden=64),
