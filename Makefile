@@ -34,7 +34,9 @@ CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(i
 # with a profile, jobs run where it says, e.g. on a cluster
 SNAKE = $(BIN)/python tools/workflow.py $(NAME) $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
-KEEP = echo "== the committed figures are as they were; make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/"
+# figures of a system of one's own (my_module:SYSTEM) under a preset of the library would take the names of those that are committed
+OWN_SYSTEM := $(findstring :,$(SYSTEM))
+KEEP = echo "== the committed figures are as they were; $(if $(OWN_SYSTEM),those of $(SYSTEM) are in $(DRAWN)/,make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/)"
 CODE := nbs tests tools setup.py
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1

@@ -49,6 +49,14 @@ def run(
     ).parent
 
 
+def test_other_seeds_are_no_pairs(tmp_path):
+    places = [[run(tmp_path, name, seed=k) for k in seeds] for name, seeds in (("jepa", (0, 1)), ("mae", (1, 2)))]
+    asked = dict(metric="mse", n_bootstrap=5)
+    (found,) = compare(*places, **asked).query("label == 'mean'").itertuples()
+    one, other = (compare(places[0][k], places[1], **asked).query("label == 'mean'").difference.item() for k in (0, 1))
+    assert found.by_seed == pytest.approx((one, other)), "minus the mean of the other's seeds"
+
+
 def test_predictions_are_read_back_as_written(tmp_path):
     folder = run(tmp_path, probes=("linear", "knn"), chosen={"linear": {"lambda": 0.1}})
     assert [p.name for p in folder.iterdir()] == ["predictions.safetensors"]

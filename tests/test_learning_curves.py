@@ -1,5 +1,6 @@
 """Encoders that a run keeps on its way are probed as its last one is."""
 
+import pandas as pd
 import pytest
 
 from physrep.core.files import read_json, write_json
@@ -54,6 +55,10 @@ def test_a_curve_ends_at_the_result_of_the_table(trained, smoke_data):
     ]
     assert linear.value.iloc[-1] == last.value.item()
     assert orders(curve).shape == (1, 3)
+    shorter = curve[curve.step > 2].assign(objective="forecast", value=lambda t: t.value * (1 + (t.step < 32)))
+    ranks = orders(pd.concat([curve, shorter])).T
+    assert ranks[ranks.columns[0]].tolist() == [1, 1, 1]
+    assert ranks[ranks.columns[1]].fillna(0).tolist() == [0, 2, 1], "no first point, and equal in the end"
     still = curve[curve.step == 2].assign(objective="random")
     fig = plot_learning_curves(curve, still, ("linear",))
     (ax,) = fig.axes

@@ -19,7 +19,7 @@ from physrep.data.well import WellFile
 from physrep.data.windows import Windows
 from physrep.data.write import write_stats, write_well
 from physrep.models.pretrained import load_encoder
-from physrep.physics.systems import SYSTEMS, get_system
+from physrep.physics.systems import SYSTEMS, Field, Label, System, declaration_problem, get_system
 from physrep.results.rows import systems_of
 from physrep.training.loop import Recipe
 from physrep.training.presets import PRESETS, get_preset
@@ -258,3 +258,22 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     count, grown = done.stdout.split()
     window = 4 * 16 * 256 * 512 * 4 / 2**20
     assert int(count) == 32 * 47 and float(grown) < 6 * window, f"{grown} MiB for windows of {window} MiB"
+
+
+def test_larger_grids_of_ones_own_are_resized_and_others_are_as_stored(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: smoke\nsize: 32\n")
+    preset = get_preset(tmp_path / "mine.yaml")
+    mine = System("reaction", "A reaction", (Field("fuel"),), (Label("Damkohler", log=True, paper_log=True),))
+    for grid, side in (((64, 64), 32), ((32, 32), None), ((16, 64), None)):
+        run = resolve(replace(mine, native=grid), "mae", "vit", preset)
+        assert run.clip.size == side and run.clip_shape[1:] == ((side, side) if side else grid) and run.crop is None
+    with pytest.raises(ValueError, match="preset mine resizes clips to 32x32, and the grid of reaction is 48x64"):
+        resolve(replace(mine, native=(48, 64)), "mae", "vit", preset)
+    assert resolve("shear_flow", "mae", "vit", preset).clip.size == 32, "as published grids are"
+
+
+def test_a_crop_says_of_which_grid():
+    mine = System("reaction", "A reaction", (Field("fuel"),), (Label("Damkohler", log=True, paper_log=True),))
+    cropped = replace(mine, paper=(("crop", ((0, 32), (0, 32))),))
+    assert declaration_problem(cropped) == "paper has a crop; native must say which grid is cropped"
+    assert declaration_problem(replace(cropped, native=(64, 64))) == ""

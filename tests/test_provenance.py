@@ -221,11 +221,16 @@ def test_modules_that_are_not_used_do_not_matter(package):
 
 
 def test_modules_outside_of_physrep(package, tmp_path):
-    (tmp_path / "alone.py").write_text("import shapes.losses\nfrom physrep.core import files\n\nX = 1\n")
+    (tmp_path / "alone.py").write_text("import pandas\nfrom physrep.core import files\n\nX = 1\n")
     assert modules_used("alone") == ["alone", "core.files"], "imports of a third package are not followed"
     before = code_digest("alone")
     (tmp_path / "alone.py").write_text("from physrep.core import files\n\nX = 2\n")
     assert code_digest("alone") != before and code_digest("alone", "shapes.train") != code_digest("alone")
+    (tmp_path / "alone.py").write_text("import beside\n\nX = 2\n")
+    (tmp_path / "beside.py").write_text("Y = 1\n")
+    before = code_digest("alone")
+    (tmp_path / "beside.py").write_text("Y = 2\n")
+    assert modules_used("alone") == ["alone", "beside"] and code_digest("alone") != before, "files of one folder"
     (package / "__init__.py").write_text("from .unrelated import unrelated\n")
     (tmp_path / "alone.py").write_text("X = 1\n")
     assert modules_used("shapes") == ["shapes", "shapes.unrelated"]

@@ -1,6 +1,7 @@
 """Scores: plain formulas, bootstrap over groups and seeds, and intervals that keep their promise."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,6 +177,40 @@ def test_groups_are_paired_between_methods_and_seeds_are_not():
     itself = difference_seeds(first, first, *args)
     assert all(r["value"] == 0 and r["low"] < 0 < r["high"] for r in itself)
     assert all(r["seeds"] == 2 for r in difference_seeds(first, second[:2], *args, n_bootstrap=5))
+
+
+def test_a_single_seed_is_given_the_spread_of_the_others_if_it_has_one():
+    "Errors that are the same in every window, as above: groups bring no chance."
+    u = np.random.default_rng(0).uniform(-1, 1, (30, 2))
+    truth, groups = 10 ** (u - u.mean(0) + [5, 0]), np.arange(30)
+    one, *three = ([truth * 10**e] for e in (0.3, 0.2, 0.22, 0.24))
+    three = [p for (p,) in three]
+
+    def width(first, second, **options):
+        row = difference_seeds(first, second, truth, groups, SYSTEM, SCALER, n_bootstrap=4000, **options)[0]
+        return row["high"] - row["low"]
+
+    alone = width(one, three, seeded=(False, True))
+    single, mean = stats.t.rvs(2, size=(2, 200_000), random_state=0)
+    expected = (
+        np.ptp(np.quantile(single + mean / math.sqrt(3), (0.025, 0.975))) / (2 * stats.t.ppf(0.975, 2)) * math.sqrt(3)
+    )
+    for some in ((one, three), (three, one)):
+        assert width(*some) == pytest.approx(expected * alone, rel=0.1), "the error of a seed, and that of three"
+    assert width(three, one, seeded=(True, False)) == pytest.approx(alone, rel=0.01)
+    assert width(one, [three[0]]) == pytest.approx(0, abs=1e-9), "nobody knows"
+
+
+def test_a_label_of_zero_has_no_relative_error_and_the_others_have():
+    (p,), truth, groups = make(0)
+    plain = replace(SYSTEM, labels=tuple(replace(label, log=False) for label in SYSTEM.labels))
+    scaler = LabelScaler.fit(plain, truth)
+    zero = np.where(np.arange(240).reshape(120, 2) == 7, 0.0, truth)
+    rows = {(r["metric"], r["label"]): r for r in score(p, zero, groups, plain, scaler)}
+    first, second = plain.label_names
+    for label in (second, "mean"):
+        assert all(math.isnan(rows["relative_error", label][k]) for k in ("value", "low", "high"))
+    assert rows["relative_error", first]["value"] > 0 and rows["mse", second]["value"] > 0
 
 
 def test_what_does_not_fit_is_named():

@@ -1,5 +1,7 @@
 """The rows of Table 1: the recipes that the committed trials chose, and the random weights that belong to each row."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 from helpers import ROOT
@@ -165,6 +167,8 @@ def test_a_padding_is_compared_with_random_weights_that_pad_alike(smoke_runs_of_
     assert (before != after).any(), "with zeros it is another difference"
     assert not len(paired[paired.objective == "random.circular"]), "it is no answer to random weights"
     assert set(against_random(paired, rows).title) == {"JEPA ConvNeXt", "JEPA periodic ConvNeXt"}
+    wider = [replace(row, encoder_config={"widths": [24, 48]}) if row.pair[0] == "jepa" else row for row in rows]
+    assert set(against_random(differences_from_own(folders.values(), wider), wider).title) == {"JEPA periodic ConvNeXt"}
 
 
 def test_a_side_takes_the_interval_and_every_seed():

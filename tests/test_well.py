@@ -743,7 +743,24 @@ def test_one_value_of_a_label_is_nothing_to_learn(tmp_path):
         LabelScaler.fit(OWN, windows.labels, windows.paths[0].parent)
 
 
+def test_walls_are_no_periodic_boundary(tmp_path):
+    root = make_own(tmp_path, WALLED)
+    shifted = dataclasses.replace(WALLED, boundary=("periodic", "periodic"))
+    with pytest.raises(WellFormatError, match="boundaries along y are WALL, and .* declares them periodic; declare"):
+        WellFile(find_files(root, WALLED, "train")[0], shifted)
+    both = edited(find_files(root, WALLED, "train")[0], lambda f: f.__delitem__("boundary_conditions/y_wall_dirichlet"))
+    assert WellFile(both, shifted).grid == (64, 48), "nothing is said of y"
+    make_own(tmp_path / "periodic", OWN)
+    walls = dataclasses.replace(OWN, boundary=("wall", "wall"))
+    assert WellFile(find_files(tmp_path / "periodic", OWN, "train")[0], walls).grid == (64, 48), "clips do not shift"
+
+
 def test_a_file_of_a_system_of_ones_own_is_told_from_others(tmp_path):
+    make_own(tmp_path)
+    renamed = edited(find_files(tmp_path, OWN, "train")[0], lambda f: f.attrs.modify("dataset_name", "my-set"))
+    with pytest.raises(WellFormatError, match="fields of reaction; .* asked for; if it is that, write dataset_name = "):
+        WellFile(renamed, OWN)
+    shutil.rmtree(tmp_path / "reaction")
     make_own(tmp_path)
     message = "dataset_name is 'reaction', and it has the fields of no system known here; shear_flow was asked for"
     with pytest.raises(WellFormatError, match=message):

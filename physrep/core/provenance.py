@@ -193,14 +193,20 @@ def _module(full: str, file: Path) -> tuple[tuple[_Part, ...], tuple[tuple[int, 
     return _read(file.read_bytes(), str(file), pictures, full.split(".")[0] in TABLES_OF)
 
 
+def _is_installed(file: Path) -> bool:
+    "Whether a file is of an installed package, beside which others lie that have nothing to do with it."
+    return bool({"site-packages", "dist-packages"} & set(file.parts))
+
+
 def _find(module: str, file: Path, imports: Iterable[tuple[int, str, str]]) -> tuple[tuple[str, Path], ...]:
-    "Full names and files of those imports of a module that are of physrep or of its own package."
+    "Full names and files of those imports of a module that are of physrep, of its own package, or beside its file."
     around = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     files = []
     for level, name, attribute in imports:
         base = around[: max(0, len(around) - level + 1)] if level else []
         target = ".".join([*base, *filter(None, [name])])
-        if target.split(".")[0] in ("physrep", module.split(".")[0]):
+        beside = not _is_installed(file) and (_source(target) or file.parent.parent).is_relative_to(file.parent)
+        if beside or target.split(".")[0] in ("physrep", module.split(".")[0]):
             found = ((full, _source(full)) for full in (f"{target}.{attribute}", target))
             files += [(full, path) for full, path in found if path][:1]
     return tuple(files)

@@ -87,9 +87,29 @@ def _identify(path: Path, file: h5py.File, system: System) -> None:
     name = name.decode() if isinstance(name, bytes) else str(name)
     if name == system.name or name.startswith(system.name + "_"):
         return
-    fits = [s.name for s in SYSTEMS.values() if all(f"t{f.rank}_fields/{f.name}" in file for f in s.fields)]
+    known = [*SYSTEMS.values(), *([] if system.name in SYSTEMS else [system])]
+    fits = [s.name for s in known if all(f"t{f.rank}_fields/{f.name}" in file for f in s.fields)]
     seems = f"has the fields of {' and '.join(fits)}" if fits else "has the fields of no system known here"
-    raise WellFormatError(f"{path}: dataset_name is {name!r}, and it {seems}; {system.name} was asked for")
+    same = f"; if it is that, write dataset_name = {system.name!r} into the file" if system.name in fits else ""
+    raise WellFormatError(f"{path}: dataset_name is {name!r}, and it {seems}; {system.name} was asked for{same}")
+
+
+def _check_boundaries(path: Path, file: h5py.File, system: System) -> None:
+    """WellFormatError for an axis that the system declares periodic, where the file has another condition and no
+    periodic one: clips would be shifted across a wall."""
+    group = file.get("boundary_conditions")
+    said: dict[str, set[str]] = {}  # axis -> kinds
+    for one in group.values() if isinstance(group, h5py.Group) else ():
+        kind, axes = one.attrs.get("bc_type"), np.atleast_1d(one.attrs.get("associated_dims", []))
+        kind, *axes = (x.decode() if isinstance(x, bytes) else str(x) for x in (kind, *axes))
+        if len(axes) == 1:
+            said.setdefault(axes[0], set()).add(kind.upper())
+    for axis, declared in zip(system.axes, system.boundary):
+        if declared == "periodic" and axis in said and "PERIODIC" not in said[axis]:
+            raise WellFormatError(
+                f"{path}: its boundaries along {axis} are {' and '.join(sorted(said[axis]))}, and {system.name} "
+                f"declares them periodic; declare boundary 'wall' for that axis"
+            )
 
 
 def is_of(path: Path, system: System) -> bool:
@@ -314,6 +334,7 @@ class WellContents:
         "Reads all that is kept of the file."
         with open_hdf5(self.path) as file:
             _identify(self.path, file, self.system)
+            _check_boundaries(self.path, file, self.system)
             self._stored = _read_fields(self.path, file, self.system)
             self.n_trajectories, self.n_frames, *grid = self._stored[0].shape[:4]
             self.grid: tuple[int, int] = tuple(grid)

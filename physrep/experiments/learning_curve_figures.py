@@ -111,9 +111,9 @@ def plot_learning_curves(
 
 # %% ../../nbs/experiments/learning_curve_figures.ipynb #8ebf1ae9
 def orders(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> pd.DataFrame:
-    """Rank of every trained row at every share of its training, 1 the best: a column for each share, an index (system,
-    row). The measure is the geometric mean of the errors of the probes."""
+    """Rank of every trained row at every share of its training that it has, 1 the best: a column for each share, an
+    index (system, row). The measure is the geometric mean of the errors of the probes."""
     titles = [title_of(*pair, rows=rows) for pair in zip(curves.objective, curves.encoder)]
     one = curves.assign(log=np.log(curves.value), row=titles)
     mean = one.groupby(["system", "row", "share"], sort=False).log.mean().unstack("share")
-    return mean.groupby(level="system", sort=False).rank().astype(int).sort_index(axis=1)
+    return mean.groupby(level="system", sort=False).rank(method="min").astype("Int64").sort_index(axis=1)

@@ -84,7 +84,7 @@ def _draw_system(
         if row.pair in failed:
             ax.text(1.01, y, "\N{DAGGER}", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
     ax.axvline(1, color="black", ls="--", lw=0.9)
-    ax.set(xscale="log", xlim=(0.003, 1.3), xlabel="error on test")
+    ax.set(xscale="log", xlabel="error on test")
     ax.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
     ax.grid(axis="x")
 
@@ -113,6 +113,7 @@ def plot_overview(
         axes += [fig.add_subplot(grid[-1, k], sharey=axes[0]) for k in range(1, len(systems))]
         for k, (ax, system) in enumerate(zip(axes, systems)):
             _draw_system(ax, best[best.system == system], drawn, rows, _of(failed, system))
+            ax.set_xlim(min(0.003, 0.8 * best.value.min()), max(1.3, 1.25 * best.value.max()))  # equal in all panels
             ax.tick_params(labelleft=k == 0)
             above = fig.add_subplot(grid[0, k]) if system in frames else ax
             if system in frames:

@@ -94,9 +94,13 @@ def shown_as(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/experiments/table1.ipynb #33e7de39
 def differences_from_own(where: Sequence[str | Path | Method], rows: Sequence[Row]) -> pd.DataFrame:
     """`differences`, with each row, as `shown_rows` names it, compared with random weights that have the options of its
-    encoder, such as padding."""
+    encoder, such as padding; with none where `rows` have no such random weights."""
     methods = [replace(method, objective=without_tag(method.objective)) for method in read_methods(where)]
-    found = [differences(methods)]
+    usual = differences(methods)
+    networks = [(row.encoder, row.encoder_config) for row in rows if row.kind == "random"]
+    alone = [row.pair for row in rows if row.kind == "trained" and (row.encoder, row.encoder_config) not in networks]
+    unlike = pd.Series([pair in alone for pair in zip(usual.objective, usual.encoder)], usual.index)
+    found = [usual[~unlike | (usual.reference != "random")]]
     for random in (row for row in rows if row.kind == "random" and row.encoder_config):
         network = (random.encoder, random.encoder_config)
         like = [row.pair for row in rows if row.kind == "trained" and (row.encoder, row.encoder_config) == network]

@@ -225,6 +225,8 @@ def declaration_problem(system: System) -> str:
             return f"{name} holds (axis, scalar, ...) of mirror_axes and scalar fields, got {unknown[0]}"
     if unknown := sorted(set(system.group) - set(system.label_names)):
         return f"group holds labels ({', '.join(system.label_names)}), got {', '.join(unknown)}"
+    if dict(system.paper).get("crop") and not system.native:
+        return "paper has a crop; native must say which grid is cropped"
     return ""
 
 # %% ../../nbs/physics/systems.ipynb #cee8910b

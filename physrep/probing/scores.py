@@ -52,7 +52,7 @@ def _weighted_medians(values: np.ndarray, weights: np.ndarray, index: np.ndarray
 METRICS = {
     "mse": "squared error of z-scored labels; a constant scores about 1",
     "r2": "share of the variance of the transformed label explained, around the mean of the split",
-    "relative_error": "median of |prediction - truth| / |truth| in physical units",
+    "relative_error": "median of |prediction - truth| / |truth| in physical units; nan for a label that is 0 somewhere",
 }
 
 
@@ -66,8 +66,6 @@ def _check_scored(prediction: np.ndarray, truth: np.ndarray, groups: np.ndarray,
             )
         if not np.isfinite(values).all():
             raise ValueError(f"{name} has {(~np.isfinite(values)).sum()} values that are not finite")
-    if (np.asarray(truth) == 0).any():
-        raise ValueError("a true label is zero, so its relative error is not defined")
 
 
 def _draws(
@@ -82,8 +80,9 @@ def _draws(
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = second / count - (first / count) ** 2
         r2 = np.where(variance > 1e-12, 1 - error / count / variance, np.nan)  # a draw of equal labels has no R2
-    relative = np.abs(prediction - truth) / np.abs(truth)
+        relative = np.abs(prediction - truth) / np.abs(truth)
     medians = np.stack([_weighted_medians(column, weights, index) for column in relative.T], axis=1)
+    medians[:, (truth == 0).any(axis=0)] = np.nan
     found = {"mse": error / count, "r2": r2, "relative_error": medians}
     return {m: np.concatenate([values, values.mean(1, keepdims=True)], axis=1) for m, values in found.items()}
 
@@ -157,6 +156,7 @@ def _seed_draws(
     weights: np.ndarray,
     index: np.ndarray,
     rng: np.random.Generator,
+    like: Sequence[np.ndarray] = (),  # of other seeds, whose spread a single one is given
 ) -> dict[str, np.ndarray]:
     """Each metric `(1 + n_bootstrap, n_labels + 1)`, mean over seeds: of the data in row 0, then of draws of groups,
     with an error of the mean over seeds."""
@@ -165,13 +165,14 @@ def _seed_draws(
     per_seed = [_draws(p, truth, scaler, weights, index) for p in predictions]
     n, draws = len(predictions), len(weights) - 1
     places = (rng.permutation(draws) + 0.5) / draws if draws else np.zeros(0)
-    student = stats.t.ppf(places, n - 1) if n > 1 else np.zeros(draws)
+    alike = per_seed if n > 1 else [_draws(p, truth, scaler, weights[:1], index) for p in like]
+    student = stats.t.ppf(places, len(alike) - 1) if len(alike) > 1 else np.zeros(draws)
     found = {}
     for m in METRICS:
-        values = np.stack([one[m] for one in per_seed])
-        found[m] = values.mean(axis=0)
-        if n > 1:
-            found[m][1:] += student[:, None] * values[:, 0].std(axis=0, ddof=1) / math.sqrt(n)
+        found[m] = np.mean([one[m] for one in per_seed], axis=0)
+        if len(alike) > 1:
+            spread = np.std([one[m][0] for one in alike], axis=0, ddof=1)
+            found[m][1:] += student[:, None] * spread / math.sqrt(n)
     return found
 
 
@@ -206,18 +207,21 @@ def difference_seeds(
     system: System,
     scaler: LabelScaler,
     *,
+    seeded: tuple[bool, bool] = (True, True),  # whether another seed would predict something else, for both sides
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[dict]:
     """Like `score_seeds`, of the mean of `first` minus the mean of `second`: same draws of groups, and an
-    error for the seeds of each.
+    error for the seeds of each. A side with a single seed is given the spread of the other's seeds.
 
     `seeds` is the smaller of the two numbers of seeds. With one seed each it is `score_difference`."""
     second, _ = _prepare(second, truth, groups, system)
     first, truth = _prepare(first, truth, groups, system)
     weights, index = bootstrap_weights(groups, n_bootstrap, seed)
-    generators = (np.random.default_rng(seed_for("bootstrap-seeds", seed, k)) for k in range(2))
-    a, b = (_seed_draws(p, truth, scaler, weights, index, rng) for p, rng in zip((first, second), generators))
+    generators = [np.random.default_rng(seed_for("bootstrap-seeds", seed, k)) for k in range(2)]
+    like = [other if has else () for has, other in zip(seeded, (second, first))]
+    three = zip((first, second), generators, like)
+    a, b = (_seed_draws(p, truth, scaler, weights, index, rng, other) for p, rng, other in three)
     rows = _rows({m: a[m] - b[m] for m in METRICS}, system, len(truth), weights.shape[1])
     return [row | {"seeds": min(len(first), len(second))} for row in rows]
 

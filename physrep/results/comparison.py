@@ -200,9 +200,9 @@ def _one_method(where: _Where) -> Method:
     return found[0]
 
 
-def _seed_differences(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
-    "Each seed of `a` minus the same seed of `b`; minus the mean of `b` if there are not as many."
-    return tuple(np.subtract(a, b if len(a) == len(b) else np.mean(b)).tolist())
+def _seed_differences(a: Sequence[float], b: Sequence[float], same: bool) -> tuple[float, ...]:
+    "Each seed of `a` minus the same seed of `b`, where both have the same seeds; else minus the mean of `b`."
+    return tuple(np.subtract(a, b if same else np.mean(b)).tolist())
 
 # %% ../../nbs/results/comparison.ipynb #7ddb2c39
 def _paired(a: Method, b: Method, probes: tuple[str, str], split: str, n_bootstrap: int, seed: int) -> list[dict]:
@@ -212,8 +212,10 @@ def _paired(a: Method, b: Method, probes: tuple[str, str], split: str, n_bootstr
     second = b.seeds(probes[1], split)
     values = [_by_seed(m, probe, split) for m, probe in zip((a, b), probes)]
     where = (a.truth[split], a.groups[split], a.system, a.scaler)
+    same = a.predictions[probes[0], split].keys() == b.predictions[probes[1], split].keys()
+    seeded = (a.encoder != "none", b.encoder != "none")
     rows = []
-    for row in difference_seeds(first, second, *where, n_bootstrap=n_bootstrap, seed=seed):
+    for row in difference_seeds(first, second, *where, seeded=seeded, n_bootstrap=n_bootstrap, seed=seed):
         by_seed = [v[row["label"], row["metric"]] for v in values]
         mean_a, mean_b = (float(np.mean(v)) for v in by_seed)
         rows.append(
@@ -225,7 +227,7 @@ def _paired(a: Method, b: Method, probes: tuple[str, str], split: str, n_bootstr
                 "difference": row["value"],
                 "low": row["low"],
                 "high": row["high"],
-                "by_seed": _seed_differences(*by_seed),
+                "by_seed": _seed_differences(by_seed[0], by_seed[1], same),
                 "seeds_a": len(first),
                 "seeds_b": len(second),
                 "n": row["n"],
@@ -267,7 +269,8 @@ def compare(
     seed: int = 0,
 ) -> pd.DataFrame:
     """Paired differences a - b, with 95 % intervals (over flows, which are shared, and the seeds of each), of all
-    pairs in the order given.
+    pairs in the order given. An encoder with a single seed is given the spread of the other side's seeds. With one
+    each, and for predictions without an encoder, the interval does not cover seeds.
 
     One row for each pair, probe, label (and their mean) and metric; `by_seed` is the difference of each seed (see
     `differences`). Raises ValueError for runs of other systems, windows or fields, naming both, and for an unknown

@@ -28,7 +28,8 @@ class Numbers:
     # and `by_hand`, the systems that keep those above
     tuned: Mapping[str, Mapping] = field(default_factory=dict)
     frames: int = 16  # frames of one clip
-    size: int | None = None  # clips are resized to size x size on the device; None: as stored
+    # clips of The Well, and of larger grids of one's own, are resized to size x size on the device; None: as stored
+    size: int | None = None
     train_stride: int | None = 1  # frames between window starts in training; None: the paper's for the system
     probe_stride: int | None = 16  # in probing
     augment: bool = True  # exact symmetries of the system, in pretraining

@@ -228,6 +228,21 @@ def _recipe(preset: Preset, objective: str, encoder: str, system: str, changes: 
     return replace(preset.recipe(objective, encoder, system), **changes)
 
 
+def _clip_size(system: System, preset: Preset, data: SimPreset | Stored) -> int | None:
+    """The side that clips are resized to, of published grids and of larger grids of one's own; None: as stored.
+    ValueError for a larger grid of one's own that is not square."""
+    if preset.size is None or dict(system.paper).get("crop"):
+        return preset.size
+    if not isinstance(data, Stored) or min(data.grid) <= preset.size:
+        return None
+    if len(set(data.grid)) > 1:
+        raise ValueError(
+            f"preset {preset.name} resizes clips to {preset.size}x{preset.size}, and the grid of {system.name} is "
+            f"{data.grid[0]}x{data.grid[1]}, which is not square; `size: null` in a preset of your own keeps it"
+        )
+    return preset.size
+
+
 def _stored(system: System, preset: Preset, data_dir: str | Path | None) -> Stored:
     "The grid of data that are read: The Well's, or that of the first training file."
     if system.native:
@@ -276,6 +291,7 @@ def resolve(
     changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
     if tag and not tag.replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"tag may hold letters, digits, '.' and '_', got {tag!r}")
+    data = preset.sims.get(system.name) or _stored(system, preset, data_dir)
     run = Run(
         system=system,
         objective=objective,
@@ -288,12 +304,12 @@ def resolve(
         recipe=_recipe(preset, objective, encoder, system.name, {**changes, **(recipe or {})}),
         clip=Clip(
             frames=preset.frames,
-            size=preset.size if dict(system.paper).get("crop") else None,
+            size=_clip_size(system, preset, data),
             stride=stride_of(system, preset.train_stride),
             augment=preset.augment,
             noise=preset.noise,
         ),
-        data=preset.sims.get(system.name) or _stored(system, preset, data_dir),
+        data=data,
     )
     padding = run.encoder_config.get("padding_mode")
     if run.crop is None or not isinstance(padding, list):
