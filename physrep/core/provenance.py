@@ -192,7 +192,7 @@ def _module(full: str, file: Path) -> tuple[tuple[_Part, ...], tuple[tuple[int, 
     pictures = full.startswith(("physrep.results.", "physrep.experiments."))
     return _read(file.read_bytes(), str(file), pictures, full.split(".")[0] in TABLES_OF)
 
-
+# %% ../../nbs/core/provenance.ipynb #aa990b81
 def _is_installed(file: Path) -> bool:
     "Whether a file is of an installed package, beside which others lie that have nothing to do with it."
     return bool({"site-packages", "dist-packages"} & set(file.parts))
