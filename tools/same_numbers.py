@@ -11,7 +11,12 @@ of this checkout. If all of them are equal bit by bit, the definitions that diff
 A change of the order of sums changes the last digits, as another processor does, whose runs count as well. With
 `--rounding` the data must still be equal, but weights may differ by 1 %, and errors of probes by a tenth of the width
 of their 95 % interval (root mean square over the rows of a result): a probe on eight flows may find another neighbour.
-The largest differences that were found are written down, too."""
+The largest differences that were found are written down, too.
+
+    python tools/same_numbers.py --tables --against HEAD~1 --why "pairs by the number of their seeds"
+
+With `--tables` nothing is trained. The tables of Table 1, with all paired differences, are made from the results in
+`figures/results`, by both codes, and only definitions of comparisons are declared equal."""
 
 import argparse
 import hashlib
@@ -84,6 +89,35 @@ def used() -> dict[str, list[str]]:
     return {name: sorted(digests) for name, digests in found.items()}
 
 
+COMPARISONS = ("results.comparison", "experiments.table1")
+
+
+def tables(folder: Path) -> dict:
+    "What the code that is imported makes of the results of this checkout: tables of errors and of differences, as text."
+    from physrep.experiments.table1 import differences_from_own, shown_rows, table_rows
+    from physrep.results.archive import unpack
+    from physrep.results.comparison import summarise
+    from physrep.results.seeds import folders_of_seeds
+    from physrep.training.presets import get_preset
+
+    preset, found = get_preset("laptop"), {}
+    for system in preset.systems:
+        unpack(ROOT / "figures" / "results" / "laptop" / system, folder / "runs" / "laptop" / system, preset)
+        rows = table_rows(preset, system)
+        _, places = folders_of_seeds(preset, {system: rows}, folder / "runs")
+        made = {"errors": summarise(places), "differences": differences_from_own(places, shown_rows(rows))}
+        found |= {f"{system}, {name}": table.to_csv(index=False) for name, table in made.items()}
+        print(f"  {system}", file=sys.stderr, flush=True)
+    return found
+
+
+def used_in_tables() -> dict[str, list[str]]:
+    "The digests of all definitions behind comparisons, by name."
+    from physrep.core import provenance
+
+    return {name: sorted(digests) for name, digests in provenance._used(COMPARISONS, ()).items()}
+
+
 def weights_differ(old: Path, new: Path) -> float:
     "The difference of the weights of two encoders, relative to those of the first."
     from safetensors.numpy import load_file
@@ -134,7 +168,7 @@ def rounding(old: dict, new: dict, folders: dict) -> tuple[dict[str, float], lis
 
 
 def ask(tree: Path, what: str, folder: Path) -> dict:
-    "`numbers` or `used` of the code of a checkout, in a process of its own."
+    "What a function of `ASKED` finds with the code of a checkout, in a process of its own."
     into = folder / f"{what}.json"
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--ask", what, "--folder", folder, "--into", into]
@@ -158,18 +192,26 @@ def differing(old: dict[str, list[str]], new: dict[str, list[str]]) -> dict[str,
     return found
 
 
+ASKED = {"numbers": numbers, "used": used, "tables": tables, "used_in_tables": used_in_tables}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", help="the other commit")
     parser.add_argument("--why", help="what changed, in a few words")
     parser.add_argument("--rounding", action="store_true", help="the last digits may differ")
-    parser.add_argument("--ask", choices=("numbers", "used"), help=argparse.SUPPRESS)
+    parser.add_argument("--tables", action="store_true", help="of comparisons alone, from the committed results")
+    parser.add_argument("--ask", choices=list(ASKED), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.ask:
-        asked.into.write_text(json.dumps(numbers(asked.folder) if asked.ask == "numbers" else used()))
+        takes_folder = asked.ask in ("numbers", "tables")
+        asked.into.write_text(json.dumps(ASKED[asked.ask](*([asked.folder] if takes_folder else []))))
         return 0
+    what, definitions = ("tables", "used_in_tables") if asked.tables else ("numbers", "used")
+    if asked.tables and asked.rounding:
+        parser.error("tables are compared bit by bit: leave out --rounding")
     if not (asked.against and asked.why):
         parser.error("--against COMMIT and --why TEXT are needed")
     git = ["git", "-C", str(ROOT)]
@@ -183,18 +225,21 @@ def main() -> int:
             folders = {place: Path(name) / part for place, part in ((tree, "old"), (ROOT, "new"))}
             for folder in folders.values():
                 folder.mkdir()
-            changed = differing(*(ask(place, "used", folder) for place, folder in folders.items()))
+            changed = differing(*(ask(place, definitions, folder) for place, folder in folders.items()))
             if not changed:
-                print("no definition of a run or a probe differs")
+                print("no definition behind these numbers differs")
                 return 0
             print(f"{len(changed)} definitions differ: {', '.join(changed)}")
-            old, new = (ask(place, "numbers", folder) for place, folder in folders.items())
-            largest, other = rounding(old, new, {folder.name: folder for folder in folders.values()})
+            old, new = (ask(place, what, folder) for place, folder in folders.items())
+            largest, other = {"weights": 0.0, "errors": 0.0}, []
+            if asked.rounding:
+                largest, other = rounding(old, new, {folder.name: folder for folder in folders.values()})
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=False)
     if not asked.rounding:
         other = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    print(f"largest difference of weights {largest['weights']:.2g}, of errors {largest['errors']:.2g}")
+    if asked.rounding:
+        print(f"largest difference of weights {largest['weights']:.2g}, of errors {largest['errors']:.2g}")
     if other:
         print(f"{len(other)} of {len(new)} differ; nothing was written: {'; '.join(other[:10])}")
         return 1
