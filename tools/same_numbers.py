@@ -93,7 +93,7 @@ COMPARISONS = ("results.comparison", "experiments.table1")
 
 
 def tables(folder: Path) -> dict:
-    "What the code that is imported makes of the results of this checkout: tables of errors and of differences, as text."
+    "What the code that is imported makes of the results of this checkout: tables of errors and differences, as text."
     from physrep.experiments.table1 import differences_from_own, shown_rows, table_rows
     from physrep.results.archive import unpack
     from physrep.results.comparison import summarise
