@@ -172,7 +172,7 @@ def test_grid_errors(encoder, fits):
         (dict(method="fft"), "banded"),
         (dict(stem_kernel=(1, 2, 2), stem_stride=(1, 4, 4)), "skipped"),
         (dict(stem_stride=(1, 4)), "three of them"),
-        (dict(init="xavier"), "unknown init 'xavier'; valid: trunc_normal, fan_in"),
+        (dict(init="xavier"), "unknown init 'xavier'; valid: trunc_normal, fan_in, torch"),
         (dict(stem_norm="layer"), "unknown stem_norm 'layer'; valid: patch, group, none"),
         (dict(down_norm=None), "unknown down_norm None; valid: patch, group, none"),
     ],
@@ -348,7 +348,10 @@ def test_fan_in_keeps_the_size_of_what_passes():
     assert abs(layer(torch.randn(5000, 48)).std() - 1) < 0.1
 
 
-@pytest.mark.parametrize("init, scale, low, high", [("trunc_normal", 0.1, 0, 0.03), ("fan_in", 1.0, 0.3, 1.0)])
+@pytest.mark.parametrize(
+    "init, scale, low, high",
+    [("trunc_normal", 0.1, 0, 0.03), ("fan_in", 1.0, 0.3, 1.0), ("torch", 1.0, 0.1, 0.6)],
+)
 def test_share_of_the_stream_that_a_block_changes(init, scale, low, high):
     encoder = narrow(init=init, layer_scale=scale)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import re
+import secrets
 import time
 import warnings
 from dataclasses import dataclass
@@ -185,7 +186,14 @@ _VERSION = (
     "content-md5",
     "digest",
     "versionid",
+    "blob_id",
+    "sha",
+    "modify",
+    "modificationtime",
+    "last_write_time",
+    "last-modified",
 )
+_PROCESS = secrets.token_hex(8)  # in place of a version, where a store has none
 
 
 def _ask_state(path: Any) -> tuple[int, str]:
@@ -197,7 +205,8 @@ def _ask_state(path: Any) -> tuple[int, str]:
         try:
             path.fs.invalidate_cache(str(path.parent.path))
             info = path.fs.info(path.path)
-            return int(info["size"]), str(sorted((k, str(v)) for k, v in info.items() if k.lower() in _VERSION))
+            version = sorted((k, str(v)) for k, v in info.items() if k.lower() in _VERSION)
+            return int(info["size"]), str(version or [("process", _PROCESS)])
         except Exception as error:  # every store has its own
             if _final(error):
                 raise

@@ -268,7 +268,7 @@ class PatchConv(nn.Module):
 
 # %% ../../nbs/models/convnext.ipynb #f21aef2e
 CHOICES = {
-    "init": ("trunc_normal", "fan_in"),
+    "init": ("trunc_normal", "fan_in", "torch"),
     "stem_norm": ("patch", "group", "none"),
     "down_norm": ("patch", "group", "none"),
 }
@@ -284,7 +284,10 @@ def _check_choices(**chosen: str) -> None:
 def init_convnext(module: nn.Module, init: str = "trunc_normal") -> None:
     """Initialisation of ConvNeXt for `module.apply`: truncated normal weights, zero biases.
 
-    Standard deviation: 0.02 (`trunc_normal`, the paper's), or one over the root of the number of inputs (`fan_in`)."""
+    Standard deviation: 0.02 (`trunc_normal`, that of ConvNeXt), or one over the root of the number of inputs
+    (`fan_in`). `torch` leaves what PyTorch has drawn, as the paper's code does."""
+    if init == "torch":
+        return
     if isinstance(module, nn.Linear | nn.Conv3d | DepthwiseConv3d):
         if init == "fan_in":
             std = module.weight[0].numel() ** -0.5 / 0.87962566  # which is that of a normal cut at two deviations
@@ -349,7 +352,8 @@ def _token_grid(shape: Sequence[int], stride: tuple[int, int, int]) -> tuple[int
 
 # %% ../../nbs/models/convnext.ipynb #07a2ef2a
 class ConvNeXt(nn.Module):
-    "The paper's encoder `(b, c, t, h, w) -> (b, n, d)`; the defaults are the paper's, tokens in (t h w) order."
+    """The paper's encoder `(b, c, t, h, w) -> (b, n, d)`, tokens in (t h w) order; the defaults are the paper's but for
+    `init`."""
 
     def __init__(
         self,
@@ -365,7 +369,7 @@ class ConvNeXt(nn.Module):
         padding_mode: str | Sequence[str] = "zeros",  # 'zeros' (paper), 'circular', or one per spatial axis
         layer_scale: float = 1e-6,  # initial scale of the residual branches
         mlp_ratio: float = 4.0,
-        init: str = "trunc_normal",  # of the weights; or 'fan_in', for widths below about 400
+        init: str = "trunc_normal",  # of the weights; or 'fan_in', for widths below about 400, or 'torch', the paper's
         stem_norm: str = "patch",  # of the channels of each place (paper), 'group': of the whole clip, or 'none'
         down_norm: str = "patch",  # the same, between the stages
         method: str = "banded",  # of the depthwise convolutions, see DepthwiseConv3d

@@ -187,6 +187,7 @@ class TransformerDecoder(nn.Module):
     def forward(self, tokens: torch.Tensor, keep: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         b, n = len(tokens), grid[0] * grid[1] * grid[2]
         z = self.embed(tokens)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # the stream of the blocks, as in the encoder
         filled = self.mask_token.to(z.dtype).expand(b, n, -1).scatter(1, keep[:, :, None].expand(-1, -1, self.width), z)
         if self.from_last:
             filled = filled + last_frame_after(z, grid)

@@ -142,6 +142,7 @@ def with_noise(objective: Parts, batch: dict) -> dict:
 def without_place(z: torch.Tensor) -> torch.Tensor:
     """Tokens `(b, n, d)` without their mean over the batch at each place, scaled so that the variance over samples is
     kept. ValueError for a single sample."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))  # means of bfloat16 would be rounded
     if len(z) < 2:
         raise ValueError("the mean over a batch of one sample leaves nothing of it: centre needs 2 samples or more")
     return (z - z.mean(dim=0)) * math.sqrt(len(z) / (len(z) - 1))

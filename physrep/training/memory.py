@@ -14,6 +14,7 @@ from torch import nn
 
 from ..models.convnext import Block
 from .cost import example_batch, in_one_chunk, smallest_batch
+from .loop import branches
 from .run import Run, build
 
 # %% ../../nbs/training/memory.ipynb #1fef3a5d
@@ -58,6 +59,7 @@ def memory_needed(run: Run, device: str = "cpu") -> Memory:
     weights = sum(p.numel() * p.element_size() for p in objective.parameters()) + 3 * trained
     if run.recipe is None:
         return Memory(weights - 3 * trained, 0, 0)
+    weights *= 2 if branches(run.recipe) else 1  # a branch is trained to its end beside the run
     windows = run.recipe.batch_size // run.recipe.accumulate
     few = smallest_batch(run, objective, windows)
     batch = example_batch(run, objective, few)

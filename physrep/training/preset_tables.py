@@ -136,7 +136,7 @@ _LAPTOP_ENCODERS = {
         stem_stride=(4, 4, 4),
         strides=((2, 1, 1),),
         kernel_size=7,
-        init="fan_in",  # the paper's std of 0.02 would make a block 0.2 % of its stream at these widths
+        init="fan_in",  # a std of 0.02 would make a block 0.2 % of its stream at these widths
         layer_scale=0.1,  # 1e-6, as for long trainings, keeps the blocks shut for all of a short one
         stem_norm="none",  # a norm right after the stem hides the amplitude of every patch
     ),
@@ -167,8 +167,8 @@ _LAPTOP_OBJECTIVES = {
     "disco_film": _OPERATOR,
     "supervised": dict(head="linear"),
 }
-_PAPER_ENCODERS = {
-    "convnext": {},
+_PAPER_ENCODERS: dict[str, dict] = {
+    "convnext": dict(init="torch"),
     "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 16, 16)),
     "axial": dict(dim=192, depth=12, heads=3, strides=(4, 2, 2), layer_scale=1e-2),  # AViT-Ti, 7 million weights
 }
@@ -290,7 +290,7 @@ _GPU = Preset(
     },
     encoders=_with_codes(
         {
-            "convnext": {},
+            "convnext": _PAPER_ENCODERS["convnext"],
             "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8)),
             "axial": _PAPER_ENCODERS["axial"] | dict(strides=(2, 2, 2)),
         },

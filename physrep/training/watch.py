@@ -90,15 +90,20 @@ def gate_measures(objective: nn.Module, batches: Iterable[dict]) -> dict[str, fl
     "Means over held-out batches of what `objective.gate` measures, as `gate_<name>`, and their `gate`; {} without one."
     if not hasattr(objective, "gate"):
         return {}
-    found = pd.DataFrame([objective.gate(batch) for batch in batches]).mean()
-    return {name if name == "gate" else f"gate_{name}": float(value) for name, value in found.items()}
+    found = pd.DataFrame([objective.gate(batch) for batch in batches])
+    means = found.mean()
+    if "gate" in found and found.gate.isna().any():  # of a batch in which nothing could be asked
+        means["gate"] = math.inf
+    return {name if name == "gate" else f"gate_{name}": float(value) for name, value in means.items()}
 
 
 def shortcomings(row: Mapping[str, float]) -> list[str]:
     """Why the encoder of a row of `curve.csv` is not called trained, in words; [] if it may be. Without a question of
     its own, as with labels, there is no gate."""
     found = []
-    if row.get("gate", 0.0) >= 1:
+    if row.get("gate", 0.0) == math.inf:
+        found.append("its own error could not be compared with trivial answers on the held-out clips")
+    elif row.get("gate", 0.0) >= 1:
         found.append(f"its own error is {row['gate']:.2f} times that of the best trivial answer")
     rank, std = (
         row.get(name, math.nan) for name in ("effective_rank", "feature_std")
