@@ -81,3 +81,11 @@ def test_what_does_not_fit_is_refused_with_what_would_help():
 def test_what_is_free_is_less_than_there_is():
     free = memory_available()
     assert free is None or 0 < free < 2**50
+
+
+def test_a_branch_that_is_trained_beside_the_run_needs_as_much_again():
+    whole, cosine = (
+        memory_needed(resolve("shear_flow", "mae", "vit", "laptop", recipe={"schedule": schedule}))
+        for schedule in ("constant", "cosine")
+    )
+    assert whole.weights == 2 * cosine.weights and whole.saved == cosine.saved

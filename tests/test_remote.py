@@ -339,3 +339,31 @@ def test_a_set_in_an_object_store(folder, tmp_path, monkeypatch):
         line.shutdown()
         line.server_close()
         server.stop()
+
+
+def test_what_a_store_says_of_a_version_is_in_the_key_and_a_silent_store_is_read_again(monkeypatch):
+    class Store:
+        said: dict = {}
+
+        def invalidate_cache(self, path):
+            pass
+
+        def info(self, path):
+            return {"size": 7, "name": path} | self.said
+
+    class Parent:
+        path = "folder"
+
+    class Place:
+        fs, path, parent = Store(), "folder/file", Parent()
+
+    silent = remote._ask_state(Place)
+    assert silent[0] == 7 and remote._ask_state(Place) == silent, "in one process"
+    monkeypatch.setattr(remote, "_PROCESS", "another")
+    assert remote._ask_state(Place) != silent
+    for name in ("ETag", "blob_id", "last-modified", "mtime"):
+        states = []
+        for version in ("one", "two"):
+            Store.said = {name: version}
+            states.append(remote._ask_state(Place))
+        assert states[0] != states[1], name
