@@ -40,7 +40,6 @@ def without_own_place(z: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     variance over samples is kept; zeros at a place of a single sample. ValueError for places that do not fit."""
     if places.shape != z.shape[:2]:
         raise ValueError(f"places must be {tuple(z.shape[:2])} (b, m), one for each token, got {tuple(places.shape)}")
-    z = z.to(torch.promote_types(z.dtype, torch.float32))  # means of bfloat16 would be rounded
     rows, index = z.flatten(0, 1), places.flatten()
     count = torch.bincount(index).to(z.dtype)
     sums = rows.new_zeros(len(count), rows.shape[1]).index_add(0, index, rows)
