@@ -352,8 +352,7 @@ def _token_grid(shape: Sequence[int], stride: tuple[int, int, int]) -> tuple[int
 
 # %% ../../nbs/models/convnext.ipynb #07a2ef2a
 class ConvNeXt(nn.Module):
-    """The paper's encoder `(b, c, t, h, w) -> (b, n, d)`, tokens in (t h w) order; the defaults are the paper's but for
-    `init`."""
+    "The paper's encoder `(b, c, t, h, w) -> (b, n, d)`, tokens in (t h w) order; its defaults, but for `init`."
 
     def __init__(
         self,
