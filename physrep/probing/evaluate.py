@@ -111,7 +111,7 @@ def write_scores(
 # %% ../../nbs/probing/evaluate.ipynb #434533bd
 FEW = {8: 3, 16: 3, 64: 3}  # labelled flows -> draws of that many; probes are also fitted on these
 ATTENTIVE_ON = 16  # of them that an attentive probe is fitted on, first draw only
-FEW_UPDATES = 288  # of that probe, at most: eight times as many raise its error by 0 to 15 %
+FEW_UPDATES = 288  # of that probe, at most: more of them fit few flows too closely
 
 # %% ../../nbs/probing/evaluate.ipynb #c97066d5
 def write_few(
