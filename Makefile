@@ -1,7 +1,7 @@
 # physrep: `make help` lists the targets. Needs Python 3.11+, git and make; everything else is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce data study tune tuned few finetune ablations matters machines resolution regimes across rollout grid box question rates longer attentive bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
+.PHONY: help setup reproduce data study tune tuned few finetune ablations matters machines resolution regimes across rollout grid box question rates longer attentive long-probe bench scaling peer figures results unpack verify test test-all lint fuzz audit format notebooks readme docs explore app gallery weights models clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -76,7 +76,7 @@ data: $(READY)  ## simulate the data of PRESET only
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES) --systems "$(SYSTEM)" --seeds "$(SEEDS)"
-	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters attentive; do $(MAKE) --no-print-directory $$experiment; done
+	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters attentive long-probe; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -181,6 +181,12 @@ attentive: $(READY)  ## read the encoders of the paper's comparison with attenti
 	@$(COMPARE) probe_length
 	@$(KEEP)
 
+long-probe: TARGET = long_probe
+long-probe: $(READY)  ## read the encoders of Table 1 with an attentive probe that is trained eight times as long; two hours of two cores where they have to be trained first, or a minute after `make unpack`
+	@$(SNAKE) </dev/null
+	@$(COMPARE) long_probe
+	@$(KEEP)
+
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else
 	@mkdir -p runs/$(NAME)/notebooks
 	@$(BIN)/python -m papermill nbs/10_benchmarks.ipynb runs/$(NAME)/notebooks/benchmarks.ipynb --no-progress-bar -p preset $(PRESET) \
@@ -203,9 +209,11 @@ figures:  ## copy the figures that PRESET's runs have drawn over the committed o
 
 results: $(READY)  ## put what PRESET's runs have measured into figures/results/, without encoders: 0.1 MB a run
 	@$(BIN)/python -m physrep.results.archive pack --preset $(PRESET)
+	@$(BIN)/python -m physrep.experiments.long_probe pack --preset $(PRESET)
 
 unpack: $(READY)  ## take the results in figures/results/ into runs/: rows of your own, or more SEEDS, then need no training of the others
 	@$(BIN)/python -m physrep.results.archive unpack --preset $(PRESET)
+	@$(BIN)/python -m physrep.experiments.long_probe unpack --preset $(PRESET)
 
 verify: $(READY)  ## recompute the digests of every committed figure and say which are stale, and why
 	@$(BIN)/python -m physrep.results.verify figures

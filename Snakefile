@@ -26,6 +26,7 @@ from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
 from physrep.data.remote import is_address
 from physrep.data.sets import find_files
+from physrep.experiments.long_probe import encoder_rows, long_probe_root, with_long_probe
 from physrep.experiments.matters import CELLS, FOUND, cell_run, matters_root
 from physrep.experiments.probe_length import FILE as LENGTH_FILE
 from physrep.experiments.own_question_figures import jepa_rows, faster
@@ -612,6 +613,30 @@ rule attentive:
     input: list(READ_LONGER.values())
     output: figures("probe_length")
     params: code=stage("08k_probe_length", "experiments.probe_length", "experiments.matters_probes") + PROBING, command=papermill("08k_probe_length", "probe_length", systems=",".join(SYSTEMS.values()), chosen_on=SYSTEMS[FIRST], train=False)
+    shell: "{params.command}"
+
+# `make long-probe`: the encoders of Table 1, read by an attentive probe that is trained longer; a job for each system and row
+LONG_PRESET, LONG_RUNS = with_long_probe(PRESET), long_probe_root(ROOT / "runs")
+READ_AGAIN = []
+for system, row in ((system, row) for system in SYSTEMS for row in BY_HAND if row.kind in ("trained", "random")):
+    own = encoder_rows(PRESET, SYSTEMS[system], row_name(row))
+    seeds = list(dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))
+    runs = [run_of(one, SYSTEMS[system], PRESET, seed, DATA) for one in own for seed in seeds]
+    name = f"{system}-{row_name(row)}"
+    READ_AGAIN.append(OUT / "long_probe" / f"{name}.done")
+    rule:
+        name: f"long_probe_{name}".replace("-", "_").replace(".", "_")
+        input: [run.folder() / "result.json" for run in runs]
+        output: touch(finished(READ_AGAIN[-1], all((run.folder(LONG_RUNS) / "result.json").is_file() for run in runs)))
+        params: code=code_digest("experiments.long_probe", *runs[0].modules, entries=runs[0].entries) + str(LONG_PRESET.probing()), command=papermill("08l_long_probe", f"long-{name}", systems=SYSTEMS[system], only=row_name(row), seeds=" ".join(map(str, seeds)), draw=False)
+        threads: JOB_THREADS
+        resources: gpu=GPUS
+        shell: "{params.command}"
+
+rule long_probe:
+    input: RESULTS + MORE_SEEDS + READ_AGAIN
+    output: figures("long_probe")
+    params: rows=repr(TABLE_ROWS), code=stage("08l_long_probe", "experiments.long_probe") + PROBING, command=papermill("08l_long_probe", "long_probe", **SHOWN, only=ONLY or None, train=False)
     shell: "{params.command}"
 
 # at a preset that was tuned, `make regimes`, `make across` and `make resolution` are asked for by name

@@ -47,6 +47,7 @@ SHOWN = {
     "08i_longer_training": "longer-shear_flow",
     "08j_chosen_recipes": "tuned",
     "08k_probe_length": "probe_length",
+    "08l_long_probe": "long_probe",
     "10_benchmarks": "benchmarks",
     "10a_scaling": "scaling",
     "10b_peer_solver": "peer_solver",
