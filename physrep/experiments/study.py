@@ -19,6 +19,7 @@ from ..core.parameters import seeds_in
 from . import longer, rates
 from .fine_tuned import RATES
 from .further_training import SEEN
+from .long_probe import long_probe_root
 from .matters import matters_root, planned_cells
 from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
@@ -95,6 +96,19 @@ def _fine_tunings(
                     yield f"{'-'.join(run.row)} fine-tuned", run, done, operations + again
 
 
+def _long_probes(
+    preset: Preset, systems: Sequence[str], run_dir: str | Path | None, seeds: Sequence[int]
+) -> Iterator[tuple[str, Run, bool]]:
+    """(row, run, whether it is done) of each encoder that `make long-probe` trains again, because only its results were
+    unpacked."""
+    for system in systems or preset.systems:
+        for row in (row for row in table_rows(preset, system) if row.kind == "trained"):
+            for run in (run_of(row, system, preset, seed) for seed in dict.fromkeys((*preset.seeds, *seeds))):
+                if scored_elsewhere(run.folder(run_dir), preset):
+                    done = (run.folder(long_probe_root(run_dir)) / "result.json").is_file()
+                    yield f"{'-'.join(run.row)} read for longer", run, done
+
+# %% ../../nbs/experiments/study.ipynb #5d0e7a31
 def study_table(
     preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None, seeds: Sequence[int] = ()
 ) -> pd.DataFrame:
@@ -122,6 +136,9 @@ def study_table(
     for name, run, done, total in _fine_tunings(preset, systems, run_dir):
         about = {"make": "finetune", "system": run.system.name, "row": name, "seed": run.seed, "done": done}
         rows.append(about | {"core minutes": total / RATE / 60})
+    for name, run, done in _long_probes(preset, systems, run_dir, seeds):
+        about = {"make": "long-probe", "system": run.system.name, "row": name, "seed": run.seed, "done": done}
+        rows.append(about | {"core minutes": cost(run)["total"] / RATE / 60})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/study.ipynb #8f801cce

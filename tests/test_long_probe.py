@@ -1,0 +1,150 @@
+"""Table 1's encoders under a longer attentive probe: the same encoders, in a place of their own, beside Table 1."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from physrep.core.files import read_json
+from physrep.core.paths import project_root
+from physrep.experiments import long_probe, study
+from physrep.experiments.long_probe import (
+    encoder_rows,
+    long_probe_root,
+    long_probe_table,
+    order_by_length,
+    order_of_paper,
+    plot_long_probe,
+    read_longer,
+    seeds_read,
+    with_long_probe,
+)
+from physrep.experiments.table1 import shown_rows
+from physrep.probing.evaluate import score_run
+from physrep.results.rows import run_of
+from physrep.results.verify import is_current
+from physrep.training.pretrain import pretrain
+from physrep.training.presets import get_preset
+
+SMOKE = replace(get_preset("smoke"), seeds=(0,))
+ASKED = "jepa-convnext,mae-vit,random-vit"
+
+
+@pytest.fixture(scope="module")
+def read_twice(smoke_data, tmp_path_factory):
+    "The folder of runs in which three rows are read with both probes; MAE's encoder was not there for the longer one."
+    folder = tmp_path_factory.mktemp("long")
+    for row in encoder_rows(SMOKE, "shear_flow", ASKED):
+        run = run_of(row, "shear_flow", SMOKE)
+        pretrain(run, smoke_data, folder, progress=False, say=lambda text: None)
+        score_run(run, smoke_data, folder, progress=False)
+        if row.objective == "mae":
+            (run.folder(folder) / "encoder.safetensors").rename(folder / "away")
+        assert read_longer(run, smoke_data, folder, progress=False)
+        assert not read_longer(run, smoke_data, folder, progress=False), "it is there"
+        if row.objective == "mae":
+            (folder / "away").rename(run.folder(folder) / "encoder.safetensors")
+    return folder
+
+
+def test_the_same_encoder_is_read_in_a_place_of_its_own_and_table_1_stays(read_twice):
+    long = with_long_probe(SMOKE)
+    assert (long.probe_epochs, long.probe_lr) == (8 * SMOKE.probe_epochs, pytest.approx(0.4 * SMOKE.probe_lr))
+    for row in encoder_rows(SMOKE, "shear_flow", ASKED):
+        run = run_of(row, "shear_flow", SMOKE)
+        usual, longer = run.folder(read_twice), run.folder(long_probe_root(read_twice))
+        assert (usual / "encoder.safetensors").read_bytes() == (longer / "encoder.safetensors").read_bytes()
+        assert is_current(usual / "result.json", SMOKE) and is_current(longer / "result.json", long)
+        assert not is_current(longer / "result.json", SMOKE), "no result of Table 1"
+        rows = [pd.DataFrame(read_json(folder / "result.json")["rows"]) for folder in (usual, longer)]
+        others = [one[one.probe.isin(["linear", "knn", "kernel"])].reset_index(drop=True) for one in rows]
+        pd.testing.assert_frame_equal(*others)
+        attentive = [one[one.probe == "attentive"].value.to_numpy() for one in rows]
+        assert not np.allclose(*attentive)
+
+
+def test_an_encoder_of_table_1_is_not_trained_again(read_twice, smoke_data, tmp_path, monkeypatch):
+    shutil.copytree(read_twice, tmp_path / "runs")
+    shutil.rmtree(long_probe_root(tmp_path / "runs"))
+    said = []
+    monkeypatch.setattr(long_probe, "pretrain", lambda *a, **k: pretrain(*a, **k, say=said.append))
+    (row,) = encoder_rows(SMOKE, "shear_flow", "mae-vit")
+    run = run_of(row, "shear_flow", SMOKE)
+    assert read_longer(run, smoke_data, tmp_path / "runs", progress=False)
+    assert said == [f"{run.path} is finished"]
+    assert not [p for p in run.folder(long_probe_root(tmp_path / "runs")).glob(".*") if p.name != ".lock"]
+
+
+def test_tables_have_the_errors_of_both_places_and_both_orders(read_twice):
+    rows = {"shear_flow": encoder_rows(SMOKE, "shear_flow", ASKED)}
+    assert seeds_read(SMOKE, "shear_flow", rows["shear_flow"], read_twice) == (0,)
+    assert seeds_read(replace(SMOKE, seeds=(0, 1)), "shear_flow", rows["shear_flow"], read_twice) == ()
+    table = long_probe_table(rows, {"shear_flow": SMOKE}, read_twice)
+    for row in rows["shear_flow"]:
+        run = run_of(row, "shear_flow", SMOKE)
+        for epochs, place in ((SMOKE.probe_epochs, read_twice), (8 * SMOKE.probe_epochs, long_probe_root(read_twice))):
+            found = pd.DataFrame(read_json(run.folder(place) / "result.json")["rows"])
+            found = found.query("probe == 'attentive' and split == 'test' and label == 'mean' and metric == 'mse'")
+            line = table[(table.objective == row.pair[0]) & (table.encoder == row.pair[1]) & (table.epochs == epochs)]
+            assert line.value.item() == pytest.approx(found.value.item())
+    assert table.verdict.notna().tolist() == [False, True, False] * 2, "only MAE has random weights of its network here"
+    order = order_of_paper(rows, {"shear_flow": SMOKE}, read_twice).set_index("epochs")
+    errors = table.set_index(["objective", "epochs"]).query("encoder == 'vit' or objective == 'jepa'").value
+    for epochs in order.index:
+        assert order.difference[epochs] == pytest.approx(errors["jepa", epochs] - errors["mae", epochs])
+    assert len(plot_long_probe(table, shown_rows(rows["shear_flow"])).axes) == 1
+    with pytest.raises(ValueError, match="no row is read with both probes"):
+        plot_long_probe(table[:0], shown_rows(rows["shear_flow"]))
+
+
+def test_a_changed_order_is_counted_once_a_pair():
+    errors = {"jepa": (0.2, 0.2), "mae": (0.3, 0.1), "forecast": (0.4, 0.05), "random": (0.5, 0.5)}
+    lines = [
+        {"system": "shear_flow", "objective": name, "encoder": "vit", "epochs": epochs, "value": value}
+        for name, both in errors.items()
+        for epochs, value in zip((12, 96), both)
+    ]
+    assert order_by_length(pd.DataFrame(lines)).to_dict("records") == [
+        {"system": "shear_flow", "pairs": math.comb(4, 2), "changed": 3}
+    ]
+
+
+def test_results_are_packed_unpacked_and_removed(read_twice, tmp_path, capsys):
+    archives, elsewhere = tmp_path / "archives", tmp_path / "elsewhere"
+    options = ["--preset", "smoke", "--archives", str(archives)]
+    assert long_probe.main(["pack", "--run-dir", str(read_twice), *options]) == 0
+    assert long_probe.main(["unpack", "--run-dir", str(elsewhere), *options]) == 0
+    run = run_of(encoder_rows(SMOKE, "shear_flow", "mae-vit")[0], "shear_flow", SMOKE)
+    here, there = (run.folder(long_probe_root(folder)) / "result.json" for folder in (read_twice, elsewhere))
+    assert here.read_bytes() == there.read_bytes()
+    assert long_probe.main(["remove", "--run-dir", str(elsewhere), *options]) == 0 and not there.exists()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"long_probe/smoke/shear_flow: 3 {state}" for state in ("written", "written", "removed")]
+    (archives / "long_probe" / "smoke" / "shear_flow" / "seed0.zip").write_bytes(b"none")
+    assert long_probe.main(["unpack", "--run-dir", str(elsewhere), *options]) == 1
+    assert "seed0.zip is no archive of results" in capsys.readouterr().err
+
+
+def test_a_study_plans_encoders_of_which_only_results_are_here(tmp_path, monkeypatch):
+    preset = get_preset("laptop")
+    run = run_of(encoder_rows(preset, "shear_flow", "mae-vit")[0], "shear_flow", preset)
+    monkeypatch.setattr(study, "planned_runs", lambda *_: [])
+    monkeypatch.setattr(study, "cost", lambda run: {"total": 60e9, "train": 10**6})
+    plan = study.study_table(preset, ["shear_flow"], tmp_path, [1])
+    assert "long-probe" not in set(plan.make), "make reproduce trains them, and they are read where they are"
+    monkeypatch.setattr(study, "scored_elsewhere", lambda folder, preset: "mae" in str(folder))
+    for done in (False, True):
+        plan = study.study_table(preset, ["shear_flow"], tmp_path, [1])
+        (first, second) = plan[plan.make == "long-probe"].to_dict("records")
+        assert (first["row"], first["done"], second["seed"], second["done"]) == (
+            "mae.tuned-vit read for longer",
+            done,
+            1,
+            False,
+        )
+        result = run.folder(long_probe_root(tmp_path)) / "result.json"
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text("{}")
