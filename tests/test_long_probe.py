@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from physrep.core.files import read_json
-from physrep.core.paths import project_root
 from physrep.experiments import long_probe, study
 from physrep.experiments.long_probe import (
     encoder_rows,
@@ -26,8 +25,8 @@ from physrep.experiments.table1 import shown_rows
 from physrep.probing.evaluate import score_run
 from physrep.results.rows import run_of
 from physrep.results.verify import is_current
-from physrep.training.pretrain import pretrain
 from physrep.training.presets import get_preset
+from physrep.training.pretrain import pretrain
 
 SMOKE = replace(get_preset("smoke"), seeds=(0,))
 ASKED = "jepa-convnext,mae-vit,random-vit"
