@@ -16,6 +16,7 @@ from physrep.experiments.long_probe import (
     long_probe_table,
     order_by_length,
     order_of_paper,
+    over_random,
     plot_long_probe,
     read_longer,
     seeds_read,
@@ -23,6 +24,7 @@ from physrep.experiments.long_probe import (
 )
 from physrep.experiments.table1 import shown_rows
 from physrep.probing.evaluate import score_run
+from physrep.probing.reading import FROZEN
 from physrep.results.rows import run_of
 from physrep.results.verify import is_current
 from physrep.training.presets import get_preset
@@ -81,7 +83,9 @@ def test_tables_have_the_errors_of_both_places_and_both_orders(read_twice):
     rows = {"shear_flow": encoder_rows(SMOKE, "shear_flow", ASKED)}
     assert seeds_read(SMOKE, "shear_flow", rows["shear_flow"], read_twice) == (0,)
     assert seeds_read(replace(SMOKE, seeds=(0, 1)), "shear_flow", rows["shear_flow"], read_twice) == ()
-    table = long_probe_table(rows, {"shear_flow": SMOKE}, read_twice)
+    over = over_random(rows, {"shear_flow": SMOKE}, read_twice)
+    assert set(zip(over.probe, over.epochs)) == {(p, n * SMOKE.probe_epochs) for p in FROZEN for n in (1, 8)}
+    table = long_probe_table(rows, {"shear_flow": SMOKE}, over, read_twice)
     for row in rows["shear_flow"]:
         run = run_of(row, "shear_flow", SMOKE)
         for epochs, place in ((SMOKE.probe_epochs, read_twice), (8 * SMOKE.probe_epochs, long_probe_root(read_twice))):
@@ -90,7 +94,7 @@ def test_tables_have_the_errors_of_both_places_and_both_orders(read_twice):
             line = table[(table.objective == row.pair[0]) & (table.encoder == row.pair[1]) & (table.epochs == epochs)]
             assert line.value.item() == pytest.approx(found.value.item())
     assert table.verdict.notna().tolist() == [False, True, False] * 2, "only MAE has random weights of its network here"
-    order = order_of_paper(rows, {"shear_flow": SMOKE}, read_twice).set_index("epochs")
+    order = order_of_paper(rows, {"shear_flow": SMOKE}, read_twice).query("probe == 'attentive'").set_index("epochs")
     errors = table.set_index(["objective", "epochs"]).query("encoder == 'vit' or objective == 'jepa'").value
     for epochs in order.index:
         assert order.difference[epochs] == pytest.approx(errors["jepa", epochs] - errors["mae", epochs])

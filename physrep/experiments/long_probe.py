@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDER', 'TIMES', 'SLOWER', 'with_long_probe', 'long_probe_root', 'encoder_rows', 'read_longer', 'seeds_read',
-           'both_probes', 'long_probe_table', 'order_by_length', 'order_of_paper', 'plot_long_probe', 'main']
+           'both_probes', 'over_random', 'long_probe_table', 'order_by_length', 'order_of_paper', 'plot_long_probe',
+           'main']
 
 # %% ../../nbs/experiments/long_probe.ipynb #07aa723f
 import argparse
@@ -117,32 +118,48 @@ _KEYS = ["system", "objective", "encoder"]
 _NUMBERS = ["value", "low", "high", "by_seed", "seeds"]
 
 
-def long_probe_table(
+def over_random(
     rows: Mapping[str, Sequence[Row]],  # system -> `encoder_rows`
     presets: Mapping[str, Preset],  # system -> preset with the seeds that are compared
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+) -> pd.DataFrame:
+    """`against_random` of every system with the probe of Table 1 and with the longer one, by the `epochs` of the
+    attentive probe. The other probes have been fitted in both places, too."""
+    found = []
+    for system, some in rows.items():
+        shown = shown_rows(some)
+        for preset, root in both_probes(presets[system], run_dir):
+            folders = row_folders(preset, root, [system], some, data_dir)
+            one = against_random(differences_from_own(folders, shown), shown)
+            found.append(one.assign(epochs=preset.probe_epochs))
+    return pd.concat(found, ignore_index=True)
+
+
+def long_probe_table(
+    rows: Mapping[str, Sequence[Row]],
+    presets: Mapping[str, Preset],
+    over: pd.DataFrame,  # of `over_random`
     run_dir: str | Path | None = None,
     data_dir: str | Path | None = None,
 ) -> pd.DataFrame:
     """A line for each system, row and number of `epochs` of the attentive probe: its error on `test` (`value` with
     `low`, `high`, `by_seed`, `seeds`), and for trainings without labels the difference from random weights of the own
     network as text (`over_random`) with its `verdict`: better, worse or undecided."""
+    over = over[over.probe == "attentive"].rename(columns={"text": "over_random"})
+    over = over[[*_KEYS, "epochs", "over_random", "verdict"]]
     parts = []
     for system, some in rows.items():
-        shown = shown_rows(some)
+        place = {row.pair: i for i, row in enumerate(shown_rows(some))}
         for preset, root in both_probes(presets[system], run_dir):
-            folders = row_folders(preset, root, [system], some, data_dir)
-            errors = shown_as(summarise(folders))
+            errors = shown_as(summarise(row_folders(preset, root, [system], some, data_dir)))
             errors = errors.query("probe == 'attentive' and split == 'test' and label == 'mean' and metric == 'mse'")
-            over = against_random(differences_from_own(folders, shown), shown).query("probe == 'attentive'")
-            over = over.rename(columns={"text": "over_random"})[[*_KEYS, "over_random", "verdict"]]
-            one = errors[[*_KEYS, *_NUMBERS]].merge(over, on=_KEYS, how="left")
-            place = {row.pair: i for i, row in enumerate(shown)}
+            one = errors[[*_KEYS, *_NUMBERS]].assign(epochs=preset.probe_epochs)
             order = [place[pair] for pair in zip(one.objective, one.encoder)]
-            one = one.assign(order=order, epochs=preset.probe_epochs).sort_values("order")
-            parts.append(one.drop(columns="order"))
-    return pd.concat(parts, ignore_index=True)
+            parts.append(one.assign(order=order).sort_values("order").drop(columns="order"))
+    return pd.concat(parts, ignore_index=True).merge(over, on=[*_KEYS, "epochs"], how="left")
 
-
+# %% ../../nbs/experiments/long_probe.ipynb #7c3be94a
 def order_by_length(table: pd.DataFrame) -> pd.DataFrame:
     "For each system, how many `pairs` of rows there are and of how many the order of the errors `changed`."
     found = []
@@ -159,12 +176,12 @@ def order_of_paper(
     run_dir: str | Path | None = None,
     data_dir: str | Path | None = None,
 ) -> pd.DataFrame:
-    "The attentive lines of `paper_order` with the probe of Table 1 and with the longer one, by `epochs`."
+    "`paper_order` with the probe of Table 1 and with the longer one, by the `epochs` of the attentive probe."
     found = []
     for system, some in rows.items():
         for preset, root in both_probes(presets[system], run_dir):
             one = paper_order({system: preset}, {system: some}, root, data_dir)
-            found.append(one[one.probe == "attentive"].assign(epochs=preset.probe_epochs))
+            found.append(one.assign(epochs=preset.probe_epochs))
     return pd.concat(found, ignore_index=True)
 
 # %% ../../nbs/experiments/long_probe.ipynb #645ecaea
@@ -177,7 +194,6 @@ def _draw_system(ax: Axes, table: pd.DataFrame, rows: Sequence[Row]) -> None:
             continue
         short, long = (numbers.loc[(*row.pair, epochs)] for epochs in lengths)
         look = dict(color=row.color, marker=row.marker, ms=5)
-        ax.plot([short.value, long.value], [y, y], color=row.color, lw=0.8, zorder=1)
         ax.plot(short.value, y, ls="none", mfc="white", zorder=2, **look)
         span = [[long.value - long.low], [long.high - long.value]]
         ax.errorbar(long.value, y, xerr=span, elinewidth=1.0, zorder=3, **look)
