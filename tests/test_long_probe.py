@@ -11,6 +11,7 @@ import pytest
 from physrep.core.files import read_json
 from physrep.experiments import long_probe, study
 from physrep.experiments.long_probe import (
+    chose_the_end,
     encoder_rows,
     long_probe_root,
     long_probe_table,
@@ -98,6 +99,13 @@ def test_tables_have_the_errors_of_both_places_and_both_orders(read_twice):
     errors = table.set_index(["objective", "epochs"]).query("encoder == 'vit' or objective == 'jepa'").value
     for epochs in order.index:
         assert order.difference[epochs] == pytest.approx(errors["jepa", epochs] - errors["mae", epochs])
+    ends = chose_the_end(rows, {"shear_flow": SMOKE}, read_twice)
+    assert ends.epochs.tolist() == list(order.index) and ends.probes.tolist() == [3, 3]
+    chosen = [
+        read_json(run_of(row, "shear_flow", SMOKE).folder(read_twice) / "result.json")["chosen"]["attentive"]["epoch"]
+        for row in rows["shear_flow"]
+    ]
+    assert ends["last"][0] == sum(epoch >= SMOKE.probe_epochs - 1 for epoch in chosen)
     assert len(plot_long_probe(table, shown_rows(rows["shear_flow"])).axes) == 1
     with pytest.raises(ValueError, match="no row is read with both probes"):
         plot_long_probe(table[:0], shown_rows(rows["shear_flow"]))

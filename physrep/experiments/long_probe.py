@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDER', 'TIMES', 'SLOWER', 'with_long_probe', 'long_probe_root', 'encoder_rows', 'read_longer', 'seeds_read',
-           'both_probes', 'over_random', 'long_probe_table', 'order_by_length', 'order_of_paper', 'plot_long_probe',
-           'main']
+           'both_probes', 'over_random', 'long_probe_table', 'order_by_length', 'order_of_paper', 'chose_the_end',
+           'plot_long_probe', 'main']
 
 # %% ../../nbs/experiments/long_probe.ipynb #07aa723f
 import argparse
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ..core.files import read_json
 from ..core.paths import project_root
 from ..data.windows import Windows
 from .paper_order import paper_order
@@ -183,6 +184,23 @@ def order_of_paper(
             one = paper_order({system: preset}, {system: some}, root, data_dir)
             found.append(one.assign(epochs=preset.probe_epochs))
     return pd.concat(found, ignore_index=True)
+
+
+def chose_the_end(
+    rows: Mapping[str, Sequence[Row]],
+    presets: Mapping[str, Preset],
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+) -> pd.DataFrame:
+    """For each system and number of `epochs`, how many attentive `probes` there are and how many chose one of their
+    `last` two epochs by the error on `valid`: these would have gone on improving."""
+    found = []
+    for system, some in rows.items():
+        for preset, root in both_probes(presets[system], run_dir):
+            results = [read_json(f / "result.json") for f in row_folders(preset, root, [system], some, data_dir)]
+            last = sum(one["chosen"]["attentive"]["epoch"] >= preset.probe_epochs - 1 for one in results)
+            found.append({"system": system, "epochs": preset.probe_epochs, "last": last, "probes": len(results)})
+    return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/long_probe.ipynb #645ecaea
 def _draw_system(ax: Axes, table: pd.DataFrame, rows: Sequence[Row]) -> None:
