@@ -32,7 +32,7 @@ from ..physics.systems import SYSTEMS
 from ..probing.evaluate import score_run
 from ..probing.reading import probe_splits
 from ..results.archive import is_unpacked, pack, remove_unpacked, unpack, with_seeds_there
-from ..results.comparison import summarise
+from ..results.comparison import interval_text, summarise
 from ..results.figures import using_style
 from ..results.panels import SMALL, WIDTH, in_lines, system_title
 from ..results.rows import Row, ordered, row_folders
@@ -133,7 +133,8 @@ def over_random(
         for preset, root in both_probes(presets[system], run_dir):
             folders = row_folders(preset, root, [system], some, data_dir)
             one = against_random(differences_from_own(folders, shown), shown)
-            found.append(one.assign(epochs=preset.probe_epochs))
+            text = [interval_text(*numbers, 3) for numbers in zip(one.difference, one.low, one.high)]
+            found.append(one.assign(epochs=preset.probe_epochs, text=text))
     return pd.concat(found, ignore_index=True)
 
 
