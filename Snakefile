@@ -622,11 +622,13 @@ for system, row in ((system, row) for system in SYSTEMS for row in BY_HAND if ro
     own = encoder_rows(PRESET, SYSTEMS[system], row_name(row))
     seeds = list(dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))
     runs = [run_of(one, SYSTEMS[system], PRESET, seed, DATA) for one in own for seed in seeds]
+    if all(scored_elsewhere(run.folder(LONG_RUNS), LONG_PRESET) for run in runs):
+        continue
     name = f"{system}-{row_name(row)}"
     READ_AGAIN.append(OUT / "long_probe" / f"{name}.done")
     rule:
         name: f"long_probe_{name}".replace("-", "_").replace(".", "_")
-        input: [run.folder() / "result.json" for run in runs]
+        input: simulated(system), [run.folder() / "result.json" for run in runs]
         output: touch(finished(READ_AGAIN[-1], all((run.folder(LONG_RUNS) / "result.json").is_file() for run in runs)))
         params: code=code_digest("experiments.long_probe", *runs[0].modules, entries=runs[0].entries) + str(LONG_PRESET.probing()), command=papermill("08l_long_probe", f"long-{name}", systems=SYSTEMS[system], only=row_name(row), seeds=" ".join(map(str, seeds)), draw=False)
         threads: JOB_THREADS
