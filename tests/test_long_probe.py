@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import ROOT, papermill
 
 from physrep.core.files import read_json
 from physrep.experiments import long_probe, study
@@ -159,3 +160,15 @@ def test_a_study_plans_encoders_of_which_only_results_are_here(tmp_path, monkeyp
         result = run.folder(long_probe_root(tmp_path)) / "result.json"
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text("{}")
+
+
+def test_the_notebook_draws_what_is_there_and_says_what_is_missing(read_twice, smoke_data, tmp_path):
+    given = ["-p", "preset", "smoke", "-p", "systems", "shear_flow", "-p", "only", ASKED, "-p", "train", "False"]
+    given += ["-p", "data_dir", str(smoke_data), "-p", "figure_dir", str(tmp_path / "figures"), "-r", "seeds"]
+    notebook = ("nbs/08l_long_probe.ipynb", str(tmp_path / "out.ipynb"))
+    done = papermill(*notebook, *given, "0", "-p", "run_dir", str(read_twice), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    drawn = pd.read_csv(tmp_path / "figures" / "long_probe.csv")
+    assert len(drawn) == 6 and set(drawn.epochs) == {SMOKE.probe_epochs, 8 * SMOKE.probe_epochs}
+    done = papermill(*notebook, *given, "", "-p", "run_dir", str(tmp_path), cwd=ROOT)
+    assert done.returncode and "no system has results of every row with both probes" in done.stderr
