@@ -263,7 +263,7 @@ format: $(READY)  ## ruff on notebooks, tests and tools: sort imports, fix, form
 	@$(BIN)/nbdev_export
 
 notebooks: $(READY)  ## execute notebooks in place (library) or take them from the runs of PRESET (stages), clean, export; all, or NOTEBOOKS
-	@$(BIN)/python tools/notebooks.py --preset $(PRESET) $(NOTEBOOKS)
+	@$(BIN)/python tools/notebooks.py --preset $(NAME) $(NOTEBOOKS)
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/notebooks.py --readme
@@ -271,5 +271,5 @@ readme: $(READY)  ## README.md from nbs/index.ipynb
 docs: $(READY)  ## the book in _docs/html: every notebook, guides, API, figures; nothing is executed or fetched
 	@$(BIN)/python tools/docs/build.py
 
-clean:  ## delete what was made (data, runs, .venv), after showing what and how much
+clean:  ## delete what was made (simulated data, runs, .venv), after showing what and how much; downloads are kept
 	@$(PYTHON) tools/clean.py

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -133,6 +134,19 @@ def test_clean_shows_first_and_deletes_nothing_unasked():
         [sys.executable, "tools/clean.py"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     assert "nothing" in done.stdout and sorted(p.name for p in ROOT.iterdir()) == before
+
+
+def test_clean_keeps_data_that_were_not_simulated(tmp_path):
+    made_and_kept = runpy.run_path(str(ROOT / "tools" / "clean.py"))["made_and_kept"]
+    (tmp_path / "data" / "laptop" / "shear_flow").mkdir(parents=True)
+    (tmp_path / "data" / "laptop" / "shear_flow" / "plan.json").write_text("{}")
+    (tmp_path / "data" / "the_well" / "shear_flow" / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "data" / "the_well")
+    (tmp_path / "data" / "README.md").touch()
+    (tmp_path / "runs").mkdir()
+    made, kept = made_and_kept(tmp_path)
+    assert {p.name for p in made} == {"runs", "laptop", "linked"}, "of a link only the link is deleted"
+    assert [p.name for p in kept] == ["the_well"]
 
 
 def test_the_graph_of_the_laptop_preset(tmp_path):

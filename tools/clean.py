@@ -1,4 +1,6 @@
-"""Deletes what `make` made, after showing what and how much. `CONFIRM=yes` in the environment answers the question."""
+"""Deletes what `make` made, after showing what and how much. `CONFIRM=yes` in the environment answers the question.
+
+What was put into `data/` in another way, such as a download of hundreds of gigabytes, is kept, and said."""
 
 import os
 import shutil
@@ -21,10 +23,18 @@ def described(path: Path) -> str:
     return f"{size(path) / 1e6:10.1f} MB  {path.relative_to(ROOT)}{link}"
 
 
+def made_and_kept(root: Path) -> tuple[list[Path], list[Path]]:
+    "What was made below a folder, and what is in its `data/` that no simulation has made: these leave a plan."
+    made = [root / name for name in (*FOLDERS, *CACHES)]
+    there = sorted(p for p in (root / "data").iterdir() if p.name != "README.md")
+    simulated = [p for p in there if p.is_symlink() or any(p.glob("*/plan.json"))]
+    return [p for p in (*made, *simulated) if p.exists()], [p for p in there if p not in simulated]
+
+
 if __name__ == "__main__":
-    made = [ROOT / name for name in (*FOLDERS, *CACHES)]
-    made += [p for p in (ROOT / "data").iterdir() if p.name != "README.md"]
-    made = [p for p in made if p.exists()]
+    made, kept = made_and_kept(ROOT)
+    if kept:
+        print(f"kept, as no simulation made it: {', '.join(str(p.relative_to(ROOT)) for p in kept)}")
     if not made:
         print("nothing to delete")
         sys.exit()
