@@ -643,6 +643,16 @@ def test_names_of_executed_notebooks_stay_in_their_folder(tmp_path):
     path = output_path("pretrain", values | {"encoder": "a.b:C", "tag": "../../../x"})
     assert path.resolve().parent == (tmp_path / "smoke" / "notebooks").resolve()
     assert path.name == "pretrain-shear_flow-mae-C-.._.._.._x.ipynb"
+    several = output_path("probe", values | {"seed": 0, "seeds": "0 1/.."})
+    assert several.name == "probe-shear_flow-mae-seed0_1_...ipynb", "no seed overwrites another one"
+    assert output_path("probe", values | {"seed": 1, "seeds": ""}).name == "probe-shear_flow-mae-seed1.ipynb"
+
+
+@pytest.mark.parametrize("option", [["--template"], ["--name", "mine"], ["--metric", "r2"]])
+def test_a_written_row_takes_no_options_of_the_printed_comparison(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "mine.csv", "--reference", "runs", "--into", "mine", *option])
+    assert "leave out --template, --name, --metric" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key, value", [("t0_fields/tracer", 3.0), ("dimensions/time", b"soon"), ("dimensions/x", 1.0)])

@@ -82,9 +82,11 @@ STAGES = {"simulate": "00_simulate", "pretrain": "03_pretrain", "probe": "04_pro
 
 
 def output_path(command: str, values: dict) -> Path:
-    "Where the executed notebook of a stage goes: `<runs>/<preset>/notebooks/<command>-<names>.ipynb`."
+    "Where the executed notebook of a stage goes: `<runs>/<preset>/notebooks/<command>-<names>[-seed<k>].ipynb`."
     root = Path(values.get("run_dir") or project_root() / "runs")
     names = [str(values.get(k) or "").rpartition(":")[2] for k in ("system", "objective", "encoder", "tag")]
+    seeds = values.get("seeds") or values.get("seed")
+    names += [f"seed{seeds}"] if seeds else []
     names = [re.sub(r"[^\w.]", "_", name) for name in names]  # a wrong one is refused by the stage, and leads nowhere
     return root / Path(values["preset"]).stem / "notebooks" / f"{'-'.join(filter(None, (command, *names)))}.ipynb"
 
@@ -159,6 +161,10 @@ def _compare(arguments: Sequence[str]) -> int:
     parser.add_argument("--into", default=None, metavar="FOLDER", help="write the row there, for Table 1")
     parser.add_argument("--template", action="store_true", help="write a CSV of the windows, without values")
     asked = parser.parse_args(arguments)
+    if asked.into and (asked.template or asked.name or asked.metric != "mse"):
+        parser.error(
+            "--into writes a row, called after its folder, with all metrics: leave out --template, --name, --metric"
+        )
     if asked.template:
         reference = submissions.predictions_in(asked.reference)[0]
         print(submissions.write_windows_csv(reference, asked.csv, asked.split or "test"))
