@@ -97,10 +97,16 @@ def read_longer(
     return True
 
 # %% ../../nbs/experiments/long_probe.ipynb #f38e3439
-def seeds_read(preset: Preset, system: str, rows: Sequence[Row], run_dir: str | Path | None = None, data_dir=None):
+def seeds_read(
+    preset: Preset,
+    system: str,
+    rows: Sequence[Row],
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+) -> tuple[int, ...]:
     "The seeds that every row of a system has with both probes; none if one of those of the preset is missing."
     found = []
-    for one, root in ((preset, run_dir), (with_long_probe(preset), long_probe_root(run_dir))):
+    for one, root in both_probes(preset, run_dir):
         try:
             row_folders(one, root, [system], rows, data_dir)
         except FileNotFoundError:
