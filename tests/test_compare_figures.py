@@ -61,3 +61,14 @@ def test_the_report_names_what_is_missing_and_the_largest_difference(tmp_path):
     assert "no tables in" in compare.report(tmp_path, old) and "nothing committed in" in compare.report(new, tmp_path)
     new.joinpath("table1.csv").write_text("")
     assert "table1  not comparable" in compare.report(new, old)
+
+
+@pytest.mark.parametrize("name", compare.TIMES)
+def test_a_table_of_times_is_compared_only_if_it_is_asked_for(tmp_path, name):
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder, value in ((new, 0.4), (old, 0.9)):
+        folder.mkdir()
+        OLD.to_csv(folder / "table1.csv", index=False)
+        OLD.assign(value=value).to_csv(folder / f"{name}.csv", index=False)
+    assert name not in compare.report(new, old) and name in compare.report(new, old, (name,))
+    assert (PATH.parent.parent / "figures" / f"{name}.csv").is_file(), "the name of a committed table"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-TIMES = ("benchmarks",)  # tables of how fast a machine is: no two runs agree
+TIMES = ("benchmarks", "peer_solver", "scaling", "scaling_sources")  # how fast a machine is: no two runs agree
 NUMBERS = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf", re.I)
 
 

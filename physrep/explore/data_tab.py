@@ -40,7 +40,7 @@ class DataControls:
         self.start = int_slider("window starts at", 0, 0, 0, "The first of the frames that the encoder sees.")
         self.make = widgets.Button(description="Make 24 flows", icon="plus", layout={"width": "180px"})
         self.make.add_class("physrep-make")
-        self.runner = Runner([self.make])
+        self.runner = Runner([self.make], [self.system])
         self.channel = widgets.Dropdown(description="colours show", style={"description_width": "90px"})
         self.arrows = widgets.Checkbox(True, description="arrows: velocity", indent=False)
         self.player, self.facts, self.table = Player(), widgets.HTML(), widgets.HTML()

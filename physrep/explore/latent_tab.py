@@ -73,7 +73,7 @@ class LatentControls:
         self.label, self.channel = dropdown("colour of points"), dropdown("field of windows")
         self.draw = widgets.Button(description="Draw the map", icon="map", button_style="primary")
         self.draw.add_class("physrep-draw")
-        self.runner = Runner([self.draw])
+        self.runner = Runner([self.draw], [self.system, self.set, self.split, self.encoder])
         self.map = ClickMap(self.click)
         layout = {"width": "auto", "max_width": "725px", "display": "none"}
         self.near, self.tokens = (widgets.Image(format="png", layout=layout) for _ in range(2))

@@ -92,10 +92,10 @@ class Player:
 
 # %% ../../nbs/explore/parts.ipynb #c1693763
 class Line:
-    "Buttons, a bar and a line that says what happens."
+    "Buttons, a bar and a line that says what happens; while something does, buttons and `locked` widgets are disabled."
 
-    def __init__(self, buttons: Sequence[widgets.Button] = ()):
-        self.buttons = list(buttons)
+    def __init__(self, buttons: Sequence[widgets.Button] = (), locked: Sequence[widgets.Widget] = ()):
+        self.buttons, self.locked = list(buttons), list(locked)
         self.bar = widgets.IntProgress(0, 0, 1, layout=WIDE | {"visibility": "hidden"})
         self.stop = widgets.Button(description="Cancel", icon="times", layout={"width": "110px"}, disabled=True)
         self.line = widgets.HTML(layout=WIDE)
@@ -114,15 +114,15 @@ class Line:
         self.working = busy
         self.bar.layout.visibility = "visible" if busy else "hidden"
         self.stop.disabled = not busy
-        for button in self.buttons:
-            button.disabled = busy
+        for widget in (*self.buttons, *self.locked):
+            widget.disabled = busy
 
 # %% ../../nbs/explore/parts.ipynb #7be1c0d4
 class JobLine(Line):
     "A line with the job that is going on, and with what waits for its end."
 
-    def __init__(self, buttons: Sequence[widgets.Button] = ()):
-        super().__init__(buttons)
+    def __init__(self, buttons: Sequence[widgets.Button] = (), locked: Sequence[widgets.Widget] = ()):
+        super().__init__(buttons, locked)
         self.job: Job | None = None
         self.waiting: Callable[[], None] | None = None
         self.stop.on_click(lambda _: self.job and self.job.cancel())
