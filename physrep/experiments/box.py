@@ -135,7 +135,7 @@ def score_predictions(
     saved: Predictions,  # any of the system: its scaler
     **about: str,  # system, objective, encoder
 ) -> list[dict]:
-    """Rows `{..., probe, split, label, value, low, high, n, seeds}` of z-scored errors, with 95 % intervals by
+    """Rows `{..., probe, split, label, value, low, high, n, seeds}` of z-scored errors, with 95 % intervals
     over drawn parameters and seeds."""
     rows = []
     for (probe, split), each in predictions.items():

@@ -20,7 +20,7 @@ from ..core.provenance import provenance
 from ..data.windows import Windows
 from .further_training import BATCH, SEEN, epochs_of, labelled_batches, train_further
 from .recipes import train_and_probe
-from .regimes import own_random
+from .overview import random_of
 from .table1 import shown_as
 from ..models.pretrained import load_encoder
 from ..physics.systems import get_system
@@ -129,10 +129,10 @@ def fine_tuned_table(runs: Runs, supervised: Runs, run_dir: str | Path | None = 
 def fine_tuned_differences(runs: Runs, rows: Sequence[Row] = ROWS, run_dir: str | Path | None = None) -> pd.DataFrame:
     """Paired differences on `test`: the error of each fine-tuned encoder minus that of fine-tuned random weights of the
     same network, where they are there. Below zero is better."""
-    found = []
+    found, by_pair = [], {row.pair: row for row in rows}
     for (system, pair), some in runs.items():
-        other = own_random(pair, rows)
-        if other and (system, other) in runs:
+        random = random_of(by_pair[pair], rows) if pair in by_pair else None
+        if random and (system, other := random.pair) in runs:
             both = (some, runs[system, other])
             files = [[run.folder(run_dir) / PREDICTIONS for run in which] for which in both]
             numbers = compare(*files, probe="finetune", metric="mse")

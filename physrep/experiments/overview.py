@@ -39,11 +39,10 @@ def best_probes(summary: pd.DataFrame, rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def random_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    "The row of random weights of the same network; None for one that has none, such as statistics."
-    for other in rows:
-        if other.kind == "random" and (other.encoder, other.encoder_config) == (row.encoder, row.encoder_config):
-            return other
-    return None
+    "The row of random weights of the same network; None for one that has none, such as statistics, and for itself."
+    network = (row.encoder, row.encoder_config)
+    random = (other for other in rows if other.kind == "random" and (other.encoder, other.encoder_config) == network)
+    return next(random, None) if row.kind != "random" else None
 
 # %% ../../nbs/experiments/overview.ipynb #ec79df38
 ASKED = {  # of an encoder, by objective

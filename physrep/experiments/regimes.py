@@ -6,7 +6,7 @@
 __all__ = ['REGIMES', 'Regimes', 'BASELINES', 'Regime', 'regime_labels', 'regime_system', 'regime_targets', 'later',
            'state_statistics', 'state_parameters', 'state_now', 'Answers', 'probe_regime', 'regime_rows',
            'regime_difference', 'features_by_seed', 'regime_answers', 'regime_windows', 'describe_targets',
-           'regime_table', 'own_random', 'regime_differences', 'plot_regimes']
+           'regime_table', 'regime_differences', 'plot_regimes']
 
 # %% ../../nbs/experiments/regimes.ipynb #dc6cf7a5
 import math
@@ -23,13 +23,14 @@ from sklearn.metrics import roc_auc_score
 
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
+from .overview import random_of
 from .table1 import shown_rows, table_rows
 from ..models.pretrained import load_encoder
 from ..physics.regimes import defect_count, wall_nusselt, wave_energy
 from ..physics.statistics import summary_statistics
 from ..physics.systems import Label, System, get_system
 from ..probing.baselines import measure
-from ..probing.evaluate import probe_encoder, probe_splits
+from ..probing.evaluate import bootstrap_groups, probe_encoder, probe_splits
 from ..probing.features import Features
 from ..probing.frozen import fit_probe
 from ..probing.scores import difference_seeds, score_seeds
@@ -147,7 +148,7 @@ class Answers:
 
     predictions: tuple[np.ndarray, ...]  # of each seed
     truth: np.ndarray
-    groups: np.ndarray  # (n,), of the same flow
+    groups: np.ndarray  # (n,), what is drawn by the bootstrap, of `bootstrap_groups`
     scaler: LabelScaler
 
 
@@ -174,7 +175,8 @@ def probe_regime(
             fitted = [fit_probe(probe, g["train"], g["valid"], scaler) for g in given]
             for s in (s for s in windows if s not in ("train", "valid")):
                 predictions = tuple(p.predict(g[s]) for p, g in zip(fitted, given))
-                found[when, probe, s] = Answers(predictions, truth[s], given[0][s].groups, scaler)
+                groups = bootstrap_groups(windows[s], windows["train"])[pairs[s][0]]
+                found[when, probe, s] = Answers(predictions, truth[s], groups, scaler)
     return found
 
 # %% ../../nbs/experiments/regimes.ipynb #4464228d
@@ -188,7 +190,7 @@ def _auc(predictions: Sequence[np.ndarray], truth: np.ndarray, threshold: float)
 
 def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
     """Rows `{when, probe, split, auc, above, metric, value, low, high, n, by_seed}` of the answers of `probe_regime`;
-    intervals over flows and seeds. `above` is the share of windows in the second class."""
+    intervals over drawn parameters and seeds. `above` is the share of windows in the second class."""
     rows = []
     for (when, probe, split), a in found.items():
         system = a.scaler.system
@@ -204,7 +206,7 @@ def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
 
 # %% ../../nbs/experiments/regimes.ipynb #750a81fb
 def regime_difference(a: Answers, b: Answers, metric: str = "mse") -> tuple[float, float, float]:
-    """Paired difference of a metric, `a` minus `b`, and its 95 % interval over flows and seeds. ValueError
+    """Paired difference of a metric, `a` minus `b`, and its 95 % interval over drawn parameters and seeds. ValueError
     if the two were asked for other numbers."""
     if not np.array_equal(a.truth, b.truth) or not np.array_equal(a.groups, b.groups):
         raise ValueError("answers to different questions, or about different windows, are not compared")
@@ -295,26 +297,17 @@ def regime_table(answers: Regimes) -> pd.DataFrame:
     return pd.DataFrame([dict(zip(about, key)) | row for key, found in answers.items() for row in regime_rows(found)])
 
 
-def own_random(pair: tuple[str, str], rows: Sequence[Row]) -> tuple[str, str] | None:
-    """The (objective, encoder) of the random weights that have the network of a row, with its options; None where there
-    are none, as for random weights themselves."""
-    row = next((row for row in rows if row.pair == pair), None)
-    if row is None or row.kind == "random":
-        return None
-    random = (other for other in rows if other.kind == "random" and other.encoder == row.encoder)
-    return next((other.pair for other in random if other.encoder_config == row.encoder_config), None)
-
-
 def regime_differences(answers: Regimes, split: str = "test", rows: Sequence[Row] = ROWS) -> pd.DataFrame:
     """Paired differences on the same windows, linear probe: each encoder minus summary statistics, and minus random
     weights of its own network. Below zero is better."""
-    lines = []
+    lines, by_pair = [], {row.pair: row for row in rows}
     for (system, objective, encoder), found in answers.items():
         if encoder == "none":
             continue
         against = {"statistics": (BASELINES["statistics"], "none")}
-        if random := own_random((objective, encoder), rows):
-            against["random weights"] = random
+        row = by_pair.get((objective, encoder))
+        if row and (random := random_of(row, rows)):
+            against["random weights"] = random.pair
         for name, other in against.items():
             for when in ("now", "later"):
                 key = (when, "linear", split)

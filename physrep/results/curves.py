@@ -72,7 +72,8 @@ def plot_curves(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
                 run = one[(one.objective == pair[0]) & (one.encoder == pair[1])].groupby("windows").online.mean()
                 look = dict(color=color_of(*pair, rows=rows), label=title_of(*pair, rows=rows))
                 if list(run.index) == [0]:  # never trained
-                    ax.axhline(run.iloc[0], ls="--" if pair[1] == "vit" else ":", lw=1, **look)
+                    dashes = "--" if pair[1] == "vit" else ":" if "." in pair[0] else "-."  # dotted: options of its own
+                    ax.axhline(run.iloc[0], ls=dashes, lw=1, **look)
                 elif len(run):
                     ax.plot(run.index, run, marker=marker_of(pair[1], pair[0], rows), ms=4, lw=1.2, **look)
             ax.set_xscale("symlog", linthresh=20)
