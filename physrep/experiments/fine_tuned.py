@@ -19,8 +19,8 @@ from ..core.files import read_json, write_json
 from ..core.provenance import provenance
 from ..data.windows import Windows
 from .further_training import BATCH, SEEN, epochs_of, labelled_batches, train_further
-from .recipes import train_and_probe
 from .overview import random_of
+from .recipes import train_and_probe
 from .table1 import shown_as
 from ..models.pretrained import load_encoder
 from ..physics.systems import get_system

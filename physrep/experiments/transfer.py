@@ -25,6 +25,7 @@ from ..probing.evaluate import score_encoder
 from ..probing.reading import FROZEN, probe_splits
 from ..results.comparison import compare, interval_text, summarise
 from ..results.figures import using_style
+from ..results.panels import SMALL, WIDTH, in_lines, system_title
 from ..results.rows import PROBE_TITLES, color_of
 from ..training.presets import Preset
 from ..training.run import Run, label_scaler, resolve
@@ -193,7 +194,7 @@ def _draw_readers(ax: Axes, rows: pd.DataFrame, order: Sequence[str], objective:
         face = color if filled else "white"
         ax.plot(min(r.value, _LIMIT), y, marker, color=color, mfc=face, ms=5.5, mew=1.1)
     ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)  # the mean of train scores about 1
-    ax.set_xlabel("z-scored MSE (lower is better)")
+    ax.set_xlabel("z-scored MSE\n(lower is better)", fontsize=SMALL)
     ax.grid(axis="x")
 
 
@@ -203,16 +204,18 @@ def plot_across(table: pd.DataFrame, objective: str) -> Figure:
     titles = reader_titles(zip(table.reads, table.what))
     order = list(titles)
     with using_style():
-        fig = Figure(figsize=(9, 3.3), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 1.4 + 0.32 * len(order)), layout="constrained")
         axes = fig.subplots(1, len(systems), sharex=True, sharey=True, squeeze=False)[0]
         for ax, target in zip(axes, systems):
             _draw_readers(ax, table[table.reads == target], order, objective)
-            ax.set_title(get_system(target).title)
-        axes[0].set_yticks([-i for i in range(len(order))], [titles[name] for name in order])
+            ax.set_title(in_lines(system_title(target)), fontsize=SMALL + 0.5)
+            ax.tick_params(axis="x", labelsize=SMALL)
+        axes[0].set_yticks([-i for i in range(len(order))], [titles[name] for name in order], fontsize=SMALL)
         axes[0].set_xlim(0, _LIMIT + 0.03)
         look = dict(color="#555555", ms=5.5, mew=1.1, ls="")
         marks = [
             axes[0].plot([], [], m, mfc="#555555" if filled else "white", **look)[0] for m, filled, _ in _MARKS.values()
         ]
-        fig.legend(marks, [f"{PROBE_TITLES[p]} probe" for p in _MARKS], loc="outside lower center", ncol=4)
+        names = [f"{PROBE_TITLES[p]} probe" for p in _MARKS]
+        fig.legend(marks, names, loc="outside lower center", ncol=4, fontsize=SMALL)
     return fig
