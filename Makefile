@@ -29,7 +29,7 @@ DRAWN := runs/$(NAME)/figures
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
 READY := $(VENV)/.ready
 # what asks encoders something new: after `make unpack`, which has results only, the encoders of the preset's seeds are trained first
-ASKS_ENCODERS = across box grid regimes resolution rollout
+ASKS_ENCODERS = across box grid machines regimes resolution rollout
 CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(if $(ROWS),rows="$(ROWS)") $(if $(ONLY),only="$(ONLY)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(CELLS),cells="$(CELLS)") $(FEW) $(if $(filter $(TARGET),$(ASKS_ENCODERS)),encoders=yes) $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
 # with a profile, jobs run where it says, e.g. on a cluster
 SNAKE = $(BIN)/python tools/workflow.py $(NAME) $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
@@ -75,7 +75,7 @@ data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
-	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES) --systems "$(SYSTEM)" --seeds "$(SEEDS)"
+	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES) --systems "$(SYSTEM)" --seeds "$(SEEDS)" --data "$(DATA)"
 	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters attentive long-probe; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
@@ -184,7 +184,7 @@ attentive: $(READY)  ## read the encoders of the paper's comparison with attenti
 long-probe: TARGET = long_probe
 long-probe: $(READY)  ## read the encoders of Table 1 with an attentive probe that is trained eight times as long; two hours of two cores where they have to be trained first, or a minute after `make unpack`
 	@$(SNAKE) </dev/null
-	@$(COMPARE) long_probe
+	@$(COMPARE) long_probe paper_order
 	@$(KEEP)
 
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else

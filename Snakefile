@@ -406,11 +406,13 @@ rule rollout:
     resources: gpu=GPUS
     shell: "{params.command}"
 
-# `make machines`: one row again, with other threads and other instructions
+# `make machines`: one row again, with other threads and other instructions; further seeds of which there is an encoder
+MAE_RESULTS = [r for r in dict.fromkeys((*HAND_RESULTS, *BESIDE_RESULTS, *MORE_SEEDS)) if r.is_relative_to(OUT / FIRST) and r.parts[-3].startswith("mae-vit-")]
+MAE_SEEDS = [k for k in ASKED_SEEDS if not any(scored_elsewhere(r.parent, PRESET) for r in MAE_RESULTS if r.parent.name == f"seed{k}")]
 rule machines:
-    input: [r for r in dict.fromkeys((*HAND_RESULTS, *BESIDE_RESULTS, *MORE_SEEDS)) if r.is_relative_to(OUT / FIRST) and r.parts[-3].startswith("mae-vit-")]
+    input: with_encoders(MAE_RESULTS)
     output: figures("machines")
-    params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST], seeds=" ".join(map(str, ASKED_SEEDS)) or None)
+    params: code=stage("05c_machines", "experiments.machines") + PROBING, command=papermill("05c_machines", "machines", system=SYSTEMS[FIRST], seeds=" ".join(map(str, MAE_SEEDS)) or None)
     threads: CORES
     shell: "{params.command}"
 
@@ -637,7 +639,7 @@ for system, row in ((system, row) for system in SYSTEMS for row in BY_HAND if ro
 
 rule long_probe:
     input: RESULTS + MORE_SEEDS + READ_AGAIN
-    output: figures("long_probe")
+    output: figures("long_probe", "paper_order")
     params: rows=repr(TABLE_ROWS), code=stage("08l_long_probe", "experiments.long_probe") + PROBING, command=papermill("08l_long_probe", "long_probe", **SHOWN, only=ONLY or None, train=False)
     shell: "{params.command}"
 

@@ -1,6 +1,8 @@
 """The widgets' logic: flows solved frame by frame, readers, the session, pictures, and the tabs without a browser."""
 
+import importlib.util
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +143,15 @@ def test_the_page_is_made_of_the_widgets_that_every_jupyter_has():
         state["state"]["_view_module"] for state in states.values()
     }
     assert used - {None} == {f"@jupyter-widgets/{name}" for name in ("base", "controls")}
+
+
+def test_folders_named_to_the_app_are_those_of_where_it_was_started():
+    "The page runs in a folder of its own, in which a relative path would be another place."
+    path = Path(__file__).resolve().parent.parent / "tools" / "app.py"
+    spec = importlib.util.spec_from_file_location("app", path)
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    source = 'frames: int = 0  # of a flow\ndata_dir: str = ""  # folder of the data sets'
+    notebook = {"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}]}
+    (cell,) = app.page(notebook, {"data_dir": "data/mine", "frames": "20"})["cells"]
+    assert cell["source"] == f"frames: int = 20\ndata_dir: str = {str(Path('data/mine').resolve())!r}"

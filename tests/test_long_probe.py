@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT, papermill
 
-from physrep.core.files import read_json
+from physrep.core.files import read_json, write_json
 from physrep.experiments import long_probe, study
 from physrep.experiments.long_probe import (
     chose_the_end,
@@ -18,8 +18,10 @@ from physrep.experiments.long_probe import (
     long_probe_table,
     order_by_length,
     order_of_paper,
+    other_probes,
     over_random,
     plot_long_probe,
+    plot_paper_order,
     read_longer,
     seeds_read,
     with_long_probe,
@@ -81,6 +83,20 @@ def test_an_encoder_of_table_1_is_not_trained_again(read_twice, smoke_data, tmp_
     assert not [p for p in run.folder(long_probe_root(tmp_path / "runs")).glob(".*") if p.name != ".lock"]
 
 
+def test_an_encoder_that_table_1_has_trained_anew_is_copied_again(read_twice, smoke_data, tmp_path, monkeypatch):
+    shutil.copytree(read_twice, tmp_path / "runs")
+    (row,) = encoder_rows(SMOKE, "shear_flow", "mae-vit")
+    run = run_of(row, "shear_flow", SMOKE)
+    here, there = (run.folder(root) for root in (long_probe_root(tmp_path / "runs"), tmp_path / "runs"))
+    write_json(here / "provenance.json", read_json(here / "provenance.json") | {"code": "of before"})
+    (here / "result.json").unlink()
+    said = []
+    monkeypatch.setattr(long_probe, "pretrain", lambda *a, **k: pretrain(*a, **k, say=said.append))
+    assert read_longer(run, smoke_data, tmp_path / "runs", progress=False)
+    assert said == [f"{run.path} is finished"] and (here / "result.json").is_file()
+    assert (here / "provenance.json").read_bytes() == (there / "provenance.json").read_bytes()
+
+
 def test_tables_have_the_errors_of_both_places_and_both_orders(read_twice):
     rows = {"shear_flow": encoder_rows(SMOKE, "shear_flow", ASKED)}
     assert seeds_read(SMOKE, "shear_flow", rows["shear_flow"], read_twice) == (0,)
@@ -101,6 +117,7 @@ def test_tables_have_the_errors_of_both_places_and_both_orders(read_twice):
     for epochs in order.index:
         assert order.difference[epochs] == pytest.approx(errors["jepa", epochs] - errors["mae", epochs])
     ends = chose_the_end(rows, {"shear_flow": SMOKE}, read_twice)
+    assert other_probes(rows, {"shear_flow": SMOKE}, read_twice).to_dict() == {"shear_flow": pytest.approx(0, abs=1e-9)}
     assert ends.epochs.tolist() == list(order.index) and ends.probes.tolist() == [3, 3]
     chosen = [
         read_json(run_of(row, "shear_flow", SMOKE).folder(read_twice) / "result.json")["chosen"]["attentive"]["epoch"]
@@ -108,6 +125,10 @@ def test_tables_have_the_errors_of_both_places_and_both_orders(read_twice):
     ]
     assert ends["last"][0] == sum(epoch >= SMOKE.probe_epochs - 1 for epoch in chosen)
     assert len(plot_long_probe(table, shown_rows(rows["shear_flow"])).axes) == 1
+    both = order_of_paper(rows, {"shear_flow": SMOKE}, read_twice)
+    assert len(plot_paper_order(both).axes[0].get_yticklabels()) == len(FROZEN) + 1, "the attentive one of both lengths"
+    with pytest.raises(ValueError, match="no system has both rows of the paper"):
+        plot_paper_order(both[:0])
     with pytest.raises(ValueError, match="no row is read with both probes"):
         plot_long_probe(table[:0], shown_rows(rows["shear_flow"]))
 

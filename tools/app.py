@@ -39,6 +39,8 @@ def page(notebook: dict, values: dict[str, str]) -> dict:
             if unknown := sorted(set(values) - set(known)):
                 raise SystemExit(f"unknown parameter {', '.join(unknown)}; there are {', '.join(known)}")
             kinds = {name: line.split(":")[1].split("=")[0].strip() for name, line in known.items()}
+            # the page runs in another folder
+            values = {n: os.path.abspath(v) if n.endswith("_dir") and v else v for n, v in values.items()}
             told = {name: repr(int(v) if kinds[name] == "int" else v) for name, v in values.items()}
             lines = [f"{name}: {kinds[name]} = {told[name]}" if name in told else line for name, line in known.items()]
             cell["source"] = "\n".join(lines)

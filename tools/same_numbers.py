@@ -37,15 +37,16 @@ NUMBERS = ("value", "low", "high")  # of a row of a result
 
 def runs_compared():
     "All rows that are trained, and random weights, on the first system; MAE and random weights on the others."
-    from physrep.results.rows import ROWS
+    from physrep.results.rows import ROWS, changes_of
     from physrep.training.presets import get_preset
     from physrep.training.run import resolve
 
     first, *others = get_preset("smoke").systems
-    rows = [(row.objective, row.encoder) for row in ROWS if row.kind in ("trained", "random")]
-    asked = [(first, *row) for row in rows]
-    asked += [(system, *row) for system in others for row in (("mae", "vit"), ("random", "vit"))]
-    return [resolve(*one, "smoke", steps=STEPS if one[1] != "random" else None) for one in asked]
+    rows = [row for row in ROWS if row.kind in ("trained", "random")]
+    asked = [(first, row) for row in rows]
+    asked += [(s, row) for s in others for row in rows if row.pair in (("mae", "vit"), ("random", "vit"))]
+    about = [(s, row, dict(tag=row.tag, steps=STEPS if row.kind == "trained" else None)) for s, row in asked]
+    return [resolve(s, row.objective, row.encoder, "smoke", **some, **changes_of(row, s)) for s, row, some in about]
 
 
 def numbers(folder: Path) -> dict:
@@ -64,7 +65,7 @@ def numbers(folder: Path) -> dict:
         data = ensure_data(run, folder / "data", workers=1)
         place = pretrain(run, data, folder / "runs", progress=False, say=lambda text: None)
         score_run(run, data, folder / "runs", progress=False)
-        name = f"{run.system.name}, {run.objective}-{run.encoder}"
+        name = f"{run.system.name}, {'-'.join(run.row)}"
         found[f"{run.system.name}, data"] = {s: w.fingerprint() for s, w in probe_splits(run, data).items()}
         for file in [place / "encoder.safetensors", *sorted((place / "curve").glob("*.safetensors"))]:
             digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDER', 'TIMES', 'SLOWER', 'with_long_probe', 'long_probe_root', 'encoder_rows', 'read_longer', 'seeds_read',
-           'both_probes', 'over_random', 'long_probe_table', 'order_by_length', 'order_of_paper', 'chose_the_end',
-           'plot_long_probe', 'main']
+           'both_probes', 'over_random', 'long_probe_table', 'order_by_length', 'order_of_paper', 'other_probes',
+           'chose_the_end', 'plot_long_probe', 'plot_paper_order', 'main']
 
 # %% ../../nbs/experiments/long_probe.ipynb #07aa723f
 import argparse
@@ -27,15 +27,16 @@ from ..core.files import read_json
 from ..core.paths import project_root
 from ..data.windows import Windows
 from .paper_order import paper_order
-from .table1 import against_random, differences_from_own, shown_as, shown_rows, table_rows
+from .table1 import against_random, differences_from_own, shown_as, shown_rows, sides, table_rows
 from ..physics.systems import SYSTEMS
 from ..probing.evaluate import score_run
-from ..probing.reading import probe_splits
+from ..probing.reading import FROZEN, probe_splits
+from ..probing.records import read_results
 from ..results.archive import is_unpacked, pack, remove_unpacked, unpack, with_seeds_there
 from ..results.comparison import interval_text, summarise
 from ..results.figures import using_style
 from ..results.panels import SMALL, WIDTH, in_lines, system_title
-from ..results.rows import Row, ordered, row_folders
+from ..results.rows import PROBE_ORDER, PROBE_TITLES, Row, ordered, row_folders
 from ..results.verify import is_current
 from ..training.presets import Preset, get_preset
 from ..training.pretrain import pretrain
@@ -62,9 +63,14 @@ def encoder_rows(preset: Preset, system: str, only: str = "") -> list[Row]:
 
 
 def _copy_encoder(there: Path, folder: Path) -> None:
-    "Copies a finished run without its scores, the encoder last; nothing if it is not finished, or here already."
-    if not (there / "encoder.safetensors").is_file() or (folder / "encoder.safetensors").is_file():
+    "Copies a finished run without its scores, the encoder last; nothing if it is not finished, or is here already."
+    if not (there / "encoder.safetensors").is_file():
         return
+    if (folder / "encoder.safetensors").is_file():
+        made = [read_json(place / "provenance.json") for place in (there, folder)]
+        if made[0]["code"] == made[1]["code"] and made[0]["data"] == made[1]["data"]:
+            return
+        shutil.rmtree(folder)  # of other code or data than Table 1 has now
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("checkpoint", "metrics.csv", "curve.csv", "config.json", "provenance.json", "encoder.safetensors"):
         if (there / name).is_dir():
@@ -192,6 +198,25 @@ def order_of_paper(
             found.append(one.assign(epochs=preset.probe_epochs))
     return pd.concat(found, ignore_index=True)
 
+# %% ../../nbs/experiments/long_probe.ipynb #d9b3e7f6
+def other_probes(
+    rows: Mapping[str, Sequence[Row]],
+    presets: Mapping[str, Preset],
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+) -> pd.Series:
+    """For each system, the largest difference between an error on `test` in one place and in the other, over rows,
+    seeds and all probes but the attentive one. It is near 0 if the same encoders are read."""
+    found, keys = {}, ["objective", "encoder", "seed", "probe"]
+    for system, some in rows.items():
+        pair = []
+        for preset, root in both_probes(presets[system], run_dir):
+            results = read_results([f / "result.json" for f in row_folders(preset, root, [system], some, data_dir)])
+            asked = results.query("split == 'test' and label == 'mean' and metric == 'mse' and probe != 'attentive'")
+            pair.append(asked[asked.probe.isin(FROZEN)].set_index(keys).value)
+        found[system] = (pair[0] - pair[1]).abs().max()
+    return pd.Series(found, name="largest difference")
+
 
 def chose_the_end(
     rows: Mapping[str, Sequence[Row]],
@@ -250,6 +275,38 @@ def plot_long_probe(table: pd.DataFrame, rows: Sequence[Row]) -> Figure:
             Line2D([], [], lw=1.0, label=f"{lengths[-1]} epochs, 95 % interval", **dot),
         ]
         fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL)
+    return fig
+
+# %% ../../nbs/experiments/long_probe.ipynb #e2a94c11
+_PAPER_COLOR = "#0072B2"  # that of JEPA
+
+
+def plot_paper_order(order: pd.DataFrame) -> Figure:
+    """A panel for each system of `order_of_paper`: JEPA's error minus VideoMAE's, a line for each probe, the attentive
+    one of both lengths. Left of zero is the paper's order, and filled marks are decided. ValueError if it is empty."""
+    if order.empty:
+        raise ValueError("nothing to draw: no system has both rows of the paper")
+    lengths = sorted(set(order.epochs))
+    lines = {(probe, lengths[-1]): PROBE_TITLES[probe] for probe in PROBE_ORDER if probe in set(order.probe)}
+    names = {("attentive", n): f"attentive, {n} epochs" for n in lengths}
+    lines = {key: name for key, name in lines.items() if key[0] != "attentive"} | names
+    systems, order = ordered(order.system, tuple(SYSTEMS)), order.assign(verdict=sides(order))
+    with using_style():
+        fig = Figure(figsize=(WIDTH, 1.1 + 0.22 * len(lines)), layout="constrained")
+        axes = fig.subplots(1, len(systems), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, system in zip(axes, systems):
+            here = order[order.system == system].set_index(["probe", "epochs"])
+            for y, one in enumerate(here.loc[key] for key in lines):
+                face = _PAPER_COLOR if one.verdict != "undecided" else "white"
+                span = [[one.difference - one.low], [one.high - one.difference]]
+                ax.errorbar(one.difference, y, xerr=span, fmt="o", ms=5, color=_PAPER_COLOR, mfc=face, elinewidth=1.0)
+            ax.axvline(0, color="k", lw=0.8, zorder=1)
+            ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5, fontweight="bold")
+            ax.tick_params(axis="x", labelsize=SMALL)
+            ax.grid(axis="x")
+        axes[0].set_yticks(range(len(lines)), list(lines.values()), fontsize=SMALL)
+        axes[0].set_ylim(len(lines) - 0.5, -0.5)
+        fig.supxlabel("error of JEPA minus error of MAE on test (left of 0: the paper's order)", fontsize=SMALL)
     return fig
 
 # %% ../../nbs/experiments/long_probe.ipynb #4b045455

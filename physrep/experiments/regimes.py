@@ -205,12 +205,14 @@ def regime_rows(found: Mapping[tuple[str, str, str], Answers]) -> list[dict]:
     return rows
 
 # %% ../../nbs/experiments/regimes.ipynb #750a81fb
-def regime_difference(a: Answers, b: Answers, metric: str = "mse") -> tuple[float, float, float]:
-    """Paired difference of a metric, `a` minus `b`, and its 95 % interval over drawn parameters and seeds. ValueError
-    if the two were asked for other numbers."""
+def regime_difference(
+    a: Answers, b: Answers, metric: str = "mse", *, seeded: tuple[bool, bool] = (True, True)
+) -> tuple[float, float, float]:
+    """Paired difference of a metric, `a` minus `b`, and its 95 % interval over drawn parameters and seeds; `seeded`
+    says which of the two another seed would change. ValueError if they were asked for other numbers."""
     if not np.array_equal(a.truth, b.truth) or not np.array_equal(a.groups, b.groups):
         raise ValueError("answers to different questions, or about different windows, are not compared")
-    rows = difference_seeds(a.predictions, b.predictions, a.truth, a.groups, a.scaler.system, a.scaler)
+    rows = difference_seeds(a.predictions, b.predictions, a.truth, a.groups, a.scaler.system, a.scaler, seeded=seeded)
     return next((r["value"], r["low"], r["high"]) for r in rows if r["metric"] == metric)
 
 # %% ../../nbs/experiments/regimes.ipynb #6b5b595a
@@ -311,7 +313,7 @@ def regime_differences(answers: Regimes, split: str = "test", rows: Sequence[Row
         for name, other in against.items():
             for when in ("now", "later"):
                 key = (when, "linear", split)
-                numbers = regime_difference(found[key], answers[system, *other][key])
+                numbers = regime_difference(found[key], answers[system, *other][key], seeded=(True, other[1] != "none"))
                 about = {
                     "encoder": title_of(objective, encoder, rows=rows),
                     "against": name,

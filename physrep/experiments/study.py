@@ -7,6 +7,7 @@ __all__ = ['RATE', 'planned_runs', 'study_table', 'describe', 'main']
 
 # %% ../../nbs/experiments/study.ipynb #f54f33d4
 import argparse
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from .variants import VARIANTS, variant_run
 from ..probing.evaluate import FEW
 from ..results.archive import FINE_TUNED, scored_elsewhere
 from ..results.data_efficiency import TRAINED_ON_FEW
-from ..results.rows import ROWS, row_name, run_of
+from ..results.rows import ROWS, row_name, run_of, systems_of
 from ..training.cost import cost
 from ..training.presets import Preset, get_preset
 from ..training.run import Run
@@ -40,56 +41,66 @@ RATE = 30e9  # operations a second of one core
 
 
 def planned_runs(
-    preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None, seeds: Sequence[int] = ()
+    preset: Preset,
+    systems: Sequence[str] = (),
+    run_dir: str | Path | None = None,
+    seeds: Sequence[int] = (),
+    data_dir: str | Path | None = None,
 ) -> list[tuple[str, Run]]:
     """(command of make, run) of every training that the figures need, each run once, in the order of `make study`;
     `seeds` are further ones, as `SEEDS` of make."""
+    given = dict(data_dir=data_dir)
     systems = systems or preset.systems
     more = replace(preset, seeds=tuple(dict.fromkeys((*preset.seeds, *seeds))))
     by_hand = [row for row in ROWS if row.main and row.kind == "trained"]
     both = [*by_hand, *(searched_row(row, preset) for row in by_hand if row_name(row) in preset.tuned)]
     asked_rows = [("reproduce", s, row) for s in systems for row in table_rows(preset, s) if row.kind == "trained"]
     asked_rows += [("tuned", s, row) for s in systems for row in both]
-    found = [(command, run_of(row, s, preset, k)) for command, s, row in asked_rows for k in more.seeds]
-    found += [("ablations", variant_run(name, systems[0], preset, seed=k)) for name in VARIANTS for k in more.seeds]
-    found += [("rollout", run_of(row, s, preset, k)) for s in systems for row in emulator_rows() for k in preset.seeds]
-    asked = [faster(row) for row in jepa_rows()]
-    found += [("question", run_of(row, s, preset, k)) for s in systems for row in asked for k in preset.seeds]
+    found = [(command, run_of(row, s, preset, k, **given)) for command, s, row in asked_rows for k in more.seeds]
+    varied = [(name, k) for name in VARIANTS for k in more.seeds]
+    found += [("ablations", variant_run(name, systems[0], preset, seed=k, **given)) for name, k in varied]
+    asked_rows = [("rollout", s, row) for s in systems for row in emulator_rows()]
+    asked_rows += [("question", s, faster(row)) for s in systems for row in jepa_rows()]
+    found += [(command, run_of(row, s, preset, k, **given)) for command, s, row in asked_rows for k in preset.seeds]
     usual, twice = (list(dict.fromkeys((*known, *seeds))) for known in (rates.SEEDS, longer.SEEDS))
-    rated = changed_runs(at_rate, trained_row(rates.ASKED), rates.FACTORS, usual, systems[0], preset)
+    rated = changed_runs(at_rate, trained_row(rates.ASKED), rates.FACTORS, usual, systems[0], preset, **given)
     found += [("rates", run) for some in rated.values() for run in some]
     compared = [trained_row(name) for name in longer.ASKED]
     for s in systems:
-        lengths = longer.longer_runs(compared, longer.FACTOR, twice, s, preset)
+        lengths = longer.longer_runs(compared, longer.FACTOR, twice, s, preset, **given)
         found += [("longer", run) for one in lengths.values() for some in one.values() for run in some]
-    found += [("matters", run) for _, run in planned_cells(more, systems, run_dir)]
+    found += [("matters", run) for _, run in planned_cells(more, systems, run_dir, data_dir)]
     once: dict[tuple[str, str], tuple[str, Run]] = {}
     for command, run in found:
         once.setdefault((run.system.name, run.path), (command, run))
     return list(once.values())
 
 # %% ../../nbs/experiments/study.ipynb #397ef8b3
-def _few_labels(preset: Preset, systems: Sequence[str], run_dir: str | Path | None) -> Iterator[tuple[str, Run, bool]]:
+def _few_labels(
+    preset: Preset, systems: Sequence[str], run_dir: str | Path | None, data_dir: str | Path | None
+) -> Iterator[tuple[str, Run, bool]]:
     "(row, run, whether it is done) of each supervised encoder that `make few` trains on few labelled flows."
     for system in systems or preset.systems:
         for row in (row for row in table_rows(preset, system) if row.objective == "supervised"):
-            run = run_of(row, system, preset, 0)
+            run = run_of(row, system, preset, 0, data_dir)
+            simulated = preset.sim(system).draws if system in preset.sims else {}
+            flows = math.prod(simulated.get("train", (math.inf,)))
             scored = (run.folder(run_dir) / TRAINED_ON_FEW).is_file()
-            for number in FEW:
+            for number in (number for number in FEW if number < flows):
                 trained = (run.folder(few_root(number, run_dir)) / "encoder.safetensors").is_file()
                 yield f"{'-'.join(run.row)} on {number} flows", run, scored or trained
 
 
 def _fine_tunings(
-    preset: Preset, systems: Sequence[str], run_dir: str | Path | None
+    preset: Preset, systems: Sequence[str], run_dir: str | Path | None, data_dir: str | Path | None
 ) -> Iterator[tuple[str, Run, bool, float]]:
     "(row, run, whether it is done, operations) of each encoder that `make finetune` trains further with labels."
     for system in systems or preset.systems:
         for row in table_rows(preset, system):
             if row.kind in ("trained", "random") and row.objective != "supervised":
-                like = cost(run_of(trained_row(f"supervised-{row.encoder}"), system, preset))
+                like = cost(run_of(trained_row(f"supervised-{row.encoder}"), system, preset, 0, data_dir))
                 operations = like["train"] * SEEN * len(RATES)
-                for run in (run_of(row, system, preset, seed) for seed in preset.seeds):
+                for run in (run_of(row, system, preset, seed, data_dir) for seed in preset.seeds):
                     again = cost(run)["total"] if scored_elsewhere(run.folder(run_dir), preset) else 0  # its encoder
                     file = run.folder(run_dir) / FINE_TUNED
                     done = file.is_file() and {*RATES} <= {*read_json(file)["finetuning"]["rates"]}
@@ -97,25 +108,34 @@ def _fine_tunings(
 
 
 def _long_probes(
-    preset: Preset, systems: Sequence[str], run_dir: str | Path | None, seeds: Sequence[int]
+    preset: Preset,
+    systems: Sequence[str],
+    run_dir: str | Path | None,
+    data_dir: str | Path | None,
+    seeds: Sequence[int],
 ) -> Iterator[tuple[str, Run, bool]]:
     """(row, run, whether it is done) of each encoder that `make long-probe` trains again, because only its results were
     unpacked."""
     for system in systems or preset.systems:
         for row in (row for row in table_rows(preset, system) if row.kind == "trained"):
-            for run in (run_of(row, system, preset, seed) for seed in dict.fromkeys((*preset.seeds, *seeds))):
+            every = dict.fromkeys((*preset.seeds, *seeds))
+            for run in (run_of(row, system, preset, seed, data_dir) for seed in every):
                 if scored_elsewhere(run.folder(run_dir), preset):
                     done = (run.folder(long_probe_root(run_dir)) / "result.json").is_file()
                     yield f"{'-'.join(run.row)} read for longer", run, done
 
 # %% ../../nbs/experiments/study.ipynb #5d0e7a31
 def study_table(
-    preset: Preset, systems: Sequence[str] = (), run_dir: str | Path | None = None, seeds: Sequence[int] = ()
+    preset: Preset,
+    systems: Sequence[str] = (),
+    run_dir: str | Path | None = None,
+    seeds: Sequence[int] = (),
+    data_dir: str | Path | None = None,
 ) -> pd.DataFrame:
     "A row for each training: command, system, row, seed, whether it is done, and how many minutes of a core it takes."
     operations: dict[str, int] = {}
     rows = []
-    for command, run in planned_runs(preset, systems, run_dir, seeds):
+    for command, run in planned_runs(preset, systems, run_dir, seeds, data_dir):
         cell = command == "matters"  # all cells take the same number of operations
         key = f"{run.system.name}/{command if cell else run.name}"
         operations[key] = operations.get(key) or cost(run)["total"]
@@ -129,14 +149,14 @@ def study_table(
         unpacked = of_results and scored_elsewhere(folder, preset)
         done = (folder / "encoder.safetensors").is_file() or unpacked
         rows.append(about | {"done": done, "core minutes": operations[key] / RATE / 60})
-    for name, run, done in _few_labels(preset, systems, run_dir):
+    for name, run, done in _few_labels(preset, systems, run_dir, data_dir):
         about = {"make": "few", "system": run.system.name, "row": name, "seed": run.seed, "done": done}
         total = operations.get(f"{run.system.name}/{run.name}") or cost(run)["total"]
         rows.append(about | {"core minutes": total / RATE / 60})
-    for name, run, done, total in _fine_tunings(preset, systems, run_dir):
+    for name, run, done, total in _fine_tunings(preset, systems, run_dir, data_dir):
         about = {"make": "finetune", "system": run.system.name, "row": name, "seed": run.seed, "done": done}
         rows.append(about | {"core minutes": total / RATE / 60})
-    for name, run, done in _long_probes(preset, systems, run_dir, seeds):
+    for name, run, done in _long_probes(preset, systems, run_dir, data_dir, seeds):
         about = {"make": "long-probe", "system": run.system.name, "row": name, "seed": run.seed, "done": done}
         rows.append(about | {"core minutes": cost(run)["total"] / RATE / 60})
     return pd.DataFrame(rows)
@@ -161,11 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m physrep.experiments.study", description=main.__doc__)
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--systems", default="", help="comma-separated; default: all of the preset")
+    parser.add_argument("--systems", default="", help="comma-separated; default: all of the preset that the data have")
+    parser.add_argument("--data", default=None, help="folder or address; default: what the preset simulates")
     parser.add_argument("--seeds", default="", help='further seeds of Table 1, such as "1 2"')
     asked = parser.parse_args(arguments)
+    preset, data = get_preset(asked.preset), asked.data or None
     systems = [name for name in asked.systems.split(",") if name]
-    print(describe(study_table(get_preset(asked.preset), systems, seeds=seeds_in(asked.seeds)), asked.cores))
+    systems = systems or list(systems_of(preset, data) if data else preset.systems)
+    print(describe(study_table(preset, systems, seeds=seeds_in(asked.seeds), data_dir=data), asked.cores))
     return 0
 
 # %% ../../nbs/experiments/study.ipynb #4d95e46d

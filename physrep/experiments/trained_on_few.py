@@ -65,12 +65,13 @@ def train_on_few(
     device: str = "cpu",
     progress: bool = True,
 ) -> Path:
-    """Trains a run on the first draw of 8, 16 and 64 labelled flows, and writes rows of its own head and of probes that
-    are fitted on the same flows into its folder. What today's code has done is kept. ValueError for a run that reads no
-    labels."""
+    """Trains a run on the first draw of 8, 16 and 64 labelled flows, those numbers that are below all of `train`, and
+    writes rows of its own head and of probes that are fitted on the same flows into its folder. What today's code has
+    done is kept. ValueError for a run that reads no labels."""
     if not run.reads_labels:
         raise ValueError(f"{run.path} reads no labels: few labelled flows change nothing of its training")
     windows = probe_splits(run, data_dir)
+    numbers = [number for number in numbers if number < len(np.unique(windows["train"].window_groups()))]
     path = run.folder(run_dir) / TRAINED_ON_FEW
     if is_current(path, run.preset, windows):
         there = read_results(path)

@@ -68,6 +68,7 @@ class LatentControls:
     def __init__(self, systems: Sequence[str] | None = None):
         self.session: Session | None = None
         self.cloud: latent.Cloud | None = None
+        self.point = 0  # that was clicked
         self.system = system_choice(systems or explorable_systems())
         self.set, self.split, self.encoder = dropdown("data set"), dropdown("split"), dropdown("encoder")
         self.label, self.channel = dropdown("colour of points"), dropdown("field of windows")
@@ -103,7 +104,7 @@ class LatentTab(LatentControls):
         when(self.runner, self.choose, self.system)
         when(self.runner, self.choose_set, self.set)
         when(self.runner, self.run, self.draw)
-        when(self.runner, self.paint, self.label)
+        when(self.runner, lambda: self.click(self.point), self.label, self.channel)
         self.choose()
 
     def choose(self) -> None:
@@ -132,8 +133,8 @@ class LatentTab(LatentControls):
         def finish(cloud: latent.Cloud) -> None:
             self.cloud, self.folder, self.map.box.layout.display = cloud, folder, None
             self.paint()
-            self.click(0)
             self.runner.say(f"{len(cloud.index)} windows. Click a point.", "good")
+            self.click(0)
 
         self.runner.run(work, finish, saying="embedding windows …")
 
@@ -145,6 +146,9 @@ class LatentTab(LatentControls):
 
     def click(self, point: int) -> None:
         "Shows what lies behind a point."
+        if self.cloud is None or self.channel.value not in self.session.system.channels:
+            return
+        self.point = point
         try:
             self.map.show(latent.map_picture(self.cloud, self.label.value, point))
             for image, png in zip((self.near, self.tokens), behind(self, point)):

@@ -137,6 +137,12 @@ class Session(Choice):
         "Frames of the flows that the encoders were trained on."
         return self.sim.n_frames
 
+    def length(self, frames: int | None) -> int:
+        "Frames of a flow that is solved: those asked for, or `longest`. ValueError for fewer than a window has."
+        if (frames or self.longest) < self.frames:
+            raise ValueError(f"frames must be {self.frames} or more, as an encoder sees so many; got {frames}")
+        return frames or self.longest
+
     def simulate(self, values: Mapping[str, float], *, frames: int | None = None, **options) -> Flow:
         "Solves a flow and keeps it as `flow`; `options` are those of `solve`."
         frames = self.longest if frames is None else frames

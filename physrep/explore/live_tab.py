@@ -164,13 +164,15 @@ class LiveChoices(LiveControls):
         when(self.runner, self.moved, *self.sliders.values())
         self.parameters.children = tuple(self.sliders.values())
         self.strength.layout.display = "none" if session.system.name == "active_matter" else None
-        self.start.max = (self.frames or session.longest) - session.frames
+        self.start.max = session.length(self.frames) - session.frames
         self.start.value = min(session.frames, self.start.max)
         self.channel.options = [(channel_word(c), c) for c in session.system.channels]
         self.channel.value = session.system.channels[0]
         self.encoders.options = list(session.folders)
         self.encoders.value = tuple(session.encoders)
         self.quiet = False
+        self.player.hide()  # until there is a flow of this system
+        self.table.value, self.answers.layout.display = "", "none"
         self.moved(always=True)
 
     def moved(self, always: bool = False) -> None:
@@ -200,7 +202,7 @@ class LiveTab(LiveChoices):
         "Solves the flow of the sliders in the background, shows its frames as they come, and reads it."
         if not self.runner.free_for(self.run):
             return
-        session, frames = self.session, self.frames or self.session.longest
+        session, frames = self.session, self.session.length(self.frames)
         options = dict(frames=frames, seed=self.seed.value, strength=self.strength.value)
         values, blank = self.values, session.blank(frames)
         stream = session.picture(self.channel.value, self.start.value, blank, arrows=self.arrows.value)
@@ -212,6 +214,7 @@ class LiveTab(LiveChoices):
 
         def advance(done: int, total: int, fields: np.ndarray) -> None:
             self.player.image.value = stream.draw(fields[:, done - 1], done - 1)
+            self.player.box.layout.display = None
             self.runner.say(f"solving frame {done} of {total} …")
 
         def finish(seconds: float) -> None:
@@ -237,6 +240,7 @@ class LiveTab(LiveChoices):
         table = self.session.read(self.start.value)
         self.times = (self.times[0], time.perf_counter() - began)
         self.answers.value, self.table.value = self.session.answers(table), answers_html(table)
+        self.answers.layout.display = None
         self.runner.say(finished_text(self.session, self.times), "good")
 
 # %% ../../nbs/explore/live_tab.ipynb #0c4077e3

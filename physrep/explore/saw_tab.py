@@ -102,11 +102,14 @@ class SawChoices(SawControls):
 
     def choose(self) -> None:
         "Takes the chosen system, and solves a flow of it."
-        self.session = session = Session(self.system.value)
-        self.quiet = True
-        self.hide.options = self.channel.options = [(channel_word(c), c) for c in session.system.channels]
-        self.channel.value = session.system.channels[0]
-        self.quiet = False
+        if self.session is None or self.session.system.name != self.system.value:
+            self.session = session = Session(self.system.value)
+            self.quiet = True
+            self.hide.options = self.channel.options = [(channel_word(c), c) for c in session.system.channels]
+            self.channel.value = session.system.channels[0]
+            self.quiet = False
+            self.player.hide()  # until there is a flow of this system
+            self.table.value, self.maps.layout.display = "", "none"
         self.solve()
 
     def undo(self) -> None:
@@ -158,7 +161,7 @@ class SawTab(SawChoices):
             return
         session = self.session
         values = {name: about.middle for name, about in session.ranges.items()}
-        options = dict(frames=self.length or session.longest, seed=self.seed.value)
+        options = dict(frames=session.length(self.length), seed=self.seed.value)
 
         def work(report) -> int:
             flow = session.simulate(values, progress=report, **options)
@@ -183,6 +186,9 @@ class SawTab(SawChoices):
 
     def run(self) -> None:
         "Hides one patch after the other, in the background."
+        if self.session.flow is None:
+            self.runner.say("There is no flow yet. Another initial condition is solved at once.", "warn")
+            return
         session, readers = self.session, [r for r in self.session.readers if r.kind == "encoder"]
         labels = session.system.label_names
 

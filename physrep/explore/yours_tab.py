@@ -35,6 +35,7 @@ class YoursControls:
 
     def __init__(self, systems: Sequence[str] | None = None):
         self.session: Session | None = None
+        self.file: tuple[str, bytes] | None = None  # name and content of what was loaded
         self.loaded: Flow | None = None  # as it came
         self.flow: Flow | None = None  # as it is read
         self.system = system_choice(systems or explorable_systems())
@@ -62,6 +63,7 @@ class YoursControls:
         "Takes a system, and what is usual for it."
         self.session = session = Session(self.system.value)
         self.loaded = self.flow = None
+        self.consent.disabled = True
         self.player.hide()
         self.checks.value = self.table.value = ""
         self.dt.value, (self.lx.value, self.ly.value) = session.info["dt"], session.sim.box
@@ -75,29 +77,44 @@ class YoursTab(YoursControls):
 
     def __init__(self, systems: Sequence[str] | None = None):
         super().__init__(systems)
-        when(self.runner, self.choose, self.system)
+        self.quiet = False  # while time step and box change with the system
+        when(self.runner, self.take_system, self.system)
         when(self.runner, self.load, self.upload)
+        when(self.runner, self.open, self.dt, self.lx, self.ly)
         when(self.runner, self.fit, self.consent)
         when(self.runner, self.show, self.start, self.channel)
+        self.take_system()
+
+    def take_system(self) -> None:
+        "Takes the chosen system, and reads again what was loaded."
+        self.quiet = True
         self.choose()
+        self.quiet = False
+        self.open()
 
     def load(self) -> None:
-        "Reads what was uploaded, and says what fits."
-        if not self.upload.value:
+        "Takes what was uploaded, and reads it."
+        if self.upload.value:
+            file = self.upload.value[-1]
+            self.file = file["name"], bytes(file["content"])
+            self.upload.value = ()  # so that the same file can be loaded again
+            self.open()
+
+    def open(self) -> None:
+        "Reads what was loaded, with this time step and box, and says what fits."
+        if self.file is None or self.quiet:
             return
         self.flow, self.loaded, self.checks.value, self.table.value = None, None, "", ""
         self.player.hide()
         self.consent.disabled = True
-        file = self.upload.value[-1]
         box = self.lx.value, self.ly.value
-        self.take(flow_from_bytes(file["name"], bytes(file["content"]), self.session.system, self.dt.value, box))
+        self.take(flow_from_bytes(*self.file, self.session.system, self.dt.value, box))
 
     def fit(self) -> None:
         "Resamples what was loaded: the user has asked for it."
-        self.take(resample(self.loaded, self.session.info))
-        self.runner.say("Resampled. The answers are for the resampled flow.", "good")
+        self.take(resample(self.loaded, self.session.info), "Resampled. The answers are for the resampled flow.")
 
-    def take(self, flow: Flow) -> None:
+    def take(self, flow: Flow, fits: str = "All fits.") -> None:
         "Shows what fits of a flow, and reads it if all does."
         checks = check_flow(flow, self.session.info)
         rows = [(c.what, c.wanted, c.found, c.state) for c in checks]
@@ -110,7 +127,7 @@ class YoursTab(YoursControls):
         if self.flow is not None:
             self.start.max = flow.n_frames - self.session.frames
             odd = states["size of the values"] != "fits"
-            said = "It can be read, but its values are unlike the training." if odd else "All fits."
+            said = "It can be read, but its values are unlike the training." if odd else fits
             self.runner.say(said, "warn" if odd else "good")
             self.show()
         elif hard:
