@@ -38,7 +38,7 @@ def test_one_seed_is_compared_with_the_same_seed_of_several():
     counted, pairs, notes = compare.differences(one, OLD)
     assert counted == {"rows": 2, "numbers": 2} and {pair[1] for pair in pairs} == {"by_seed"}
     assert sorted(pair[0] for pair in pairs) == [0, pytest.approx(0.01)]
-    assert notes == ["2 row(s) of other numbers of seeds, compared by seed"]
+    assert notes == ["2 row(s) of other numbers of seeds, compared in their order"]
 
 
 def test_lists_of_other_lengths_are_infinitely_far_apart():

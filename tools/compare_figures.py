@@ -4,7 +4,8 @@
 
 Rows of two tables are the same row if they agree in all columns that are not measured: names, splits, numbers of
 samples. Measured are floats and lists of floats; names of runs, seconds, and text made from numbers are passed over.
-Where two rows are of other numbers of seeds, the errors of the seeds that both have are compared, and nothing else.
+Where two rows are of other numbers of seeds, the first of one are compared with the first of the other, in the order of
+their seeds, and nothing else: seed 0 with seed 0, where both begin with it.
 """
 
 import math
@@ -77,7 +78,7 @@ def differences(new: pd.DataFrame, old: pd.DataFrame) -> tuple[dict, list[tuple]
     pairs, notes = [], []
     fewer = {key for key in both if any(left[key][c] != right[key][c] for c in seeds)}
     if fewer:
-        notes.append(f"{len(fewer)} row(s) of other numbers of seeds, compared by seed")
+        notes.append(f"{len(fewer)} row(s) of other numbers of seeds, compared in their order")
     for key in both:
         about = " ".join(part for part in key[:-1] if part and len(part) <= 40)
         for c in [c for c in measured if c == "by_seed"] if key in fewer else measured:
