@@ -114,8 +114,7 @@ class LatentTab(LatentControls):
         refill(self.encoder, session.folders)
         refill(self.channel, {channel_word(c): c for c in session.system.channels})
         refill(self.label, {LABEL_WORDS.get(n, n): i for i, n in enumerate(session.system.label_names)})
-        sets = data_sets(session.system.name, self.parent)
-        refill(self.set, sets or {f"{self.count} flows, made now": Path()})
+        refill(self.set, data_sets(session.system.name, self.parent) or {f"{self.count} flows, made now": Path()})
 
     def choose_set(self) -> None:
         made = self.set.value is not None and self.set.value != Path()

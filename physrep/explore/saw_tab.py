@@ -151,7 +151,7 @@ def region(x: tuple[float, float], y: tuple[float, float]) -> dict[str, tuple[fl
         return {}
     return {"x": x if wide[0] else (0.0, 1.0), "y": y if wide[1] else (0.0, 1.0)}
 
-
+# %% ../../nbs/explore/saw_tab.ipynb #5c0e7a3d
 class SawTab(SawChoices):
     "What is done to a window, the window, and the answers before and after."
 
