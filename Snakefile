@@ -27,6 +27,7 @@ from physrep.data.generate import SOLVERS
 from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.long_probe import encoder_rows, long_probe_root, with_long_probe
+from physrep.experiments.paper_order import PAPER_ROWS
 from physrep.experiments.matters import CELLS, FOUND, cell_run, matters_root
 from physrep.experiments.probe_length import FILE as LENGTH_FILE
 from physrep.experiments.own_question_figures import jepa_rows, faster
@@ -639,7 +640,7 @@ for system, row in ((system, row) for system in SYSTEMS for row in BY_HAND if ro
 
 rule long_probe:
     input: RESULTS + MORE_SEEDS + READ_AGAIN
-    output: figures("long_probe", "paper_order")
+    output: figures("long_probe", *(["paper_order"] if set(PAPER_ROWS) <= {row.pair for row in BY_HAND} else []))
     params: rows=repr(TABLE_ROWS), code=stage("08l_long_probe", "experiments.long_probe") + PROBING, command=papermill("08l_long_probe", "long_probe", **SHOWN, only=ONLY or None, train=False)
     shell: "{params.command}"
 
