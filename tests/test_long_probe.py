@@ -178,9 +178,14 @@ def test_a_study_plans_encoders_of_which_only_results_are_here(tmp_path, monkeyp
             1,
             False,
         )
-        result = run.folder(long_probe_root(tmp_path)) / "result.json"
-        result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text("{}")
+        (again,) = plan[plan.make == "resolution"].to_dict("records")
+        assert (again["row"], again["done"]) == ("mae.tuned-vit", done), "asked something new by the commands after it"
+        for file in (
+            run.folder(long_probe_root(tmp_path)) / "result.json",
+            run.folder(tmp_path) / "encoder.safetensors",
+        ):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
 
 
 def test_the_notebook_draws_what_is_there_and_says_what_is_missing(read_twice, smoke_data, tmp_path):

@@ -262,9 +262,10 @@ def try_rates(
     name: str, run: Run, rates: Sequence[str], data_dir: str | Path, run_dir: str | Path | None = None, **options
 ) -> None:
     """Scores the run of a cell on `valid` at these rates; without any, at RATES, and then at those of `further_rates`.
-    `options` go to `score_on_valid`."""
+    A rate that was scored already, also with all splits, is kept. `options` go to `score_on_valid`."""
     for rate in rates or RATES:
-        score_on_valid(at_rate(run, rate), data_dir, run_dir, **options)
+        if rate not in valid_errors(run, run_dir):
+            score_on_valid(at_rate(run, rate), data_dir, run_dir, **options)
     for rate in () if rates else further_rates(name, valid_errors(run, run_dir)):
         score_on_valid(at_rate(run, rate), data_dir, run_dir, **options)
 

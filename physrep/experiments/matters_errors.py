@@ -8,7 +8,7 @@ __all__ = ['Levels', 'crossed', 'Errors', 'group_sums', 'read_errors']
 # %% ../../nbs/experiments/matters_errors.ipynb #1864f89c
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +26,18 @@ Levels = tuple[str, ...]  # one of each of FACTORS
 
 
 def crossed(cells: Collection[Levels]) -> set[Levels]:
-    """The cells without those of a level that is together with one level only of another factor; all of them if less
-    than two levels of a factor would be left. For such a level an interaction cannot be told, and the model would leave
-    this interaction out for all levels."""
-    kept = set(cells)
-    while True:
-        several = [i for i, levels in enumerate(map(set, zip(*kept))) if len(levels) > 1]
-        partners: dict[tuple[int, str, int], set[str]] = {}
-        for cell in kept:
-            for i, j in permutations(several, 2):
-                partners.setdefault((i, cell[i], j), set()).add(cell[j])
-        alone = {(i, level) for (i, level, _), found in partners.items() if len(found) < 2}
-        if not alone:
-            return kept if len(several) == len(FACTORS) else set(cells)
-        kept = {cell for cell in kept if not alone & set(enumerate(cell))}
+    """The most cells in which every level of a factor is together with every level of each other one, with two levels
+    or more of each; all cells if there are none such. Where two levels are never together, the interaction of their
+    factors cannot be told, and the model would leave it out for all levels."""
+    levels = [sorted(set(some)) for some in zip(*cells)]
+    choices = [[some for n in range(2, len(all_) + 1) for some in combinations(all_, n)] for all_ in levels]
+    best: set[Levels] = set()
+    for choice in product(*choices):
+        kept = {cell for cell in cells if all(level in some for level, some in zip(cell, choice))}
+        together = {(i, j, cell[i], cell[j]) for cell in kept for i, j in combinations(range(len(choice)), 2)}
+        if len(kept) > len(best) and len(together) == sum(len(a) * len(b) for a, b in combinations(choice, 2)):
+            best = kept
+    return best or set(cells)
 
 # %% ../../nbs/experiments/matters_errors.ipynb #0eda5905
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .matters import CELL_ENCODERS, FACTORS, PAPER
 from .matters_errors import Errors
-from .matters_model import LEVELS, RUNS, TERMS, term_name
+from .matters_model import LEVELS, OVER_MEAN, RUNS, TERMS, term_name
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..results.figures import using_style
 from ..results.panels import SMALL, WIDTH, in_lines, system_title
@@ -238,7 +238,9 @@ SYSTEM_MARKS = ("o", "s", "^")
 
 
 def plot_main_effects(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    "A panel for each factor: the factor on the error of its levels (of `main_effects`), a mark for each system."
+    """A panel for each factor: the factor on the error of its levels over their mean (of `main_effects`), a mark for
+    each system."""
+    tables = {system: table[table.over == OVER_MEAN] for system, table in tables.items()}
     with using_style():
         fig = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         if not tables:

@@ -25,7 +25,7 @@ from . import matters, matters_probes
 from .matters import CELL_ENCODERS, CELLS, COMPARED, FACTORS, matters_root, scored_runs
 from .matters_errors import Errors, read_errors
 from .matters_figures import log_ticks
-from .matters_model import estimable, main_effects, present_levels
+from .matters_model import OVER_MEAN, estimable, main_effects, present_levels
 from .matters_probes import MEAN, Luck, cells_over_untrained, lucks_of, paper_by_probe
 from ..results.comparison import interval_text
 from ..results.figures import using_style
@@ -204,15 +204,12 @@ def effects_on_systems(places: Sequence[OnSystem], *, n_bootstrap: int = 500) ->
 
 # %% ../../nbs/experiments/matters_systems.ipynb #31be25f3
 def level_ratios(effects: pd.DataFrame) -> pd.DataFrame:
-    """Of each system and factor with two levels in `effects_on_systems`: the error of the first level over that of the
-    second, `ratio`, with its interval `low` and `high`. The effects multiply to 1, so it is the square of the first."""
-    rows = []
-    for (system, factor), both in effects.groupby(["system", "factor"], sort=False):
-        if len(both) == 2:
-            names = " over ".join(both.level)
-            ratio, low, high = np.square(both.iloc[0][["effect", "low", "high"]].astype(float))
-            rows.append({"system": system, "factor": factor, "levels": names, "ratio": ratio, "low": low, "high": high})
-    return pd.DataFrame(rows)
+    """Of `effects_on_systems`: the error of each level of a factor over that of another, with the 95 % interval, as
+    text; a row for each two levels and a column for each system."""
+    some = effects[effects.over != OVER_MEAN]
+    text = [interval_text(*row) for row in some[["effect", "low", "high"]].itertuples(index=False)]
+    rows = some.assign(levels=some.level + " over " + some.over, text=text)
+    return rows.pivot_table(index=["factor", "levels"], columns="system", values="text", aggfunc="first", sort=False)
 
 # %% ../../nbs/experiments/matters_systems.ipynb #ba10ecd1
 _NETWORKS = {"vit": "ViT", "convnext": "ConvNeXt", "convnext_circular": "ConvNeXt,\nperiodic"}
