@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,7 @@ from physrep.experiments.matters_figures import cell_means, plot_cells, plot_mai
 from physrep.experiments.matters_model import (
     FACTORS,
     LEVELS,
+    OVER_MEAN,
     analyse,
     components,
     contributions,
@@ -69,6 +71,7 @@ from physrep.experiments.matters_probes import (
 )
 from physrep.experiments.matters_systems import (
     OnSystem,
+    effects_on_systems,
     level_ratios,
     paper_on_systems,
     place_lucks,
@@ -441,7 +444,9 @@ def test_a_main_effect_is_that_of_marginal_means():
     errors = made_up(np.random.default_rng(3), 2)
     y = errors.logs()
     means = pd.Series(y.mean(axis=1)).groupby(errors.runs.task.to_numpy()).mean()
-    found = main_effects(errors, n_bootstrap=2).set_index(["factor", "level"]).effect["task"]
+    found = (
+        main_effects(errors, n_bootstrap=2).query("over == @OVER_MEAN").set_index(["factor", "level"]).effect["task"]
+    )
     assert np.allclose(np.log(found), (means - means.mean())[found.index])
     assert np.isclose(components(errors.runs, y, times=0)["task"], means.var(ddof=0))
 
@@ -473,7 +478,7 @@ def test_intervals_of_cells_are_as_wide_as_seeds_and_flows_make_them():
     assert (first - other).std() == pytest.approx(spread * math.sqrt(2 / 3 * left / (left - 2)), rel=0.12)
     flows = np.random.default_rng(1).multinomial(40, np.full(40, 1 / 40), size=1000)
     assert y.mean(axis=1).std() == pytest.approx(np.std([errors.logs(w).mean() for w in flows]), rel=0.15)
-    found = main_effects(errors, n_bootstrap=400).query("factor == 'task'")
+    found = main_effects(errors, n_bootstrap=400).query("factor == 'task' and over == @OVER_MEAN")
     by_hand = 2 * stats.t.ppf(0.975, left) * spread * math.sqrt((1 / 6 - 1 / 18) / 3)
     assert np.allclose(np.log(found.high / found.low), by_hand, rtol=0.2)
 
@@ -498,7 +503,9 @@ def test_missing_cells_and_seeds_leave_out_what_they_would_tell():
     errors = made_up(np.random.default_rng(5), 2, gone)
     found = analyse(errors, n_bootstrap=4)
     assert found.claim is None and "window-pixels-vit, window-pixels-convnext" in found.says
-    assert not found.shares.set_index("component").estimated["task x target"]
+    assert (
+        errors.factorial().runs.cell.nunique() == 12 and found.shares.set_index("component").estimated["task x target"]
+    ), "of the cells that are crossed"
     one = errors.take(np.array([0, 1]))
     assert analyse(one, n_bootstrap=4).shares is None and "too few" in analyse(one, n_bootstrap=4).says
 
@@ -565,14 +572,26 @@ def test_a_system_with_enough_seeds_has_a_spread_of_its_own():
     assert width["c"] > 3 * width["b"], "the spread of its own seeds is larger"
 
 
-def test_the_ratio_of_two_levels_is_the_square_of_an_effect():
-    errors = made_up(np.random.default_rng(8), 3, GRID[GRID.task != "future"])
+def test_two_levels_are_compared_also_where_a_factor_has_three():
+    errors = made_up(np.random.default_rng(8), 3)
     effects = main_effects(errors, n_bootstrap=50).assign(system="a")
-    row = level_ratios(effects).set_index("factor").loc["task"]
     task = errors.runs.task.to_numpy()
-    means = {level: errors.logs()[task == level].mean() for level in ("tube", "window")}
-    assert row.levels == "tube over window" and row.low < row.ratio < row.high
-    assert row.ratio == pytest.approx(math.exp(means["tube"] - means["window"]))
+    means = {level: errors.logs()[task == level].mean() for level in LEVELS["task"]}
+    pairs = effects[(effects.factor == "task") & (effects.over != OVER_MEAN)].set_index(["level", "over"])
+    assert list(pairs.index) == list(combinations(LEVELS["task"], 2))
+    for (one, other), row in pairs.iterrows():
+        assert row.effect == pytest.approx(math.exp(means[one] - means[other])) and row.low < row.effect < row.high
+    row = pairs.loc["tube", "window"]
+    assert level_ratios(effects).a["task", "tube over window"] == interval_text(row.effect, row.low, row.high)
+
+
+def test_systems_are_compared_by_the_cells_that_all_of_them_have():
+    every, crossed = made_up(np.random.default_rng(8), 2), GRID[(GRID.task != "future") & (GRID.target != "ema")]
+    some = made_up(np.random.default_rng(8), 1, crossed)
+    places = [OnSystem(name, [], errors, {}, {}, []) for name, errors in (("a", every), ("b", some))]
+    effects = effects_on_systems(places, n_bootstrap=4)
+    levels = effects[effects.over == OVER_MEAN].groupby("system")["level"].agg(set)
+    assert levels["a"] == levels["b"] == {"tube", "window", "pixels", "shared", "vit", "convnext"}
 
 
 def test_only_the_comparison_of_the_paper_has_several_seeds_on_other_systems():

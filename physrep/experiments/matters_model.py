@@ -329,13 +329,14 @@ def _in_words(claim: pd.DataFrame) -> str:
 
 
 def analyse(errors: Errors, *, n_bootstrap: int = 500) -> Analysis:
-    "Shares, with and without the runs that failed, and the paper's comparison, as far as the cells that are there go."
+    """Shares of the crossed cells, with and without the runs that failed, and the paper's comparison, as far as the
+    cells that are there go."""
     found: dict[str, pd.DataFrame | None] = {"shares": None, "without_failed": None, "claim": None}
     some = errors.factorial()
     asked = {
         "shares": lambda: shares(some, n_bootstrap=n_bootstrap),
         "without_failed": lambda: None if some.runs.passed.all() else shares(some.passed(), n_bootstrap=n_bootstrap),
-        "claim": lambda: paper_claim(some, n_bootstrap=4 * n_bootstrap),
+        "claim": lambda: paper_claim(errors, n_bootstrap=4 * n_bootstrap),
     }
     says = []
     for name, make in asked.items():

@@ -190,16 +190,19 @@ def _factors_told(runs: pd.DataFrame) -> bool:
 
 
 def effects_on_systems(places: Sequence[OnSystem], *, n_bootstrap: int = 500) -> pd.DataFrame:
-    """`main_effects` of the crossed cells of each system, without systems whose cells do not tell them apart; a system
-    without ENOUGH seeds takes the spread of the first."""
-    crossed = {place.system: place.errors.factorial() for place in places}
-    first = crossed[places[0].system]
+    """`main_effects` of each system, of the crossed ones of the cells that all of them have, so that they can be
+    compared; without systems whose cells do not tell them apart. A system without ENOUGH seeds takes the spread of the
+    first."""
+    told = {place.system: place.errors for place in places if _factors_told(place.errors.factorial().runs)}
+    shared = set.intersection(*(set(errors.runs.cell) for errors in told.values())) if told else set()
+    of_shared = {system: errors.take(errors.runs.cell.isin(shared).to_numpy()) for system, errors in told.items()}
+    crossed = {system: errors.factorial() for system, errors in of_shared.items()}
     found = []
     for system, errors in crossed.items():
         if _factors_told(errors.runs):
             enough = len(errors.runs) - errors.runs.cell.nunique() >= ENOUGH
-            effects = main_effects(errors, seeds_of=errors if enough else first, n_bootstrap=n_bootstrap)
-            found.append(effects.assign(system=system))
+            spread_of = errors if enough else next(iter(crossed.values()))
+            found.append(main_effects(errors, seeds_of=spread_of, n_bootstrap=n_bootstrap).assign(system=system))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 # %% ../../nbs/experiments/matters_systems.ipynb #31be25f3
