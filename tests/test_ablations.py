@@ -10,7 +10,7 @@ from physrep.core.files import read_json
 from physrep.experiments import ablations
 from physrep.experiments.ablations import is_decided, seeds_there, variant_ratios
 from physrep.experiments.recipes import train_and_probe
-from physrep.experiments.variants import base_run, variant_run
+from physrep.experiments.variants import VARIANTS, base_run, changed_run, variant_run
 from physrep.probing.reading import FROZEN
 from physrep.training.presets import get_preset
 
@@ -25,6 +25,13 @@ def test_further_seeds_are_shown_where_both_sides_have_them(tmp_path, monkeypatc
             file.parent.mkdir(parents=True)
             file.write_text("{}")
     assert seeds_there("noise", "shear_flow", smoke, tmp_path) == [*smoke.seeds, 6]
+
+
+def test_a_variant_has_the_recipe_of_its_row_in_the_system():
+    for name in ("near", "sigreg"):
+        variant, row = changed_run(name, "active_matter", get_preset("paper"))
+        usual = get_preset("paper").recipe(*VARIANTS[name].row)
+        assert variant.recipe.lr == row.recipe.lr != usual.lr, "active matter has another rate in the paper"
 
 
 def test_two_seeds_are_enough_as_their_spread_is_pooled(monkeypatch):

@@ -58,6 +58,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_predictions_of_others_are_scored_again_and_not_packed(tmp_path):
+    scored(tmp_path / "runs")
+    rival = scored(tmp_path / "runs", "rival")
+    (rival / "seed0").mkdir()
+    (rival / "seed0" / "predictions.safetensors").write_bytes(b"theirs")
+    assert pack(tmp_path / "runs", tmp_path / "archives") == {RUN: "written"}
+
+
 def test_what_a_table_needs_comes_back_to_the_byte_and_nothing_else(tmp_path):
     there = scored(tmp_path / "runs")
     assert pack(tmp_path / "runs", tmp_path / "archives") == {RUN: "written"}

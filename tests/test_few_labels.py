@@ -173,6 +173,8 @@ def test_a_run_has_its_rows_of_few_flows(smoke_data, tmp_path):
     table = read_few([folder])
     assert set(table.labelled_flows) == {4, 8, 16} and "valid" not in set(table.split)
     assert len(plot_data_efficiency(table).axes) == 2 and len(plot_shift(table).axes) == 1
+    more = table.assign(labelled_flows=table.labelled_flows.where(table.split != "refitted", 1000))
+    assert len(plot_shift(more).axes) == 1, "more flows of shifted than of train"
     paper, here = plot_beside_paper(table, ("kernel",)).axes
     assert [tuple(line.get_ydata()) for line in paper.lines[:2]] == [tuple(p.values()) for p in PAPER_SHARES.values()]
     mean = table[(table.probe == "kernel") & (table.split == "test")].groupby("labelled_flows").value.mean()

@@ -87,3 +87,5 @@ def test_curves_of_a_variant_are_not_those_of_its_row(tmp_path):
     ends = trained_table(curves).set_index("objective")
     assert ends.gate.to_dict() == {"jepa": 1.5, "jepa.circular": 0.5}
     assert (ends["not trained, because"] != "").to_dict() == {"jepa": True, "jepa.circular": False}
+    nothing = trained_table(curves.assign(windows=0))
+    assert nothing.empty and list(nothing) == list(ends.reset_index()[list(nothing)]), "random weights alone"

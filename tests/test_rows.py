@@ -174,6 +174,14 @@ def test_what_a_few_rows_can_be_compared_with():
     for few in ("mae-vit", "random-vit", "mae-vit,random-convnext"):
         assert references_of(chosen_rows(few)) == ["statistics", "spectra"], few
     assert references_of(chosen_rows("mae-vit")[:1]) == []
+    wide = Row("mae", "vit", tag="wide", encoder_config={"dim": 128})
+    assert references_of((*chosen_rows("random-vit")[:1], wide)) == [], "another network"
+
+
+def test_a_row_without_a_title_is_told_from_ours_by_its_tag():
+    rows = (*ROWS, Row("invariance", "vit", tag="mine"))
+    assert title_of("invariance.mine", "vit", rows=rows) == "invariance.mine ViT"
+    assert title_of("invariance", "vit", rows=rows) == title_of("invariance", "vit")
 
 
 def test_folders_of_a_system_of_ones_own_have_its_name(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Somebody else's predictions: the template, what is refused and how, a row of the table, a comparison with ours."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,13 @@ from physrep.physics.systems import get_system
 from physrep.probing.records import read_predictions, read_results, write_predictions
 from physrep.probing.scores import score
 from physrep.results.comparison import compare, differences
-from physrep.results.submissions import compare_csv, predictions_from_csv, write_csv_row, write_windows_csv
+from physrep.results.submissions import (
+    compare_csv,
+    predictions_from_csv,
+    reference_for,
+    write_csv_row,
+    write_windows_csv,
+)
 
 GRID = np.array([(re, sc) for re in (400.0, 800.0, 1600.0, 3200.0) for sc in (0.25, 0.5, 1.0, 2.0)])
 SCALER = LabelScaler.fit(get_system("shear_flow"), GRID)
@@ -155,6 +163,25 @@ def test_a_row_of_the_table(tmp_path, reference):
     assert df.value.tolist() == [row["value"] for row in expected] and set(df.objective) == {"rival"}
     apart = differences(tmp_path / "runs", references=["statistics"]).query("objective == 'rival' and label == 'mean'")
     assert apart.difference.item() < 0 and apart.reference_run.item() == "statistics"
+
+
+def test_a_row_that_is_submitted_again_keeps_no_seeds_of_the_old_file(tmp_path, reference):
+    template = write_windows_csv(reference, tmp_path / "w.csv")
+    for seeds in ((0, 1), (0,)):
+        files = [a_users_notebook(template, tmp_path / f"{k}.csv", guess(k, 0.6), seed=k) for k in seeds]
+        lines = [file.read_text().splitlines() for file in files]
+        path = tmp_path / "a.csv"
+        path.write_text("\n".join([*lines[0], *(line for more in lines[1:] for line in more[2:])]) + "\n")
+        write_csv_row(path, reference, tmp_path / "rival", n_bootstrap=20)
+        assert sorted(p.parent.name for p in (tmp_path / "rival").rglob("*.safetensors")) == [f"seed{k}" for k in seeds]
+
+
+def test_runs_of_several_systems_need_a_file_that_names_one(tmp_path, reference):
+    other = replace(reference, info=reference.info | {"system": "active_matter"})
+    with pytest.raises(ValueError, match="runs of active_matter, shear_flow; give those of one, or name it"):
+        reference_for([other, reference])
+    path = write_windows_csv(reference, tmp_path / "w.csv")
+    assert reference_for([other, reference], path) is reference
 
 
 def test_comparison_with_all_our_runs(tmp_path):

@@ -169,6 +169,12 @@ def test_a_padding_is_compared_with_random_weights_that_pad_alike(smoke_runs_of_
     assert set(against_random(paired, rows).title) == {"JEPA ConvNeXt", "JEPA periodic ConvNeXt"}
     wider = [replace(row, encoder_config={"widths": [24, 48]}) if row.pair[0] == "jepa" else row for row in rows]
     assert set(against_random(differences_from_own(folders.values(), wider), wider).title) == {"JEPA periodic ConvNeXt"}
+    some = [row for row in rows if row.pair[0] in ("jepa.circular", "random.circular")]
+    alone = differences_from_own([folders[row.pair[0]] for row in some], some)
+    assert set(alone.reference) == {"random"} and set(alone.objective) == {"jepa.circular"}
+    some = [row for row in rows if row.pair[0] == "jepa"]
+    nothing = differences_from_own([folders["jepa"]], some)
+    assert nothing.empty and against_random(nothing, some).empty, "nothing to compare with"
 
 
 def test_a_side_takes_the_interval_and_every_seed():

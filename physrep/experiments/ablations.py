@@ -147,7 +147,8 @@ def _draw_probe(ax: Axes, measured: pd.DataFrame, places: Mapping[str, float]) -
         if inside != r.factor:
             side = {"ha": "left" if inside < 1 else "right", "xytext": (6 if inside < 1 else -6, 0)}
             ax.annotate(f"{r.factor:.2f}", (inside, y), textcoords="offset points", va="center", fontsize=SMALL, **side)
-    own = {r.row: r.b for r in measured.itertuples() if not check_variant(r.variant).against}
+    of_row = [r for r in measured.itertuples() if not check_variant(r.variant).against]
+    own = {r.row: r.b for r in sorted(of_row, key=lambda r: r.seeds)}  # that of the variant with the most seeds
     for row, error in own.items():
         ax.text(0.99, places[row], f"{error:.2f}", transform=ax.get_yaxis_transform(), **_OF_ROW)
     ax.axvline(1, color="k", lw=0.7, zorder=2)

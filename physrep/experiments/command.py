@@ -166,12 +166,13 @@ def _compare(arguments: Sequence[str]) -> int:
             "--into writes a row, called after its folder, with all metrics: leave out --template, --name, --metric"
         )
     if asked.template:
-        reference = submissions.predictions_in(asked.reference)[0]
-        print(submissions.write_windows_csv(reference, asked.csv, asked.split or "test"))
+        split = asked.split or "test"
+        reference = submissions.reference_for(asked.reference, split=split)
+        print(submissions.write_windows_csv(reference, asked.csv, split))
         return 0
     options = dict(split=asked.split, version=asked.version, any_version=asked.any_version)
     if asked.into:
-        reference = submissions.predictions_in(asked.reference)[0]
+        reference = submissions.reference_for(asked.reference, asked.csv, split=asked.split)
         print(submissions.write_csv_row(asked.csv, reference, asked.into, **options))
         return 0
     scores, apart = submissions.compare_csv(

@@ -20,7 +20,7 @@ from ..data.windows import Windows
 from ..physics.systems import SYSTEMS, get_system
 from ..probing.reading import FROZEN
 from ..results.figures import using_style
-from ..results.rows import CONTROLS, Row, ordered
+from ..results.rows import CONTROLS, Row, ordered, title_of
 
 # %% ../../nbs/experiments/overview.ipynb #f7ce76a7
 def best_probes(summary: pd.DataFrame, rows: Sequence[Row]) -> pd.DataFrame:
@@ -131,7 +131,7 @@ def _of(failed: Collection[tuple[str, str, str]], system: str) -> set[tuple[str,
 
 def _name_rows(ax: Axes, rows: Sequence[Row]) -> None:
     "The names of the rows, and smaller below them what their encoders are asked for."
-    ax.set_yticks(range(len(rows)), [row.title for row in rows])
+    ax.set_yticks(range(len(rows)), [title_of(*row.pair, rows=rows) for row in rows])
     ax.invert_yaxis()
     for y, (row, label) in enumerate(zip(rows, ax.get_yticklabels())):
         if row.objective in ASKED:

@@ -157,10 +157,11 @@ def _unlike_others(
             (run.folder(root / name.replace(" ", "_")) / "result.json").is_file(),
         )
     try:
-        joint = resolve_jointly(systems, *TOGETHER, preset, data_dir=data_dir) if len(systems) > 1 else None
+        seeds = preset.seeds if len(systems) > 1 else ()
+        together = [resolve_jointly(systems, *TOGETHER, preset, seed=seed, data_dir=data_dir) for seed in seeds]
     except ValueError:
-        joint = None  # clips of the systems have no common shape
-    if joint is not None:
+        together = []  # clips of the systems have no common shape
+    for joint in together:
         done = (joint.folder(run_dir) / "encoder.safetensors").is_file()
         yield "across", f"{'-'.join(joint.first.row)} of all systems", joint.first, done
 

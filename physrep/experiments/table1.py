@@ -19,7 +19,7 @@ from .recipes import random_weights
 from ..objectives.methods import objective_class
 from ..physics.systems import SYSTEMS, get_system
 from ..probing.records import read_results
-from ..results.comparison import Method, differences, read_methods
+from ..results.comparison import REFERENCES, Method, differences, read_methods
 from ..results.forest import is_clear
 from ..results.rows import PROBE_ORDER, ROWS, Row, chosen_rows, ordered, read_rows, row_name, row_order, title_of
 from ..training.presets import Preset
@@ -92,11 +92,18 @@ def shown_as(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(objective=[without_tag(name) for name in table.objective])
 
 # %% ../../nbs/experiments/table1.ipynb #33e7de39
+_DIFFERENCE = ["system", "objective", "encoder", "labelled_flows", "draw", "probe", "reference", "reference_probe"]
+_DIFFERENCE += ["split", "label", "metric", "difference", "low", "high", "by_seed", "text", "run", "reference_run"]
+
+
 def differences_from_own(where: Sequence[str | Path | Method], rows: Sequence[Row]) -> pd.DataFrame:
     """`differences`, with each row, as `shown_rows` names it, compared with random weights that have the options of its
-    encoder, such as padding; with none where `rows` have no such random weights."""
+    encoder, such as padding; with none where `rows` have no such random weights. Empty if there is nothing to compare
+    with."""
     methods = [replace(method, objective=without_tag(method.objective)) for method in read_methods(where)]
-    usual = differences(methods)
+    usual = pd.DataFrame(columns=_DIFFERENCE)
+    if any(method.objective in REFERENCES for method in methods):
+        usual = differences(methods)
     networks = [(row.encoder, row.encoder_config) for row in rows if row.kind == "random"]
     alone = [row.pair for row in rows if row.kind == "trained" and (row.encoder, row.encoder_config) not in networks]
     unlike = pd.Series([pair in alone for pair in zip(usual.objective, usual.encoder)], usual.index)

@@ -77,9 +77,9 @@ def _row_of(variant: Variant, system: str, preset: Preset) -> Row:
     return row_in(system, next(row for row in ROWS if row.pair == variant.row), preset)
 
 
-def _recipe_of(row: Row, preset: Preset) -> dict:
-    "The recipe of a row, whole: a variant with another objective or encoder keeps it."
-    usual = preset.recipe(row.objective, row.encoder).decisive()
+def _recipe_of(row: Row, system: str, preset: Preset) -> dict:
+    "The recipe of a row in a system, whole: a variant with another objective or encoder keeps it."
+    usual = preset.recipe(row.objective, row.encoder, system).decisive()
     return usual | dict(row.recipe)
 
 # %% ../../nbs/experiments/variants.ipynb #811a7a54
@@ -97,7 +97,7 @@ def changed_run(
         tag=".".join(part for part in (name, row.tag) if part),
         coefficients=({} if variant.objective else row.coefficients) | dict(variant.coefficients),
         encoder_config=row.encoder_config | dict(variant.encoder_config),
-        recipe=_recipe_of(row, preset) | dict(variant.recipe),
+        recipe=_recipe_of(row, system, preset) | dict(variant.recipe),
     )
     run = run_of(changed, system, preset, seed, data_dir)
     run = replace(run, clip=replace(run.clip, noise=variant.noise)) if variant.noise else run

@@ -97,8 +97,11 @@ def write_archive(path: str | Path, runs: Mapping[str, Mapping[str, bytes]]) -> 
 
 # %% ../../nbs/results/archive.ipynb #309e4106
 def _scored(folder: Path) -> Iterator[tuple[str, Path]]:
-    "Name and folder of every run and baseline of a system that has results."
+    """Name and folder of every run and baseline of a system that has results. Not of a row of predictions, whose seeds
+    lie in folders of their own: its CSV is scored again in a second."""
     for result in sorted([*folder.glob("*/result.json"), *folder.glob("*/seed*/result.json")]):
+        if any(result.parent.glob("seed*/predictions.safetensors")):
+            continue
         yield str(result.parent.relative_to(folder)), result.parent
 
 

@@ -38,6 +38,10 @@ def read_curves(folders: Sequence[str | Path]) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 # %% ../../nbs/results/curves.ipynb #c0ccf703
+_TRAINED = ["system", "row", "objective", "encoder", "seed", "windows", "gate", "siblings"]
+_TRAINED += ["online", "effective_rank", "feature_std", "not trained, because"]
+
+
 def trained_table(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> pd.DataFrame:
     """One row for each encoder at the end of its training: windows seen, gate, online error, rank and std of its
     features, and why it is not called trained (empty if it may be).
@@ -56,7 +60,7 @@ def trained_table(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> pd.DataFr
             row |= {"siblings": last.get("gate_retrieval")}
             row |= {name: last[name] for name in ("online", "effective_rank", "feature_std")}
             found.append(row | {"not trained, because": "; ".join(shortcomings(last))})
-    return pd.DataFrame(found)
+    return pd.DataFrame(found, columns=_TRAINED)  # also where there is nothing trained
 
 # %% ../../nbs/results/curves.ipynb #a543f532
 def plot_curves(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:

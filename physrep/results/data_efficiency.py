@@ -147,8 +147,9 @@ def plot_shift(df: pd.DataFrame, probe: str = "linear", *, rows: Sequence[Row] =
     """The error of one probe on `test`, on `shifted`, and on `shifted` after it was fitted again there: a panel for
     each system, a line for each method. Errors beyond `limit` stand at the edge. ValueError if there are no such rows.
     """
-    most = df.groupby("system").labelled_flows.transform("max")
-    measured = df[(df.probe == probe) & ((df.labelled_flows == most) | (df.split == "refitted"))]
+    refitted = df.split == "refitted"  # on flows of `shifted`
+    most = df.labelled_flows.where(~refitted).groupby(df.system).transform("max")
+    measured = df[(df.probe == probe) & ((df.labelled_flows == most) | refitted)]
     if "shifted" not in set(measured.split):
         raise ValueError(f"no rows of probe {probe!r} on split shifted; make reproduce makes them")
     systems = ordered(measured.system, tuple(SYSTEMS))

@@ -21,6 +21,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..objectives.methods import objective_class
 from ..physics.systems import SYSTEMS, get_system
 from ..probing.evaluate import FROZEN
 from .figures import using_style
@@ -176,15 +177,18 @@ def _draw_legend(
 _Key = tuple[str, str, str]  # objective, encoder, probe
 
 
-def best_lines(measured: pd.DataFrame, metric: str) -> tuple[list[_Key], _Key | None]:
+def best_lines(measured: pd.DataFrame, metric: str, rows: Sequence[Row] = ROWS) -> tuple[list[_Key], _Key | None]:
     """The best line of each method on one split (`test`, where there are several); and the best one of a frozen encoder
     without labels, None without such."""
+    trained = [row for row in rows if row.kind == "trained"]
+    labelled = [row.pair for row in trained if getattr(objective_class(row.objective), "reads_labels", False)]
     several = measured.split.nunique() > 1
     test = (measured[measured.split == "test"] if several else measured).reset_index(drop=True)
     error = -test.value if metric == "r2" else test.value
     lines = list(zip(test.objective, test.encoder, test.probe))
     each = [lines[i] for i in error.groupby([test.objective, test.encoder]).idxmin()]
-    frozen = error[test.probe.isin(FROZEN) & (test.encoder != "none") & (test.objective != "supervised")]
+    blind = np.array([pair not in labelled for pair in zip(test.objective, test.encoder)], bool)
+    frozen = error[test.probe.isin(FROZEN) & (test.encoder != "none") & blind]
     return each, (lines[frozen.idxmin()] if len(frozen) else None)
 
 
@@ -197,7 +201,7 @@ def _on_color(color: str) -> dict[str, object]:
 def _write_numbers(ax: Axes, measured: pd.DataFrame, lines: Sequence[Line], metric: str, rows: Sequence[Row]) -> None:
     """The number of every line right of the panel, bold for the best of each method; the best frozen encoder is on
     colour, and named above the panel."""
-    each, winner = best_lines(measured, metric)
+    each, winner = best_lines(measured, metric, rows)
     value = measured.set_index(["objective", "encoder", "probe"]).value.to_dict()
     where = {"textcoords": "offset points", "va": "center_baseline", "fontsize": SMALL}
     for line in lines:

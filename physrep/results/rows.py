@@ -113,10 +113,11 @@ CONTROLS = ("statistics", "spectra")  # objectives of the baselines that every r
 
 
 def references_of(rows: Sequence[Row]) -> list[str]:
-    """The objectives that other rows can be compared with: random weights, if a row of the same backbone is there, and
+    """The objectives that other rows can be compared with: random weights, if a row of the same network is there, and
     the controls."""
-    random = {row.pair[1] for row in rows if row.kind == "random"}
-    found = ["random"] if any(row.kind != "random" and row.pair[1] in random for row in rows) else []
+    random = [(row.encoder, row.encoder_config) for row in rows if row.kind == "random"]
+    networks = [(row.encoder, row.encoder_config) for row in rows if row.kind != "random"]
+    found = ["random"] if any(network in random for network in networks) else []
     return found + [name for name in CONTROLS if any(row.objective == name for row in rows)]
 
 # %% ../../nbs/results/rows.ipynb #be834ba8
@@ -146,7 +147,7 @@ def _word(name: str, rows: Sequence[Row]) -> str:
     if name in ENCODER_TITLES:
         return ENCODER_TITLES[name]
     if row := _find(name, None, rows):
-        return row.title.removesuffix(f" {_word(row.encoder, ())}") or _word(row.objective, ())
+        return row.title.removesuffix(f" {_word(row.encoder, ())}") or _word(name, ())  # with its tag
     return PROBE_TITLES.get(name, name.split(":")[-1])
 
 
