@@ -106,14 +106,16 @@ def differences_from_own(where: Sequence[str | Path | Method], rows: Sequence[Ro
         usual = differences(methods)
     networks = [(row.encoder, row.encoder_config) for row in rows if row.kind == "random"]
     alone = [row.pair for row in rows if row.kind == "trained" and (row.encoder, row.encoder_config) not in networks]
-    unlike = pd.Series([pair in alone for pair in zip(usual.objective, usual.encoder)], usual.index)
+    unlike = pd.Series([pair in alone for pair in zip(usual.objective, usual.encoder)], usual.index, bool)
     found = [usual[~unlike | (usual.reference != "random")]]
     for random in (row for row in rows if row.kind == "random" and row.encoder_config):
         network = (random.encoder, random.encoder_config)
         like = [row.pair for row in rows if row.kind == "trained" and (row.encoder, row.encoder_config) == network]
         if like:
             usual = found[0]
-            ours = pd.Series([p in (*like, random.pair) for p in zip(usual.objective, usual.encoder)], usual.index)
+            ours = pd.Series(
+                [p in (*like, random.pair) for p in zip(usual.objective, usual.encoder)], usual.index, bool
+            )
             found[0] = usual[~ours | (usual.reference != "random")]
             some = [method for method in methods if (method.objective, method.encoder) in (*like, random.pair)]
             found.append(differences(some, references=random.pair[:1]).assign(reference="random"))
@@ -135,7 +137,7 @@ def against_random(paired: pd.DataFrame, rows: Sequence[Row], split: str = "test
     trained = [row for row in rows if row.kind == "trained"]
     blind = {row.pair: row for row in trained if not getattr(objective_class(row.objective), "reads_labels", False)}
     asked = paired.query("reference == 'random' and label == 'mean' and metric == 'mse' and split == @split")
-    asked = asked[[pair in blind for pair in zip(asked.objective, asked.encoder)]]
+    asked = asked[pd.Series([pair in blind for pair in zip(asked.objective, asked.encoder)], asked.index, bool)]
     titles = [title_of(*pair, rows=rows) for pair in zip(asked.objective, asked.encoder)]
     return asked.assign(title=titles, verdict=sides(asked))
 
