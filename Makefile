@@ -34,10 +34,12 @@ CONFIG = preset=$(PRESET) data="$(DATA)" $(if $(SYSTEM),systems="$(SYSTEM)") $(i
 # with a profile, jobs run where it says, e.g. on a cluster
 SNAKE = $(BIN)/python tools/workflow.py $(NAME) $(TARGET) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) --nolock --rerun-incomplete --keep-going --quiet rules host --config $(CONFIG)
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
-# figures of a system of one's own (my_module:SYSTEM) under a preset of the library would take the names of those that are committed
-OWN_SYSTEM := $(findstring :,$(SYSTEM))
-KEEP = echo "== the committed figures are as they were; $(if $(OWN_SYSTEM),those of $(SYSTEM) are in $(DRAWN)/,make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/)"
+# figures of one system, of some rows or of rows of one's own are not meant to take the place of those that are committed
+PART := $(SYSTEM)$(ONLY)$(ROWS)
+KEEP = echo "== the committed figures are as they were; $(if $(PART),these are in $(DRAWN)/,make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/ (those of Table 1 have five seeds: SEEDS=\"1 2 3 4\"))"
 CODE := nbs tests tools setup.py
+# a variable that a target would ignore is refused, before hours of work
+takes_no = $(foreach name,$(1),$(if $($(name)),echo "make $@ takes no $(name)=$($(name)): it runs all rows that it compares. Leave $(name) out."; exit 2;)) true
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -75,17 +77,20 @@ data: $(READY)  ## simulate the data of PRESET only
 	@$(SNAKE) </dev/null
 
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
+	@$(call takes_no,ROWS ONLY CELLS)
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES) --systems "$(SYSTEM)" --seeds "$(SEEDS)" --data "$(DATA)"
 	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters attentive long-probe; do $(MAKE) --no-print-directory $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
+	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) tuning
 	@$(KEEP)
 
 tuned: TARGET = tuned
 tuned: $(READY)  ## train the rows of Table 1 with the recipe of the search and with the one by hand, in every system, and compare them; an hour of two cores after `make reproduce`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/tuned.csv || $(COMPARE) tuned
 	@$(KEEP)
@@ -99,90 +104,105 @@ few: $(READY)  ## train supervised encoders on 8, 16 and 64 labelled flows, and 
 
 finetune: TARGET = finetune
 finetune: $(READY)  ## train the encoders of Table 1 further with labels, and draw the errors; an hour and a half of two cores after `make reproduce`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) fine_tuned
 	@$(KEEP)
 
 ablations: TARGET = ablations
 ablations: $(READY)  ## rows of Table 1 with one thing changed (what is asked, hidden or shared, noise, width, backbone), forty minutes of two cores after `make reproduce`
+	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) ablations
+	@test ! -f $(DRAWN)/ablations.csv || $(COMPARE) ablations
 	@$(KEEP)
 
 matters: TARGET = matters
 matters: $(READY)  ## task x target x encoder, each cell at its best learning rate: what the paper's comparison rests on; some hours of two cores
+	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) matters matters_shares matters_probes matters_over_random $(if $(SYSTEM),,matters_paper matters_systems)
+	@$(COMPARE) matters $$(test ! -f $(DRAWN)/matters_shares.csv || echo matters_shares) matters_probes matters_over_random $(if $(SYSTEM),,matters_paper matters_systems)
 	@$(KEEP)
 
 resolution: TARGET = resolution
 resolution: $(READY)  ## simulate flows of `test` at twice the resolution and read them; ten minutes after `make reproduce`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/resolution.csv || $(COMPARE) resolution
 	@$(KEEP)
 
 regimes: TARGET = regimes
 regimes: $(READY)  ## ask the encoders for the state of the flow; ten minutes after `make reproduce`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/regimes.csv || $(COMPARE) regimes
 	@$(KEEP)
 
 across: TARGET = across
 across: $(READY)  ## one JEPA for all systems, and encoders that read another system, with the recipes by hand; ten minutes after `make tuned`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/across.csv || $(COMPARE) across
 	@$(KEEP)
 
 machines: TARGET = machines
 machines: $(READY)  ## one row again with other threads and instructions: how far numbers move from machine to machine; some minutes after `make tuned`
+	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) machines
 	@$(KEEP)
 
 rollout: TARGET = rollout
 rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows that can, and train those that are missing; half an hour after `make tuned`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) rollout rollout_spectra rollout_drift rollout_frames rollout_probes
 	@$(KEEP)
 
 grid: TARGET = grid
 grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as sets of The Well have; simulates such a set, half an hour after `make reproduce`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) grid
+	@test ! -f $(DRAWN)/grid.csv || $(COMPARE) grid
 	@$(KEEP)
 
 box: TARGET = box
 box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make reproduce`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) box
+	@test ! -f $(DRAWN)/box.csv || $(COMPARE) box
 	@$(KEEP)
 
 question: TARGET = question
 question: $(READY)  ## ask what else answers the question of JEPA from its features, and train it with a faster predictor; an hour of two cores after `make tuned`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) own_question own_question_probes
+	@test ! -f $(DRAWN)/own_question.csv || $(COMPARE) own_question own_question_probes
 	@$(KEEP)
 
 rates: TARGET = rates
 rates: $(READY)  ## train MAE (or another row, ONLY=forecast-vit) at a half and a quarter of its learning rate, with three seeds; forty minutes of two cores after `make tuned`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) rates rates_losses
 	@$(KEEP)
 
 longer: TARGET = longer
 longer: $(READY)  ## train MAE and forecasts (or other rows, ONLY=jepa_ema-vit) with twice the updates, two seeds in each system; two hours of two cores after `make tuned`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) longer_shear_flow longer_rayleigh_benard longer_active_matter
 	@$(KEEP)
 
 attentive: TARGET = attentive
-attentive: $(READY)  ## read the encoders of the paper's comparison with attentive probes that are trained up to eight times as long, in every system; an hour and a half of two cores, or a minute after `make unpack`
+attentive: $(READY)  ## read the encoders of the paper's comparison with attentive probes that are trained up to eight times as long, in every system; an hour and a half of two cores, or some minutes after `make unpack`, which simulates what it reads
+	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) probe_length
 	@$(KEEP)
 
 long-probe: TARGET = long_probe
 long-probe: $(READY)  ## read the encoders of Table 1 with an attentive probe that is trained eight times as long; two hours of two cores where they have to be trained first, or a minute after `make unpack`
+	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) long_probe paper_order
 	@$(KEEP)

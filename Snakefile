@@ -29,6 +29,7 @@ from physrep.data.sets import find_files
 from physrep.experiments.long_probe import encoder_rows, long_probe_root, with_long_probe
 from physrep.experiments.paper_order import PAPER_ROWS
 from physrep.experiments.matters import CELLS, FOUND, cell_run, matters_root
+from physrep.experiments.matters_errors import crossed
 from physrep.experiments.probe_length import FILE as LENGTH_FILE
 from physrep.experiments.own_question_figures import jepa_rows, faster
 from physrep.experiments import longer, rates
@@ -358,11 +359,15 @@ def with_encoders(results):
 
 # what asks encoders of all rows something new; where it cannot, it says why
 CAN = {
+    "ablations": BUILT_IN,
+    "question": BUILT_IN,
+    "grid": BUILT_IN,
+    "box": BUILT_IN,
     "resolution": len(REFINED) == len(SYSTEMS) and not ONLY,
     "across": BUILT_IN and len(SYSTEMS) > 1 and SAME_GRID and not ONLY,
     "regimes": BUILT_IN and not ONLY,
 }
-CANNOT = "echo 'this needs all rows and built-in systems: several on one grid (across), or simulated ones (resolution)'"
+CANNOT = "echo 'this needs built-in systems; and all rows (across, resolution, regimes), several systems on one grid (across), or simulated ones (resolution)'"
 
 # the same flows at twice the resolution, read by the same encoders and probes
 rule resolution:
@@ -419,23 +424,23 @@ rule machines:
 
 # `make grid`: probes that are fitted and scored on a grid of labels, as sets of The Well have
 rule grid:
-    input: with_encoders(RESULTS)
-    output: figures("grid")
-    params: rows=repr(TABLE_ROWS), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None)
+    input: with_encoders(RESULTS) if CAN["grid"] else []
+    output: figures("grid") if CAN["grid"] else []
+    params: rows=repr(TABLE_ROWS), code=stage("08e_grid", "experiments.grid", "experiments.grid_ranks") + PROBING, command=papermill("08e_grid", "grid", **SHOWN, only=ONLY or None) if CAN["grid"] else CANNOT
     threads: CORES  # it simulates a set
     shell: "{params.command}"
 
 # `make box`: flows in a box twice as long
 rule box:
-    input: with_encoders(RESULTS)
-    output: figures("box")
-    params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None)
+    input: with_encoders(RESULTS) if CAN["box"] else []
+    output: figures("box") if CAN["box"] else []
+    params: rows=repr(TABLE_ROWS), code=stage("08f_box", "experiments.box") + PROBING, command=papermill("08f_box", "box", **SHOWN, only=ONLY or None) if CAN["box"] else CANNOT
     threads: CORES  # it simulates a set
     shell: "{params.command}"
 
 # `make question`: what else answers the question of a JEPA; a job per row and system trains the row with a faster predictor
 QUESTIONED = {}
-for system, row in ((system, row) for system in SYSTEMS for row in jepa_rows() if row in BY_HAND):
+for system, row in ((system, row) for system in SYSTEMS if CAN["question"] for row in jepa_rows() if row in BY_HAND):
     run, name = run_of(faster(row), SYSTEMS[system], PRESET, 0, DATA), f"{system}-{row_name(row)}"
     QUESTIONED[name] = OUT / "question" / f"{name}.done"
     probed = (run.with_seed(seed).folder() / "result.json" for seed in PRESET.seeds)
@@ -450,8 +455,8 @@ for system, row in ((system, row) for system in SYSTEMS for row in jepa_rows() i
 
 rule question:
     input: list(QUESTIONED.values())
-    output: figures("own_question", "own_question_probes")
-    params: code=stage("08g_own_question", "experiments.own_question_figures", "results.forest") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(row_name(row) for row in jepa_rows() if row in BY_HAND) or "none")
+    output: figures("own_question", "own_question_probes") if CAN["question"] else []
+    params: code=stage("08g_own_question", "experiments.own_question_figures", "results.forest") + PROBING, command=papermill("08g_own_question", "question", **SHOWN, rows=",".join(row_name(row) for row in jepa_rows() if row in BY_HAND) or "none") if CAN["question"] else CANNOT
     threads: JOB_THREADS
     resources: gpu=GPUS
     shell: "{params.command}"
@@ -548,7 +553,7 @@ rule tuned:
     shell: "{params.command}"
 
 # `make ablations`: a job per variant and seed
-VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS for seed in dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS))]
+VARIED = [(name, seed, OUT / "ablations" / f"{name}-seed{seed}.done") for name in VARIANTS if CAN["ablations"] for seed in dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS))]
 for name, seed, done in VARIED:
     run, _ = changed_run(name, SYSTEMS[FIRST], PRESET, seed=seed, data_dir=DATA)
     probed = (OUT / FIRST).glob(f"{'-'.join(run.row)}-*/seed{seed}/result.json")
@@ -562,9 +567,9 @@ for name, seed, done in VARIED:
         shell: "{params.command}"
 
 rule ablations:
-    input: [result for result in RESULTS + MORE_SEEDS if result.is_relative_to(OUT / FIRST)] + [done for *_, done in VARIED]
-    output: figures("ablations")
-    params: code=stage("08b_ablations", "experiments.ablations"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST])
+    input: [result for result in RESULTS + MORE_SEEDS if result.is_relative_to(OUT / FIRST)] + [done for *_, done in VARIED] if CAN["ablations"] else []
+    output: figures("ablations") if CAN["ablations"] else []
+    params: code=stage("08b_ablations", "experiments.ablations"), command=papermill("08b_ablations", "ablations", system=SYSTEMS[FIRST]) if CAN["ablations"] else CANNOT
     shell: "{params.command}"
 
 # `make matters`: a job per cell of the factorial, with its seeds and systems (and rates, where none was found before); the
@@ -594,7 +599,7 @@ for name, done in list(FACTORIAL.items()):
 
 rule matters:
     input: list(FACTORIAL.values())
-    output: figures("matters", "matters_shares", "matters_probes", "matters_over_random", *(["matters_paper", "matters_systems"] if ELSEWHERE else []))
+    output: figures("matters", *(["matters_shares"] if crossed({CELLS[cell] for cell in FACTORIAL.keys() - PAIRS.keys()}) else []), "matters_probes", "matters_over_random", *(["matters_paper", "matters_systems"] if ELSEWHERE else []))
     params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes", "experiments.matters_systems") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 

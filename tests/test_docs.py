@@ -226,6 +226,12 @@ def test_tables_follow_the_figures(tmp_path):
     ]
 
 
+def test_counts_ask_for_the_interval_and_every_seed():
+    rows = [("-0.2", "-0.1", "-0.3 -0.1"), ("-0.2", "-0.1", "-0.3 0.1"), ("0.1", "0.2", "0.1 0.2"), ("-1", "1", "1 1")]
+    found = [tables.verdict(dict(zip(("low", "high", "by_seed"), row))) for row in rows]
+    assert found == ["better", "undecided", "worse", "undecided"]
+
+
 def test_size_of_the_published_sets():
     assert "233.6 MB" in tables.disk() and "| 225 | 53 GB |" in tables.disk(), "as The Well says: 51 to 53 GB"
     assert tables.PUBLISHED.keys() <= set(tables.titles())

@@ -71,6 +71,21 @@ def test_the_same_encoder_is_read_in_a_place_of_its_own_and_table_1_stays(read_t
         assert not np.allclose(*attentive)
 
 
+def test_a_row_alone_is_drawn_without_random_weights(read_twice, smoke_data):
+    rows, presets = {"shear_flow": encoder_rows(SMOKE, "shear_flow", "mae-vit")}, {"shear_flow": SMOKE}
+    where = dict(run_dir=read_twice, data_dir=smoke_data)
+    over = over_random(rows, presets, **where)
+    table = long_probe_table(rows, presets, over, **where)
+    assert over.empty and len(table) == 2 and table.over_random.isna().all()
+    assert plot_long_probe(table, shown_rows(rows["shear_flow"])).axes
+
+
+def test_rows_of_ones_own_are_read_for_longer(tmp_path):
+    (tmp_path / "rows.yaml").write_text("rows:\n- {objective: mae, encoder: vit, tag: mine, recipe: {lr: 0.001}}\n")
+    rows = encoder_rows(SMOKE, "shear_flow", ASKED, tmp_path / "rows.yaml")
+    assert [row.pair[0] for row in rows][-1] == "mae.mine" and len(rows) == 4
+
+
 def test_an_encoder_of_table_1_is_not_trained_again(read_twice, smoke_data, tmp_path, monkeypatch):
     shutil.copytree(read_twice, tmp_path / "runs")
     shutil.rmtree(long_probe_root(tmp_path / "runs"))

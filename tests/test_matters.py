@@ -572,6 +572,14 @@ def test_a_system_with_enough_seeds_has_a_spread_of_its_own():
     assert width["c"] > 3 * width["b"], "the spread of its own seeds is larger"
 
 
+def test_cells_that_are_not_crossed_have_no_shares():
+    cells = pd.DataFrame([CELLS[cell] for cell in COMPARED], columns=list(FACTORS))
+    errors = made_up(np.random.default_rng(8), 3, cells)
+    assert errors.factorial().runs.empty, "which factor it is cannot be told"
+    found = analyse(errors, n_bootstrap=4)
+    assert found.shares is None and "too few: no factor has two levels that can be told" in found.says
+
+
 def test_two_levels_are_compared_also_where_a_factor_has_three():
     errors = made_up(np.random.default_rng(8), 3)
     effects = main_effects(errors, n_bootstrap=50).assign(system="a")

@@ -128,6 +128,25 @@ def test_make_help_lists_the_targets():
         assert f"make {target} " in text
 
 
+@pytest.mark.parametrize("command", ["tune ONLY=mae-vit", "long-probe ROWS=rows.yaml", "study CELLS=all"])
+def test_make_refuses_what_a_target_would_ignore(command):
+    target, given = command.split()
+    # the environment is there: nothing is installed, and nothing but the refusal is run
+    words = [
+        "make",
+        "--no-print-directory",
+        "--assume-old",
+        f"{sys.prefix}/.ready",
+        f"VENV={sys.prefix}",
+        target,
+        given,
+    ]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    name = given.partition("=")[0]
+    assert done.returncode and f"make {target} takes no {given}: it runs all rows" in done.stdout
+    assert f"Leave {name} out." in done.stdout and "workflow" not in done.stdout
+
+
 def test_clean_shows_first_and_deletes_nothing_unasked():
     before = sorted(p.name for p in ROOT.iterdir())
     done = subprocess.run(

@@ -57,9 +57,10 @@ def long_probe_root(run_dir: str | Path | None = None) -> Path:
     return Path(run_dir or project_root() / "runs") / FOLDER
 
 # %% ../../nbs/experiments/long_probe.ipynb #c12b8adf
-def encoder_rows(preset: Preset, system: str, only: str = "") -> list[Row]:
-    "The rows of Table 1 for a system that have an encoder, or those of them that are named in `only`."
-    return [row for row in table_rows(preset, system, only) if row.kind in ("trained", "random")]
+def encoder_rows(preset: Preset, system: str, only: str = "", own: str | Path = "") -> list[Row]:
+    """The rows of Table 1 for a system that have an encoder, or those of them that are named in `only`, and those of a
+    `rows.yaml` of one's own."""
+    return [row for row in table_rows(preset, system, only, own) if row.kind in ("trained", "random")]
 
 
 def _copy_encoder(there: Path, folder: Path) -> None:

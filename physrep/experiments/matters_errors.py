@@ -27,17 +27,19 @@ Levels = tuple[str, ...]  # one of each of FACTORS
 
 def crossed(cells: Collection[Levels]) -> set[Levels]:
     """The most cells in which every level of a factor is together with every level of each other one, with two levels
-    or more of each; all cells if there are none such. Where two levels are never together, the interaction of their
-    factors cannot be told, and the model would leave it out for all levels."""
+    or more of each factor that has so many; none if there are no such cells. Where two levels are never together, the
+    interaction of their factors cannot be told, and the model would leave it out for all levels."""
     levels = [sorted(set(some)) for some in zip(*cells)]
-    choices = [[some for n in range(2, len(all_) + 1) for some in combinations(all_, n)] for all_ in levels]
+    choices = [
+        [some for n in range(min(2, len(all_)), len(all_) + 1) for some in combinations(all_, n)] for all_ in levels
+    ]
     best: set[Levels] = set()
     for choice in product(*choices):
         kept = {cell for cell in cells if all(level in some for level, some in zip(cell, choice))}
         together = {(i, j, cell[i], cell[j]) for cell in kept for i, j in combinations(range(len(choice)), 2)}
-        if len(kept) > len(best) and len(together) == sum(len(a) * len(b) for a, b in combinations(choice, 2)):
+        if len(kept) > max(1, len(best)) and len(together) == sum(len(a) * len(b) for a, b in combinations(choice, 2)):
             best = kept
-    return best or set(cells)
+    return best
 
 # %% ../../nbs/experiments/matters_errors.ipynb #0eda5905
 @dataclass(frozen=True)

@@ -332,7 +332,7 @@ def analyse(errors: Errors, *, n_bootstrap: int = 500) -> Analysis:
     """Shares of the crossed cells, with and without the runs that failed, and the paper's comparison, as far as the
     cells that are there go."""
     found: dict[str, pd.DataFrame | None] = {"shares": None, "without_failed": None, "claim": None}
-    some = errors.factorial()
+    some = errors.factorial()  # none where no cells are crossed
     asked = {
         "shares": lambda: shares(some, n_bootstrap=n_bootstrap),
         "without_failed": lambda: None if some.runs.passed.all() else shares(some.passed(), n_bootstrap=n_bootstrap),

@@ -31,6 +31,7 @@ from .rollout import emulator_rows
 from .table1 import searched_row, table_rows
 from .trained_on_few import few_root
 from .variants import VARIANTS, variant_run
+from ..physics.systems import SYSTEMS, get_system
 from ..probing.evaluate import FEW
 from ..results.archive import FINE_TUNED, scored_elsewhere
 from ..results.data_efficiency import TRAINED_ON_FEW
@@ -61,10 +62,11 @@ def planned_runs(
     asked_rows = [("reproduce", s, row) for s in systems for row in table_rows(preset, s) if row.kind == "trained"]
     asked_rows += [("tuned", s, row) for s in systems for row in both]
     found = [(command, run_of(row, s, preset, k, **given)) for command, s, row in asked_rows for k in more.seeds]
-    varied = [(name, k) for name in VARIANTS for k in more.seeds]
+    built_in = all(get_system(system).name in SYSTEMS for system in systems)  # ablations and questions need that
+    varied = [(name, k) for name in VARIANTS if built_in for k in more.seeds]
     found += [("ablations", variant_run(name, systems[0], preset, seed=k, **given)) for name, k in varied]
     asked_rows = [("rollout", s, row) for s in systems for row in emulator_rows()]
-    asked_rows += [("question", s, faster(row)) for s in systems for row in jepa_rows()]
+    asked_rows += [("question", s, faster(row)) for s in systems if built_in for row in jepa_rows()]
     found += [(command, run_of(row, s, preset, k, **given)) for command, s, row in asked_rows for k in preset.seeds]
     usual, twice = (list(dict.fromkeys((*known, *seeds))) for known in (rates.SEEDS, longer.SEEDS))
     rated = changed_runs(at_rate, trained_row(rates.ASKED), rates.FACTORS, usual, systems[0], preset, **given)
@@ -235,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preset, data = get_preset(asked.preset), asked.data or None
     systems = [name for name in asked.systems.split(",") if name]
     systems = systems or list(systems_of(preset, data) if data else preset.systems)
+    print("counting the operations of every training, a minute or two", flush=True)
     print(describe(study_table(preset, systems, seeds=seeds_in(asked.seeds), data_dir=data), asked.cores))
     return 0
 

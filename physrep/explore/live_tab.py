@@ -48,7 +48,10 @@ def answers_html(table: pd.DataFrame) -> str:
             off = _percent(row.test_error)
             line += [number(row.predicted), span, off]
         rows.append(line)
-    return table_html(head, rows, numbers=range(1, len(head)))
+    meaning = (
+        "<div class='physrep-note'>off on test: the median error of this reader on the flows of the split test</div>"
+    )
+    return table_html(head, rows, numbers=range(1, len(head))) + meaning
 
 
 def warning(session: Session, values: dict[str, float]) -> str:

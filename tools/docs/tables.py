@@ -87,6 +87,14 @@ def controls(figures: Path = FIGURES) -> str:
     return markdown(["system", *kinds], lines)
 
 
+def verdict(row: dict[str, str]) -> str:
+    "`better`, `worse` or `undecided`: on which side of 0 the interval of a difference and every seed are."
+    seeds = [float(value) for value in row["by_seed"].split()]
+    if float(row["high"]) < 0 > max(seeds):
+        return "better"
+    return "worse" if float(row["low"]) > 0 < min(seeds) else "undecided"
+
+
 def counts(figures: Path = FIGURES) -> str:
     "How often each row without labels is better or worse than random weights of its backbone, with the same probe."
     rows = [
@@ -98,10 +106,10 @@ def counts(figures: Path = FIGURES) -> str:
     lines = []
     for row in dict.fromkeys((r["objective"], r["encoder"]) for r in rows):
         here = [r for r in rows if (r["objective"], r["encoder"]) == row]
-        better, worse = sum(float(r["high"]) < 0 for r in here), sum(float(r["low"]) > 0 for r in here)
+        better, worse = (sum(verdict(r) == side for r in here) for side in ("better", "worse"))
         lines.append([*row, better, worse, len(here) - better - worse])
     lines.sort(key=lambda line: line[3] - line[2])
-    return markdown(["objective", "encoder", "better", "worse", "interval includes zero"], lines)
+    return markdown(["objective", "encoder", "better", "worse", "undecided"], lines)
 
 
 def shipped() -> str:
