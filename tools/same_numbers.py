@@ -15,11 +15,12 @@ The largest differences that were found are written down, too.
 
     python tools/same_numbers.py --tables --against HEAD~1 --why "pairs by the number of their seeds"
 
-With `--tables` nothing is trained. The tables of Table 1, with all paired differences, are made from the results in
-`figures/results`, by both codes, and only definitions of comparisons are declared equal."""
+With `--tables` nothing is trained. Table 1, with all paired differences, its panels, the overview and the names of all
+rows, is made from the results in `figures/results`, by both codes, and only definitions of these are declared equal."""
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -90,26 +91,50 @@ def used() -> dict[str, list[str]]:
     return {name: sorted(digests) for name, digests in found.items()}
 
 
-COMPARISONS = ("results.comparison", "experiments.table1")
+COMPARISONS = tuple(f"results.{name}" for name in ("archive", "comparison", "curves", "panels", "seeds"))
+COMPARISONS += ("experiments.overview", "experiments.table1")
 
 
 def tables(folder: Path) -> dict:
-    "What the code that is imported makes of the results of this checkout: tables of errors and differences, as text."
-    from physrep.experiments.table1 import differences_from_own, shown_rows, table_rows
-    from physrep.results.archive import unpack
+    "What the code that is imported makes of the results of this checkout: tables, panels and names, as text."
+    from physrep.experiments.overview import best_probes, plot_overview
+    from physrep.experiments.table1 import against_random, differences_from_own, shown_as, shown_rows, table_rows
+    from physrep.results.archive import _scored, unpack
     from physrep.results.comparison import summarise
+    from physrep.results.curves import read_curves, trained_table
+    from physrep.results.panels import plot_table1
+    from physrep.results.rows import ROWS, references_of, title_of
     from physrep.results.seeds import folders_of_seeds
     from physrep.training.presets import get_preset
 
     preset, found = get_preset("laptop"), {}
+    found["names"] = [[title_of(*row.pair), title_of(row.pair[0]), title_of(row.pair[1])] for row in ROWS]
     for system in preset.systems:
         unpack(ROOT / "figures" / "results" / "laptop" / system, folder / "runs" / "laptop" / system, preset)
         rows = table_rows(preset, system)
         _, places = folders_of_seeds(preset, {system: rows}, folder / "runs")
-        made = {"errors": summarise(places), "differences": differences_from_own(places, shown_rows(rows))}
+        found[f"{system}, runs"] = [name for name, _ in _scored(folder / "runs" / "laptop" / system)]
+        shown = shown_rows(rows)
+        apart = differences_from_own(places, shown)
+        made = {"errors": summarise(places), "differences": apart, "over random": against_random(apart, shown)}
         found |= {f"{system}, {name}": table.to_csv(index=False) for name, table in made.items()}
+        errors, trained = shown_as(made["errors"]), trained_table(shown_as(read_curves(places)), shown)
+        found[f"{system}, trained"] = trained.to_csv(index=False)
+        found[f"{system}, panel"] = drawn(plot_table1(errors, system, rows=shown))
+        found[f"{system}, overview"] = drawn(plot_overview(best_probes(errors, shown), shown))
+        found[f"{system}, references"] = references_of(rows)
         print(f"  {system}", file=sys.stderr, flush=True)
     return found
+
+
+def drawn(fig) -> str:
+    "A figure as text that is equal for equal figures."
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": "equal"}):
+        fig.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
 def used_in_tables() -> dict[str, list[str]]:
