@@ -101,7 +101,7 @@ def tables(folder: Path) -> dict:
     from physrep.experiments.table1 import against_random, differences_from_own, shown_as, shown_rows, table_rows
     from physrep.results.archive import _scored, unpack
     from physrep.results.comparison import summarise
-    from physrep.results.curves import read_curves, trained_table
+    from physrep.results.curves import plot_curves, read_curves, trained_table
     from physrep.results.panels import plot_table1
     from physrep.results.rows import ROWS, references_of, title_of
     from physrep.results.seeds import folders_of_seeds
@@ -118,8 +118,9 @@ def tables(folder: Path) -> dict:
         apart = differences_from_own(places, shown)
         made = {"errors": summarise(places), "differences": apart, "over random": against_random(apart, shown)}
         found |= {f"{system}, {name}": table.to_csv(index=False) for name, table in made.items()}
-        errors, trained = shown_as(made["errors"]), trained_table(shown_as(read_curves(places)), shown)
-        found[f"{system}, trained"] = trained.to_csv(index=False)
+        errors, curves = shown_as(made["errors"]), shown_as(read_curves(places))
+        found[f"{system}, trained"] = trained_table(curves, shown).to_csv(index=False)
+        found[f"{system}, curves"] = drawn(plot_curves(curves, shown))
         found[f"{system}, panel"] = drawn(plot_table1(errors, system, rows=shown))
         found[f"{system}, overview"] = drawn(plot_overview(best_probes(errors, shown), shown))
         found[f"{system}, references"] = references_of(rows)

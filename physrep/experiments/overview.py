@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from ..data.windows import Windows
 from ..physics.systems import SYSTEMS, get_system
 from ..probing.reading import FROZEN
+from ..results.curves import draw_curves
 from ..results.figures import using_style
 from ..results.rows import CONTROLS, Row, ordered, title_of
 
@@ -65,6 +66,16 @@ def example_frame(data_dir: str | Path, system: str) -> np.ndarray | None:
     return windows.read([number // 2])[0, 0, 0].numpy()
 
 
+def _draw_training(ax: Axes, curves: pd.DataFrame, rows: Sequence[Row], *, named: bool) -> None:
+    "What the encoders of one system hold during their training; `named` says whether the axis has its name."
+    draw_curves(ax, curves, rows)
+    ax.set_xticks([0, 100, 1000, 10000], ["0", "100", "1k", "10k"])
+    ax.set_xlabel("windows seen")
+    ax.set_title("during the training", fontsize=8)
+    if named:
+        ax.set_ylabel("error on valid (ridge)", fontsize=8)
+
+
 def _draw_system(
     ax: Axes, best: pd.DataFrame, rows: Sequence[Row], reference: Sequence[Row], failed: Collection[tuple[str, str]]
 ) -> None:
@@ -94,6 +105,7 @@ def plot_overview(
     *,
     frames: Mapping[str, np.ndarray] | None = None,  # by system, of `example_frame`
     failed: Collection[tuple[str, str, str]] = (),  # (system, objective, encoder) that are not called trained
+    curves: pd.DataFrame | None = None,  # of `read_curves`: errors during training, drawn below
 ) -> Figure:
     """A panel for each system: the error on `test` of each trained row and of the statistics, with its 95 % interval,
     and as a bar that of random weights of the same network, each with the probe that is best on `valid`. Left is
@@ -104,12 +116,15 @@ def plot_overview(
     drawn = [row for row in drawn if row.pair in set(zip(best.objective, best.encoder))]
     systems = ordered(best.system, tuple(SYSTEMS))
     frames = {system: frame for system, frame in (frames or {}).items() if system in systems}
-    size, top = (1.6 + 1.5 * len(systems), 1.2 + 0.26 * len(drawn)), 1.0 if frames else 0.0
+    width, height = 1.6 + 1.5 * len(systems), 1.2 + 0.26 * len(drawn)
+    top, below = 1.0 if frames else 0.0, 0.0 if curves is None else 1.8
+    parts = [part for part in (top, height - 0.8, below) if part]
     with using_style():
-        fig = Figure(figsize=(size[0], size[1] + top), layout="constrained")
-        grid = fig.add_gridspec(2 if frames else 1, len(systems), height_ratios=[top, size[1] - 0.8][not frames :])
-        axes = [fig.add_subplot(grid[-1, 0])]
-        axes += [fig.add_subplot(grid[-1, k], sharey=axes[0]) for k in range(1, len(systems))]
+        fig = Figure(figsize=(width, top + height + below), layout="constrained")
+        grid = fig.add_gridspec(len(parts), len(systems), height_ratios=parts)
+        middle = int(bool(frames))
+        axes = [fig.add_subplot(grid[middle, 0])]
+        axes += [fig.add_subplot(grid[middle, k], sharey=axes[0]) for k in range(1, len(systems))]
         for k, (ax, system) in enumerate(zip(axes, systems)):
             _draw_system(ax, best[best.system == system], drawn, rows, _of(failed, system))
             ax.set_xlim(min(0.003, 0.8 * best.value.min()), max(1.3, 1.25 * best.value.max()))  # equal in all panels
@@ -119,6 +134,8 @@ def plot_overview(
                 above.imshow(frames[system].T, origin="lower", cmap="RdBu_r")
                 above.set_axis_off()
             above.set_title(fill(get_system(system).title if system in SYSTEMS else system, 16))
+            if curves is not None:
+                _draw_training(fig.add_subplot(grid[-1, k]), curves[curves.system == system], rows, named=k == 0)
         _name_rows(axes[0], drawn)
         _legend(fig, bool(failed))
     return fig
