@@ -237,6 +237,7 @@ def further_rates(name: str, scores: Mapping[str, float]) -> list[str]:
 _BY_RATE = {
     "lowest": (
         *(f"{cell}-{e}" for cell in ("tube-pixels", "tube-shared", "window-shared") for e in CELL_ENCODERS[1:]),
+        *(f"{cell}-convnext" for cell in ("tube-ema", "window-ema", "future-ema", "future-shared")),
         "future-ema-vit",
     ),
     "low": (
@@ -244,11 +245,15 @@ _BY_RATE = {
         "window-pixels-convnext_circular",
     ),
     "middle": ("future-pixels-vit",),
-    "high": ("tube-pixels-vit", "window-pixels-convnext", "tube-ema-vit", "window-ema-vit"),
+    "high": (
+        *("tube-pixels-vit", "tube-ema-vit", "window-ema-vit"),
+        *("window-pixels-convnext", "future-pixels-convnext"),
+    ),
 }
 FOUND: Mapping[tuple[str, str], Mapping[str, str]] = {  # (preset, system) -> cell -> rate that was chosen on `valid`
     ("laptop", "shear_flow"): {cell: rate for rate, cells in _BY_RATE.items() for cell in cells},
     ("laptop", "rayleigh_benard"): {PAPER["VideoMAE"]: "high", PAPER["JEPA"]: "low", PERIODIC: "middle"},
+    ("laptop", "active_matter"): {PAPER["VideoMAE"]: "middle", PAPER["JEPA"]: "lowest", PERIODIC: "low"},
 }
 
 

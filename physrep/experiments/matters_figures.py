@@ -122,12 +122,11 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
             _name_paper(ax, mine)
             if encoder in (untrained or {}):
                 ax.axhline(untrained[encoder], color="#7A7A7A", ls="--", lw=1.2, zorder=0)
-                place = dict(
-                    xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color="#7A7A7A"
-                )
+                place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
+                look = dict(color="#555555", bbox=dict(fc="white", ec="none", pad=0.5, alpha=0.8))
                 beside = mine[mine.task == there[-1]].error / untrained[encoder]
                 below = ((beside > 1) & (beside < 1.12)).any()
-                ax.annotate("before training", (1.0, untrained[encoder]), (0, -11 if below else 3), **place)
+                ax.annotate("before training", (1.0, untrained[encoder]), (0, -11 if below else 3), **place, **look)
             ax.set_xticks([_TASKS.index(t) for t in there], [TITLES[t] for t in there])
             first, last = _TASKS.index(there[0]), _TASKS.index(there[-1])
             ax.set(yscale="log", xlim=(first - 0.45, last + 0.45))
