@@ -244,10 +244,10 @@ _BY_RATE = {
         *(f"{cell}-vit" for cell in ("tube-shared", "window-pixels", "window-shared", "future-shared")),
         "window-pixels-convnext_circular",
     ),
-    "middle": ("future-pixels-vit",),
+    "middle": ("future-pixels-vit", "pair-pooled-convnext"),
     "high": (
         *("tube-pixels-vit", "tube-ema-vit", "window-ema-vit"),
-        *("window-pixels-convnext", "future-pixels-convnext"),
+        *("window-pixels-convnext", "future-pixels-convnext", "pair-pooled-vit"),
     ),
 }
 FOUND: Mapping[tuple[str, str], Mapping[str, str]] = {  # (preset, system) -> cell -> rate that was chosen on `valid`

@@ -123,11 +123,12 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
             if encoder in (untrained or {}):
                 ax.axhline(untrained[encoder], color="#7A7A7A", ls="--", lw=1.2, zorder=0)
                 place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
-                look = dict(color="#555555", bbox=dict(fc="white", ec="none", pad=0.5, alpha=0.8))
+                look = dict(color="#555555", fontsize=SMALL - 0.5, linespacing=0.9)
                 beside = mine[mine.task == there[-1]].error / untrained[encoder]
                 below = ((beside > 1) & (beside < 1.12)).any()
-                ax.annotate("before training", (1.0, untrained[encoder]), (0, -11 if below else 3), **place, **look)
-            ax.set_xticks([_TASKS.index(t) for t in there], [TITLES[t] for t in there])
+                ax.annotate("before\ntraining", (1.0, untrained[encoder]), (0, -21 if below else 3), **place, **look)
+            size = SMALL - 0.5 * (len(there) > 3)
+            ax.set_xticks([_TASKS.index(t) for t in there], [TITLES[t] for t in there], fontsize=size)
             first, last = _TASKS.index(there[0]), _TASKS.index(there[-1])
             ax.set(yscale="log", xlim=(first - 0.45, last + 0.45))
             ax.set_title(in_lines(TITLES[encoder]), fontweight="bold", fontsize=SMALL + 0.5)
