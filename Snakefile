@@ -28,7 +28,7 @@ from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.long_probe import encoder_rows, long_probe_root, with_long_probe
 from physrep.experiments.paper_order import PAPER_ROWS
-from physrep.experiments.matters import CELLS, FOUND, cell_run, matters_root
+from physrep.experiments.matters import CELLS, FOUND, PAIRS, cell_run, matters_root
 from physrep.experiments.matters_errors import crossed
 from physrep.experiments.probe_length import FILE as LENGTH_FILE
 from physrep.experiments.own_question_figures import jepa_rows, faster

@@ -177,7 +177,8 @@ def test_a_rate_that_was_found_before_is_taken_until_all_are_tried_here(tmp_path
     assert rate_of("tube-pixels-vit", run, tmp_path) == "lowest"
     write_scores(run, tmp_path, {"further down": 0.05})
     assert rate_of("tube-pixels-vit", run, tmp_path) == "lowest", "the best of the same four for every cell"
-    assert rate_of("pair-pooled-vit", cell_run("pair-pooled-vit", "shear_flow", laptop, steps=1), tmp_path) is None
+    unknown = "future-ema-convnext_circular"
+    assert rate_of(unknown, cell_run(unknown, "shear_flow", laptop, steps=1), tmp_path) is None
 
 
 def test_the_rates_that_were_found_are_those_of_the_committed_figure():
@@ -530,9 +531,10 @@ def test_the_way_of_the_paper_adds_up_and_names_its_factor():
 
 
 def test_figures_of_an_incomplete_experiment():
-    errors = made_up(np.random.default_rng(7), 1, GRID.iloc[[0, 1, 2, 7, 9, 16]])
-    errors = Errors(errors.runs.assign(passed=[True, False] * 3), errors.heads, errors.sums, errors.sizes)
-    assert list(cell_means(errors).passed) == [True, False] * 3
+    errors = made_up(np.random.default_rng(7), 1, GRID.iloc[[0, 1, 2, 3, 6, 7, 8]])  # one corner of a cube is missing
+    passed = [True, False, True, False, True, False, True]
+    errors = Errors(errors.runs.assign(passed=passed), errors.heads, errors.sums, errors.sizes)
+    assert list(cell_means(errors).passed) == passed
     fig = plot_cells(errors, {"vit": 0.9})
     assert [ax.get_title() for ax in fig.axes] == ["ViT", "ConvNeXt"]
     found = analyse(errors, n_bootstrap=4)

@@ -18,13 +18,14 @@ def test_what_is_written_is_read_back_with_its_types(tmp_path):
         row(),
         row(label="Reynolds", low=math.nan, high=None, value=np.float32(1), n=np.int64(7)),
         row(metric="r2", value=math.nan),
+        row(metric="relative_error", value=math.nan, low=math.nan, high=math.nan),  # of a label that is 0 somewhere
     ]
     path = write_result(tmp_path / "a" / "seed0" / "result.json", rows, config={"lr": 0.1})
     content = json.loads(path.read_text())
     assert content["config"] == {"lr": 0.1} and content["rows"][1]["low"] is None and "NaN" not in path.read_text()
     df = read_results(tmp_path)
-    assert list(df) == list(SCHEMA) and df.value[:2].tolist() == [0.5, 1.0] and np.isnan(df.value[2])
-    assert df.low.isna().tolist() == [False, True, False] and df.seed.dtype.kind == df.n.dtype.kind == "i"
+    assert list(df) == list(SCHEMA) and df.value[:2].tolist() == [0.5, 1.0] and df.value[2:].isna().all()
+    assert df.low.isna().tolist() == [False, True, False, True] and df.seed.dtype.kind == df.n.dtype.kind == "i"
     pd.testing.assert_frame_equal(df, read_results([path, tmp_path, str(path)]))  # a file is read once
 
 

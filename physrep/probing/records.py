@@ -46,7 +46,7 @@ SCHEMA: dict[str, tuple[type, str]] = {
     "labelled_flows": (int, "number of labelled training flows that the probe was given"),
     "draw": (int, "which draw of that many flows from the training set; 0 for all flows"),
     "metric": (str, "name in `physrep.probing.scores.METRICS`: mse, r2, relative_error"),
-    "value": (float, "the number; NaN where the metric is not defined (r2 of equal labels)"),
+    "value": (float, "the number; NaN where the metric is not defined (r2 of equal labels, relative_error of 0)"),
     "low": (float, "lower end of the 95 % interval, bootstrap over groups; NaN if there is none"),
     "high": (float, "upper end of the 95 % interval"),
     "n": (int, "windows scored"),
@@ -96,7 +96,7 @@ def _check_row(row: dict) -> dict:
     for name, smallest in {"n": 1, "labelled_flows": 1, "draw": 0}.items():
         if row[name] < smallest:
             raise ValueError(f"{name!r} must be at least {smallest}, got {row[name]}")
-    if math.isinf(row["value"]) or (math.isnan(row["value"]) and row["metric"] != "r2"):
+    if math.isinf(row["value"]) or (math.isnan(row["value"]) and row["metric"] == "mse"):
         raise ValueError(f"'value' of {row['metric']} must be finite, got {row['value']}")
     if row["metric"] != "r2" and row["value"] < 0:
         raise ValueError(f"'value' of {row['metric']} cannot be negative, got {row['value']}")
