@@ -318,9 +318,9 @@ def compare_csv(
     and ValueError if no run has the system and the split.
     """
     check_metric(metric)
+    split = split or _read_table(Path(path))[0].split
     files = predictions_in(runs)
     reference = reference_for(files, path, split=split)
-    split = split or _read_table(Path(path))[0].split
     [method] = read_methods(predictions_from_csv(path, reference, split=split, **options))
     scores = summarise(method, n_bootstrap=n_bootstrap, seed=seed).query("metric == @metric and split == @split")
     rows = []
