@@ -36,7 +36,7 @@ SNAKE = $(BIN)/python tools/workflow.py $(NAME) $(TARGET) $(if $(PROFILE),--work
 COMPARE = $(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
 # figures of one system, of some rows or of rows of one's own are not meant to take the place of those that are committed
 PART := $(SYSTEM)$(ONLY)$(ROWS)
-KEEP = echo "== the committed figures are as they were; $(if $(PART),these are in $(DRAWN)/,make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/ (those of Table 1 have five seeds: SEEDS=\"1 2 3 4\"))"
+KEEP = echo "== the committed figures are as they were; $(if $(PART),these are in $(DRAWN)/,make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/$(if $(filter laptop,$(PRESET)), (those of Table 1 have five seeds: SEEDS=\"1 2 3 4\")))"
 CODE := nbs tests tools setup.py
 # a variable that a target would ignore is refused, before hours of work
 takes_no = $(foreach name,$(1),$(if $($(name)),echo "make $@ takes no $(name)=$($(name)): it runs all rows that it compares. Leave $(name) out."; exit 2;)) true
