@@ -1,12 +1,19 @@
-"""What a training needs is told before it starts, and close to what it takes."""
+"""What a training and its probes need is told before they start, and close to what they take."""
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
+from physrep.probing import reading
+from physrep.probing.memory import check_probing_memory, peak_bytes, probing_steps
+from physrep.probing.reading import windows_at_once
 from physrep.training import cost
 from physrep.training.memory import check_memory, memory_available, memory_needed
+from physrep.training.presets import get_preset
 from physrep.training.run import resolve
 
 MEASURE = """
@@ -89,3 +96,103 @@ def test_a_branch_that_is_trained_beside_the_run_needs_as_much_again():
         for schedule in ("constant", "cosine")
     )
     assert whole.weights == 2 * cosine.weights and whole.saved == cosine.saved
+
+
+READ = """
+import sys, numpy as np, sklearn.kernel_approximation, torch
+from physrep.data.scaling import LabelScaler
+from physrep.physics.systems import get_system
+from physrep.probing.features import Features, extract
+from physrep.probing.frozen import fit_probe
+from physrep.training.run import build, resolve
+torch.set_num_threads(1)
+run, windows = resolve("shear_flow", "random", sys.argv[1], "laptop"), int(sys.argv[3])
+encoder = build(run).encoder.eval()
+labels = 10 ** np.random.default_rng(0).uniform(0, 1, (windows, 2))
+scaler = LabelScaler.fit(get_system("shear_flow"), labels)
+tokens = extract(encoder, [{"fields": torch.randn(1, 4, *run.clip_shape)}], progress=False)
+few = Features(tokens.expand(16, -1, -1), labels[:16], np.arange(16))
+fit_probe("kernel", few, few, scaler)
+
+
+def status(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+before = status("VmHWM:") if sys.argv[2] == "features" else status("VmRSS:")
+if sys.argv[2] == "features":
+    batches = ({"fields": torch.randn(64, 4, *run.clip_shape)} for _ in range(windows // 64))
+    extract(encoder, batches, progress=False)
+else:
+    all_of = Features(tokens.expand(windows, -1, -1), labels, np.arange(windows))
+    fit_probe("kernel", all_of, few, scaler)
+print(status("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is there on Linux")
+@pytest.mark.parametrize(("encoder", "step", "windows"), [("vit", "features", 512), ("convnext", "kernel", 1024)])
+def test_probing_takes_about_what_was_said(encoder, step, windows):
+    call = [sys.executable, "-c", READ, encoder, step, str(windows)]
+    measured = int(
+        subprocess.run(call, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+    )
+    run = resolve("shear_flow", "random", encoder, "laptop")
+    steps = {s.name: s.need for s in probing_steps(run, {"train": range(windows), "valid": range(16)})}
+    assert 0.6 < steps[step] / measured < 1.6
+
+
+def test_probes_that_do_not_fit_are_refused_before_the_training():
+    run, windows = resolve("shear_flow", "mae", "vit", "laptop"), {"train": range(10**6), "valid": range(100)}
+    largest = check_probing_memory(run, windows, available=10**12)
+    assert largest.name == "kernel" and largest.need > 50e9
+    with pytest.raises(
+        ValueError, match=r"mae-vit-.*step kernel\) needs about 58\.. GB; 40\.0 GB.*larger probe_stride"
+    ):
+        check_probing_memory(run, windows, available=40 * 10**9)
+    with pytest.raises(ValueError, match="step features.* clips of fewer frames"):
+        check_probing_memory(run, windows, available=10**7)
+    few = {split: range(100) for split in windows}
+    need = {step.name: step.need for step in probing_steps(run, few, ("attentive",))}
+    with pytest.raises(
+        ValueError, match="step attentive.* smaller probe_tokens in the preset, or a smaller probe_batch$"
+    ):
+        check_probing_memory(run, few, ("attentive",), "cuda", available=need["attentive"] - 1)
+
+
+def test_a_gpu_needs_room_for_one_window_and_the_cpu_for_the_tokens():
+    run, windows = resolve("shear_flow", "jepa", "convnext", "laptop"), {"train": range(10**5), "valid": range(100)}
+    on_gpu = {step.name: step for step in probing_steps(run, windows, ("attentive",), "cuda")}
+    assert {name: step.device for name, step in on_gpu.items()} == {
+        "features": "cuda",
+        "tokens": "cpu",
+        "attentive": "cuda",
+    }
+    assert on_gpu["tokens"].need == 2**31, "what is more is in a file"
+    assert on_gpu["features"].need < probing_steps(run, windows, ())[0].need - on_gpu["tokens"].need
+
+
+def test_fine_tuning_needs_less_in_parts():
+    whole, parts = (
+        resolve("shear_flow", "mae", "vit", replace(get_preset("laptop"), finetune_accumulate=n, finetune_epochs=1))
+        for n in (1, 4)
+    )
+    windows = {split: range(100) for split in ("train", "valid")}
+    need = [{s.name: s.need for s in probing_steps(run, windows, ("finetune",))}["finetune"] for run in (whole, parts)]
+    assert 0.2 < need[1] / need[0] < 0.5
+
+
+def test_a_cpu_reads_as_many_windows_at_once_as_its_memory_holds(monkeypatch):
+    numbers = 4 * 16 * 64 * 64
+    monkeypatch.setattr(reading, "memory_available", lambda: 10 * 200 * numbers)
+    assert windows_at_once(numbers) == 10 and windows_at_once(numbers, "cuda") == 64
+    monkeypatch.setattr(reading, "memory_available", lambda: None)  # where the machine does not say
+    assert windows_at_once(numbers) == 64 and windows_at_once(2**30) == 1
+
+
+def test_the_peak_of_a_call_counts_what_is_there_at_once():
+    x = torch.randn(100, 100)
+    assert peak_bytes(lambda: [x + 1 for _ in range(5)]) == 5 * x.nbytes
+    assert peak_bytes(lambda: [(x + 1).sum() for _ in range(5)]) < 1.1 * x.nbytes
+    assert peak_bytes(lambda: x.view(-1)[10:]) == 0
