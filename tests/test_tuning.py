@@ -70,6 +70,13 @@ def test_more_configurations_can_be_added(row):
     assert len(set(found)) == len(found)
 
 
+def test_a_choice_that_would_not_be_searched_is_refused(monkeypatch):
+    row = ("mae", "vit")
+    monkeypatch.setitem(tuning.OWN, row, {"ratio": (0.5, 0.9), "mask": (1, 2), "depth": (1, 2)})
+    with pytest.raises(ValueError, match=r"mae-vit has 3 choices of its own \(ratio, mask, depth\), at most 2"):
+        configuration(row, get_preset("laptop"), 1)
+
+
 def test_the_score_weighs_relative_errors_and_none_above_a_constant():
     assert trial_score({"linear": 0.2, "knn": 0.3}, {"linear": 0.9, "knn": 0.7}) == pytest.approx((0.25 * 0.8) ** 0.5)
     assert trial_score({"linear": 0.25}, {"linear": 1.3}) == trial_score({"linear": 0.25}, {"linear": 1.0}) == 0.5

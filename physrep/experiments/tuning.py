@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEARNING_RATE', 'WEIGHT_DECAY', 'BATCH', 'Choices', 'OWN', 'BEFORE', 'TUNING_SEED', 'REPEATED', 'FILLING', 'LOWER',
-           'CONFIGURATIONS', 'points', 'pick', 'between', 'configuration', 'with_operations_of', 'trial_run',
-           'trial_score', 'trial_scores', 'tuning_root', 'trial_record', 'run_trial', 'best_two', 'run_row',
-           'read_trials', 'tuning_table', 'noise', 'chosen_configurations', 'plot_tuning']
+           'CONFIGURATIONS', 'DIMENSIONS', 'points', 'pick', 'between', 'configuration', 'with_operations_of',
+           'trial_run', 'trial_score', 'trial_scores', 'tuning_root', 'trial_record', 'run_trial', 'best_two',
+           'run_row', 'read_trials', 'tuning_table', 'noise', 'chosen_configurations', 'plot_tuning']
 
 # %% ../../nbs/experiments/tuning.ipynb #7806fa99
 import json
@@ -79,9 +79,12 @@ LOWER = (1 / 6, 1 / 20)  # further ones: times the learning rate of the preset, 
 CONFIGURATIONS = FILLING + len(LOWER)  # of every row
 
 # %% ../../nbs/experiments/tuning.ipynb #71f373f5
+DIMENSIONS = 5  # of the box that is searched
+
+
 def points(number: int) -> np.ndarray:
     "The first points `(number, 5)` of a scrambled Sobol sequence in the unit cube."
-    return torch.quasirandom.SobolEngine(5, scramble=True, seed=0).draw(number).double().numpy()
+    return torch.quasirandom.SobolEngine(DIMENSIONS, scramble=True, seed=0).draw(number).double().numpy()
 
 
 def pick(values: Sequence, place: float):
@@ -102,9 +105,12 @@ def _before(row: tuple[str, str], preset: Preset, name: str) -> float:
 
 def configuration(row: tuple[str, str], preset: Preset, number: int) -> dict[str, dict]:
     """What configuration `number` of a row sets, `{coefficients, encoder_config, recipe}`; nothing for 0. ValueError
-    for a row whose own choices are not known."""
+    for a row whose own choices are not known, or are more than a point has room for."""
     if row not in OWN:
         raise ValueError(f"no choices for {'-'.join(row)}; there are: {', '.join('-'.join(r) for r in OWN)}")
+    room = DIMENSIONS - 3 if objective_class(row[0]).trains else DIMENSIONS  # learning rate, weight decay, batch size
+    if len(OWN[row]) > room:
+        raise ValueError(f"{'-'.join(row)} has {len(OWN[row])} choices of its own ({', '.join(OWN[row])}), at most {room}")
     change: dict[str, dict] = {"coefficients": {}, "encoder_config": {}, "recipe": {}}
     if number == 0:
         return change
