@@ -38,7 +38,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=sched_interval=2
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory=16000 State=UNKNOWN
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory={memory} State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -69,7 +70,9 @@ def cluster(tmp_path_factory):
     key.chmod(0o400)
     munge = {name: folder / "munge" / name for name in ("socket", "pid-file", "log-file", "seed-file")}
     places = [f"--{name}={path}" for name, path in munge.items()]
-    values = dict(folder=folder, host=host, port=free_port(), other=free_port(), cores=os.cpu_count())
+    # as much memory as two jobs ask for, whether this machine has it or not
+    memory = 2 * yaml.safe_load(PROFILE.read_text())["default-resources"]["mem_mb"]
+    values = dict(folder=folder, host=host, port=free_port(), other=free_port(), cores=os.cpu_count(), memory=memory)
     (folder / "slurm.conf").write_text(SETTINGS.format(**values))
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     (folder / "bin").mkdir()
