@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from physrep.core.devices import memory_available
 from physrep.probing import reading
 from physrep.probing.memory import check_probing_memory, peak_bytes, probing_steps
 from physrep.probing.reading import windows_at_once
 from physrep.training import cost
-from physrep.training.memory import check_memory, memory_available, memory_needed
+from physrep.training.memory import check_memory, memory_needed
 from physrep.training.presets import get_preset
 from physrep.training.run import resolve
 

@@ -32,7 +32,7 @@ TITLES = {
     "window": "later\nwindow",
     "pair": "another\nwindow",
     "pixels": "pixels",
-    "ema": "features of\na moving average",
+    "ema": "features of\na moving\naverage",
     "shared": "features,\nwith VICReg",
     "pooled": "one vector,\nwith VICReg",
     **ENCODER_TITLES,
@@ -51,7 +51,8 @@ def _plain_log(axis: Axis, values: tuple[float, ...]) -> None:
 
 def log_ticks(axis: Axis, low: float, high: float) -> None:
     "Ticks of a logarithmic axis of ratios between two values, as plain numbers."
-    some = (0.25, 0.33, 0.5, 0.7, 1, 1.4, 2, 3, 4) if high < 6 * low else (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
+    few = (0.25, 0.33, 0.5, 0.7, 1, 1.4, 2, 3, 4) if high < 6 * low else (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
+    some = few if high < 30 * low else (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
     _plain_log(axis, tuple(t for t in some if low < t < high))
 
 # %% ../../nbs/experiments/matters_figures.ipynb #36cfd918

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..core.devices import memory_available
 from ..data.windows import Windows
 from ..models.convnext import Block
 from .features import MEMORY_LIMIT, FewerTokens
 from .frozen import LANDMARKS, new_head
 from .reading import FROZEN, windows_at_once
-from ..training.memory import memory_available
 from ..training.run import Run, build
 
 # %% ../../nbs/probing/memory.ipynb #848072e7

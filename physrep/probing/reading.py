@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.devices import memory_available
 from ..data.batches import Batches
 from ..data.generate import SimPreset
 from ..data.scaling import LabelScaler, Normaliser
@@ -22,7 +23,6 @@ from ..data.windows import Windows
 from ..models.pretrained import LoadedEncoder
 from .features import Features, cached, encoder_digest, extract, features_key
 from .frozen import AttentiveRecipe, Probe, fit_probe
-from ..training.memory import memory_available
 from ..training.presets import Preset
 from ..training.run import Run, load_splits
 

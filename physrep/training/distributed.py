@@ -19,12 +19,12 @@ import torch
 import yaml
 from torch import nn
 
-from ..core.devices import fast_products, keep_memory
+from ..core.devices import fast_products, keep_memory, memory_available
 from ..core.parameters import seeds_in
 from ..core.provenance import provenance
 from . import loop
 from .loop import Recipe, TimeUp, TrainingDiverged, make_optimizer, update
-from .memory import check_memory, memory_available
+from .memory import check_memory
 from .pretrain import Session, claim, fit, pretrain, train_claimed, training_batches, training_windows
 from .processes import Group, ProcessLost, Rank, SharedBatches, connected
 from .run import Run, build, ensure_data, load_splits, resolve
