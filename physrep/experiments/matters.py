@@ -247,7 +247,7 @@ _BY_RATE = {
     "middle": ("future-pixels-vit", "pair-pooled-convnext"),
     "high": (
         *("tube-pixels-vit", "tube-ema-vit", "window-ema-vit"),
-        *("window-pixels-convnext", "future-pixels-convnext", "pair-pooled-vit"),
+        *("window-pixels-convnext", "future-pixels-convnext", "future-pixels-convnext_circular", "pair-pooled-vit"),
     ),
 }
 FOUND: Mapping[tuple[str, str], Mapping[str, str]] = {  # (preset, system) -> cell -> rate that was chosen on `valid`
