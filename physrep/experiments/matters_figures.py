@@ -86,7 +86,9 @@ def _draw_cells(ax: Axes, means: pd.DataFrame, heads: pd.DataFrame) -> None:
         for place, cell in zip(x, some.cell):
             each = heads[heads.cell == cell]
             ax.plot(np.full(len(each), place), each.error, "_", ms=7, color=color, alpha=0.35, zorder=1)
-        ax.plot(x, some.error, "-", color=color, lw=2, zorder=2)
+        steps = np.diff(some.task.map(_TASKS.index).to_numpy())  # a line stops where a question was not asked
+        for piece in np.split(np.arange(len(x)), np.flatnonzero(steps > 1) + 1):
+            ax.plot(x[piece], some.error.to_numpy()[piece], "-", color=color, lw=2, zorder=2)
         ax.vlines(x, some.lowest, some.highest, color=color, lw=5, alpha=0.5, zorder=2)
         for passed, face in ((True, color), (False, "white")):
             which = (some.passed == passed).to_numpy()
