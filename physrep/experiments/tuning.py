@@ -110,7 +110,9 @@ def configuration(row: tuple[str, str], preset: Preset, number: int) -> dict[str
         raise ValueError(f"no choices for {'-'.join(row)}; there are: {', '.join('-'.join(r) for r in OWN)}")
     room = DIMENSIONS - 3 if objective_class(row[0]).trains else DIMENSIONS  # learning rate, weight decay, batch size
     if len(OWN[row]) > room:
-        raise ValueError(f"{'-'.join(row)} has {len(OWN[row])} choices of its own ({', '.join(OWN[row])}), at most {room}")
+        raise ValueError(
+            f"{'-'.join(row)} has {len(OWN[row])} choices of its own ({', '.join(OWN[row])}), at most {room}"
+        )
     change: dict[str, dict] = {"coefficients": {}, "encoder_config": {}, "recipe": {}}
     if number == 0:
         return change

@@ -78,13 +78,13 @@ def _matrix_bytes(train: int, valid: int, dim: int) -> dict[str, int]:
 
 # %% ../../nbs/probing/memory.ipynb #7c1e44ab
 def _trained_bytes(network: nn.Module, x: Tensor, windows: int) -> int:
-    "Bytes of an update with so many windows, from some of them, `x`: weights, gradients, AdamW's averages, the way back."
+    "Bytes of an update with so many windows, from some, `x`: weights, gradients, AdamW's averages, the way back."
     weights = sum(p.nbytes for p in network.parameters())
     return 4 * weights + (peak_bytes(lambda: network(x).square().mean().backward()) - weights) * windows // len(x)
 
 
 def _network(run: Run, device: str) -> nn.Module:
-    "The untrained encoder of a run with as many tokens as are probed, on the CPU but with the operations of the device."
+    "The untrained encoder of a run with as many tokens as are probed, on the CPU, with the operations of the device."
     encoder = build(run).encoder
     for block in encoder.modules() if torch.device(device).type != "cpu" else ():
         if isinstance(block, Block):  # of a ConvNeXt: has a formulation of its own for CPUs

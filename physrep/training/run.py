@@ -249,8 +249,8 @@ def _stored(system: System, preset: Preset, data_dir: str | Path | None) -> Stor
         return Stored(tuple(system.native))
     if data_dir is None:
         raise ValueError(
-            f"preset {preset.name} does not simulate {system.name}: pass data_dir (make: DATA=<folder>), the folder that "
-            f"holds {system.name}/data/train/*.hdf5"
+            f"preset {preset.name} does not simulate {system.name}: pass data_dir (make: DATA=<folder>), the folder "
+            f"that holds {system.name}/data/train/*.hdf5"
         )
     return Stored(tuple(WellFile(find_files(data_dir, system, "train")[0], system).grid))
 
@@ -332,8 +332,8 @@ def ensure_data(run: Run, data_dir: str | Path | None = None, **options) -> Path
     if not run.simulated:
         if data_dir is None:
             raise ValueError(
-                f"preset {run.preset.name} does not simulate {run.system.name}: pass data_dir (make: DATA=<folder>), the "
-                f"folder that holds {run.system.name}/data/train/*.hdf5 (The Well's, or your own in its format)"
+                f"preset {run.preset.name} does not simulate {run.system.name}: pass data_dir (make: DATA=<folder>), "
+                f"the folder that holds {run.system.name}/data/train/*.hdf5 (The Well's, or your own in its format)"
             )
         return as_path(data_dir)
     folder = as_path(data_dir or default_data_dir(run.preset.name))
