@@ -185,7 +185,7 @@ def test_the_rates_that_were_found_are_those_of_the_committed_figure():
     configs = read_json(project_root() / "figures" / "matters.json")["configs"]
     used = {(c["tag"], c["encoder"], "padding_mode" in c.get("encoder_config", {})): c for c in configs.values()}
     found = FOUND["laptop", "shear_flow"]
-    assert len(used) == len(found) == 24
+    assert len(used) == len(found) == 25
     for name, rate in found.items():
         run = cell_run(name, "shear_flow", "laptop", rate=rate, steps=1)
         config = used[run.tag, run.encoder, "circular" in name]
