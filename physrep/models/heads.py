@@ -13,7 +13,7 @@ from torch import nn
 
 from .convnext import Block as ConvBlock
 from .vit import Block as TransformerBlock
-from .vit import init_transformer, sincos_positions
+from .vit import init_transformer, kept_positions
 from ..physics.systems import System
 
 # %% ../../nbs/models/heads.ipynb #4b52990b
@@ -191,7 +191,7 @@ class TransformerDecoder(nn.Module):
         filled = self.mask_token.to(z.dtype).expand(b, n, -1).scatter(1, keep[:, :, None].expand(-1, -1, self.width), z)
         if self.from_last:
             filled = filled + last_frame_after(z, grid)
-        filled = filled + sincos_positions(grid, self.width, temperature=self.temperature).to(z)
+        filled = filled + kept_positions(tuple(grid), self.width, self.temperature, z.device).to(z.dtype)
         for block in self.blocks:
             filled = block(filled)
         return self.out(filled)
