@@ -204,7 +204,7 @@ long-probe: TARGET = long_probe
 long-probe: $(READY)  ## read the encoders of Table 1 with an attentive probe that is trained eight times as long; two hours of two cores where they have to be trained first, or a minute after `make unpack`
 	@$(call takes_no,ROWS)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) long_probe paper_order
+	@$(COMPARE) long_probe long_probe_curves paper_order
 	@$(KEEP)
 
 bench: $(READY)  ## time the pieces of a training update of every objective, by batch size; some minutes, on a machine that does nothing else

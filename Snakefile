@@ -644,8 +644,8 @@ for system, row in ((system, row) for system in SYSTEMS for row in BY_HAND if ro
         shell: "{params.command}"
 
 rule long_probe:
-    input: RESULTS + MORE_SEEDS + READ_AGAIN
-    output: figures("long_probe", *(["paper_order"] if set(PAPER_ROWS) <= {row.pair for row in BY_HAND} else []))
+    input: RESULTS + MORE_SEEDS + READ_AGAIN + (SCORED if KEEPS_CURVES else [])
+    output: figures("long_probe", *(["long_probe_curves"] if KEEPS_CURVES else []), *(["paper_order"] if set(PAPER_ROWS) <= {row.pair for row in BY_HAND} else []))
     params: rows=repr(TABLE_ROWS), code=stage("08l_long_probe", "experiments.long_probe") + PROBING, command=papermill("08l_long_probe", "long_probe", **SHOWN, only=ONLY or None, train=False)
     shell: "{params.command}"
 

@@ -11,8 +11,10 @@ from helpers import ROOT, papermill
 
 from physrep.core.files import read_json, write_json
 from physrep.experiments import long_probe, study
+from physrep.experiments.learning_curves import score_snapshots, snapshots
 from physrep.experiments.long_probe import (
     chose_the_end,
+    curves_of_both,
     encoder_rows,
     long_probe_root,
     long_probe_table,
@@ -22,6 +24,7 @@ from physrep.experiments.long_probe import (
     over_random,
     plot_long_probe,
     plot_paper_order,
+    read_curve_longer,
     read_longer,
     seeds_read,
     with_long_probe,
@@ -52,6 +55,9 @@ def read_twice(smoke_data, tmp_path_factory):
         assert not read_longer(run, smoke_data, folder, progress=False), "it is there"
         if row.objective == "mae":
             (folder / "away").rename(run.folder(folder) / "encoder.safetensors")
+        if row.objective == "jepa":
+            score_snapshots(run, smoke_data, folder, probes=("attentive",))
+            assert len(read_curve_longer(run, smoke_data, folder, progress=False)) == 1
     return folder
 
 
@@ -69,6 +75,23 @@ def test_the_same_encoder_is_read_in_a_place_of_its_own_and_table_1_stays(read_t
         pd.testing.assert_frame_equal(*others)
         attentive = [one[one.probe == "attentive"].value.to_numpy() for one in rows]
         assert not np.allclose(*attentive)
+
+
+def test_encoders_on_the_way_are_read_with_both_probes(read_twice):
+    rows = {"shear_flow": encoder_rows(SMOKE, "shear_flow", ASKED)}
+    curves = curves_of_both(rows, SMOKE, read_twice)
+    assert set(curves.probe) == {"attentive"} and set(curves.objective) == {"jepa", "random"}, (
+        "MAE has none in one place"
+    )
+    assert curves.groupby(["objective", "epochs"]).size().tolist() == [2, 2, 1, 1]
+    (run,) = (run_of(row, "shear_flow", SMOKE) for row in rows["shear_flow"] if row.objective == "jepa")
+    kept = [snapshots(run, root) for root in (read_twice, long_probe_root(read_twice))]
+    assert all(kept[0][step].read_bytes() == kept[1][step].read_bytes() for step in kept[0])
+    for root, (_, curve) in zip((read_twice, long_probe_root(read_twice)), curves[curves.trained].groupby("epochs")):
+        table = pd.DataFrame(read_json(run.folder(root) / "result.json")["rows"])
+        last = table.query("probe == 'attentive' and split == 'test' and label == 'mean' and metric == 'mse'")
+        assert curve.value.iloc[-1] == last.value.item() and curve.value.is_unique
+    assert curves_of_both({"shear_flow": encoder_rows(SMOKE, "shear_flow", "mae-vit")}, SMOKE, read_twice).empty
 
 
 def test_a_row_alone_is_drawn_without_random_weights(read_twice, smoke_data):
@@ -211,5 +234,6 @@ def test_the_notebook_draws_what_is_there_and_says_what_is_missing(read_twice, s
     assert done.returncode == 0, done.stderr
     drawn = pd.read_csv(tmp_path / "figures" / "long_probe.csv")
     assert len(drawn) == 6 and set(drawn.epochs) == {SMOKE.probe_epochs, 8 * SMOKE.probe_epochs}
+    assert len(pd.read_csv(tmp_path / "figures" / "long_probe_curves.csv")) == 6
     done = papermill(*notebook, *given, "", "-p", "run_dir", str(tmp_path), cwd=ROOT)
     assert done.returncode and "no system has results of every row with both probes" in done.stderr

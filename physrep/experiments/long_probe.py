@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDER', 'TIMES', 'SLOWER', 'with_long_probe', 'long_probe_root', 'encoder_rows', 'read_longer', 'seeds_read',
-           'both_probes', 'over_random', 'long_probe_table', 'order_by_length', 'order_of_paper', 'other_probes',
-           'chose_the_end', 'plot_long_probe', 'plot_paper_order', 'main']
+           'both_probes', 'over_random', 'long_probe_table', 'order_by_length', 'order_of_paper', 'read_curve_longer',
+           'curves_of_both', 'other_probes', 'chose_the_end', 'plot_long_probe', 'plot_paper_order', 'main']
 
 # %% ../../nbs/experiments/long_probe.ipynb #07aa723f
 import argparse
@@ -26,18 +26,21 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from ..core.files import read_json
 from ..core.paths import project_root
 from ..data.windows import Windows
+from .learning_curve_figures import learning_curve, scores_on_the_way
+from .learning_curves import score_snapshots
 from .paper_order import paper_order
 from .table1 import against_random, differences_from_own, shown_as, shown_rows, sides, table_rows
 from ..physics.systems import SYSTEMS
 from ..probing.evaluate import score_run
 from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_results
-from ..results.archive import is_unpacked, pack, remove_unpacked, unpack, with_seeds_there
+from ..results.archive import is_unpacked, pack, remove_unpacked, scored_elsewhere, unpack, with_seeds_there
 from ..results.comparison import interval_text, summarise
 from ..results.figures import using_style
 from ..results.panels import SMALL, WIDTH, in_lines, system_title
-from ..results.rows import PROBE_ORDER, PROBE_TITLES, Row, ordered, row_folders
+from ..results.rows import PROBE_ORDER, PROBE_TITLES, Row, ordered, row_folders, run_of
 from ..results.verify import is_current
+from ..training.loop import branches
 from ..training.presets import Preset, get_preset
 from ..training.pretrain import pretrain
 from ..training.run import Run
@@ -63,6 +66,12 @@ def encoder_rows(preset: Preset, system: str, only: str = "", own: str | Path = 
     return [row for row in table_rows(preset, system, only, own) if row.kind in ("trained", "random")]
 
 
+_COPIED = (
+    *("checkpoint", "curve", "metrics.csv", "curve.csv", "config.json", "provenance.json"),
+    "encoder.safetensors",  # the last one: with it the copy is finished
+)
+
+
 def _copy_encoder(there: Path, folder: Path) -> None:
     "Copies a finished run without its scores, the encoder last; nothing if it is not finished, or is here already."
     if not (there / "encoder.safetensors").is_file():
@@ -73,9 +82,10 @@ def _copy_encoder(there: Path, folder: Path) -> None:
             return
         shutil.rmtree(folder)  # of other code or data than Table 1 has now
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint", "metrics.csv", "curve.csv", "config.json", "provenance.json", "encoder.safetensors"):
+    for name in _COPIED:
         if (there / name).is_dir():
-            shutil.copytree(there / name, folder / name, dirs_exist_ok=True)
+            scores = "*.json" if name == "curve" else ""
+            shutil.copytree(there / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(scores))
         elif (there / name).is_file():
             shutil.copy2(there / name, folder / f".{name}")
             (folder / f".{name}").replace(folder / name)
@@ -198,6 +208,44 @@ def order_of_paper(
             one = paper_order({system: preset}, {system: some}, root, data_dir)
             found.append(one.assign(epochs=preset.probe_epochs))
     return pd.concat(found, ignore_index=True)
+
+# %% ../../nbs/experiments/long_probe.ipynb #475f8ad4
+def read_curve_longer(
+    run: Run,  # of Table 1, read by `read_longer`
+    data_dir: str | Path,
+    run_dir: str | Path | None = None,
+    *,
+    windows: Mapping[str, Windows] | None = None,  # as for `read_longer`
+    device: str = "cpu",
+    progress: bool = True,
+) -> list[Path]:
+    """Reads the encoders that a run kept on its way with the attentive probe of the longer kind, and returns the files
+    of their scores. None for a run that keeps no encoders, or of which only results are here."""
+    long, root = replace(run, preset=with_long_probe(run.preset)), long_probe_root(run_dir)
+    if not (run.recipe and branches(run.recipe)) or scored_elsewhere(long.folder(root), long.preset):
+        return []
+    options = dict(windows=windows, probes=("attentive",), device=device, progress=progress)
+    return score_snapshots(long, data_dir, root, **options)
+
+
+def curves_of_both(
+    rows: Mapping[str, Sequence[Row]],  # system -> `encoder_rows`
+    preset: Preset,
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+) -> pd.DataFrame:
+    """The `learning_curve` of every row and seed of the preset that has one with the probe of Table 1 and with the
+    longer one, read by the attentive probe, by its `epochs`. Rows that are not `trained` have one point."""
+    parts, seeds = [], preset.seeds
+    for run in (run_of(row, s, preset, seed, data_dir) for s, some in rows.items() for row in some for seed in seeds):
+        both = [(replace(run, preset=one), root) for one, root in both_probes(preset, run_dir)]
+        files = [[one.folder(root) / "result.json", *scores_on_the_way(one, root)] for one, root in both]
+        if not all(path.is_file() for some in files for path in some):
+            continue
+        for one, root in both:
+            curve = learning_curve(one, root).query("probe == 'attentive'")
+            parts.append(curve.assign(epochs=one.preset.probe_epochs, trained=bool(run.recipe)))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 # %% ../../nbs/experiments/long_probe.ipynb #d9b3e7f6
 def other_probes(
