@@ -36,6 +36,7 @@ from physrep.experiments import longer, rates
 from physrep.experiments.recipes import at_length, at_rate, changed_runs
 from physrep.experiments.rollout import emulator_rows
 from physrep.experiments.table1 import searched_row, table_rows
+from physrep.experiments.trained_on_few import DRAWS
 from physrep.experiments.tuning import OWN, TUNING_SEED, tuning_root
 from physrep.experiments.variants import VARIANTS, changed_run
 from physrep.physics.systems import get_system
@@ -310,7 +311,7 @@ rule learning_curves:
 FEW_LABELS = [OUT / "finished" / f"{system}-few-labels" for system in SYSTEMS]
 for system, done in zip(SYSTEMS, FEW_LABELS):
     asked_rows = [row for row in TABLE_ROWS[system] if row.objective == "supervised"]
-    made = [run_of(row, SYSTEMS[system], PRESET, 0, DATA).folder() / TRAINED_ON_FEW for row in asked_rows]
+    made = [run_of(row, SYSTEMS[system], PRESET, seed, DATA).folder() / TRAINED_ON_FEW for row in asked_rows for seed in range(DRAWS)]
     rule:
         name: f"few_labels_{system}".replace("-", "_")
         input: simulated(system)

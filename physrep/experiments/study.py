@@ -29,7 +29,7 @@ from .own_question_figures import faster, jepa_rows
 from .recipes import at_rate, changed_runs, trained_row
 from .rollout import emulator_rows
 from .table1 import searched_row, table_rows
-from .trained_on_few import few_root
+from .trained_on_few import DRAWS, few_root
 from .variants import VARIANTS, variant_run
 from ..physics.systems import SYSTEMS, get_system
 from ..probing.evaluate import FEW
@@ -88,11 +88,11 @@ def _few_labels(
     "(row, run, whether it is done) of each supervised encoder that `make few` trains on few labelled flows."
     for system in systems or preset.systems:
         for row in (row for row in table_rows(preset, system) if row.objective == "supervised"):
-            run = run_of(row, system, preset, 0, data_dir)
             simulated = preset.sim(system).draws if system in preset.sims else {}
             flows = math.prod(simulated.get("train", (math.inf,)))
-            scored = (run.folder(run_dir) / TRAINED_ON_FEW).is_file()
-            for number in (number for number in FEW if number < flows):
+            runs = [run_of(row, system, preset, seed, data_dir) for seed in range(DRAWS)]
+            for run, number in ((run, number) for run in runs for number in FEW if number < flows):
+                scored = (run.folder(run_dir) / TRAINED_ON_FEW).is_file()
                 trained = (run.folder(few_root(number, run_dir)) / "encoder.safetensors").is_file()
                 yield f"{'-'.join(run.row)} on {number} flows", run, scored or trained
 

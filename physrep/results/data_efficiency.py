@@ -25,11 +25,13 @@ from .verify import is_current
 TRAINED_ON_FEW = "trained_on_few.json"  # of an encoder that was trained on few labelled flows, beside that of all
 
 
-def read_few(folders: Sequence[str | Path]) -> pd.DataFrame:
+def read_few(folders: Sequence[str | Path], trained_on_few: Sequence[str | Path] = ()) -> pd.DataFrame:
     """The mean error over the labels of every probe, split, number of flows and draw in these run folders, columns as
-    in `probing.records.SCHEMA`; folders without a `few.json` (a constant, the oracle) have their rows of all flows."""
+    in `probing.records.SCHEMA`; folders without a `few.json` (a constant, the oracle) have their rows of all flows.
+    With what is there of encoders that were trained on few flows, in these folders and in `trained_on_few`."""
     files = [Path(folder) / name for folder in folders for name in ("result.json", "few.json")]
-    files += [file for file in (Path(folder) / TRAINED_ON_FEW for folder in folders) if is_current(file)]
+    both = dict.fromkeys(map(Path, (*folders, *trained_on_few)))
+    files += [file for file in (folder / TRAINED_ON_FEW for folder in both) if is_current(file)]
     df = read_results([file for file in files if file.is_file()])
     return df[(df.metric == "mse") & (df.label == "mean") & (df.split != "valid")].reset_index(drop=True)
 
