@@ -238,13 +238,16 @@ _BY_RATE = {
     "lowest": (
         *(f"{cell}-{e}" for cell in ("tube-pixels", "tube-shared", "window-shared") for e in CELL_ENCODERS[1:]),
         *(f"{cell}-convnext" for cell in ("tube-ema", "window-ema", "future-ema", "future-shared")),
-        "future-ema-vit",
+        *("future-ema-vit", "window-ema-convnext_circular"),
     ),
     "low": (
         *(f"{cell}-vit" for cell in ("tube-shared", "window-pixels", "window-shared", "future-shared")),
-        "window-pixels-convnext_circular",
+        *("window-pixels-convnext_circular", "future-shared-convnext_circular"),
     ),
-    "middle": ("future-pixels-vit", "pair-pooled-convnext"),
+    "middle": (
+        *("future-pixels-vit", "pair-pooled-convnext"),
+        *("tube-ema-convnext_circular", "future-ema-convnext_circular"),
+    ),
     "high": (
         *("tube-pixels-vit", "tube-ema-vit", "window-ema-vit"),
         *("window-pixels-convnext", "future-pixels-convnext", "future-pixels-convnext_circular", "pair-pooled-vit"),
