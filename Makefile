@@ -97,7 +97,7 @@ tuned: $(READY)  ## train the rows of Table 1 with the recipe of the search and 
 
 few: TARGET = data_efficiency
 few: FEW = few=1
-few: $(READY)  ## train supervised encoders on three draws of 8, 16 and 64 labelled flows, and draw the error against the number of labels; an hour of two cores after `make reproduce`
+few: $(READY)  ## train supervised encoders on three draws of 8, 16 and 64 labelled flows, and draw the error against the number of labels; three quarters of an hour of two cores after `make reproduce`
 	@$(SNAKE) </dev/null
 	@$(COMPARE) data_efficiency
 	@$(KEEP)
