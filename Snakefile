@@ -28,7 +28,7 @@ from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.long_probe import encoder_rows, long_probe_root, with_long_probe
 from physrep.experiments.paper_order import PAPER_ROWS
-from physrep.experiments.matters import CELLS, FOUND, PAIRS, cell_run, matters_root
+from physrep.experiments.matters import CELLS, COMPARED, FOUND, PAIRS, cell_run, matters_root
 from physrep.experiments.matters_errors import crossed
 from physrep.experiments.probe_length import FILE as LENGTH_FILE
 from physrep.experiments.own_question_figures import jepa_rows, faster
@@ -579,6 +579,7 @@ ELSEWHERE = [asked for system, asked in SYSTEMS.items() if system != FIRST]
 COMBINED = str(config.get("cells") or "")  # cells, or `all`; default: those whose learning rate was found before, or all
 COMBINED = CELLS if COMBINED == "all" else COMBINED.split(",") if COMBINED else FOUND.get((PRESET.name, FIRST), CELLS)
 FACTORIAL = {name: OUT / "matters" / f"{name}.done" for name in COMBINED}
+FOLDERS = {}  # cell -> its runs, those of the same task, target and network with another padding too
 for name, done in list(FACTORIAL.items()):
     try:
         run = cell_run(name, SYSTEMS[FIRST], PRESET, steps=1, data_dir=DATA)  # as many updates as make operations equal are found later
@@ -588,7 +589,8 @@ for name, done in list(FACTORIAL.items()):
             raise
         del FACTORIAL[name]  # this preset's clips or tokens are too short for it
         continue
-    probed = (matters_root(ROOT / "runs") / PRESET.name / FIRST).glob(f"{'-'.join(run.row)}-*/seed{PRESET.seeds[-1]}/result.json")
+    FOLDERS[name] = f"{'-'.join(run.row)}-*"
+    probed = (matters_root(ROOT / "runs") / PRESET.name / FIRST).glob(f"{FOLDERS[name]}/seed{PRESET.seeds[-1]}/result.json")
     rule:
         name: f"cell_{name}".replace("-", "_")
         input: [file for system in SYSTEMS for file in simulated(system)]
@@ -604,24 +606,26 @@ rule matters:
     params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes", "experiments.matters_systems") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
-# `make attentive`: the comparison of the paper, read with attentive probes of several lengths; a job for each system
-READ_LONGER = {system: OUT / "attentive" / f"{system}.done" for system in SYSTEMS}
+# `make attentive`: the comparison of the paper, read with attentive probes of several lengths, a job for each system; and the
+# other cells of the first system, those that were asked for or whose learning rate was found before, a job for each
 LENGTH_SEEDS = list(dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))
-for system, done in READ_LONGER.items():
-    read = (matters_root(ROOT / "runs") / PRESET.name / system).glob(f"random-*/seed{LENGTH_SEEDS[-1]}/{LENGTH_FILE}")
+CELLS_READ = [name for name in FACTORIAL if name not in COMPARED] if config.get("cells") or (PRESET.name, FIRST) in FOUND else []
+READ_LONGER = {system: (system, "random-*", {}) for system in SYSTEMS} | {name: (FIRST, FOLDERS[name], {"cells": name, "factors": "1 8"}) for name in CELLS_READ}
+for name, (system, folders, asked) in READ_LONGER.items():
+    read = (matters_root(ROOT / "runs") / PRESET.name / system).glob(f"{folders}/seed{LENGTH_SEEDS[-1]}/{LENGTH_FILE}")
     rule:
-        name: f"attentive_{system}"
+        name: f"attentive_{name}".replace("-", "_")
         input: simulated(system)
-        output: touch(finished(done, any(read)))
-        params: code=code_digest("experiments.probe_length") + PROBING, command=papermill("08k_probe_length", f"attentive-{system}", systems=SYSTEMS[system], chosen_on=SYSTEMS[FIRST], seeds=" ".join(map(str, LENGTH_SEEDS)), draw=False)
+        output: touch(finished(OUT / "attentive" / f"{name}.done", any(read)))
+        params: code=code_digest("experiments.probe_length") + PROBING, command=papermill("08k_probe_length", f"attentive-{name}", systems=SYSTEMS[system], chosen_on=SYSTEMS[FIRST], seeds=" ".join(map(str, LENGTH_SEEDS)), draw=False, **asked)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"
 
 rule attentive:
-    input: list(READ_LONGER.values())
-    output: figures("probe_length")
-    params: code=stage("08k_probe_length", "experiments.probe_length", "experiments.matters_probes") + PROBING, command=papermill("08k_probe_length", "probe_length", systems=",".join(SYSTEMS.values()), chosen_on=SYSTEMS[FIRST], train=False)
+    input: [OUT / "attentive" / f"{name}.done" for name in READ_LONGER]
+    output: figures("probe_length", "probe_length_cells")
+    params: code=stage("08k_probe_length", "experiments.probe_length", "experiments.matters_probes", "experiments.matters_lengths") + PROBING, command=papermill("08k_probe_length", "probe_length", systems=",".join(SYSTEMS.values()), chosen_on=SYSTEMS[FIRST], train=False)
     shell: "{params.command}"
 
 # `make long-probe`: the encoders of Table 1, read by an attentive probe that is trained longer; a job for each system and row

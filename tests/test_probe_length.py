@@ -1,22 +1,26 @@
 """Attentive probes of several lengths: what they read is what the preset's probe reads, and what is there is kept."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from physrep.core.files import read_json
 from physrep.core.paths import project_root
 from physrep.experiments import matters, probe_length
 from physrep.experiments.matters import COMPARED, PAPER, PERIODIC, Place, at_rate, cell_run, matters_root, rate_of
-from physrep.experiments.matters_errors import group_sums
+from physrep.experiments.matters_errors import Errors, group_sums
+from physrep.experiments.matters_lengths import at_lengths, changed_pairs, plot_cells_by_length
+from physrep.experiments.matters_systems import OnSystem
 from physrep.experiments.probe_length import (
     ZEROS,
-    compared_runs,
     kept_readings,
     length_ratios,
     length_table,
     lengths_in,
+    named_runs,
     plot_lengths,
     random_name,
     read_at_lengths,
@@ -59,19 +63,51 @@ def test_results_from_elsewhere_are_made_again_with_an_encoder(smoke_data, tmp_p
     assert read_at_lengths(run, place, [1])["read"] and (folder / "encoder.safetensors").is_file()
 
 
+def test_the_errors_of_a_length_are_those_of_its_readings(smoke_data, tmp_path):
+    run = matters.untrained_run("vit", "shear_flow", SMOKE)
+    there = Place("shear_flow", SMOKE, smoke_data, tmp_path, progress=False)
+    reading = read_at_lengths(run, there, [1, 2])
+    sums, sizes, _ = group_sums(run.folder(matters_root(tmp_path)), "test")
+    errors = Errors(pd.DataFrame({"seed": [0, 1]}), FROZEN, np.stack([sums, sums]), sizes)
+    runs = [run, run.with_seed(1)]  # the second one is not read
+    place = OnSystem("shear_flow", runs, errors, {}, {"test": reading["data"]["test"]}, [])
+    found = at_lengths(place, SMOKE, [0, 1], tmp_path)
+    assert [epochs // SMOKE.probe_epochs for epochs in found] == [1, 2]
+    which = FROZEN.index("attentive")
+    for epochs, one in found.items():
+        assert one.runs == runs[:1] and one.missing == [runs[1].path] and list(one.errors.runs.seed) == [0]
+        assert one.errors.sums[0, which].tolist() == reading["read"][str(epochs)]["sums"]
+        assert np.array_equal(np.delete(one.errors.sums[0], which, 0), np.delete(sums, which, 0)), "of other probes"
+        assert one.untrained.keys() == {"vit"} and np.array_equal(one.untrained["vit"], one.errors.sums)
+    assert at_lengths(replace(place, runs=runs[1:], errors=errors.take(np.array([1]))), SMOKE, [0], tmp_path) == {}
+    with pytest.raises(ValueError, match=f"{run.path} was read at several lengths on other flows"):
+        at_lengths(replace(place, flows={"test": "others"}), SMOKE, [0], tmp_path)
+
+
+def test_pairs_of_cells_whose_order_changes_are_counted():
+    errors = {"tube-pixels-vit": (3.0, 1.0), "tube-ema-vit": (2.0, 1.5), "tube-ema-convnext": (4.0, 0.5)}
+    rows = [(cell, "attentive", n, e) for cell, both in errors.items() for n, e in zip((12, 96), both)]
+    table = pd.DataFrame(rows, columns=["cell", "probe", "epochs", "error"])
+    found = changed_pairs(table).set_index("network")
+    assert found.loc["all"].tolist() == [3, 3] and found.loc["vit"].tolist() == [1, 1]
+    assert found.loc["convnext"].tolist() == [0, 0] and "convnext_circular" not in found.index
+    with pytest.raises(ValueError, match="no cell was read at several lengths"):
+        plot_cells_by_length(table[:0])
+
+
 def test_a_system_has_its_own_learning_rate_or_that_of_the_first(tmp_path, monkeypatch):
     video = PAPER["VideoMAE"]
     monkeypatch.setattr(matters, "FOUND", {("smoke", "shear_flow"): dict.fromkeys(COMPARED, "low")})
-    runs = compared_runs("active_matter", SMOKE, [0, 3], chosen_on="shear_flow", run_dir=tmp_path)
+    runs = named_runs("active_matter", SMOKE, [0, 3], chosen_on="shear_flow", run_dir=tmp_path)
     assert set(runs) == {*COMPARED, *map(random_name, matters.CELL_ENCODERS)}
     assert [run.seed for run in runs[video]] == [0, 3]
     assert runs[video][0] == at_rate(cell_run(video, "active_matter", SMOKE), "low")
     monkeypatch.setattr(matters, "FOUND", matters.FOUND | {("smoke", "active_matter"): {video: "high"}})
-    runs = compared_runs("active_matter", SMOKE, [0], chosen_on="shear_flow", run_dir=tmp_path)
+    runs = named_runs("active_matter", SMOKE, [0], chosen_on="shear_flow", run_dir=tmp_path)
     assert runs[video][0] == at_rate(cell_run(video, "active_matter", SMOKE), "high")
     monkeypatch.setattr(matters, "FOUND", {})
     with pytest.raises(ValueError, match=f"{video} has no learning rate on active_matter or shear_flow yet"):
-        compared_runs("active_matter", SMOKE, [0], chosen_on="shear_flow", run_dir=tmp_path)
+        named_runs("active_matter", SMOKE, [0], chosen_on="shear_flow", run_dir=tmp_path)
 
 
 def readings(draw: np.random.Generator, by_length: dict[int, float], seeds: int = 3, luck: float = 0.05) -> list[dict]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH', 'OnSystem', 'read_system', 'read_compared', 'tried_rates', 'place_lucks', 'spread_of_seeds',
-           'over_untrained', 'paper_on_systems', 'ratio_tables', 'effects_on_systems', 'level_ratios',
-           'plot_over_untrained']
+           'over_untrained', 'paper_on_systems', 'ratio_tables', 'effects_on_systems', 'level_ratios', 'lines_of_cells',
+           'name_cells', 'plot_over_untrained']
 
 # %% ../../nbs/experiments/matters_systems.ipynb #405d7c85
 import math
@@ -247,19 +247,29 @@ def _draw_over(ax: Axes, table: pd.DataFrame, cells: Sequence[str]) -> None:
     ax.grid(axis="x")
 
 # %% ../../nbs/experiments/matters_systems.ipynb #5f1f988f
-def _name_networks(ax: Axes, networks: Sequence[str]) -> None:
-    "Lines between the cells of different networks, and their names at the right of a panel."
+def lines_of_cells(table: pd.DataFrame) -> list[str]:
+    "The cells of a table in the order in which figures have them: by network."
+    return [c for encoder in CELL_ENCODERS for c in CELLS if CELLS[c][2] == encoder and c in set(table.cell)]
+
+
+def name_cells(axes: Sequence[Axes], cells: Sequence[str]) -> None:
+    "A line for each cell, with its name at the left, that of its network at the right, and rules between networks."
+    networks = [CELLS[cell][2] for cell in cells]
+    for ax in axes:
+        ax.set_ylim(len(cells) - 0.4, -0.6)
+        for y in (i - 0.5 for i in range(1, len(cells)) if networks[i] != networks[i - 1]):
+            ax.axhline(y, color="#BBBBBB", lw=0.8)
+    axes[0].set_yticks(range(len(cells)), [" → ".join(_WORDS[level] for level in CELLS[c][:2]) for c in cells])
     for encoder in dict.fromkeys(networks):
         lines = [i for i, network in enumerate(networks) if network == encoder]
-        place = dict(xycoords=ax.get_yaxis_transform(), va="center", fontsize=SMALL, annotation_clip=False)
-        ax.annotate(_NETWORKS[encoder], (1.04, np.mean(lines)), **place)
+        place = dict(xycoords=axes[-1].get_yaxis_transform(), va="center", fontsize=SMALL, annotation_clip=False)
+        axes[-1].annotate(_NETWORKS[encoder], (1.04, np.mean(lines)), **place)
 
 
 def plot_over_untrained(table: pd.DataFrame) -> Figure:
     """Errors of all cells over those of random weights of their network, of `over_untrained`: a panel for each system,
     a line for each cell, by network."""
-    cells = [c for encoder in CELL_ENCODERS for c in CELLS if CELLS[c][2] == encoder and c in set(table.cell)]
-    networks = [CELLS[cell][2] for cell in cells]
+    cells = lines_of_cells(table)
     systems = list(dict.fromkeys(table.system))
     with using_style():
         fig = Figure(figsize=(WIDTH, 1.1 + 0.21 * len(cells)), layout="constrained")
@@ -269,14 +279,11 @@ def plot_over_untrained(table: pd.DataFrame) -> Figure:
         for ax, system in zip(axes, systems):
             _draw_over(ax, table[table.system == system], cells)
             ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5, fontweight="bold")
-            ax.set(xscale="log", ylim=(len(cells) - 0.4, -0.6))
-            for y in (i - 0.5 for i in range(1, len(cells)) if networks[i] != networks[i - 1]):
-                ax.axhline(y, color="#BBBBBB", lw=0.8)
+            ax.set_xscale("log")
         log_ticks(
             axes[0].xaxis, 0.95 * table[["low", "factor"]].min().min(), 1.05 * table[["high", "factor"]].max().max()
         )
-        axes[0].set_yticks(range(len(cells)), [" → ".join(_WORDS[level] for level in CELLS[c][:2]) for c in cells])
-        _name_networks(axes[-1], networks)
+        name_cells(axes, cells)
         fig.supxlabel("error, times that of random weights of the same network (left is better)", fontsize=SMALL)
         handles = [
             Line2D([], [], **_MEAN_LOOK, label="geometric mean of the probes"),
