@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from physrep.core.devices import memory_available
 from physrep.probing import reading
 from physrep.probing.memory import check_probing_memory, peak_bytes, probing_steps
 from physrep.probing.reading import windows_at_once
 from physrep.training import cost
-from physrep.training.memory import check_memory, memory_needed
+from physrep.training.memory import check_memory, memory_needed, saved_bytes
 from physrep.training.presets import get_preset
 from physrep.training.run import resolve
 
@@ -47,6 +48,23 @@ print(peak() - before)
 def test_a_training_takes_about_what_was_said(row):
     measured = int(subprocess.run([sys.executable, "-c", MEASURE, *row], check=True, capture_output=True).stdout)
     assert 0.6 < memory_needed(resolve("shear_flow", *row, "laptop", batch_size=64)).total / measured < 1.6
+
+
+def test_what_a_backward_pass_waits_for_is_counted_without_being_kept():
+    alive = []
+
+    class Chain(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> dict:
+            made = []
+            for _ in range(5):
+                x = super().forward(x).exp()  # whose result the backward pass needs
+                made.append(StorageWeakRef(x.untyped_storage()))
+            alive.append(sum(not memory.expired() for memory in made))
+            return {"loss": x.sum()}
+
+    saved, largest = saved_bytes(Chain(8, 8), torch.randn(100, 8))
+    assert alive == [1], "the last one, which is still in use"
+    assert (saved, largest) == (6 * 100 * 8 * 4, 100 * 8 * 4), "the input and five results"
 
 
 def test_micro_batches_need_less():

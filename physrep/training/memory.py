@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..core.devices import memory_available
 from ..models.convnext import Block
@@ -21,17 +22,15 @@ from .run import Run, build
 def saved_bytes(objective: nn.Module, batch: dict) -> tuple[int, int]:
     "Bytes that the backward pass of a batch waits for, weights left out, and those of the largest single tensor."
     weights = {p.untyped_storage().data_ptr() for p in (*objective.parameters(), *objective.buffers())}
-    found: dict[int, int] = {}
+    found: dict[StorageWeakRef, int] = {}  # a reference is that of its memory alone, also after the memory was freed
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: torch.Tensor) -> None:
         memory = tensor.untyped_storage()
         if memory.data_ptr() not in weights:
-            found[memory.data_ptr()] = memory.nbytes()
-        return tensor
+            found[StorageWeakRef(memory)] = memory.nbytes()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = objective(batch)["loss"]
-    del loss
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda _: None):
+        objective(batch)
     return sum(found.values()), max(found.values(), default=0)
 
 # %% ../../nbs/training/memory.ipynb #c6b5c1fa
