@@ -194,7 +194,7 @@ longer: $(READY)  ## train MAE and forecasts (or other rows, ONLY=jepa_ema-vit) 
 	@$(KEEP)
 
 attentive: TARGET = attentive
-attentive: $(READY)  ## read the encoders of the paper's comparison in every system, and all cells of the first, with attentive probes that are trained up to eight times as long; an hour of two cores after `make matters`, some minutes after `make unpack`, which simulates what it reads
+attentive: $(READY)  ## read the encoders of the paper's comparison in every system, and all cells of the first, with attentive probes that are trained up to eight times as long; an hour of two cores after `make matters`, or a minute after `make unpack`
 	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) probe_length probe_length_cells

@@ -607,16 +607,20 @@ rule matters:
     shell: "{params.command}"
 
 # `make attentive`: the comparison of the paper, read with attentive probes of several lengths, a job for each system; and the
-# other cells of the first system, those that were asked for or whose learning rate was found before, a job for each
+# other cells of the first system, those that were asked for or whose learning rate was found before, a job for each. None
+# where the readings were taken from the repository
 LENGTH_SEEDS = list(dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))
 CELLS_READ = [name for name in FACTORIAL if name not in COMPARED] if config.get("cells") or (PRESET.name, FIRST) in FOUND else []
 READ_LONGER = {system: (system, "random-*", {}) for system in SYSTEMS} | {name: (FIRST, FOLDERS[name], {"cells": name, "factors": "1 8"}) for name in CELLS_READ}
-for name, (system, folders, asked) in READ_LONGER.items():
-    read = (matters_root(ROOT / "runs") / PRESET.name / system).glob(f"{folders}/seed{LENGTH_SEEDS[-1]}/{LENGTH_FILE}")
+for name, (system, folders, asked) in list(READ_LONGER.items()):
+    read = list((matters_root(ROOT / "runs") / PRESET.name / system).glob(f"{folders}/seed{LENGTH_SEEDS[-1]}/{LENGTH_FILE}"))
+    if read and all(scored_elsewhere(file.parent, PRESET) for file in read):
+        del READ_LONGER[name]
+        continue
     rule:
         name: f"attentive_{name}".replace("-", "_")
         input: simulated(system)
-        output: touch(finished(OUT / "attentive" / f"{name}.done", any(read)))
+        output: touch(finished(OUT / "attentive" / f"{name}.done", read))
         params: code=code_digest("experiments.probe_length") + PROBING, command=papermill("08k_probe_length", f"attentive-{name}", systems=SYSTEMS[system], chosen_on=SYSTEMS[FIRST], seeds=" ".join(map(str, LENGTH_SEEDS)), draw=False, **asked)
         threads: JOB_THREADS
         resources: gpu=GPUS
