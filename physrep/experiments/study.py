@@ -8,9 +8,11 @@ __all__ = ['TOGETHER', 'planned_runs', 'network_of', 'study_table', 'measured_ra
 # %% ../../nbs/experiments/study.ipynb #f54f33d4
 import argparse
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,12 +248,18 @@ def measured_rate(run: Run, device: str = "cpu", *, seconds: float = 1.0) -> flo
     return done * windows * each / (time.perf_counter() - start)
 
 
-def measured_rates(runs: Iterable[Run], device: str = "cpu") -> dict[str, float]:
-    "`measured_rate` of the first run of each `network_of` them."
+def measured_rates(runs: Iterable[Run], device: str = "cpu", *, together: int = 1) -> dict[str, float]:
+    """`measured_rate` of the first run of each `network_of` them: the mean of so many trainings at once, each in a
+    process with one thread."""
     first: dict[str, Run] = {}
     for run in runs:
         first.setdefault(network_of(run), run)
-    return {network: measured_rate(run, device) for network, run in first.items()}
+    if together == 1:
+        return {network: measured_rate(run, device) for network, run in first.items()}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(together, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        timed = {network: list(pool.map(measured_rate, [run] * together)) for network, run in first.items()}
+    return {network: sum(rates) / together for network, rates in timed.items()}
 
 # %% ../../nbs/experiments/study.ipynb #8f801cce
 def describe(table: pd.DataFrame, cores: int, rates: Mapping[str, float]) -> str:
@@ -265,7 +273,7 @@ def describe(table: pd.DataFrame, cores: int, rates: Mapping[str, float]) -> str
     speeds = ", ".join(f"{network} {rate / 1e9:.0f}" for network, rate in rates.items())
     lines.append(f"billions of operations a second of a core, measured now: {speeds}")
     minutes = left.minutes.sum()
-    lines.append(f"about {minutes / max(1, cores) / 60:.1f} h on {cores} cores, and a tenth of that for probing")
+    lines.append(f"about {minutes / max(1, cores) / 60:.1f} h on {cores} cores for updates, and a quarter of that for all else")
     return "\n".join(lines)
 
 
@@ -286,7 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planned = planned_runs(preset, systems, seeds=seeds, data_dir=data)
     table = study_table(preset, systems, seeds=seeds, data_dir=data, planned=planned)
     torch.set_num_threads(1)
-    print(describe(table, asked.cores, measured_rates((run for _, run in planned), pick_device("auto"))))
+    device = pick_device("auto")
+    together = asked.cores if device == "cpu" else 1
+    print(describe(table, asked.cores, measured_rates((run for _, run in planned), device, together=together)))
     return 0
 
 # %% ../../nbs/experiments/study.ipynb #4d95e46d
