@@ -273,7 +273,9 @@ def describe(table: pd.DataFrame, cores: int, rates: Mapping[str, float]) -> str
     speeds = ", ".join(f"{network} {rate / 1e9:.0f}" for network, rate in rates.items())
     lines.append(f"billions of operations a second of a core, measured now: {speeds}")
     minutes = left.minutes.sum()
-    lines.append(f"about {minutes / max(1, cores) / 60:.1f} h on {cores} cores for updates, and a quarter of that for all else")
+    lines.append(
+        f"about {minutes / max(1, cores) / 60:.1f} h on {cores} cores for updates, and a quarter of that for all else"
+    )
     return "\n".join(lines)
 
 
