@@ -104,7 +104,7 @@ def changed_pairs(table: pd.DataFrame) -> pd.DataFrame:
         rows.append({"network": network, "pairs": len(pairs), "changed": changed})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/experiments/matters_lengths.ipynb #b778418f
 def effects_by_length(places: Mapping[int, OnSystem], *, n_bootstrap: int = 200) -> pd.DataFrame:
     """`level_ratios` of the crossed cells: the error of each level of a factor over that of another, with the attentive
     probe of each length and in the mean of the probes."""
