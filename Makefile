@@ -194,10 +194,10 @@ longer: $(READY)  ## train MAE and forecasts (or other rows, ONLY=jepa_ema-vit) 
 	@$(KEEP)
 
 attentive: TARGET = attentive
-attentive: $(READY)  ## read the encoders of the paper's comparison in every system, and all cells of the first, with attentive probes that are trained up to eight times as long; an hour of two cores after `make matters`, or a minute after `make unpack`
+attentive: $(READY)  ## read the encoders of the paper's comparison in every system, and all cells of systems with learning rates of their own, with attentive probes that are trained up to eight times as long; an hour of two cores after `make matters`, or a minute after `make unpack`
 	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) probe_length probe_length_cells
+	@$(COMPARE) probe_length $$(cd $(DRAWN) && ls probe_length_cells*.csv | sed 's/.csv$$//')
 	@$(KEEP)
 
 long-probe: TARGET = long_probe

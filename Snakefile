@@ -28,7 +28,7 @@ from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.long_probe import encoder_rows, long_probe_root, with_long_probe
 from physrep.experiments.paper_order import PAPER_ROWS
-from physrep.experiments.matters import CELLS, COMPARED, FOUND, PAIRS, cell_run, matters_root
+from physrep.experiments.matters import CELLS, COMPARED, FOUND, PAIRS, cell_run, cells_of, matters_root
 from physrep.experiments.matters_errors import crossed
 from physrep.experiments.probe_length import FILE as LENGTH_FILE
 from physrep.experiments.own_question_figures import jepa_rows, faster
@@ -577,7 +577,7 @@ rule ablations:
 # figures show what is there
 ELSEWHERE = [asked for system, asked in SYSTEMS.items() if system != FIRST]
 COMBINED = str(config.get("cells") or "")  # cells, or `all`; default: those whose learning rate was found before, or all
-COMBINED = CELLS if COMBINED == "all" else COMBINED.split(",") if COMBINED else FOUND.get((PRESET.name, FIRST), CELLS)
+COMBINED = CELLS if COMBINED == "all" else COMBINED.split(",") if COMBINED else cells_of(SYSTEMS[FIRST], PRESET)
 FACTORIAL = {name: OUT / "matters" / f"{name}.done" for name in COMBINED}
 FOLDERS = {}  # cell -> its runs, those of the same task, target and network with another padding too
 for name, done in list(FACTORIAL.items()):
@@ -607,13 +607,17 @@ rule matters:
     shell: "{params.command}"
 
 # `make attentive`: the comparison of the paper, read with attentive probes of several lengths, a job for each system; and the
-# other cells of the first system, those that were asked for or whose learning rate was found before, a job for each. None
-# where the readings were taken from the repository
+# other cells of the first system, those that were asked for or whose learning rate was found before, a job for each, and with
+# one seed those of the systems that have learning rates of their own. None where the readings were taken from the repository
 LENGTH_SEEDS = list(dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))
+OWN_RATES = [s for s in SYSTEMS if s != FIRST and FOUND.get((PRESET.name, s), {}).keys() >= {*cells_of(SYSTEMS[FIRST], PRESET)}]
 CELLS_READ = [name for name in FACTORIAL if name not in COMPARED] if config.get("cells") or (PRESET.name, FIRST) in FOUND else []
-READ_LONGER = {system: (system, "random-*", {}) for system in SYSTEMS} | {name: (FIRST, FOLDERS[name], {"cells": name, "factors": "1 8"}) for name in CELLS_READ}
-for name, (system, folders, asked) in list(READ_LONGER.items()):
-    read = list((matters_root(ROOT / "runs") / PRESET.name / system).glob(f"{folders}/seed{LENGTH_SEEDS[-1]}/{LENGTH_FILE}"))
+READ_LONGER = {system: (system, "random-*", LENGTH_SEEDS, {}) for system in SYSTEMS}
+for system, seeds in [(FIRST, LENGTH_SEEDS), *((system, PRESET.seeds[:1]) for system in OWN_RATES)]:
+    for name in CELLS_READ:
+        READ_LONGER[name if system == FIRST else f"{system}-{name}"] = (system, FOLDERS[name], seeds, {"cells": name, "factors": "1 8"})
+for name, (system, folders, seeds, asked) in list(READ_LONGER.items()):
+    read = list((matters_root(ROOT / "runs") / PRESET.name / system).glob(f"{folders}/seed{seeds[-1]}/{LENGTH_FILE}"))
     if read and all(scored_elsewhere(file.parent, PRESET) for file in read):
         del READ_LONGER[name]
         continue
@@ -621,14 +625,14 @@ for name, (system, folders, asked) in list(READ_LONGER.items()):
         name: f"attentive_{name}".replace("-", "_")
         input: simulated(system)
         output: touch(finished(OUT / "attentive" / f"{name}.done", read))
-        params: code=code_digest("experiments.probe_length") + PROBING, command=papermill("08k_probe_length", f"attentive-{name}", systems=SYSTEMS[system], chosen_on=SYSTEMS[FIRST], seeds=" ".join(map(str, LENGTH_SEEDS)), draw=False, **asked)
+        params: code=code_digest("experiments.probe_length") + PROBING, command=papermill("08k_probe_length", f"attentive-{name}", systems=SYSTEMS[system], chosen_on=SYSTEMS[FIRST], seeds=" ".join(map(str, seeds)), draw=False, **asked)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"
 
 rule attentive:
     input: [OUT / "attentive" / f"{name}.done" for name in READ_LONGER]
-    output: figures("probe_length", "probe_length_cells")
+    output: figures("probe_length", "probe_length_cells", *(f"probe_length_cells_{system}" for system in OWN_RATES))
     params: code=stage("08k_probe_length", "experiments.probe_length", "experiments.matters_probes", "experiments.matters_lengths") + PROBING, command=papermill("08k_probe_length", "probe_length", systems=",".join(SYSTEMS.values()), chosen_on=SYSTEMS[FIRST], train=False)
     shell: "{params.command}"
 

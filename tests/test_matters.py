@@ -28,13 +28,17 @@ from physrep.experiments.matters import (
     PAPER,
     PERIODIC,
     RATES,
+    SEARCH,
     Place,
     at_rate,
     cell_run,
     check_cell,
+    keep_search,
+    make_room,
     matters_root,
     planned_cells,
     rate_of,
+    rates_from,
     score_on_valid,
     scored_runs,
     seeds_elsewhere,
@@ -71,6 +75,7 @@ from physrep.experiments.matters_probes import (
 )
 from physrep.experiments.matters_systems import (
     OnSystem,
+    cost_of_other_rates,
     effects_on_systems,
     level_ratios,
     paper_on_systems,
@@ -197,9 +202,9 @@ def test_the_rates_of_the_comparison_are_those_of_the_committed_figure_in_every_
     others = {
         system: found for (preset, system), found in FOUND.items() if (preset, system) != ("laptop", "shear_flow")
     }
-    assert others and all(set(found) == set(COMPARED) for found in others.values())
+    assert others and all({*COMPARED} <= {*found} for found in others.values())
     for system, found in others.items():
-        for name, rate in found.items():
+        for name, rate in ((name, found[name]) for name in COMPARED):
             run = cell_run(name, system, "laptop", rate=rate, steps=1)
             alike = [c for c in configs if (c["system"], c["tag"], c["encoder"]) == (system, run.tag, run.encoder)]
             same = [c for c in alike if ("padding_mode" in c.get("encoder_config", {})) == (name == PERIODIC)]
@@ -245,8 +250,50 @@ def test_the_comparison_is_read_at_the_rate_of_its_system(tmp_path, monkeypatch,
     (place,) = read_compared(seeds, SMOKE, otherwise="shear_flow", run_dir=tmp_path)
     assert place.rates_of == "shear_flow" and [run.seed for run in place.runs] == [1], "those of another system"
     tried = tried_rates(["active_matter"], SMOKE, tmp_path)
-    assert list(tried.chosen) == ["low", "not tried here", "not tried here"]
+    assert list(tried.chosen) == ["low", "not kept", "not kept"]
     assert tried.middle["active_matter", PAPER["VideoMAE"]] == 0.5
+    cost = cost_of_other_rates(tried, "shear_flow", SMOKE, tmp_path)
+    assert cost.loc[("active_matter", "pixels")].tolist() == pytest.approx([4 / 3, 4 / 3, 4 / 3, 1, 1])
+    assert cost_of_other_rates(tried, "active_matter", SMOKE, tmp_path).empty
+
+
+def test_scores_of_a_search_are_kept_with_the_run_that_it_chose(tmp_path, monkeypatch, any_code):
+    monkeypatch.setattr(matters, "FOUND", {})
+    run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1)
+    scores = {"lowest": 0.6, "low": 0.4, "middle": None, "high": 0.5}
+    write_scores(run, tmp_path, scores)
+    assert keep_search(run, tmp_path) is None, "the chosen run has no results yet"
+    chosen = at_rate(run, "low").folder(matters_root(tmp_path))
+    rows = [{"split": "valid", "metric": "mse", "label": "mean", "value": 0.4}]
+    write_json(chosen / "result.json", {"rows": rows})
+    assert keep_search(run, tmp_path) == chosen / SEARCH
+    for rate in RATES:
+        (at_rate(run, rate).folder(matters_root(tmp_path)) / "valid.json").unlink()
+    assert valid_errors(run, tmp_path) == scores | {"middle": math.inf}
+    assert rate_of(SOME[0], run, tmp_path) == "low"
+    mark = hashlib.sha256((chosen / "result.json").read_bytes()).hexdigest()[:16]
+    (chosen / ".unpacked").write_text("\n".join([mark, "result.json", SEARCH]))
+    make_room(chosen)
+    assert not (chosen / "result.json").exists() and rate_of(SOME[0], run, tmp_path) == "low", (
+        "training forgets nothing"
+    )
+
+
+def test_a_system_takes_rates_of_its_own_if_it_has_those_of_all_cells(tmp_path, monkeypatch, any_code):
+    preset, (one, other) = replace(SMOKE, seeds=(0, 1)), ("tube-ema-vit", PAPER["JEPA"])
+    here, there = ("smoke", "shear_flow"), ("smoke", "active_matter")
+    monkeypatch.setattr(matters, "FOUND", {here: {one: "high", other: "low"}, there: {other: "middle"}})
+    asked = ("active_matter", "shear_flow", preset, tmp_path)
+    assert rates_from(*asked) == "shear_flow"
+    run = cell_run(one, "active_matter", preset)
+    write_scores(run, tmp_path, {"lowest": 0.1, "low": 0.2, "middle": 0.3, "high": 0.4})
+    assert rates_from(*asked) == "active_matter", "one was found before, the other here"
+    planned = planned_cells(preset, ["shear_flow", "active_matter"], tmp_path)
+    jepa = at_rate(cell_run(other, "active_matter", preset), "middle")
+    expected = [at_rate(run, "lowest"), jepa, jepa.with_seed(1)]
+    assert [r for _, r in planned if r.system.name == "active_matter"] == expected
+    _, missing = scored_runs("active_matter", preset, [0, 1], tmp_path, cells=[one, other], chosen_on="active_matter")
+    assert missing == [f"{one}: seed 0", f"{other}: seed 0", f"{other}: seed 1"]
 
 
 def test_what_was_scored_elsewhere_is_not_trained(tmp_path, monkeypatch):

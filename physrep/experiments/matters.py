@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'CELL_ENCODERS', 'PAIRS', 'CELLS', 'PAPER', 'PERIODIC', 'COMPARED', 'CELL', 'RATES', 'FURTHER', 'ALL_RATES',
-           'BUDGET', 'FOUND', 'check_cell', 'cell_coefficients', 'equal_steps', 'equal_budget', 'cell_run',
-           'untrained_run', 'at_rate', 'matters_root', 'seeds_there', 'seeds_elsewhere', 'score_on_valid',
-           'valid_errors', 'chosen_rate', 'further_rates', 'rate_of', 'try_rates', 'Place', 'planned_cells',
-           'scored_runs']
+           'BUDGET', 'SEARCH', 'FOUND', 'check_cell', 'cell_coefficients', 'equal_steps', 'equal_budget', 'cell_run',
+           'untrained_run', 'at_rate', 'matters_root', 'seeds_there', 'seeds_elsewhere', 'make_room', 'score_on_valid',
+           'valid_errors', 'keep_search', 'chosen_rate', 'further_rates', 'rate_of', 'cells_of', 'rates_from',
+           'try_rates', 'Place', 'planned_cells', 'scored_runs']
 
 # %% ../../nbs/experiments/matters.ipynb #015d054a
 import json
@@ -169,6 +169,16 @@ def seeds_elsewhere(name: str, seeds: Sequence[int]) -> Sequence[int]:
     "The seeds of a cell on other systems than the first: all for COMPARED, one for other cells."
     return seeds if name in COMPARED else seeds[:1]
 
+# %% ../../nbs/experiments/matters.ipynb #982d991d
+SEARCH = "search.json"  # in the folder of the run that a search for a learning rate has chosen: the scores of all
+
+
+def make_room(folder: Path) -> None:
+    "Removes results from elsewhere in the folder of a run, but for the scores of a search."
+    search = read_json(folder / SEARCH) if (folder / SEARCH).is_file() else None
+    if remove_unpacked(folder) and search:
+        write_json(folder / SEARCH, search)
+
 # %% ../../nbs/experiments/matters.ipynb #d93dce6c
 def score_on_valid(
     run: Run,
@@ -188,7 +198,7 @@ def score_on_valid(
         return read_json(path)
     record = provenance(*run.modules, "probing.evaluate", device=device, entries=run.entries)
     found: dict = {"score": None}
-    remove_unpacked(path.parent)
+    make_room(path.parent)
     try:
         pretrain(run, data_dir, root, device=device, progress=progress)
         found = valid_scores(run, data_dir, root, device=device, progress=progress)
@@ -214,11 +224,28 @@ def _score_there(folder: Path, preset: Preset) -> float | None:
 
 
 def valid_errors(run: Run, run_dir: str | Path | None = None) -> dict[str, float]:
-    """The score on `valid` of a run of a cell at each rate that has one of today's code; infinite where the training
-    diverged."""
-    root = matters_root(run_dir)
-    found = {rate: _score_there(at_rate(run, rate).folder(root), run.preset) for rate in ALL_RATES}
-    return {rate: score for rate, score in found.items() if score is not None}
+    """The score on `valid` of a run of a cell at each rate that has one of today's code, here or in a search that was
+    kept; infinite where the training diverged."""
+    folders = {rate: at_rate(run, rate).folder(matters_root(run_dir)) for rate in ALL_RATES}
+    kept = [read_json(f / SEARCH)["scores"] for f in folders.values() if is_current(f / SEARCH, run.preset)]
+    found = {rate: math.inf if score is None else score for scores in kept for rate, score in scores.items()}
+    here = {rate: _score_there(folder, run.preset) for rate, folder in folders.items()}
+    return found | {rate: score for rate, score in here.items() if score is not None}
+
+# %% ../../nbs/experiments/matters.ipynb #7061e41f
+def keep_search(run: Run, run_dir: str | Path | None = None) -> Path | None:
+    """Writes the scores of a finished search for the learning rate of a cell beside the results of the run that it has
+    chosen, with which they are kept (`make results`); returns the file, or None without a search or results."""
+    scores = valid_errors(run, run_dir)
+    best = chosen_rate(scores)
+    folder = at_rate(run, best).folder(matters_root(run_dir)) if best else Path()
+    if not best or not is_current(folder / "result.json", run.preset):
+        return None
+    result = read_json(folder / "result.json")
+    made = {name: result[name] for name in ("config", "probing", "provenance") if name in result}
+    finite = {rate: score if math.isfinite(score) else None for rate, score in scores.items()}
+    write_json(folder / SEARCH, made | {"scores": finite})
+    return folder / SEARCH
 
 # %% ../../nbs/experiments/matters.ipynb #84c98476
 def chosen_rate(scores: Mapping[str, float]) -> str | None:
@@ -265,6 +292,22 @@ def rate_of(name: str, run: Run, run_dir: str | Path | None = None) -> str | Non
     here = chosen_rate(valid_errors(run, run_dir))
     return here or FOUND.get((run.preset.name, run.system.name), {}).get(name)
 
+# %% ../../nbs/experiments/matters.ipynb #811415c5
+def cells_of(system: str, preset: Preset) -> list[str]:
+    "The cells that are trained where `system` is the first: those in FOUND, or all."
+    return list(FOUND.get((preset.name, get_system(system).name), CELLS))
+
+
+def rates_from(
+    system: str, first: str, preset: Preset, run_dir: str | Path | None = None, data_dir: str | Path | None = None
+) -> str:
+    """The system whose learning rates all cells take on `system`: its own if it has one of every cell of the `first`,
+    or else those of the first."""
+    about = dict(seed=preset.seeds[0], budget=equal_budget(system, preset, data_dir), data_dir=data_dir)
+    known = FOUND.get((preset.name, get_system(system).name), {})
+    own = (n in known or rate_of(n, cell_run(n, system, preset, **about), run_dir) for n in cells_of(first, preset))
+    return system if all(own) else first
+
 # %% ../../nbs/experiments/matters.ipynb #f9a08f09
 def try_rates(
     name: str, run: Run, rates: Sequence[str], data_dir: str | Path, run_dir: str | Path | None = None, **options
@@ -296,7 +339,7 @@ class Place:
         if is_current(run.folder(root) / "result.json", run.preset, windows):  # here or elsewhere
             return True
         options = dict(device=self.device, progress=self.progress)
-        remove_unpacked(run.folder(root))
+        make_room(run.folder(root))
         try:
             pretrain(run, self.data_dir, root, **options)
         except TrainingDiverged as error:
@@ -321,7 +364,9 @@ class Place:
         text = ", ".join(f"{rate} {score:.3f}" for rate, score in scores.items()) or "not tried here"
         rate = known or chosen_rate(scores)
         print(f"{name}: error on valid: {text}; learning rate: {rate or 'none yet'}{', found before' if known else ''}")
-        return self.train_at(run, rate, seeds) if rate else []
+        finished = self.train_at(run, rate, seeds) if rate else []
+        keep_search(run, self.run_dir)
+        return finished
 
     def train_at(self, run: Run, rate: str, seeds: Sequence[int]) -> list[Run]:
         "The finished and scored runs of a cell at a rate, one a seed; without those that diverged."
@@ -343,21 +388,23 @@ def planned_cells(
     preset: Preset, systems: Sequence[str], run_dir: str | Path | None = None, data_dir: str | Path | None = None
 ) -> list[tuple[str, Run]]:
     """(cell, run) of every training, each once: all seeds on the first system, after all rates with the first one where
-    no rate is known, and those of `seeds_elsewhere` on the others; COMPARED on the others as on the first, too. All
-    cells, or those in FOUND. Where no rate is known, the middle one stands for it."""
+    no rate is known, and those of `seeds_elsewhere` on the others at the rates of `rates_from`; COMPARED on the others
+    as on the first, too. Those of `cells_of` the first. Where no rate is known, the middle one stands for it."""
+    first, about = systems[0], dict(run_dir=run_dir, data_dir=data_dir)
     budgets = {system: equal_budget(system, preset, data_dir) for system in systems}
+    rates_on = {system: first if system == first else rates_from(system, first, preset, **about) for system in systems}
     found: dict[Path, tuple[str, Run]] = {}
-    for name in FOUND.get((preset.name, get_system(systems[0]).name), CELLS):
-        about = dict(seed=preset.seeds[0], data_dir=data_dir)
-        runs = {system: cell_run(name, system, preset, budget=budgets[system], **about) for system in systems}
+    for name in cells_of(first, preset):
+        asked_of = dict(seed=preset.seeds[0], data_dir=data_dir)
+        runs = {system: cell_run(name, system, preset, budget=budgets[system], **asked_of) for system in systems}
         rates = {system: rate_of(name, run, run_dir) for system, run in runs.items()}
         for system, run in runs.items():
             asked: list[tuple[str | None, int]] = []  # (rate, seed)
-            if system == systems[0] or name in COMPARED:
+            if system == first or name in COMPARED:
                 asked += [(rate, run.seed) for rate in ([] if rates[system] else RATES)]
                 asked += [(rates[system], seed) for seed in preset.seeds]
-            if system != systems[0]:
-                asked += [(rates[systems[0]], seed) for seed in seeds_elsewhere(name, preset.seeds)]
+            if system != first:
+                asked += [(rates[rates_on[system]], seed) for seed in seeds_elsewhere(name, preset.seeds)]
             for rate, seed in asked:
                 one = at_rate(run, rate or "middle").with_seed(seed)
                 found.setdefault(one.folder(run_dir), (name, one))
@@ -371,11 +418,11 @@ def scored_runs(
     run_dir: str | Path | None = None,
     *,
     cells: Sequence[str] = (),  # default: all
-    chosen_on: str = "",  # the system whose rates are taken; default: this one
+    chosen_on: str = "",  # the system whose rates are taken, for another system than the first
     data_dir: str | Path | None = None,
 ) -> tuple[dict[str, list[Run]], list[str]]:
-    """The scored runs of each cell at its chosen rate, and what is missing, in words; on another system than that of
-    the rates no more than `seeds_elsewhere` are missing."""
+    """The scored runs of each cell at its chosen rate, and what is missing, in words; on another system than the first
+    no more than `seeds_elsewhere` are missing."""
     found: dict[str, list[Run]] = {}
     missing = []
     first = chosen_on or system
@@ -393,6 +440,6 @@ def scored_runs(
         runs = [at_rate(run, rate).with_seed(seed) for seed in seeds]
         there = [(r.folder(matters_root(run_dir)) / "result.json").is_file() for r in runs]
         found[name] = [r for r, is_there in zip(runs, there) if is_there]
-        planned = seeds if first == system else seeds_elsewhere(name, seeds)
+        planned = seeds_elsewhere(name, seeds) if chosen_on else seeds
         missing += [f"{name}: seed {r.seed}" for r, ok in zip(runs, there) if not ok and r.seed in planned]
     return {name: runs for name, runs in found.items() if runs}, missing

@@ -8,7 +8,7 @@ __all__ = ['at_lengths', 'cells_by_length', 'changed_pairs', 'effects_by_length'
 # %% ../../nbs/experiments/matters_lengths.ipynb #5909117f
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,19 @@ from matplotlib.lines import Line2D
 
 from . import matters
 from .matters import CELL_ENCODERS, CELLS, matters_root
-from .matters_errors import group_sums
+from .matters_errors import Errors, group_sums
 from .matters_figures import log_ticks
 from .matters_model import main_effects
 from .matters_probes import MEAN, cells_over_untrained
-from .matters_systems import OnSystem, level_ratios, lines_of_cells, name_cells
+from physrep.experiments.matters_systems import (
+    OnSystem,
+    factors_told,
+    level_ratios,
+    lines_of_cells,
+    name_cells,
+    place_lucks,
+    with_enough_seeds,
+)
 from .probe_length import kept_reading, lengths_in
 from ..probing.reading import FROZEN
 from ..results.figures import using_style
@@ -77,12 +85,18 @@ def at_lengths(
     return found
 
 # %% ../../nbs/experiments/matters_lengths.ipynb #d3030493
-def cells_by_length(places: Mapping[int, OnSystem], *, n_bootstrap: int = 1000) -> pd.DataFrame:
+def cells_by_length(
+    places: Mapping[int, OnSystem],  # of `at_lengths`
+    first: Mapping[int, OnSystem] | None = None,  # those of the first system, for another; see `place_lucks`
+    *,
+    n_bootstrap: int = 1000,
+) -> pd.DataFrame:
     """`cells_over_untrained` of each number of `epochs`, with the attentive probe and in the mean of all, and the
     `error` of each cell (geometric mean over seeds)."""
     found = []
     for epochs, place in places.items():
-        over = cells_over_untrained(place.errors, place.untrained, n_bootstrap=n_bootstrap)
+        luck = place_lucks(place, (first or places)[epochs])
+        over = cells_over_untrained(place.errors, place.untrained, luck=luck, n_bootstrap=n_bootstrap)
         logs = place.errors.table().groupby(["cell", "head"]).log_error.mean().unstack()
         errors = np.exp(logs.assign(**{MEAN: logs.mean(axis=1)})).stack().rename("error").rename_axis(["cell", "probe"])
         some = over[over.probe.isin(["attentive", MEAN])].merge(errors.reset_index(), on=["cell", "probe"])
@@ -105,29 +119,41 @@ def changed_pairs(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/matters_lengths.ipynb #b778418f
-def effects_by_length(places: Mapping[int, OnSystem], *, n_bootstrap: int = 200) -> pd.DataFrame:
-    """`level_ratios` of the crossed cells: the error of each level of a factor over that of another, with the attentive
-    probe of each length and in the mean of the probes."""
-    parts = []
-    for epochs, place in places.items():
-        crossed = place.errors.factorial()
-        read_by = {f"attentive, {epochs} epochs": crossed.read_by("attentive"), f"{MEAN}, {epochs}": crossed}
-        parts += [main_effects(one, n_bootstrap=n_bootstrap).assign(system=name) for name, one in read_by.items()]
-    ratios = level_ratios(pd.concat(parts))
-    return ratios[sorted(ratios.columns, key=lambda name: name.startswith(MEAN))].rename_axis(columns="probe")
+def _by_length(places: Mapping[int, OnSystem], encoder: str = "") -> dict[str, Errors]:
+    """The crossed cells of all networks or the cells of one, for each number of epochs, read by the attentive probe
+    alone and by all, by what tables call them."""
+    some = {n: p.errors.with_encoder(encoder) if encoder else p.errors.factorial() for n, p in places.items()}
+    attentive = {f"attentive, {epochs} epochs": errors.read_by("attentive") for epochs, errors in some.items()}
+    return attentive | {f"{MEAN}, {epochs}": errors for epochs, errors in some.items()}
 
 
-def answers_by_network(places: Mapping[int, OnSystem], *, n_bootstrap: int = 200) -> pd.DataFrame:
-    "As `effects_by_length`, one form of the answer over another among the cells of each network."
-    parts = []
-    for (epochs, place), encoder in product(places.items(), CELL_ENCODERS):
-        of_one = place.errors.with_encoder(encoder)
-        read_by = {f"attentive, {epochs} epochs": of_one.read_by("attentive"), f"{MEAN}, {epochs}": of_one}
-        for name, one in read_by.items():
-            effects = main_effects(one, n_bootstrap=n_bootstrap).query("factor == 'target'")
-            parts.append(effects.assign(factor=encoder, system=name))
-    ratios = level_ratios(pd.concat(parts)).rename_axis(index={"factor": "network"}, columns="probe")
-    return ratios[sorted(ratios.columns, key=lambda name: name.startswith(MEAN))]
+def effects_by_length(
+    places: Mapping[int, OnSystem],  # of `at_lengths`
+    first: Mapping[int, OnSystem] | None = None,  # those of the first system, for another
+    *,
+    encoder: str = "",
+    n_bootstrap: int = 200,
+) -> pd.DataFrame:
+    """`level_ratios` of the crossed cells, or of the cells of one network: the error of each level of a factor over
+    that of another, with the attentive probe of each length and in the mean of the probes. Where they have not ENOUGH
+    seeds, the spread is that of all networks, or of the first system. Empty if no factor has levels to compare."""
+    ours = {name: one for name, one in _by_length(places, encoder).items() if factors_told(one.runs)}
+    of_all, theirs = _by_length(places), _by_length(first or places)
+    parts = [
+        main_effects(one, seeds_of=with_enough_seeds(one, of_all[name], theirs[name]), n_bootstrap=n_bootstrap)
+        for name, one in ours.items()
+    ]
+    if not parts:
+        return pd.DataFrame()
+    ratios = level_ratios(pd.concat([part.assign(system=name) for name, part in zip(ours, parts)]))
+    return ratios[list(ours)].rename_axis(columns="probe")
+
+
+def answers_by_network(places: Mapping[int, OnSystem], *args, **options) -> pd.DataFrame:
+    "`effects_by_length` of the form of the answer for each network; arguments as there."
+    found = {encoder: effects_by_length(places, *args, encoder=encoder, **options) for encoder in CELL_ENCODERS}
+    parts = {encoder: one.query("factor == 'target'") for encoder, one in found.items() if len(one)}
+    return pd.concat(parts, names=["network"]).droplevel("factor") if parts else pd.DataFrame()
 
 # %% ../../nbs/experiments/matters_lengths.ipynb #51fd5cfb
 _SHORT = dict(marker="o", ms=4.5, ls="", color="#D55E00", mfc="white")
