@@ -332,20 +332,21 @@ rule data_efficiency:
 FURTHER_TRAINED = []
 for system, row in ((system, row) for system in SYSTEMS for row in BY_HAND if row.kind != "baseline" and row.objective != "supervised"):
     own = [one for one in table_rows(PRESET, SYSTEMS[system], row_name(row)) if one.kind != "baseline"]
-    runs = [run_of(one, SYSTEMS[system], PRESET, seed, DATA) for one in own for seed in PRESET.seeds]
+    seeds = list(dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))
+    runs = [run_of(one, SYSTEMS[system], PRESET, seed, DATA) for one in own for seed in seeds]
     name = f"{system}-{row_name(row)}-finetune"
     FURTHER_TRAINED.append(OUT / "finished" / name)
     rule:
         name: name.replace("-", "_").replace(".", "_")
         input: [run.folder() / "result.json" for run in runs]
         output: touch(finished(FURTHER_TRAINED[-1], all((run.folder() / FINE_TUNED).is_file() for run in runs)))
-        params: code=code_digest("experiments.fine_tuned", *runs[0].modules, entries=runs[0].entries) + PROBING, command=papermill("05e_fine_tuned", name, systems=SYSTEMS[system], only=row_name(row), draw=False)
+        params: code=code_digest("experiments.fine_tuned", *runs[0].modules, entries=runs[0].entries) + PROBING, command=papermill("05e_fine_tuned", name, systems=SYSTEMS[system], only=row_name(row), seeds=" ".join(map(str, seeds)), draw=False)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"
 
 rule finetune:
-    input: RESULTS + FURTHER_TRAINED
+    input: RESULTS + MORE_SEEDS + FURTHER_TRAINED
     output: figures("fine_tuned")
     params: rows=repr(TABLE_ROWS), code=stage("05e_fine_tuned", "experiments.fine_tuned") + PROBING, command=papermill("05e_fine_tuned", "fine_tuned", **SHOWN, only=ONLY or None)
     threads: JOB_THREADS

@@ -103,7 +103,11 @@ def _few_labels(
 
 
 def _fine_tunings(
-    preset: Preset, systems: Sequence[str], run_dir: str | Path | None, data_dir: str | Path | None
+    preset: Preset,
+    systems: Sequence[str],
+    run_dir: str | Path | None,
+    data_dir: str | Path | None,
+    seeds: Sequence[int],
 ) -> Iterator[tuple[str, Run, bool, float]]:
     "(row, run, whether it is done, operations) of each encoder that `make finetune` trains further with labels."
     for system in systems or preset.systems:
@@ -111,7 +115,8 @@ def _fine_tunings(
             if row.kind in ("trained", "random") and row.objective != "supervised":
                 like = cost(run_of(trained_row(f"supervised-{row.encoder}"), system, preset, 0, data_dir))
                 operations = like["train"] * SEEN * len(RATES)
-                for run in (run_of(row, system, preset, seed, data_dir) for seed in preset.seeds):
+                every = dict.fromkeys((*preset.seeds, *seeds))
+                for run in (run_of(row, system, preset, seed, data_dir) for seed in every):
                     file = run.folder(run_dir) / FINE_TUNED
                     done = file.is_file() and {*RATES} <= {*read_json(file)["finetuning"]["rates"]}
                     yield f"{'-'.join(run.row)} fine-tuned", run, done, operations
@@ -211,7 +216,7 @@ def study_table(
     for name, run, done in _few_labels(preset, systems, run_dir, data_dir):
         total = operations.get(f"{run.system.name}/{run.name}") or cost(run)["total"]
         rows.append({"make": "few", "row": name, **_about(run), "done": done, "operations": total})
-    for name, run, done, total in _fine_tunings(preset, systems, run_dir, data_dir):
+    for name, run, done, total in _fine_tunings(preset, systems, run_dir, data_dir, seeds):
         rows.append({"make": "finetune", "row": name, **_about(run), "done": done, "operations": total})
     for name, run, done in _encoders_again(preset, systems, run_dir, data_dir):
         total = cost(run)["total"]
