@@ -260,29 +260,45 @@ def further_rates(name: str, scores: Mapping[str, float]) -> list[str]:
     best = chosen_rate(scores)
     return [rate for rate, (end, _) in FURTHER.items() if end == best and name in COMPARED]
 
+# %% ../../nbs/experiments/matters.ipynb #a463e4b3
+_SHEAR_FLOW = """
+                   vit      convnext convnext_circular
+    tube-pixels    high     lowest   lowest
+    tube-ema       high     lowest   middle
+    tube-shared    low      lowest   lowest
+    future-pixels  middle   high     high
+    future-ema     lowest   lowest   middle
+    future-shared  low      lowest   low
+    window-pixels  low      high     low
+    window-ema     high     lowest   lowest
+    window-shared  low      lowest   lowest
+    pair-pooled    high     middle   -
+"""
+_CONVECTION = """
+                   vit      convnext convnext_circular
+    tube-pixels    high     middle   high
+    tube-ema       high     middle   middle
+    tube-shared    middle   middle   middle
+    future-pixels  high     middle   middle
+    future-ema     high     low      high
+    future-shared  lowest   low      middle
+    window-pixels  high     high     middle
+    window-ema     high     high     high
+    window-shared  high     low      middle
+    pair-pooled    high     high     -
+"""
 
-_BY_RATE = {
-    "lowest": (
-        *(f"{cell}-{e}" for cell in ("tube-pixels", "tube-shared", "window-shared") for e in CELL_ENCODERS[1:]),
-        *(f"{cell}-convnext" for cell in ("tube-ema", "window-ema", "future-ema", "future-shared")),
-        *("future-ema-vit", "window-ema-convnext_circular"),
-    ),
-    "low": (
-        *(f"{cell}-vit" for cell in ("tube-shared", "window-pixels", "window-shared", "future-shared")),
-        *("window-pixels-convnext_circular", "future-shared-convnext_circular"),
-    ),
-    "middle": (
-        *("future-pixels-vit", "pair-pooled-convnext"),
-        *("tube-ema-convnext_circular", "future-ema-convnext_circular"),
-    ),
-    "high": (
-        *("tube-pixels-vit", "tube-ema-vit", "window-ema-vit"),
-        *("window-pixels-convnext", "future-pixels-convnext", "future-pixels-convnext_circular", "pair-pooled-vit"),
-    ),
-}
+
+def _in_table(text: str) -> dict[str, str]:
+    "Cell -> learning rate, of a table: a line for each question and answer, a column for each encoder; - is none."
+    encoders, *lines = (line.split() for line in text.strip().splitlines())
+    rates = {f"{name}-{e}": rate for name, *some in lines for e, rate in zip(encoders, some, strict=True)}
+    return {cell: rate for cell, rate in rates.items() if rate != "-"}
+
+
 FOUND: Mapping[tuple[str, str], Mapping[str, str]] = {  # (preset, system) -> cell -> rate that was chosen on `valid`
-    ("laptop", "shear_flow"): {cell: rate for rate, cells in _BY_RATE.items() for cell in cells},
-    ("laptop", "rayleigh_benard"): {PAPER["VideoMAE"]: "high", PAPER["JEPA"]: "low", PERIODIC: "middle"},
+    ("laptop", "shear_flow"): _in_table(_SHEAR_FLOW),
+    ("laptop", "rayleigh_benard"): _in_table(_CONVECTION),
     ("laptop", "active_matter"): {PAPER["VideoMAE"]: "middle", PAPER["JEPA"]: "lowest", PERIODIC: "low"},
 }
 

@@ -35,7 +35,7 @@ from physrep.experiments.matters_systems import (
 from .probe_length import kept_reading, lengths_in
 from ..probing.reading import FROZEN
 from ..results.figures import using_style
-from ..results.panels import SMALL, WIDTH, in_lines
+from ..results.panels import SMALL, WIDTH, in_lines, system_title
 from ..results.rows import PROBE_TITLES
 from ..training.presets import Preset
 from ..training.run import Run
@@ -173,8 +173,9 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, cells: Sequence[str]) -> None:
     ax.set_xscale("log")
 
 
-def plot_cells_by_length(table: pd.DataFrame) -> Figure:
-    "Two panels of `cells_by_length`: the attentive probe, and the mean of the probes. ValueError for an empty table."
+def plot_cells_by_length(table: pd.DataFrame, system: str = "") -> Figure:
+    """Two panels of `cells_by_length`: the attentive probe, and the mean of the probes; with the title of a `system`
+    below. ValueError for an empty table."""
     if table.empty:
         raise ValueError("nothing to draw: no cell was read at several lengths")
     cells = lines_of_cells(table)
@@ -188,7 +189,8 @@ def plot_cells_by_length(table: pd.DataFrame) -> Figure:
         numbers = table[["low", "factor", "high"]].to_numpy()
         log_ticks(axes[0].xaxis, 0.95 * numbers.min(), 1.05 * numbers.max())
         name_cells(axes, cells)
-        fig.supxlabel("error, times that of random weights of the same network (left is better)", fontsize=SMALL)
+        about = "error, times that of random weights of the same network (left is better)"
+        fig.supxlabel(f"{system_title(system)}: {about}" if system else about, fontsize=SMALL)
         ends = [table.epochs.min(), table.epochs.max()]
         labels = (f"attentive probe of {ends[0]} epochs", f"{ends[1]} epochs, 95 % interval")
         handles = [Line2D([], [], label=label, **look) for label, look in zip(labels, (_SHORT, _LONG))]
