@@ -183,16 +183,19 @@ def test_a_rate_that_was_found_before_is_taken_until_all_are_tried_here(tmp_path
     write_scores(run, tmp_path, {"further down": 0.05})
     assert rate_of("tube-pixels-vit", run, tmp_path) == "lowest", "the best of the same four for every cell"
     unknown = "future-ema-convnext_circular"
-    assert rate_of(unknown, cell_run(unknown, "rayleigh_benard", laptop, steps=1), tmp_path) is None
+    assert rate_of(unknown, cell_run(unknown, "active_matter", laptop, steps=1), tmp_path) is None
 
 
-def test_the_rates_that_were_found_are_those_of_the_committed_figure():
-    configs = read_json(project_root() / "figures" / "matters.json")["configs"]
+@pytest.mark.parametrize(
+    "system, figure", [("shear_flow", "matters"), ("rayleigh_benard", "probe_length_cells_rayleigh_benard")]
+)
+def test_the_rates_that_were_found_are_those_of_the_committed_figure(system, figure):
+    configs = read_json(project_root() / "figures" / f"{figure}.json")["configs"]
     used = {(c["tag"], c["encoder"], "padding_mode" in c.get("encoder_config", {})): c for c in configs.values()}
-    found = FOUND["laptop", "shear_flow"]
+    found = FOUND["laptop", system]
     assert len(used) == len(found) == 29
     for name, rate in found.items():
-        run = cell_run(name, "shear_flow", "laptop", rate=rate, steps=1)
+        run = cell_run(name, system, "laptop", rate=rate, steps=1)
         config = used[run.tag, run.encoder, "circular" in name]
         assert config["recipe"]["lr"] == run.recipe.lr, name
 
