@@ -373,21 +373,19 @@ class Place:
         """The finished runs of a cell with these seeds, at the rate that is known, or, if `rates` are given or none is
         known, at the best of all once the last one was tried. ValueError for an unknown cell or rate."""
         run = cell_run(name, self.system, self.preset, seed=self.preset.seeds[0], data_dir=self.data_dir)
-        known = None if rates else rate_of(name, run, self.run_dir)
-        if not known:
+        if not (known := None if rates else rate_of(name, run, self.run_dir)):
             try_rates(name, run, rates, self.data_dir, self.run_dir, device=self.device, progress=self.progress)
         scores = valid_errors(run, self.run_dir)
         text = ", ".join(f"{rate} {score:.3f}" for rate, score in scores.items()) or "not tried here"
         rate = known or chosen_rate(scores)
         print(f"{name}: error on valid: {text}; learning rate: {rate or 'none yet'}{', found before' if known else ''}")
-        finished = self.train_at(run, rate, seeds) if rate else []
-        keep_search(run, self.run_dir)
-        return finished
+        return self.train_at(run, rate, seeds) if rate else []
 
     def train_at(self, run: Run, rate: str, seeds: Sequence[int]) -> list[Run]:
-        "The finished and scored runs of a cell at a rate, one a seed; without those that diverged."
-        runs = [at_rate(run, rate).with_seed(seed) for seed in seeds]
-        return [run for run in runs if self.score(run)]
+        "The finished and scored runs of a cell at a rate, one a seed; without those that diverged. Keeps a search."
+        found = [one for one in (at_rate(run, rate).with_seed(seed) for seed in seeds) if self.score(one)]
+        keep_search(run, self.run_dir)
+        return found
 
     def train_elsewhere(self, name: str, system: str, seeds: Sequence[int]) -> list[Run]:
         "The finished runs of a cell on another system, at the rate that was chosen here; none while none is."

@@ -17,21 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import matters
+from . import matters, matters_systems
 from .matters import CELL_ENCODERS, CELLS, matters_root
 from .matters_errors import Errors, group_sums
 from .matters_figures import log_ticks
 from .matters_model import main_effects
 from .matters_probes import MEAN, cells_over_untrained
-from physrep.experiments.matters_systems import (
-    OnSystem,
-    factors_told,
-    level_ratios,
-    lines_of_cells,
-    name_cells,
-    place_lucks,
-    with_enough_seeds,
-)
+from .matters_systems import OnSystem, level_ratios, lines_of_cells, name_cells
 from .probe_length import kept_reading, lengths_in
 from ..probing.reading import FROZEN
 from ..results.figures import using_style
@@ -95,7 +87,7 @@ def cells_by_length(
     `error` of each cell (geometric mean over seeds)."""
     found = []
     for epochs, place in places.items():
-        luck = place_lucks(place, (first or places)[epochs])
+        luck = matters_systems.place_lucks(place, (first or places)[epochs])
         over = cells_over_untrained(place.errors, place.untrained, luck=luck, n_bootstrap=n_bootstrap)
         logs = place.errors.table().groupby(["cell", "head"]).log_error.mean().unstack()
         errors = np.exp(logs.assign(**{MEAN: logs.mean(axis=1)})).stack().rename("error").rename_axis(["cell", "probe"])
@@ -137,12 +129,10 @@ def effects_by_length(
     """`level_ratios` of the crossed cells, or of the cells of one network: the error of each level of a factor over
     that of another, with the attentive probe of each length and in the mean of the probes. Where they have not ENOUGH
     seeds, the spread is that of all networks, or of the first system. Empty if no factor has levels to compare."""
-    ours = {name: one for name, one in _by_length(places, encoder).items() if factors_told(one.runs)}
+    ours = {name: one for name, one in _by_length(places, encoder).items() if matters_systems.factors_told(one.runs)}
     of_all, theirs = _by_length(places), _by_length(first or places)
-    parts = [
-        main_effects(one, seeds_of=with_enough_seeds(one, of_all[name], theirs[name]), n_bootstrap=n_bootstrap)
-        for name, one in ours.items()
-    ]
+    spread = {name: matters_systems.with_enough_seeds(one, of_all[name], theirs[name]) for name, one in ours.items()}
+    parts = [main_effects(one, seeds_of=spread[name], n_bootstrap=n_bootstrap) for name, one in ours.items()]
     if not parts:
         return pd.DataFrame()
     ratios = level_ratios(pd.concat([part.assign(system=name) for name, part in zip(ours, parts)]))
