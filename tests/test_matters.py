@@ -304,7 +304,8 @@ def test_what_was_scored_elsewhere_is_not_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(matters, "probe_splits", lambda *args: {})
     monkeypatch.setattr(matters, "is_current", lambda path, *rest: path.is_file())
     run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1)
-    write_json(run.folder(matters_root(tmp_path)) / "result.json", {})
+    rows = [{"split": "valid", "metric": "mse", "label": "mean", "value": 0.4}]
+    write_json(run.folder(matters_root(tmp_path)) / "result.json", {"rows": rows})
     assert Place("shear_flow", SMOKE, "", tmp_path).train_at(run, "middle", [0]) == [at_rate(run, "middle")]
 
 
