@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from physrep.core.files import read_json
 from physrep.core.randomness import sample_seeds
-from physrep.data.batches import Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
+from physrep.data.batches import Ahead, Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
 from physrep.data.generate import FLOWS_A_CALL, _batches, _recipe, draw_parameters, make_dataset, make_files, plan
 from physrep.data.same_flows import count_as_known, known_flows, recipe_digest
 from physrep.data.scaling import LabelScaler, Normaliser
@@ -510,6 +510,17 @@ def test_the_first_batch_of_the_next_update_is_made_ahead(smoke_data, accumulate
     assert len(made) == len(used) - skipped, "each once, and one ahead of every jump"
 
 
+def test_evaluation_and_the_batch_that_is_made_ahead_do_not_write_to_one_buffer_at_once(smoke_data, monkeypatch):
+    w = Windows(smoke_data, SHEAR, "train", frames=16, stride=8, in_memory=True)
+    options = dict(batch_size=6, normaliser=Normaliser.load(smoke_data, SHEAR), scaler=LabelScaler.fit(SHEAR, w.labels))
+    plain, early = (Batches(w, ahead=ahead, **options) for ahead in (False, True))
+    expected = [*plain(0), *plain.evaluation(6, limit=12), *plain(1)]
+    copy = w.copy
+    monkeypatch.setattr(w, "copy", lambda *place: (time.sleep(0.005), copy(*place)))  # the next takes its time
+    found = [*early(0), *early.evaluation(6, limit=12), *early(1)]
+    assert all(torch.equal(a["fields"], b["fields"]) for a, b in zip(expected, found, strict=True))
+
+
 def test_one_is_made_ahead_and_an_error_comes_in_its_turn():
     made, used = [], []
 
@@ -520,7 +531,7 @@ def test_one_is_made_ahead_and_an_error_comes_in_its_turn():
         return i
 
     with pytest.raises(ValueError, match="the fourth"):
-        for i in prefetch((partial(maker, i) for i in range(9)), ahead=True):
+        for i in prefetch((partial(maker, i) for i in range(9)), ahead=Ahead()):
             used.append(i)
             assert len(made) <= len(used) + 1
     assert used == [0, 1, 2] and made in ([0, 1, 2], [0, 1, 2, 4])

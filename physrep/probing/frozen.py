@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..core.files import read_tensors, write_tensors
 from ..core.randomness import seed_for
-from ..data.batches import prefetch
+from ..data.batches import Ahead, prefetch
 from ..data.scaling import LabelScaler
 from ..models.heads import AttentiveHead
 from ..models.pretrained import LoadedEncoder, model_folder
@@ -337,6 +337,7 @@ def fit_attentive(
     best = math.inf
     weights = copy.deepcopy(head.state_dict())
     step = 0
+    ahead = None if torch.device(device).type == "cpu" else Ahead()
 
     def read(index: Tensor) -> tuple[Tensor, Tensor]:
         return index, _standardised(train.tokens[index], mean, scale, device)
@@ -344,7 +345,7 @@ def fit_attentive(
     for epoch in tqdm(range(recipe.epochs), desc="attentive probe", disable=not progress, leave=False):
         head.train()
         order = shuffled(train.tokens, recipe.batch_size, "attentive-order", seed, epoch)
-        inputs = prefetch((partial(read, index) for index in order), ahead=torch.device(device).type != "cpu")
+        inputs = prefetch((partial(read, index) for index in order), ahead=ahead)
         for index, x in inputs:
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr_at(step, per_epoch * recipe.epochs)
