@@ -15,6 +15,7 @@ import hashlib
 import json
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, referen
 from physrep.training.presets import get_preset
 from physrep.training.run import baseline_folder
 
+code_digest = cache(code_digest)  # many jobs use the same code, which stays what it is while this is read
 ROOT = project_root()
 ASKED = str(config.get("preset") or "laptop")
 PRESET = get_preset(ASKED)
