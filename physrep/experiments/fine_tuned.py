@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'RATES', 'Runs', 'fine_tune', 'fine_tuned_seeds', 'fine_tuned_table', 'fine_tuned_differences',
-           'plot_fine_tuned']
+           'differences_from_supervised', 'plot_fine_tuned']
 
 # %% ../../nbs/experiments/fine_tuned.ipynb #faf58ddb
 import math
@@ -144,20 +144,47 @@ def fine_tuned_table(runs: Runs, supervised: Runs, run_dir: str | Path | None = 
     table = pd.concat(parts, ignore_index=True)
     return table[(table.metric == "mse") & (table.split == "test")].reset_index(drop=True)
 
+# %% ../../nbs/experiments/fine_tuned.ipynb #f7938e8b
+def _paired(
+    some: Sequence[Run], others: Sequence[Run], file: str, probe: tuple[str, str], run_dir: str | Path | None
+) -> pd.DataFrame:
+    "Errors of fine-tuned encoders minus those of others, which are read from `file`, each with its probe."
+    ours, theirs = ([run.folder(run_dir) / name for run in of] for of, name in ((some, PREDICTIONS), (others, file)))
+    numbers = compare(ours, theirs, probe=probe, metric="mse")
+    text = [interval_text(r.difference, r.low, r.high, digits=3) for r in numbers.itertuples()]
+    return numbers.assign(text=text)
 
-def fine_tuned_differences(runs: Runs, rows: Sequence[Row] = ROWS, run_dir: str | Path | None = None) -> pd.DataFrame:
+
+def fine_tuned_differences(
+    runs: Runs,
+    rows: Sequence[Row] = ROWS,
+    run_dir: str | Path | None = None,
+    *,
+    against: tuple[str, str] | None = None,  # pair of the row that all are compared with
+) -> pd.DataFrame:
     """Paired differences on `test`: the error of each fine-tuned encoder minus that of fine-tuned random weights of the
-    same network, where they are there. Below zero is better."""
+    same network (or of the fine-tuned row `against`), where they are there. Below zero is better."""
     found, by_pair = [], {row.pair: row for row in rows}
     for (system, pair), some in runs.items():
         random = random_of(by_pair[pair], rows) if pair in by_pair else None
-        if random and (system, other := random.pair) in runs:
-            both = (some, runs[system, other])
-            files = [[run.folder(run_dir) / PREDICTIONS for run in which] for which in both]
-            numbers = compare(*files, probe="finetune", metric="mse")
-            text = [interval_text(r.difference, r.low, r.high, digits=3) for r in numbers.itertuples()]
+        other = against or (random and random.pair)
+        if other and other != pair and (system, other) in runs:
+            numbers = _paired(some, runs[system, other], PREDICTIONS, ("finetune", "finetune"), run_dir)
             about = {"system": system, "objective": pair[0], "encoder": pair[1]}
-            found.append(numbers.assign(**about, reference="-".join(other), text=text))
+            found.append(numbers.assign(**about, reference="-".join(other)))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def differences_from_supervised(runs: Runs, supervised: Runs, run_dir: str | Path | None = None) -> pd.DataFrame:
+    """Paired differences on `test`: the error of each fine-tuned encoder minus that of the supervised encoders of its
+    system with their own head. Below zero is better."""
+    found = []
+    for (system, pair), some in runs.items():
+        for (where, other), labels_alone in supervised.items():
+            if where == system:
+                numbers = _paired(some, labels_alone, "predictions.safetensors", ("finetune", "head"), run_dir)
+                about = {"system": system, "objective": pair[0], "encoder": pair[1]}
+                found.append(numbers.assign(**about, reference="-".join(other)))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 # %% ../../nbs/experiments/fine_tuned.ipynb #292ca6ce
