@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'RATES', 'Runs', 'fine_tune', 'fine_tuned_seeds', 'fine_tuned_table', 'fine_tuned_differences',
-           'differences_from_supervised', 'plot_fine_tuned']
+           'differences_from_supervised', 'differences_in_words', 'plot_fine_tuned']
 
 # %% ../../nbs/experiments/fine_tuned.ipynb #faf58ddb
 import math
@@ -22,7 +22,7 @@ from ..data.windows import Windows
 from .further_training import BATCH, SEEN, epochs_of, labelled_batches, train_further
 from .overview import random_of
 from .recipes import train_and_probe
-from .table1 import shown_as
+from .table1 import shown_as, sides
 from ..models.pretrained import load_encoder
 from ..physics.systems import get_system
 from ..probing.evaluate import write_scores
@@ -186,6 +186,19 @@ def differences_from_supervised(runs: Runs, supervised: Runs, run_dir: str | Pat
                 about = {"system": system, "objective": pair[0], "encoder": pair[1]}
                 found.append(numbers.assign(**about, reference="-".join(other)))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+# %% ../../nbs/experiments/fine_tuned.ipynb #ed08e657
+def differences_in_words(differences: pd.DataFrame, rows: Sequence[Row] = ROWS) -> tuple[str, pd.DataFrame]:
+    """How many differences (means over labels) are better, undecided and worse, and all of them with their intervals: a
+    line for each row, a column for each system."""
+    if not len(differences):
+        return "nothing to compare with", pd.DataFrame()
+    lines = differences[differences.label == "mean"].copy()
+    lines["row"] = [title_of(*pair, rows=rows) for pair in zip(lines.objective, lines.encoder)]
+    lines["side"] = sides(lines)
+    lines["text"] += lines.side.map({"undecided": " undecided"}).fillna("")
+    counts = ", ".join(f"{n} {side}" for side, n in lines.side.value_counts().items())
+    return counts, lines.pivot_table(index="row", columns="system", values="text", aggfunc="first", sort=False)
 
 # %% ../../nbs/experiments/fine_tuned.ipynb #292ca6ce
 _SEEDS = dict(lw=4.0, solid_capstyle="butt")
