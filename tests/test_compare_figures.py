@@ -41,6 +41,16 @@ def test_one_seed_is_compared_with_the_same_seed_of_several():
     assert notes == ["2 row(s) of other numbers of seeds, compared in their order"]
 
 
+def test_a_difference_is_set_beside_the_spread_of_seeds():
+    "0.3 and 0.5 have a standard deviation of 0.14; seeds that are all equal have none, and say nothing."
+    one = table(("mae", "linear", 0.31, 1, "0.31", 1.0), ("jepa", "linear", 0.7, 1, "0.9", 1.0))
+    one["by_seed"] = one.by_seed.astype(float)
+    assert compare.beside_seeds(one, OLD) == [pytest.approx(0.01 / 0.1414, rel=1e-3)]
+    both = table(("mae", "linear", 0.4, 2, "0.3 0.7", 9.0), ("jepa", "linear", 0.7, 2, "0.7 0.7", 9.0))
+    assert compare.beside_seeds(both, OLD) == [0, pytest.approx(0.2 / 0.1414, rel=1e-3)]
+    assert compare.beside_seeds(one, one) == [] == compare.beside_seeds(one.drop(columns="by_seed"), OLD)
+
+
 def test_lists_of_other_lengths_are_infinitely_far_apart():
     _, pairs, _ = compare.differences(OLD.assign(by_seed=["0.3", "0.7 0.7"]), OLD)
     assert max(pair[0] for pair in pairs) == float("inf")
@@ -58,6 +68,9 @@ def test_the_report_names_what_is_missing_and_the_largest_difference(tmp_path):
     assert "largest difference: 0.05, 0.7 committed and 0.65 now" in said and "row: jepa linear" in said
     assert "grid    committed, not drawn here" in said
     assert "grid" not in compare.report(new, old, ("table1",))
+    assert "half within 0 and 100 % within 1 standard deviation of seeds" in said
+    OLD.assign(by_seed=["0.3 0.7", "0.7 0.7"]).to_csv(new / "table1.csv", index=False)
+    assert "half within 0.71 and 50 % within 1 standard deviation of seeds" in compare.report(new, old)
     assert "no tables in" in compare.report(tmp_path, old) and "nothing committed in" in compare.report(new, tmp_path)
     new.joinpath("table1.csv").write_text("")
     assert "table1  not comparable" in compare.report(new, old)

@@ -5,7 +5,9 @@
 Rows of two tables are the same row if they agree in all columns that are not measured: names, splits, numbers of
 samples. Measured are floats and lists of floats; names of runs, seconds, and text made from numbers are passed over.
 Where two rows are of other numbers of seeds, the first of one are compared with the first of the other, in the order of
-their seeds, and nothing else: seed 0 with seed 0, where both begin with it.
+their seeds, and nothing else: seed 0 with seed 0, where both begin with it. Where several seeds are committed, their
+standard deviation says how large a difference is: another processor rounds differently, and training amplifies that, as
+another seed does.
 """
 
 import math
@@ -64,15 +66,32 @@ def keyed(table: pd.DataFrame, keys: list[str]) -> dict[tuple, dict]:
     return rows
 
 
-def differences(new: pd.DataFrame, old: pd.DataFrame) -> tuple[dict, list[tuple], list[str]]:
-    """Two tables: what was counted, every pair of numbers as `(|difference|, column, row, old, new)`, and what cannot
-    be compared. The difference is infinite where only one is a finite number, or where lists have other lengths."""
+def columns(new: pd.DataFrame, old: pd.DataFrame) -> tuple[list[str], list[str], list[str], list[str]]:
+    "The columns that both tables have: those that tell rows apart, are measured, count seeds, and say yes or no."
     common = [c for c in old.columns if c in new.columns and not is_passed_over(c)]
     measured = [c for c in common if is_measured(c, (new, old))]
     seeds = [c for c in common if counts_seeds(c)]
     apart = [c for c in common if c not in measured and c not in seeds]
     keys = [c for c in apart if not pd.api.types.is_bool_dtype(old[c])]
-    said = [c for c in apart if c not in keys]  # yes and no: found, not asked for
+    return keys, measured, seeds, [c for c in apart if c not in keys]  # yes and no: found, not asked for
+
+
+def beside_seeds(new: pd.DataFrame, old: pd.DataFrame) -> list[float]:
+    "How far the errors of equal seeds are apart, in standard deviations of the seeds, where several are committed."
+    keys, measured, *_ = columns(new, old)
+    left, right = keyed(new, keys), keyed(old, keys)
+    apart = []
+    for key in [key for key in right if key in left and "by_seed" in measured]:
+        a, b = numbers(right[key]["by_seed"]), numbers(left[key]["by_seed"])
+        spread = np.std(a, ddof=1) if len(a) > 1 else 0.0
+        apart += [abs(x - y) / spread for x, y in zip(a, b) if spread > 0]
+    return apart
+
+
+def differences(new: pd.DataFrame, old: pd.DataFrame) -> tuple[dict, list[tuple], list[str]]:
+    """Two tables: what was counted, every pair of numbers as `(|difference|, column, row, old, new)`, and what cannot
+    be compared. The difference is infinite where only one is a finite number, or where lists have other lengths."""
+    keys, measured, seeds, said = columns(new, old)
     left, right = keyed(new, keys), keyed(old, keys)
     both = [key for key in right if key in left]
     pairs, notes = [], []
@@ -121,7 +140,9 @@ def report(new: Path, old: Path, names: tuple[str, ...] = ()) -> str:
             lines.append(f"  {name:<{width}}  {where}")
             continue
         try:
-            counted, pairs, notes = differences(read(new / f"{name}.csv"), read(old / f"{name}.csv"))
+            both = read(new / f"{name}.csv"), read(old / f"{name}.csv")
+            counted, pairs, notes = differences(*both)
+            apart = beside_seeds(*both)
         except (ValueError, KeyError, OSError) as error:  # an empty file, say
             lines.append(f"  {name:<{width}}  not comparable: {error}")
             continue
@@ -132,6 +153,11 @@ def report(new: Path, old: Path, names: tuple[str, ...] = ()) -> str:
         if worst[0] > largest[0]:
             largest = (worst[0], name, worst)
         text = f"largest difference {worst[0]:<9.3g} of {counted['numbers']} numbers in {counted['rows']} rows"
+        if apart and worst[0] > 0:
+            within = 100 * np.mean(np.array(apart) < 1)
+            notes.insert(
+                0, f"half within {np.median(apart):.2g} and {within:.0f} % within 1 standard deviation of seeds"
+            )
         lines.append(f"  {name:<{width}}  " + "; ".join([text, *notes]))
     head = [f"== numbers in {new} against those in {old}"]
     if largest[2] is not None:
