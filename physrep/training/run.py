@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..core.paths import default_data_dir, project_root
-from ..core.places import short_name, tagged
+from ..core.places import load_object, short_name, tagged
 from ..core.randomness import seed_for
 from ..data.generate import SOLVERS, SimPreset, make_dataset
 from ..data.remote import as_path, is_address
@@ -26,7 +26,7 @@ from ..data.scaling import LabelScaler
 from ..data.sets import find_files
 from ..data.well import WellFile
 from ..data.windows import Windows, check_disjoint
-from ..models.encoders import build_encoder, encoder_module
+from ..models.encoders import ENCODERS, build_encoder, encoder_module
 from ..objectives.methods import build_objective, check_pair, objective_class, objective_module
 from ..physics.systems import SYSTEMS, System, get_system
 from .loop import Recipe
@@ -87,8 +87,7 @@ class Setup:
 
     @cached_property
     def _asked(self) -> tuple[int, tuple]:
-        objective = build(self)
-        return objective.frames, tuple(getattr(objective, "views", ()))
+        return _frames_and_views(self)
 
     @property
     def window_frames(self) -> int:
@@ -143,6 +142,20 @@ def build(run: Setup) -> torch.nn.Module:
         torch.manual_seed(seed_for("objective", run.objective, run.seed))
         asked = dict(system=seen_system(run), shape=run.clip_shape)
         return build_objective(run.objective, encoder, **asked, **run.coefficients)
+
+
+_ASKED: dict[tuple, tuple[int, tuple]] = {}  # frames and views of objectives that were built before
+
+
+def _frames_and_views(run: Setup) -> tuple[int, tuple]:
+    "What the objective of a run asks for. It is built only once for all seeds and recipes, whose answer is the same."
+    parts = (objective_class(run.objective), load_object(run.encoder, ENCODERS))
+    options = (seen_system(run), run.clip_shape, dict(run.encoder_config), dict(run.coefficients))
+    key = (*parts, repr(options))
+    if key not in _ASKED:
+        objective = build(run)
+        _ASKED[key] = objective.frames, tuple(getattr(objective, "views", ()))
+    return _ASKED[key]
 
 # %% ../../nbs/training/run.ipynb #dea61f68
 @dataclass(frozen=True)
