@@ -43,8 +43,6 @@ takes_no = $(foreach name,$(1),$(if $($(name)),echo "make $@ takes no $(name)=$(
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
-# glibc asks for large pages of memory, where the kernel gives them to those who ask: 4 to 8 % more updates a second
-export GLIBC_TUNABLES := $(if $(GLIBC_TUNABLES),$(GLIBC_TUNABLES),glibc.malloc.hugetlb=1)
 export PYTHONUNBUFFERED := 1
 export TQDM_MININTERVAL := 20
 
