@@ -48,6 +48,8 @@ def test_a_difference_is_set_beside_the_spread_of_seeds():
     assert compare.beside_seeds(one, OLD) == [pytest.approx(0.01 / 0.1414, rel=1e-3)]
     both = table(("mae", "linear", 0.4, 2, "0.3 0.7", 9.0), ("jepa", "linear", 0.7, 2, "0.7 0.7", 9.0))
     assert compare.beside_seeds(both, OLD) == [0, pytest.approx(0.2 / 0.1414, rel=1e-3)]
+    untrained = {"objective": ["random", "random.circular"]}
+    assert compare.beside_seeds(both.assign(**untrained), OLD.assign(**untrained)) == []
     assert compare.beside_seeds(one, one) == [] == compare.beside_seeds(one.drop(columns="by_seed"), OLD)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from physrep.training import run
 from physrep.training.loop import Recipe
 from physrep.training.presets import PRESETS, read_preset
 from physrep.training.run import resolve
@@ -90,3 +91,17 @@ def test_a_system_may_have_a_recipe_of_its_own():
     assert resolve("shear_flow", "mae", "vit", mine).recipe.steps == 3
     rates = {s: resolve(s, "jepa", "convnext", "paper").recipe.lr for s in ("active_matter", "shear_flow")}
     assert rates == {"active_matter": 1e-3, "shear_flow": 1e-4}, "the paper's"
+
+
+def test_what_an_objective_asks_for_is_found_once_for_seeds_and_recipes_alone(monkeypatch):
+    "Weights do not matter to it; options of the objective and of the encoder, and the system, do."
+    built = []
+    monkeypatch.setattr(run, "_ASKED", {})
+    monkeypatch.setattr(run, "build", lambda one, build=run.build: built.append(one) or build(one))
+
+    def frames(system: str = "shear_flow", **changes) -> int:
+        return resolve(system, "jepa", "vit", "smoke", **changes).window_frames
+
+    assert frames() == frames(seed=1) == frames(steps=3) == 32 and len(built) == 1
+    assert frames(coefficients={"horizon": 4}) == 20 and len(built) == 2
+    assert frames("active_matter") and len(built) == 3
