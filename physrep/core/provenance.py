@@ -81,9 +81,13 @@ def _text(node: object, in_class: bool = False) -> str:
         return ascii(node)
     if isinstance(node, ast.AnnAssign) and not in_class:
         node = ast.Assign(targets=[node.target], value=node.value)
-    fields = [(name, value) for name, value in ast.iter_fields(node) if name not in _WORDS and value is not None]
-    texts = [(name, _text(value, isinstance(node, ast.ClassDef))) for name, value in fields]
-    return f"{type(node).__name__}({','.join(f'{name}={text}' for name, text in texts if text != '[]')})"
+    texts, of_class = [], isinstance(node, ast.ClassDef)
+    for name in node._fields:
+        if name not in _WORDS and (value := getattr(node, name, None)) is not None:
+            text = _text(value, of_class)
+            if text != "[]":
+                texts.append(f"{name}={text}")
+    return f"{type(node).__name__}({','.join(texts)})"
 
 # %% ../../nbs/core/provenance.ipynb #36a85962
 _OTHER = "(other statements)"
@@ -156,14 +160,38 @@ def _parts(statement: ast.stmt, tables: bool = True) -> Iterator[_Part]:
         yield (name if known is None else f"{name}[{known!r}]"), known, _sha(f"{name}[{_text(key)}]={_text(value)}")
 
 # %% ../../nbs/core/provenance.ipynb #8697796f
-class _WithoutPictures(ast.NodeTransformer):
-    "Takes functions that draw out of a module and its classes: those that return a Figure or are given Axes."
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # where a statement holds others
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
-        given = [a.annotation for a in (*node.args.args, *node.args.kwonlyargs) if a.annotation is not None]
-        kinds = {ast.unparse(a).rpartition(".")[2] for a in given}
-        drawn = node.returns is not None and ast.unparse(node.returns).rpartition(".")[2] == "Figure"
-        return None if drawn or "Axes" in kinds else self.generic_visit(node)
+
+def _inside(statements: list) -> Iterator[ast.AST]:
+    "These statements and all that they hold, but no expression: only there can imports and definitions be."
+    for statement in statements:
+        yield statement
+        for block in _BLOCKS:
+            if isinstance(held := getattr(statement, block, None), list):
+                yield from _inside(held)
+
+
+class _WithoutPictures(list):
+    """These statements without functions that draw, which return a Figure or are given Axes. Those inside of others,
+    such as methods, are taken out in place."""
+
+    def __init__(self, statements: list):
+        super().__init__(s for s in statements if not self.draws(s))
+        for statement in self:
+            for block in _BLOCKS:
+                if isinstance(held := getattr(statement, block, None), list):
+                    setattr(statement, block, _WithoutPictures(held))
+
+    @staticmethod
+    def draws(node: ast.AST) -> bool:
+        if not isinstance(node, ast.FunctionDef):
+            return False
+        given = [a.annotation for a in (*node.args.args, *node.args.kwonlyargs)]
+        takes = {ast.unparse(a).rpartition(".")[2] for a in given if a is not None}
+        return "Axes" in takes or (
+            node.returns is not None and ast.unparse(node.returns).rpartition(".")[2] == "Figure"
+        )
 
 # %% ../../nbs/core/provenance.ipynb #eada32e6
 @lru_cache(maxsize=4096)
@@ -177,13 +205,13 @@ def _read(
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{file} is no Python code: {error}") from error
     imports = set()
-    for node in (n for s in statements if not _is_aside(s) for n in ast.walk(s)):
+    for node in _inside([s for s in statements if not _is_aside(s)]):
         if isinstance(node, ast.ImportFrom):
             imports |= {(node.level, node.module or "", a.name) for a in node.names}
         elif isinstance(node, ast.Import):
             imports |= {(0, a.name, "") for a in node.names}
     if not pictures:
-        statements = [s for s in map(_WithoutPictures().visit, statements) if s is not None]
+        statements = _WithoutPictures(statements)
     return tuple(part for s in statements for part in _parts(s, tables)), tuple(sorted(imports))
 
 # %% ../../nbs/core/provenance.ipynb #92b33862
