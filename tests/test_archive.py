@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from physrep.results.archive import (
 )
 from physrep.results.rows import Row, run_of
 from physrep.training.presets import get_preset
+from physrep.training.run import resolve
 
 RUN = "mae-vit-01234567/seed0"
 
@@ -328,6 +330,23 @@ def test_seeds_are_shown_that_every_row_has_of_todays_code(tmp_path):
     assert with_seeds_there(preset, "shear_flow", rows, tmp_path).seeds == (*preset.seeds, 2)
     assert with_seeds_there(preset, "active_matter", rows, tmp_path).seeds == preset.seeds
     assert with_seeds_there(preset, "shear_flow", rows[:1], tmp_path).seeds == (*preset.seeds, 1, 2)
+
+
+def test_the_speed_of_this_machine_is_counted_in_operations_of_pytorchs_attention(monkeypatch):
+    "As those of all trainings are: within `fast_products` attention has fewer, and an estimate would be too long."
+    inside, counted = [], []
+
+    @contextmanager
+    def fast():
+        inside.append(True)
+        yield
+        inside.clear()
+
+    monkeypatch.setattr(study, "fast_products", fast)
+    monkeypatch.setattr(study, "cost", lambda run: counted.append(bool(inside)) or {"train": 10**6})
+    monkeypatch.setattr(study, "update", lambda *_, **__: counted.append(bool(inside)))
+    assert study.measured_rate(resolve("shear_flow", "mae", "vit", "smoke"), seconds=0.0) > 0
+    assert counted == [False, True, True]
 
 
 def test_a_study_does_not_plan_what_was_unpacked_unless_its_encoder_is_asked(tmp_path, monkeypatch):

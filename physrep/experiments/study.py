@@ -233,10 +233,10 @@ def study_table(
 _SLOW = 1e12  # operations of an update beyond which fewer windows are timed
 
 
-@fast_products()
 def measured_rate(run: Run, device: str = "cpu", *, seconds: float = 1.0) -> float:
     "Operations that this machine does in a second of a training: of as many updates as fit into some `seconds`."
-    windows, each = run.recipe.batch_size // run.recipe.accumulate, cost(run)["train"]
+    windows = run.recipe.batch_size // run.recipe.accumulate
+    each = cost(run)["train"]  # as of all trainings: with `fast_products` attention has fewer
     objective = build(run)
     if windows * each > _SLOW:
         objective = build(in_one_chunk(run))
@@ -245,12 +245,13 @@ def measured_rate(run: Run, device: str = "cpu", *, seconds: float = 1.0) -> flo
     batch = example_batch(run, objective, windows)
     batch = {k: tuple(v.to(place) for v in some) if k == "views" else some.to(place) for k, some in batch.items()}
     recipe, optimizer = replace(run.recipe, accumulate=1), make_optimizer(objective, run.recipe)
-    update(objective, optimizer, [batch], recipe, step=0, device=place)  # the first one allocates
-    done, start = 0, time.perf_counter()
-    while not done or time.perf_counter() - start < seconds:
-        update(objective, optimizer, [batch], recipe, step=0, device=place)  # reads its loss, so it waits for a GPU
-        done += 1
-    return done * windows * each / (time.perf_counter() - start)
+    with fast_products():
+        update(objective, optimizer, [batch], recipe, step=0, device=place)  # the first one allocates
+        done, start = 0, time.perf_counter()
+        while not done or time.perf_counter() - start < seconds:
+            update(objective, optimizer, [batch], recipe, step=0, device=place)  # reads its loss, so it waits for a GPU
+            done += 1
+        return done * windows * each / (time.perf_counter() - start)
 
 
 def measured_rates(runs: Iterable[Run], device: str = "cpu", *, together: int = 1) -> dict[str, float]:
