@@ -31,6 +31,12 @@ def toy(flows: int = 40, noise: float = 0.05, seed: int = 0) -> Features:
     return Features(torch.from_numpy(tokens.astype("float32")), 10**logs, np.arange(flows).repeat(3))
 
 
+def two_flows_a_draw(draws: int) -> Features:
+    "Of the three windows with equal labels two are of one flow, and the third is of another."
+    features = toy(draws)
+    return Features(features.tokens, features.labels, 2 * features.groups + np.tile([0, 0, 1], draws))
+
+
 def test_draws_are_whole_flows_stratified_and_the_same_for_every_encoder():
     features = toy()
     scaler = LabelScaler.fit(SYSTEM, features.labels)
@@ -115,15 +121,14 @@ def test_errors_fall_with_flows_and_valid_is_never_read():
 
 
 def test_a_drifted_read_out_is_told_from_lost_information():
-    features = toy(24)
-    groups = features.groups // 2  # two flows a draw
+    features = two_flows_a_draw(24)
     scaler = LabelScaler.fit(SYSTEM, features.labels)
     drifted = Features(-features.tokens, features.labels, features.groups)
     lost = Features(torch.randn_like(features.tokens), features.labels, features.groups)
     errors = []
     for shifted in (drifted, lost):
-        rows = score_refitted(shifted, groups, scaler, ABOUT, probes=["linear"])
-        assert {r["split"] for r in rows} == {"refitted"} and rows[0]["labelled_flows"] == 12
+        rows = score_refitted(shifted, shifted.groups, scaler, ABOUT, probes=["linear"])
+        assert {r["split"] for r in rows} == {"refitted"} and rows[0]["labelled_flows"] == 24
         errors.append(next(r["value"] for r in rows if (r["label"], r["metric"]) == ("mean", "mse")))
     assert errors[0] < 0.05 and errors[1] > 0.7
 
@@ -144,21 +149,30 @@ def test_probes_of_few_flows_know_the_labels_of_these_alone(monkeypatch):
         assert np.allclose(own.transform(features.labels).mean(0), 0), "scaled by the few labels, not by all"
 
 
-def test_refitted_probes_predict_draws_that_they_were_not_fitted_on(monkeypatch):
+@pytest.mark.parametrize("draws", [4, 11, 24])
+def test_refitted_probes_predict_draws_that_they_were_not_fitted_on(draws, monkeypatch):
     class Perfect:
         def __init__(self, features: Features):
-            self.seen = set(features.groups.tolist())
+            self.seen = set(map(tuple, features.labels.tolist()))
 
         def predict(self, features: Features) -> np.ndarray:
-            assert not self.seen & set(features.groups.tolist()), "fitted on the draws that it predicts"
+            assert not self.seen & set(map(tuple, features.labels.tolist())), "fitted on parameters that it predicts"
             return features.labels
 
     monkeypatch.setattr(few_labels, "fit_few", lambda name, features, scaler: Perfect(features))
-    features = toy(24)
+    features = two_flows_a_draw(draws)
     scaler = LabelScaler.fit(SYSTEM, features.labels)
-    rows = score_refitted(features, features.groups // 2, scaler, ABOUT, probes=["linear"])
+    rows = score_refitted(features, features.groups, scaler, ABOUT, probes=["linear"])
     errors = [row["value"] for row in rows if row["metric"] == "mse"]
     assert errors and errors == pytest.approx([0] * len(errors), abs=1e-12)
+
+
+def test_few_draws_of_shifted_flows_are_not_refitted():
+    "One of two draws in each half chooses the probe of the other: with three there are no such halves."
+    for draws, rows in ((1, 0), (3, 0), (4, 1)):
+        features = two_flows_a_draw(draws)
+        scaler = LabelScaler.fit(SYSTEM, toy(8).labels)
+        assert bool(score_refitted(features, features.groups, scaler, ABOUT)) == bool(rows)
 
 
 def test_a_run_has_its_rows_of_few_flows(smoke_data, tmp_path):

@@ -165,22 +165,27 @@ def score_few(
 # %% ../../nbs/probing/few_labels.ipynb #fd1ae229
 def score_refitted(
     features: Features,  # of shifted flows
-    groups: np.ndarray,  # (n,) draws of the parameters, which are never cut in two
+    groups: np.ndarray,  # (n,) of the bootstrap
     scaler: LabelScaler,
     about: Mapping,
     *,
     split: str = "refitted",  # what the rows call it
     probes: Sequence[str] = ("linear", "knn", "kernel"),
 ) -> list[dict]:
-    "Rows of probes that are fitted on one half of the draws of shifted flows and predict the other half, both ways."
-    halves = _parts(groups, 2)
-    by_draw = replace(features, groups=groups)
+    """Rows of probes that are fitted on one half of the draws of parameters of shifted flows and predict the other half,
+    both ways: flows with equal parameters are in the same half. No rows for fewer than four draws, because a half needs
+    two, one of which is left out to choose a probe."""
+    draws = np.unique(features.labels, axis=0, return_inverse=True)[1].reshape(-1)
+    if len(np.unique(draws)) < 4:
+        return []
+    halves = _parts(draws, 2)
+    by_draw = replace(features, groups=draws)
     rows = []
     for name in probes:
         prediction = np.zeros_like(features.labels)
         for half in halves:
-            inside = np.isin(groups, half)
-            probe = fit_few(name, of_flows(by_draw, np.setdiff1d(groups, half)), scaler)
+            inside = np.isin(draws, half)
+            probe = fit_few(name, of_flows(by_draw, np.setdiff1d(draws, half)), scaler)
             prediction[inside] = probe.predict(of_flows(by_draw, half))
         flows = len(np.unique(features.groups)) // 2
         kind = dict(probe=name, split=split, labelled_flows=max(1, flows), draw=0)
