@@ -136,8 +136,8 @@ def row_values(row, system):
 CORES, GPUS = int(config.get("cores") or workflow.cores), int(config.get("gpus") or 0)
 # one job at a time on a GPU, which leaves cores for jobs that need none; on the CPU as many as there are cores, one thread each
 JOB_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
-# systems are simulated side by side: no core waits while one of them starts or ends
-SIM_WORKERS = max(1, CORES // max(1, len(PRESET.sims)))
+# systems are simulated side by side: no core waits while one of them starts or ends; a GPU has one process at a time
+SIM_WORKERS = 1 if torch.cuda.is_available() else max(1, CORES // max(1, len(PRESET.sims)))
 FIRST_SYSTEMS = {system: 100 * (len(SYSTEMS) - place) for place, system in enumerate(SYSTEMS)}  # systems finish one after the other
 ACROSS = (("jepa", "convnext"), ("random", "convnext"))  # rows that 08c_across_systems compares with, if all grids are the same
 ENCODED = {system: [row for row in some if row.kind in ("trained", "random", "frozen")] for system, some in TABLE_ROWS.items()}

@@ -562,6 +562,16 @@ def test_stats_normalise_every_field(smoke_data):
     assert isinstance(w.files[0], WellFile)
 
 
+def test_stats_are_of_train_wherever_it_stands(tmp_path):
+    first, last = ({"train": (2, 1), "test": (2, 1)}, {"test": (2, 1), "train": (2, 1)})
+    made = [
+        make_dataset("shear_flow", replace(BARE, draws=draws, n_frames=3), tmp_path / str(k), workers=1, progress=False)
+        for k, draws in enumerate((first, last))
+    ]
+    of_train, in_another_order = ((folder / "stats.yaml").read_text() for folder in made)
+    assert of_train == in_another_order != ""
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_windows_are_a_sequence(smoke_data, in_memory):
     w = Windows(smoke_data, SHEAR, "test", frames=16, stride=8, in_memory=in_memory)

@@ -1,12 +1,15 @@
 """The widgets' logic: flows solved frame by frame, readers, the session, pictures, and the tabs without a browser."""
 
 import importlib.util
+import math
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from physrep.explore.latent import token_colours
 from physrep.explore.live import Job, Session, explorable_systems
 from physrep.explore.pictures import fixed_scale, number, scales_of
 from physrep.explore.readers import encoder_folders, encoder_info
@@ -15,6 +18,7 @@ from physrep.models.pretrained import SHIPPED, load_encoder
 from physrep.physics.spectral import SimulationBlewUp
 from physrep.probing.frozen import load_probe
 from physrep.training.presets import get_preset
+from physrep.training.run import build, resolve
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +159,14 @@ def test_folders_named_to_the_app_are_those_of_where_it_was_started():
     notebook = {"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}]}
     (cell,) = app.page(notebook, {"data_dir": "data/mine", "frames": "20"})["cells"]
     assert cell["source"] == f"frames: int = 20\ndata_dir: str = {str(Path('data/mine').resolve())!r}"
+
+
+def test_a_code_is_one_token_and_has_one_colour():
+    run = resolve("shear_flow", "disco", "vit_code", "smoke")
+    encoder = build(run).encoder
+    grid = encoder.grid(run.clip_shape)
+    assert math.prod(grid) == 1
+    tokens = np.random.default_rng(0).normal(size=(1, 1, 8))
+    loaded = types.SimpleNamespace(encoder=encoder, embed=lambda window, dt, pool: tokens)
+    colours = token_colours(loaded, np.zeros((4, *run.clip_shape), np.float32), 0.2)
+    assert colours.shape == (*grid, 3) and np.isfinite(colours).all()

@@ -119,7 +119,7 @@ def test_settings():
     assert s["allowed_cell_metadata_keys"] == "tags", "nbdev_clean would delete the tag of the parameters cell"
     assert "fastcore" not in s["requirements"]
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
-    assert [line for line in constraints if line.startswith("torch")] == ["torch>=2.6,<2.14"], "torch is a range"
+    assert [line for line in constraints if line.startswith("torch")] == ["torch>=2.9,<2.14"], "torch is a range"
 
 
 def test_make_help_lists_the_targets():
@@ -160,12 +160,16 @@ def test_clean_keeps_data_that_were_not_simulated(tmp_path):
     (tmp_path / "data" / "laptop" / "shear_flow").mkdir(parents=True)
     (tmp_path / "data" / "laptop" / "shear_flow" / "plan.json").write_text("{}")
     (tmp_path / "data" / "the_well" / "shear_flow" / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "both" / "shear_flow" / "data" / "train").mkdir(parents=True)  # downloaded
+    (tmp_path / "data" / "both" / "rayleigh_benard").mkdir()  # simulated beside it
+    (tmp_path / "data" / "both" / "rayleigh_benard" / "plan.json").write_text("{}")
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "data" / "the_well")
     (tmp_path / "data" / "README.md").touch()
     (tmp_path / "runs").mkdir()
     made, kept = made_and_kept(tmp_path)
-    assert {p.name for p in made} == {"runs", "laptop", "linked"}, "of a link only the link is deleted"
-    assert [p.name for p in kept] == ["the_well"]
+    made, kept = ({str(p.relative_to(tmp_path)) for p in some} for some in (made, kept))
+    assert made == {"runs", "data/laptop", "data/both/rayleigh_benard", "data/linked"}, "of a link only the link"
+    assert kept == {"data/the_well", "data/both/shear_flow"}
 
 
 def test_the_graph_of_the_laptop_preset(tmp_path):

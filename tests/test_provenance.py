@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -280,6 +281,31 @@ def test_an_edit_in_physrep(copied):
     assert code_digest("core.provenance") == before
     edit(path, ("indent=1", "indent=2"))
     assert code_digest("core.provenance") != before
+
+
+def test_the_commit_is_that_of_the_checkout_and_of_no_other_project(tmp_path, monkeypatch):
+    def git(*words: str) -> None:
+        about = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", str(tmp_path), *about, *words], check=True, capture_output=True)
+
+    package = tmp_path / "physrep"
+    package.mkdir()
+    (package / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(physrep.core.provenance, "_PACKAGE", package)
+    assert physrep.core.provenance._commit() == (None, None), "no repository"
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit, dirty = physrep.core.provenance._commit()
+    assert len(commit) == 40 and dirty is False
+    (tmp_path / "notes.txt").write_text("no code")
+    assert physrep.core.provenance._commit() == (commit, False)
+    (package / "a.py").write_text("x = 2\n")
+    assert physrep.core.provenance._commit() == (commit, True)
+    installed = tmp_path / ".venv" / "lib" / "physrep"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(physrep.core.provenance, "_PACKAGE", installed)
+    assert physrep.core.provenance._commit() == (None, None), "the repository is that of the environment"
 
 
 def test_decisions_that_are_recorded_are_not_followed(copied):

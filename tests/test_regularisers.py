@@ -112,6 +112,29 @@ def test_one_row_is_refused(name):
         all_of_them()[name](torch.randn(1, 6))
 
 
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_a_short_last_batch_of_held_out_windows_stops_no_training(chunks):
+    "A training needs 12 rows a chunk; what is measured on fewer is noisy, and no reason to stop."
+    regulariser, few, other = VICReg(1, 2, 3, chunks=chunks), torch.randn(7, 6), torch.randn(7, 6)
+    with pytest.raises(ValueError, match="at least 12 samples per chunk"):
+        regulariser(few, other)
+    measured = regulariser.eval()(few, other)
+    expected = vicreg_loss(few, other, variance=1, covariance=2, invariance=3, any_number=True)
+    assert all(torch.equal(measured[name], value) for name, value in expected.items()), "one chunk"
+    assert regulariser(few[:2], other[:2])["loss"] > 0 and VICReg(1, 2).eval()(few)["loss"] > 0
+    with pytest.raises(ValueError, match="at least two rows"):
+        regulariser(few[:1], other[:1])
+
+
+def test_a_second_derivative_is_refused_where_there_is_none():
+    z = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+    t, weights = quadrature()
+    value = ProjectedDistance.apply(z, torch.eye(3, dtype=torch.float64), t, weights).sum()
+    (slope,) = torch.autograd.grad(value, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        slope.square().sum().backward()
+
+
 # VICReg
 
 

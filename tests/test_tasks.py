@@ -47,7 +47,7 @@ def test_tubes_are_those_of_mae():
     assert torch.equal(Tube(0.75).hidden(SEEDS[5:9], GRID), hidden[5:9]), "whatever else is in the batch"
 
 
-@pytest.mark.parametrize("grid", [(4, 8, 8), (8, 14, 14), (2, 16, 8)])
+@pytest.mark.parametrize("grid", [(4, 8, 8), (8, 14, 14), (2, 16, 8), (2, 32, 8), (2, 8, 32)])
 @pytest.mark.parametrize("scale", [0.1, 0.15, 0.3, 0.7])
 def test_area_and_aspect_of_a_block(scale, grid):
     _, h, w = grid
@@ -55,10 +55,17 @@ def test_area_and_aspect_of_a_block(scale, grid):
     for aspect in np.linspace(0.75, 1.5, 7):
         height, width = task.size(grid, aspect)
         assert 1 <= height <= h and 1 <= width <= w
-        if width < w:
-            assert abs(height * width - scale * h * w) <= height / 2
-        if 1 < height < h:
+        assert abs(height * width - scale * h * w) <= max(height, width) / 2, "also where one axis is too short"
+        if 1 < height < h and width < w:
             assert abs(height - (scale * h * w * aspect) ** 0.5) <= 0.5
+
+
+def test_what_is_interpolated_stays_as_it_was():
+    fields = torch.randn(2, 1, 2, 8, 8, dtype=torch.float64)
+    before, mask = fields.clone(), torch.zeros(2, 4, dtype=torch.bool)
+    mask[:, 1] = True
+    filled = interpolate_hidden(fields, mask, (2, 4, 4))
+    assert torch.equal(fields, before) and not torch.equal(filled, fields)
 
 
 def test_one_block_is_a_rectangle_of_one_size_at_any_place():

@@ -24,11 +24,17 @@ def described(path: Path) -> str:
 
 
 def made_and_kept(root: Path) -> tuple[list[Path], list[Path]]:
-    "What was made below a folder, and what is in its `data/` that no simulation has made: these leave a plan."
-    made = [root / name for name in (*FOLDERS, *CACHES)]
-    there = sorted(p for p in (root / "data").iterdir() if p.name != "README.md")
-    simulated = [p for p in there if p.is_symlink() or any(p.glob("*/plan.json"))]
-    return [p for p in (*made, *simulated) if p.exists()], [p for p in there if p not in simulated]
+    """What was made below a folder, and what is in its `data/` that no simulation has made: these leave a plan in the
+    folder of a system, beside which there may be downloads of other systems."""
+    made, kept = [root / name for name in (*FOLDERS, *CACHES)], []
+    for p in sorted(p for p in (root / "data").iterdir() if p.name != "README.md"):
+        inside = sorted(p.iterdir()) if p.is_dir() and not p.is_symlink() else []
+        simulated = [system for system in inside if (system / "plan.json").is_file()]
+        others = [other for other in inside if other not in simulated and not other.name.startswith(".")]
+        whole = p.is_symlink() or bool(simulated and not others)
+        made += [p] if whole else simulated
+        kept += [] if whole else others if simulated else [p]
+    return [p for p in made if p.exists() or p.is_symlink()], kept
 
 
 if __name__ == "__main__":

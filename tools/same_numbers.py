@@ -2,9 +2,10 @@
 
     python tools/same_numbers.py --against HEAD~1 --why "clearer errors in the loop"
 
-Data, encoders and results of every row are made at preset smoke, once by the code of the other commit and once by that
-of this checkout. If all of them are equal bit by bit, the definitions that differ are written into
-`physrep/core/same_numbers.json`, and count as those of the other commit from then on (`physrep.core.provenance`).
+Data, encoders and results of every row are made at preset smoke, with more shifted flows, once by the code of the
+other commit and once by that of this checkout. If all of them are equal bit by bit, the definitions that differ are
+written into `physrep/core/same_numbers.json`, and count as those of the other commit from then on
+(`physrep.core.provenance`).
 
     python tools/same_numbers.py --against HEAD~1 --rounding --why "products of matrices by another library"
 
@@ -27,6 +28,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,18 +38,31 @@ WEIGHTS, ERRORS = 0.01, 0.1  # with --rounding: relative, and in widths of an in
 NUMBERS = ("value", "low", "high")  # of a row of a result
 
 
+def preset_compared():
+    "Preset smoke with as many draws of shifted flows as it takes to resample draws, as in the larger presets."
+    from physrep.probing.evaluate import ENOUGH
+    from physrep.training.presets import get_preset
+
+    smoke = get_preset("smoke")
+    sims = {
+        name: replace(s, draws={**s.draws, "shifted": (ENOUGH, s.draws["shifted"][1])})
+        for name, s in smoke.sims.items()
+    }
+    return replace(smoke, name="same_numbers", sims=sims)
+
+
 def runs_compared():
     "All rows that are trained, and random weights, on the first system; MAE and random weights on the others."
     from physrep.results.rows import ROWS, changes_of
-    from physrep.training.presets import get_preset
     from physrep.training.run import resolve
 
-    first, *others = get_preset("smoke").systems
+    preset = preset_compared()
+    first, *others = preset.systems
     rows = [row for row in ROWS if row.kind in ("trained", "random")]
     asked = [(first, row) for row in rows]
     asked += [(s, row) for s in others for row in rows if row.pair in (("mae", "vit"), ("random", "vit"))]
     about = [(s, row, dict(tag=row.tag, steps=STEPS if row.kind == "trained" else None)) for s, row in asked]
-    return [resolve(s, row.objective, row.encoder, "smoke", **some, **changes_of(row, s)) for s, row, some in about]
+    return [resolve(s, row.objective, row.encoder, preset, **some, **changes_of(row, s)) for s, row, some in about]
 
 
 def numbers(folder: Path) -> dict:

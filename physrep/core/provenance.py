@@ -340,13 +340,21 @@ def notebook_digest(path: str | Path) -> str:
 
 # %% ../../nbs/core/provenance.ipynb #396f5969
 def _git(*args: str) -> str | None:
-    "Output of a git command in the package's checkout, None where there is no checkout or no git."
-    command = ["git", "-C", str(_PACKAGE), *args]
+    "Output of a git command in the folder of the package, None where git does not work."
+    command = ["git", "-C", str(_PACKAGE.parent), *args]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of the checkout that the package is in, and whether its code differs from that; None, None where there
+    is no checkout or no git. An installed package may lie in a repository that is another project's."""
+    top = _git("rev-parse", "--show-toplevel")
+    commit = _git("rev-parse", "HEAD") if top and Path(top).resolve() == _PACKAGE.parent else None
+    return commit, bool(_git("status", "--porcelain", "--", "physrep", "nbs")) if commit else None
 
 
 def provenance(
@@ -355,8 +363,7 @@ def provenance(
     """Where a result comes from: digest of the code of these modules (of all of physrep if none is named) with these
     `entries` of tables, the names of both, commit, versions, device, and `extra`. Raises ValueError for a module that
     does not exist or is no Python code."""
-    commit = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain", "--", "physrep", "nbs")
+    commit, dirty = _commit()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "h5py", "scikit-learn")}
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.machine()
     return {
@@ -365,7 +372,7 @@ def provenance(
         "modules": sorted(set(modules)),
         "entries": None if entries is None else sorted(set(entries)),
         "commit": commit,
-        "dirty": bool(status) if commit else None,
+        "dirty": dirty,
         "python": platform.python_version(),
         "versions": versions,
         "device": f"{str(device).split(':')[0]} ({name})",

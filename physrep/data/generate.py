@@ -370,5 +370,5 @@ def make_dataset(
         bar.close()
         if kind == "cpu":  # how a GPU rounds was not compared
             count_as_known(folder, {s: [f.path(folder, system) for f in files if f.split == s] for s in sim.splits})
-        write_stats(folder, get_system(system), split=sim.splits[0])  # of `train`, where there is one
+        write_stats(folder, get_system(system), split="train" if "train" in sim.splits else sim.splits[0])
     return folder

@@ -17,6 +17,7 @@ from .parts import LABELS, WIDE, Player, Runner, column, side_by_side, text, whe
 from .pictures import LABEL_WORDS, channel_word, number
 from .sets import data_sets, make_handful, open_flow, pairs_of, splits_of, trajectories_of
 from .solve import Flow
+from .your_flow import on_grid
 
 # %% ../../nbs/explore/data_tab.ipynb #389db64f
 INTRO = (
@@ -139,7 +140,7 @@ class DataTab(DataChoices):
             return
         options = dict(arrows=self.arrows.value)
         self.player.show(self.session.picture(self.channel.value, self.start.value, self.flow, **options))
-        fits = self.flow.fields.shape[2:] == tuple(self.session.info["shape"][1:])
+        fits = on_grid(self.flow, self.session.info["shape"][1:])
         self.table.value = answers_html(self.session.read(self.start.value, self.flow)) if fits else ""
 
     def run(self) -> None:

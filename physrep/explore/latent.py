@@ -114,7 +114,9 @@ def token_colours(encoder: LoadedEncoder, window: np.ndarray, dt: float) -> np.n
     "Tokens of a window `(c, t, h, w)` as colours `(t', h', w', 3)` from 0 to 1, by their first three components."
     tokens = encoder.embed(window[None], dt, pool=False)[0]
     grid = encoder.encoder.grid(tuple(window.shape[1:]))
-    z = PCA(3, svd_solver="full").fit_transform(tokens)
+    z, parts = np.zeros((len(tokens), 3)), min(3, len(tokens) - 1)  # a code is one token, which differs from no other
+    if parts:
+        z[:, :parts] = PCA(parts, svd_solver="full").fit_transform(tokens)
     low, high = np.percentile(z, [2, 98], axis=0)
     return np.clip((z - low) / np.where(high > low, high - low, 1), 0, 1).reshape(*grid, 3)
 

@@ -131,16 +131,18 @@ def vicreg_loss(
     order: torch.Tensor | None = None,  # (n,) permutation of the rows before they are split into chunks
     eps: float = 1e-4,
     regularised: torch.Tensor | None = None,  # (n, d): what variance and covariance act on; None: both of the above
+    any_number: bool = False,  # of rows, as a measure takes them; a training needs 2 d a chunk
 ) -> dict[str, torch.Tensor]:
     """VICReg on features `(n, d)`, in float32: mean over chunks of the written formula.
 
-    Returns `loss` and its terms, unweighted. ValueError for shapes that do not match and for chunks with fewer than 2 d
-    samples. Bardes et al., "VICReg" (2022), eqs. 1-6."""
+    Returns `loss` and its terms, unweighted. ValueError for shapes that do not match and, but with `any_number`, for
+    chunks with fewer than 2 d samples. Bardes et al., "VICReg" (2022), eqs. 1-6."""
     if prediction.ndim != 2 or prediction.shape != target.shape:
         raise ValueError(f"expected two (n, d) of one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}")
     if regularised is not None and regularised.shape != prediction.shape:
         raise ValueError(f"regularised must be {tuple(prediction.shape)} as well, got {tuple(regularised.shape)}")
-    check_chunks(len(prediction), prediction.shape[1], chunks)
+    if not any_number:
+        check_chunks(len(prediction), prediction.shape[1], chunks)
     if order is not None and order.shape != prediction.shape[:1]:
         raise ValueError(f"order must be a permutation of the {len(prediction)} rows, got shape {tuple(order.shape)}")
     split = _chunks((prediction, target), chunks, order)
@@ -155,7 +157,7 @@ class VICReg(Regulariser):
     """Variance and covariance of rows, and with a second side their mean squared difference; see `vicreg_loss`.
 
     Features are `(..., d)`. `chunks` > 1: mean of the loss over chunks of at least 2 d rows each, in an order that
-    depends on `seed` and the number of updates.
+    depends on `seed` and the number of updates. In evaluation mode any number of rows is one chunk.
     ValueError for fewer rows, and if there is a weight on the invariance but no second side. Bardes et al. (2022)."""
 
     def __init__(
@@ -178,15 +180,16 @@ class VICReg(Regulariser):
         self, features: torch.Tensor, other: torch.Tensor | None = None, *, step: int | None = None
     ) -> dict[str, torch.Tensor]:
         check_sides(features, other, self.weights["invariance"])
-        z = rows_of(features)
-        check_chunks(len(z), z.shape[1], self.chunks)
-        order = torch.randperm(len(z), generator=self._generator("vicreg order", step)) if self.chunks > 1 else None
-        options = dict(chunks=self.chunks, order=order)
+        z, chunks = rows_of(features), self.chunks if self.training else 1
+        if self.training:
+            check_chunks(len(z), z.shape[1], chunks)
+        order = torch.randperm(len(z), generator=self._generator("vicreg order", step)) if chunks > 1 else None
+        options = dict(chunks=chunks, order=order)
         if other is None:
             parts = spread([z], **options)
             parts["loss"] = sum(self.weights[name] * part for name, part in parts.items())
         else:
-            parts = vicreg_loss(z, rows_of(other), **options, **self.weights)
+            parts = vicreg_loss(z, rows_of(other), **options, **self.weights, any_number=not self.training)
         return {name: value if name == "loss" else value.detach() for name, value in parts.items()}
 
     def operations(self, n: int, d: int, sides: int = 1) -> int:
@@ -346,6 +349,7 @@ class ProjectedDistance(torch.autograd.Function):
         return (weighted * errors.conj()).real.sum(dim=0)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         z, a, t, weighted = ctx.saved_tensors
         with torch.autocast(z.device.type, enabled=False):

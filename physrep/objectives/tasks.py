@@ -141,7 +141,10 @@ class Blocks(Task):
         _, h, w = grid
         area = self.scale * h * w
         height = min(max(round((area * aspect) ** 0.5), 1), h)
-        return height, min(max(round(area / height), 1), w)
+        width = max(round(area / height), 1)
+        if width > w:  # what does not fit along one axis goes along the other
+            return min(max(round(area / w), 1), h), w
+        return height, width
 
     def masks(self, seeds, grid, shape=None):
         places = _block_places(self, seeds, grid)
@@ -369,7 +372,7 @@ def interpolate_hidden(
     if hidden.all(axis=2).any():
         raise ValueError("a frame is hidden as a whole: it has no surroundings; its trivial answer is persistence")
     laplacian = _laplacian((h, w), tuple(periodic))
-    out = rearrange(fields, "b c t h w -> b (h w) t c").double().cpu().numpy()
+    out = rearrange(fields, "b c t h w -> b (h w) t c").to("cpu", torch.float64, copy=True).numpy()  # written to below
     for sample, masks in zip(out, hidden):
         alike: dict[bytes, list[int]] = {}  # frames with the same mask
         for frame, one in enumerate(masks):

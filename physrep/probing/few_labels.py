@@ -172,9 +172,10 @@ def score_refitted(
     split: str = "refitted",  # what the rows call it
     probes: Sequence[str] = ("linear", "knn", "kernel"),
 ) -> list[dict]:
-    """Rows of probes that are fitted on one half of the draws of parameters of shifted flows and predict the other half,
-    both ways: flows with equal parameters are in the same half. No rows for fewer than four draws, because a half needs
-    two, one of which is left out to choose a probe."""
+    """Rows of probes that are fitted on one half of the draws of shifted flows and predict the other half, both ways.
+
+    Flows with equal parameters are one draw. No rows for fewer than four draws: to choose a probe, one of at least two
+    is left out."""
     draws = np.unique(features.labels, axis=0, return_inverse=True)[1].reshape(-1)
     if len(np.unique(draws)) < 4:
         return []

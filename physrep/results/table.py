@@ -111,7 +111,7 @@ def select_rows(df: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
     if given.nunique() > 1:
         words = ", ".join(f"{objective}-{encoder} {n}" for (objective, encoder), n in given.items())
         raise ValueError(
-            f"methods of {system!r} were given different numbers of labelled flows: {words}; in a table all have as many"
+            f"methods of {system!r} were given different numbers of labelled flows: {words}; they need equal ones"
         )
     chosen = with_all_flows(chosen)
     chosen = chosen if "by_seed" in chosen else over_seeds(chosen)
