@@ -163,6 +163,6 @@ def _legend(fig: Figure, failed: bool) -> None:
     bar = Line2D([], [], color="#7A7A7A", marker="|", ls="none", ms=9, mew=2.2, label="random weights of the network")
     handles = [mark, bar, Line2D([], [], color="black", ls="--", lw=0.9, label="a constant")]
     if failed:
-        text = "a seed has not beaten the trivial answers to its question"
+        text = "has not beaten the trivial answers to its own question"
         handles.append(Line2D([], [], color="black", marker="$\N{DAGGER}$", ls="none", ms=5, label=text))
     fig.legend(handles=handles, loc="outside lower center", ncols=2)
