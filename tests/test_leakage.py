@@ -275,3 +275,49 @@ def test_labels_that_vary_in_a_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match="test/a.hdf5 holds trajectories with different labels"):
         write_leak_free(tmp_path, tmp_path / "view", "shear_flow")
     assert not (tmp_path / "view").exists()
+
+
+def test_files_of_one_name_with_other_parameters_in_another_split_lose_no_trajectory(tmp_path):
+    "A view is called like the file of its first flow; here the numbers of files mean something else in each split."
+    names = {"train": (1e4, 5e4), "valid": (5e4, 1e4), "test": (5e4, 1e4)}
+    for first, (split, numbers) in enumerate(names.items()):
+        for k, reynolds in enumerate(numbers):
+            seeds = [*range(10 * first, 10 * first + 3), 5]  # 5 is in every split
+            labels = {"Reynolds": reynolds, "Schmidt": 1.0}
+            write(tmp_path / "shear_flow" / "data" / split / f"flow{k}.hdf5", "shear_flow", labels, seeds)
+    dealt = write_leak_free(tmp_path, tmp_path / "view", "shear_flow")
+    written = {s: Windows(tmp_path / "view", "shear_flow", s, frames=2) for s in names}
+    assert sum(file.n_trajectories for w in written.values() for file in w.files) == len(dealt) == 24
+    for split, w in written.items():
+        found = sorted(float(file.labels["Reynolds"]) for file in w.files for _ in range(file.n_trajectories))
+        assert found == sorted(dealt[dealt.split == split].Reynolds)
+
+
+def test_scalars_of_every_trajectory_become_those_of_the_rows(tmp_path):
+    shear(tmp_path / "published")
+    for path in (tmp_path / "published").rglob("*.hdf5"):
+        with h5py.File(path, "r+") as f:
+            n = f["t0_fields/tracer"].shape[0]
+            for name in ("Reynolds", "Schmidt"):
+                value = f[f"scalars/{name}"][()]
+                del f[f"scalars/{name}"]
+                f[f"scalars/{name}"] = np.full(n, value)
+            f["scalars/number"] = np.arange(n, dtype=np.float32)
+    dealt = write_leak_free(tmp_path / "published", tmp_path / "view", "shear_flow")
+    files = [f for s in ("train", "valid", "test") for f in Windows(tmp_path / "view", "shear_flow", s, frames=2).files]
+    assert sum(file.n_trajectories for file in files) == len(dealt)
+    for file in files:
+        with h5py.File(file.path) as f:
+            assert f["scalars/Reynolds"].shape == () and f["scalars/Reynolds"][()] == 1e4
+            assert f["scalars/number"].size in (1, file.n_trajectories)
+
+
+def test_a_set_that_is_not_written_leaves_nothing(tmp_path, monkeypatch):
+    shear(tmp_path / "published")
+    with monkeypatch.context() as patch:
+        patch.setattr("physrep.data.leakage.write_stats", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_leak_free(tmp_path / "published", tmp_path / "view", "shear_flow")
+    assert not (tmp_path / "view" / "shear_flow").exists()
+    write_leak_free(tmp_path / "published", tmp_path / "view", "shear_flow")
+    assert sorted(p.name for p in (tmp_path / "view").iterdir()) == ["shear_flow"]

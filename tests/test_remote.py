@@ -2,7 +2,9 @@
 
 import http.client
 import http.server
+import os
 import shutil
+import sys
 import threading
 import time
 from functools import partial
@@ -11,7 +13,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from helpers import dry_run
+from torch.utils.data import DataLoader
 
 from physrep.data import remote
 from physrep.data.remote import NetworkError, as_path, open_bytes
@@ -202,6 +206,39 @@ def test_the_cache_keeps_its_limit(server, folder, tmp_path, monkeypatch):
             assert (frames[0] == frames[1]).all()
             assert cached_bytes(tmp_path) <= 1.06 * cache.limit
     assert cached_bytes(tmp_path) > 0.5 * cache.limit
+
+
+def test_the_blocks_that_were_used_longest_ago_go_first_and_nothing_else(tmp_path):
+    cache, keys = remote.BlockCache(tmp_path, limit=4 * remote.BLOCK), [f"{k:032x}" for k in range(3)]
+    mine = tmp_path / "my_project" / "simulations" / "result.hdf5"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(bytes(3 * remote.BLOCK))
+    os.utime(mine, (1, 1))
+    for k, key in enumerate(keys):
+        cache.put(key, 0, bytes(remote.BLOCK))
+        os.utime(cache._path(key, 0), (1000 + k, 1000 + k))
+    assert cache.get(keys[0], 0, remote.BLOCK) is not None, "it is used now"
+    cache.limit = 3 * remote.BLOCK
+    cache.make_room(remote.BLOCK)
+    assert [cache._path(key, 0).is_file() for key in keys] == [True, False, False]
+    assert mine.is_file(), "what is no block stays"
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    monkeypatch.setenv(remote.CACHE, "")
+    assert remote.block_cache().folder == Path("~/.cache/physrep/blocks").expanduser()
+    monkeypatch.setenv(remote.LIMIT, "inf")
+    with pytest.raises(ValueError, match="PHYSREP_CACHE_GB='inf' must be a number of gigabytes"):
+        remote.block_cache()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="worker processes are forked on Linux")
+def test_windows_on_a_network_in_worker_processes(server, folder):
+    here, there = (
+        Windows(root, "shear_flow", "train", frames=4, stride=4, in_memory=False) for root in (folder, server.address)
+    )
+    loader = DataLoader(there, batch_size=4, num_workers=1, multiprocessing_context="fork")
+    assert torch.equal(next(iter(loader))["fields"], here.read(range(4)))
 
 
 def test_a_file_that_changes_is_noticed(server, folder):

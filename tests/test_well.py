@@ -4,6 +4,8 @@ import dataclasses
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -18,11 +20,12 @@ from physrep.data.download import check_files
 from physrep.data.leakage import data_report, find_flows, leakage, write_leak_free
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.sets import STATS, find_files, find_folder, fingerprint, read_stats
-from physrep.data.well import WellFile, WellFormatError
+from physrep.data.well import UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_stats, write_well
 from physrep.physics.systems import SYSTEMS, Field, Label, System, get_system
 
+SHEAR = get_system("shear_flow")
 NX, NY, FRAMES = 12, 10, 9
 PARAMETERS = {
     "active_matter": {"L": 10.0, "zeta": 3.0, "alpha": -2.0},
@@ -373,6 +376,36 @@ def test_files_of_others_have_no_initial_conditions(tmp_path):
 
 
 # ---- files that are refused
+
+
+def test_the_spacing_of_a_square_box_on_an_uneven_grid_is_that_of_the_file(tmp_path):
+    "A published shear flow has a box of 1 x 2 whose longer axis is labelled from 0 to 1; one that we wrote has not."
+    fields = {f.name: np.zeros((1, 2, 8, 16, *(2,) * f.rank), dtype=np.float32) for f in SHEAR.fields}
+    about = dict(time=[0.0, 0.1], box=(1.0, 1.0))
+    path = write_well(tmp_path / "a.hdf5", SHEAR, fields, {"Reynolds": 900.0, "Schmidt": 1.0}, **about)
+    assert WellFile(path, SHEAR).spacing == (0.125, 0.0625)
+    with h5py.File(path, "r+") as file:
+        del file.attrs["written_by"]
+    assert WellFile(path, SHEAR).spacing == (0.125, 0.125), "as published"
+
+
+def test_a_file_that_is_in_use_is_not_called_damaged(tmp_path):
+    fields = {f.name: np.zeros((1, 2, 8, 8, *(2,) * f.rank), dtype=np.float32) for f in SHEAR.fields}
+    about = dict(time=[0.0, 0.1], box=(1.0, 1.0))
+    path = tmp_path / "shear_flow" / "data" / "train" / "a.hdf5"
+    path.parent.mkdir(parents=True)
+    write_well(path, SHEAR, fields, {"Reynolds": 900.0, "Schmidt": 1.0}, **about)
+    writes = "import h5py, sys, time; f = h5py.File(sys.argv[1], 'r+'); print('open', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", writes, str(path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "open\n"
+            with pytest.raises(UnreadableFileError, match="a.hdf5: cannot be read here and now; HDF5 says: .*lock"):
+                WellFile(path, SHEAR)
+            (problem,) = check_files(tmp_path / "shear_flow", SHEAR, remove=True)
+            assert "cannot be read here and now" in problem and path.is_file(), "another copy would not help"
+        finally:
+            other.kill()
+    assert WellFile(path, SHEAR).n_trajectories == 1
 
 
 def test_not_hdf5(tmp_path):

@@ -9,6 +9,7 @@ __all__ = ['data_report', 'find_flows', 'leakage', 'deal_flows', 'write_leak_fre
 import argparse
 import itertools
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -203,6 +204,19 @@ def _put_view(group: h5py.Group, name: str, rows: pd.DataFrame, folder: Path) ->
         layout[i] = source[trajectory]
     group.create_virtual_dataset(name, layout)
 
+
+def _put_scalar(group: h5py.Group, name: str, rows: pd.DataFrame) -> None:
+    "The numbers of the rows in place of those of a whole file: one if all are equal, or else one for each row."
+    values, about = [], dict(group[name].attrs)
+    for file, trajectory in zip(rows.file, rows.trajectory):
+        with h5py.File(file) as source:
+            stored = np.ravel(source[f"scalars/{name}"][()])
+        values.append(stored[trajectory if len(stored) > 1 else 0])
+    del group[name]
+    group[name] = values[0] if len(set(values)) == 1 else np.array(values)
+    for key, value in (about | {"sample_varying": group[name].ndim == 1}).items():
+        group[name].attrs[key] = value
+
 # %% ../../nbs/data/leakage.ipynb #1162d9c7
 def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
     "One file of the rows' trajectories, as references relative to it; whole or not at all."
@@ -214,6 +228,8 @@ def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
         out.attrs["n_trajectories"] = len(rows)
         for name in ("dimensions", "boundary_conditions", "scalars"):
             source.copy(name, out)
+        for name in [name for name, dataset in out["scalars"].items() if dataset.ndim]:
+            _put_scalar(out["scalars"], name, rows)
         times = [sources[f].time for f in sources]
         if any(t.shape != times[0].shape or not np.allclose(t, times[0]) or t.ndim > 1 for t in times):
             names = ", ".join(f.name for f in sources)
@@ -241,8 +257,9 @@ def write_leak_free(
     """Writes a view of a set in which no flow is in two splits, with `stats.yaml` of its own training split, and
     returns the table of `deal_flows`.
 
-    The files refer to the published ones by relative paths: move both together. Raises FileExistsError if `out` holds
-    the system already, ValueError for a file in which labels differ between trajectories."""
+    The set is written whole or not at all. Its files refer to the published ones by relative paths: move both together.
+    Raises FileExistsError if `out` holds the system already, ValueError for a file in which labels differ between
+    trajectories."""
     system = get_system(system) if isinstance(system, str) else system
     folder = Path(out) / system.name
     if folder.exists():
@@ -254,9 +271,14 @@ def write_leak_free(
             f"{per_file.idxmax()} holds trajectories with different labels; leak-free views are of files with one "
             "parameter pair each"
         )
+    partial = folder.resolve().with_name(f".{system.name}.partial")  # as deep, for paths that are relative
+    shutil.rmtree(partial, ignore_errors=True)
     for (split, *_), rows in dealt.groupby(["split", *system.label_names]):
-        _write_view(folder.resolve() / "data" / split / Path(rows.file.iloc[0]).name, rows, system)
-    write_stats(folder, system, split="train")
+        name, taken = Path(rows.file.iloc[0]), partial / "data" / split
+        others = len([*taken.glob(f"{name.stem}*{name.suffix}")]) if (taken / name.name).exists() else 0
+        _write_view(taken / (f"{name.stem}-{others}{name.suffix}" if others else name.name), rows, system)
+    write_stats(partial, system, split="train")
+    partial.rename(folder)
     return dealt
 
 # %% ../../nbs/data/leakage.ipynb #f5d835cf

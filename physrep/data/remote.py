@@ -67,9 +67,15 @@ LONGEST = 64  # blocks that are asked for at once
 CACHE, LIMIT = "PHYSREP_CACHE", "PHYSREP_CACHE_GB"  # environment: a folder, and its limit
 
 
+# where blocks lie below the folder of a cache, and what they are called while they are written
+_IS_BLOCK = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{30}/(\d+|\.\d+\.\d+\.tmp)")
+
+
 @dataclass
 class BlockCache:
-    "Blocks of files in a folder that holds at most `limit` bytes, and a twentieth of that for each process that reads."
+    """Blocks of files in a folder, at most `limit` bytes of them, and a twentieth of that for each process that reads.
+
+    What else is in the folder stays."""
 
     folder: Path
     limit: int
@@ -105,6 +111,8 @@ class BlockCache:
         with FileLock(self.folder / ".lock"):
             found = []
             for path in self.folder.glob("*/*/*"):
+                if not _IS_BLOCK.fullmatch(path.relative_to(self.folder).as_posix()):
+                    continue
                 try:
                     state = path.stat()
                     found.append((state.st_mtime_ns, state.st_size, path))
@@ -124,7 +132,7 @@ class BlockCache:
 def _cache_in(folder: str, gigabytes: str) -> BlockCache:
     try:
         limit = int(float(gigabytes) * 1e9)
-    except ValueError:
+    except (ValueError, OverflowError):
         limit = 0
     if limit < 20 * BLOCK:
         raise ValueError(f"{LIMIT}={gigabytes!r} must be a number of gigabytes, at least {20 * BLOCK / 1e9:.3f}")
@@ -134,7 +142,7 @@ def _cache_in(folder: str, gigabytes: str) -> BlockCache:
 def block_cache() -> BlockCache:
     """The cache of this process: `$PHYSREP_CACHE`, by default `~/.cache/physrep/blocks`, of `$PHYSREP_CACHE_GB`, by
     default 20. ValueError if that is no number, or too small."""
-    return _cache_in(os.environ.get(CACHE, "~/.cache/physrep/blocks"), os.environ.get(LIMIT, "20"))
+    return _cache_in(os.environ.get(CACHE) or "~/.cache/physrep/blocks", os.environ.get(LIMIT) or "20")
 
 # %% ../../nbs/data/remote.ipynb #a588e8b1
 TRIES, PAUSE = 5, 0.5  # pauses double
@@ -152,10 +160,18 @@ def _final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | PermissionError)
 
 
+_STARTED = os.getpid()
+
+
+def _of_this_process(path: Any) -> Any:
+    "A path whose connections are of this process: those of the process that it was forked from do not work."
+    return path if os.getpid() == _STARTED else type(path)(str(path), **path.storage_options)
+
+
 def fetch(path: Any, start: int, stop: int, *, pause: float = PAUSE) -> bytes:
     """The bytes `start` to `stop` of a file on a network. Raises FileNotFoundError and PermissionError at once,
     NetworkError after `TRIES` tries."""
-    last = ""
+    path, last = _of_this_process(path), ""
     for k in range(TRIES):
         if k:
             time.sleep(pause * 2 ** (k - 1))
@@ -198,7 +214,7 @@ _PROCESS = secrets.token_hex(8)  # in place of a version, where a store has none
 
 def _ask_state(path: Any) -> tuple[int, str]:
     "Size and version of a file, from the store."
-    last: Exception | None = None
+    path, last = _of_this_process(path), None
     for k in range(TRIES):
         if k:
             time.sleep(PAUSE * 2 ** (k - 1))

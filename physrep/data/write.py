@@ -19,7 +19,7 @@ import yaml
 
 from ..core.files import atomic_path
 from .sets import STATS, find_files
-from .well import INITIAL_CONDITION, WellFile, WellFormatError
+from .well import INITIAL_CONDITION, WRITTEN_BY, WellFile, WellFormatError
 from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/write.ipynb #66413f64
@@ -193,6 +193,7 @@ def write_well(
         "grid_type": "cartesian",
         "n_spatial_dims": len(system.axes),
         "n_trajectories": b,
+        WRITTEN_BY: "physrep",
     }
     header |= {"simulation_parameters": _strings(values)} | {n: v if v.ndim else float(v) for n, v in values.items()}
     taken = sorted(set(header) & set(attributes or {}))

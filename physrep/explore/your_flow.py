@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 
@@ -69,6 +70,7 @@ def _array_in(content: bytes) -> np.ndarray:
 
 # %% ../../nbs/explore/your_flow.ipynb #c5d35740
 _VISIT = """
+import math
 import sys
 import h5py
 
@@ -84,8 +86,13 @@ def look(_, item):
     for name in tried(lambda: list(item.attrs)):
         tried(lambda: item.attrs[name])
     own = isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external
-    if own and item.nbytes <= int(sys.argv[2]):
+    if own and not item.dtype.hasobject and unpacked(item) <= int(sys.argv[2]):
         tried(lambda: item[()])
+        print(item.name)
+
+
+def unpacked(item):
+    return max(item.nbytes, math.prod(item.chunks or ()) * item.dtype.itemsize)  # a chunk is unpacked whole
 
 
 with h5py.File(sys.argv[1], "r") as file:
@@ -107,15 +114,22 @@ def _check_readable(path: Path, patience: float) -> None:
 
 # %% ../../nbs/explore/your_flow.ipynb #7eee424e
 def _check_own(path: Path) -> None:
-    "ValueError for a file that shows what stands in other files, or that holds more than `UNPACKED` bytes."
+    "ValueError for a file that shows what stands in other files, holds no numbers, or more than `UNPACKED` bytes."
     if outside := parts_outside(path):
         name, source = next(iter(outside.items()))
         raise ValueError(f"{name} is a view of another file, {source!r}; a file that is uploaded must hold all itself")
-    sizes = []
+    sizes: list[int] = []
     with open_hdf5(path) as file:
-        file.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
+        file.visititems(lambda _, item: sizes.append(_unpacked(item)) if isinstance(item, h5py.Dataset) else None)
     if sum(sizes) > UNPACKED:
         raise ValueError(f"the file unpacks to {sum(sizes) / 1e6:.0f} MB; at most {UNPACKED / 1e6:.0f} MB are read")
+
+
+def _unpacked(item: h5py.Dataset) -> int:
+    "Bytes that it takes to read a dataset: a chunk is unpacked whole. ValueError for one that holds no numbers."
+    if item.dtype.hasobject:
+        raise ValueError(f"{item.name} holds text or arrays of different lengths; files of The Well hold numbers")
+    return max(item.nbytes, math.prod(item.chunks or ()) * item.dtype.itemsize)
 
 # %% ../../nbs/explore/your_flow.ipynb #c3b3ed91
 def flow_from_bytes(
@@ -225,6 +239,8 @@ def resample(flow: Flow, info: dict) -> Flow:
         x = _fewer_points(x, flow, grid)
     if abs(flow.dt - info["dt"]) > 0.01 * info["dt"]:
         frames = int(np.floor((flow.n_frames - 1) * flow.dt / info["dt"] + 1e-6)) + 1
+        if frames * x[:, 0].nbytes > UNPACKED:
+            raise ValueError(f"this cannot be resampled: a time step of {flow.dt:g} would be {frames} frames in all")
         place = np.minimum(np.arange(frames) * info["dt"] / flow.dt, flow.n_frames - 1)
         left = np.minimum(place.astype(int), flow.n_frames - 2)
         share = (place - left).astype(np.float32)[:, None, None]
