@@ -499,7 +499,7 @@ COMMAND = [
     (
         ["compare", "no.csv", "--reference", "nowhere"],
         1,
-        "no file no.csv; `write_windows_csv` writes one to be filled in",
+        "no file no.csv; `physrep compare no.csv --template --reference RUN` (`write_windows_csv`) writes one to",
     ),
     (["verify", "nowhere"], 2, "nowhere"),
     (["download", "shear"], 2, "required: root"),

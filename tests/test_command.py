@@ -189,6 +189,21 @@ def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path):
     assert "probe_waves_baselines" in again and "pretrain_waves_forecast_vit" in again, "the system is another one"
 
 
+def test_a_stage_without_a_clone_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    "As after `pip install` of the library alone: neither folders nor a variable would help."
+
+    def no_clone():
+        raise FileNotFoundError("no checkout of physrep at or above: pass data_dir and run_dir")
+
+    monkeypatch.setattr("physrep.experiments.command.project_root", no_clone)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="03_pretrain is a notebook, and runs in a clone .* there is none at"):
+        stage_path("03_pretrain")
+    monkeypatch.setattr("physrep.experiments.command.project_root", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="no notebook .*03_pretrain.ipynb: the stage .* runs in a clone"):
+        stage_path("03_pretrain")
+
+
 def test_help_shows_the_parameters_of_the_notebook(capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "--help"])

@@ -251,6 +251,18 @@ def test_plots_of_few_windows_and_of_equal_predictions():
         plt.close(fig)
 
 
+def test_a_label_without_a_symbol_is_drawn_by_its_name():
+    "As those of the guide to data of one's own."
+    import matplotlib.pyplot as plt
+
+    _, truth, _ = make(0)
+    system = replace(SYSTEM, labels=tuple(replace(label, latex="") for label in SYSTEM.labels))
+    fig = plot_predictions(truth, truth, system)
+    fig.canvas.draw()
+    assert [ax.get_title().split(":")[0] for ax in fig.axes[:2]] == ["Reynolds", "Schmidt"]
+    plt.close(fig)
+
+
 def test_plain_labels_below_zero_are_drawn():
     "The paper takes no logarithm of the Prandtl number, and a probe of it may say a negative one."
     import matplotlib.pyplot as plt

@@ -25,7 +25,7 @@ from .remote import NetworkError, as_path, file_size, is_address, open_bytes, st
 from ..physics.systems import SYSTEMS, System, get_system
 
 # %% ../../nbs/data/well.ipynb #d051ca7a
-WRITTEN_BY = "written_by"  # root attribute of files of `write_well`
+WRITTEN_BY = "written_by"  # root attribute of files that `write_well` wrote without `INITIAL_CONDITION`
 INITIAL_CONDITION = "physrep_initial_condition"  # root dataset (B,) int64: which trajectories start alike
 
 # %% ../../nbs/data/well.ipynb #85a3340d

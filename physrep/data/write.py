@@ -193,7 +193,6 @@ def write_well(
         "grid_type": "cartesian",
         "n_spatial_dims": len(system.axes),
         "n_trajectories": b,
-        WRITTEN_BY: "physrep",
     }
     header |= {"simulation_parameters": _strings(values)} | {n: v if v.ndim else float(v) for n, v in values.items()}
     taken = sorted(set(header) & set(attributes or {}))
@@ -212,7 +211,9 @@ def write_well(
         _put_frame(file, system, coordinates, time)
         _put_scalars(file, values)
         _put_fields(file, system, arrays, chunks, compression)
-        if initial_conditions is not None:
+        if initial_conditions is None:
+            file.attrs[WRITTEN_BY] = "physrep"
+        else:  # which marks the file as well
             file[INITIAL_CONDITION] = initial_conditions
     return path
 

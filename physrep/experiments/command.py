@@ -57,9 +57,15 @@ def _mapping(text: str) -> dict:
 # %% ../../nbs/experiments/command.ipynb #8ce32566
 def stage_path(name: str) -> Path:
     "The notebook of a stage in the checkout. FileNotFoundError where there is no checkout."
-    path = project_root() / "nbs" / f"{name}.ipynb"
+    needs = (
+        f"the stage {name} is a notebook, and runs in a clone of the repository (https://github.com/physrep/physrep)"
+    )
+    try:
+        path = project_root() / "nbs" / f"{name}.ipynb"
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{needs}; there is none at or above {Path.cwd()}") from error
     if not path.is_file():
-        raise FileNotFoundError(f"no notebook {path}: the stages are run from a checkout of physrep")
+        raise FileNotFoundError(f"no notebook {path}: {needs}")
     return path
 
 

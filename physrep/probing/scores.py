@@ -285,7 +285,8 @@ def _draw_panel(
     ax.vlines(label.inverse(where), label.inverse(low), label.inverse(high), color=color, lw=1.8, zorder=3)
     ax.plot(label.inverse(where), label.inverse(median), "o", ms=6, mfc="white", mec=color, mew=1.6, zorder=4)
     ax.set(xlabel=f"true {label.name}", ylabel=f"predicted {label.name}", aspect="equal", xlim=edges, ylim=edges)
-    ax.set_title(rf"${label.latex}$: $R^2$ = {r2:.2f}", fontsize=10)
+    symbol = f"${label.latex}$" if label.latex else label.name
+    ax.set_title(rf"{symbol}: $R^2$ = {r2:.2f}", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../../nbs/probing/scores.ipynb #cad46ce1
