@@ -4,7 +4,6 @@ import http.client
 import http.server
 import os
 import shutil
-import sys
 import threading
 import time
 from functools import partial
@@ -232,12 +231,11 @@ def test_an_empty_variable_is_none(monkeypatch):
         remote.block_cache()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="worker processes are forked on Linux")
 def test_windows_on_a_network_in_worker_processes(server, folder):
     here, there = (
         Windows(root, "shear_flow", "train", frames=4, stride=4, in_memory=False) for root in (folder, server.address)
     )
-    loader = DataLoader(there, batch_size=4, num_workers=1, multiprocessing_context="fork")
+    loader = DataLoader(there, batch_size=4, num_workers=1, multiprocessing_context="spawn")
     assert torch.equal(next(iter(loader))["fields"], here.read(range(4)))
 
 

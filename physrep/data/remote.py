@@ -160,18 +160,10 @@ def _final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | PermissionError)
 
 
-_STARTED = os.getpid()
-
-
-def _of_this_process(path: Any) -> Any:
-    "A path whose connections are of this process: those of the process that it was forked from do not work."
-    return path if os.getpid() == _STARTED else type(path)(str(path), **path.storage_options)
-
-
 def fetch(path: Any, start: int, stop: int, *, pause: float = PAUSE) -> bytes:
     """The bytes `start` to `stop` of a file on a network. Raises FileNotFoundError and PermissionError at once,
     NetworkError after `TRIES` tries."""
-    path, last = _of_this_process(path), ""
+    last = ""
     for k in range(TRIES):
         if k:
             time.sleep(pause * 2 ** (k - 1))
@@ -214,7 +206,7 @@ _PROCESS = secrets.token_hex(8)  # in place of a version, where a store has none
 
 def _ask_state(path: Any) -> tuple[int, str]:
     "Size and version of a file, from the store."
-    path, last = _of_this_process(path), None
+    last: Exception | None = None
     for k in range(TRIES):
         if k:
             time.sleep(PAUSE * 2 ** (k - 1))

@@ -82,8 +82,8 @@ def _read_table(path: Path) -> tuple[_Header, list[tuple[int, dict[str, str]]]]:
     "Header and (line number, column -> text) of all lines; ValueError for columns that are missing or unknown."
     if not path.is_file():
         raise FileNotFoundError(
-            f"no file {path}; `physrep compare {path} --template --reference RUN` (`write_windows_csv`) writes one to be"
-            " filled in"
+            f"no file {path}; `physrep compare {path} --template --reference RUN` (`write_windows_csv`) writes one to"
+            " be filled in"
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
