@@ -67,6 +67,8 @@ def publish(root, name: str, n: int = 2):
             write_well(
                 path, name, fields, parameters, time=np.arange(FRAMES, dtype=np.float64) * 0.25, coordinates=coordinates
             )
+            with h5py.File(path, "r+") as file:
+                del file.attrs["written_by"]  # by others
             kept = fields if kept is None else kept
     write_stats(root, name)
     return kept

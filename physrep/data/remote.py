@@ -61,16 +61,14 @@ def as_path(place: str | os.PathLike) -> Any:
         raise ValueError(f"{place}: {error}; fsspec.available_protocols() lists the protocols") from error
     return path
 
-# %% ../../nbs/data/remote.ipynb #88458faa
+# %% ../../nbs/data/remote.ipynb #5c0d9f3a
 BLOCK = 2**20  # bytes
 LONGEST = 64  # blocks that are asked for at once
 CACHE, LIMIT = "PHYSREP_CACHE", "PHYSREP_CACHE_GB"  # environment: a folder, and its limit
-
-
 # where blocks lie below the folder of a cache, and what they are called while they are written
 _IS_BLOCK = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{30}/(\d+|\.\d+\.\d+\.tmp)")
 
-
+# %% ../../nbs/data/remote.ipynb #88458faa
 @dataclass
 class BlockCache:
     """Blocks of files in a folder, at most `limit` bytes of them, and a twentieth of that for each process that reads.
