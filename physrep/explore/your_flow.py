@@ -100,7 +100,7 @@ with h5py.File(sys.argv[1], "r") as file:
     file.visititems(lambda name, item: tried(lambda: look(name, item)))
 """
 
-
+# %% ../../nbs/explore/your_flow.ipynb #b71e04c2
 def _check_readable(path: Path, patience: float) -> None:
     """ValueError for a file in which HDF5 hangs, or on which it ends the process: both happen in C with some damaged
     files, and would take the page with them. So another process reads the file first, for `patience` seconds."""
