@@ -83,7 +83,7 @@ study: $(READY)  ## every experiment, after a list of what it trains and how lon
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
-	@$(call takes_no,ROWS ONLY)
+	@$(call takes_no,ROWS ONLY SEEDS)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) tuning
 	@$(KEEP)

@@ -29,7 +29,7 @@ from physrep.data.remote import is_address
 from physrep.data.sets import find_files
 from physrep.experiments.long_probe import encoder_rows, long_probe_root, with_long_probe
 from physrep.experiments.paper_order import PAPER_ROWS
-from physrep.experiments.matters import CELLS, COMPARED, FOUND, PAIRS, cell_run, cells_of, matters_root
+from physrep.experiments.matters import BUDGET, CELLS, COMPARED, FOUND, PAIRS, cell_run, cells_of, matters_root
 from physrep.experiments.matters_errors import crossed
 from physrep.experiments.probe_length import FILE as LENGTH_FILE
 from physrep.experiments.own_question_figures import jepa_rows, faster
@@ -44,9 +44,9 @@ from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for
 from physrep.results.archive import FINE_TUNED, scored_elsewhere, with_seeds_there
 from physrep.results.data_efficiency import TRAINED_ON_FEW
-from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, references_of, row_name, run_of, systems_of
+from physrep.results.rows import CONTROLS, Row, changes_of, chosen_rows, read_rows, references_of, row_name, run_of, systems_of
 from physrep.training.presets import get_preset
-from physrep.training.run import baseline_folder
+from physrep.training.run import baseline_folder, resolve
 
 code_digest = cache(code_digest)  # many jobs use the same code, which stays what it is while this is read
 ROOT = project_root()
@@ -59,6 +59,7 @@ ASKED_SEEDS = seeds_in(str("" if config.get("seeds") is None else config["seeds"
 ONLY = str(config.get("only") or "")
 BY_HAND = chosen_rows(ONLY)  # the same with the recipes of the preset: what is compared with variants of these
 WITH_ROWS = ({"rows": Path(config["rows"]).resolve()} if config.get("rows") else {}) | ({"only": ONLY} if ONLY else {})
+OWN_ROWS = {row.pair for row in read_rows(config["rows"])} if config.get("rows") else set()
 NEEDS_ENCODERS = config.get("encoders") in (True, "yes")
 NAMED = [name for name in str(config.get("systems") or "").split(",") if name]
 SYSTEMS = {get_system(name).name: name for name in NAMED or systems_of(PRESET, DATA)}  # name in tables -> as it was asked for
@@ -75,10 +76,15 @@ def stage(name, *modules, entries=()):
     return notebook_digest(ROOT / "nbs" / f"{name}.ipynb") + code_digest(*modules, entries=entries)
 
 
+SIMULATING = "$SIMULATING"  # a number that the shell of a job knows
+
+
 def given_to_papermill(name, value):
     "A parameter as an option of papermill: text stays text, e.g. a tag `2`, and 5e-05 a number, which YAML writes 5.0e-05."
     if isinstance(value, dict):
         return f"-y {shlex.quote(yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip())}"
+    if value is SIMULATING:
+        return f'-p {name} "{value}"'
     return f"{'-r' if isinstance(value, str | Path) else '-p'} {name} {shlex.quote(str(value))}"
 
 
@@ -163,10 +169,11 @@ for system, asked in SYSTEMS.items():
         rule:
             name: f"simulate_{system}"
             output: simulated(system)
-            params: code=solver, command=papermill("00_simulate", f"{system}-simulate", system=system, workers=SIM_WORKERS)
+            params: code=solver, command=papermill("00_simulate", f"{system}-simulate", system=system, workers=SIMULATING)
             threads: CORES if torch.cuda.is_available() else SIM_WORKERS
+            resources: simulating=SIM_WORKERS  # not a parameter: another number of cores changes no flow
             priority: FIRST_SYSTEMS[system] + 9
-            shell: "{params.command}"
+            shell: "export SIMULATING={resources.simulating}; {params.command}"
 
     if system in PRESET.sims and PRESET.refined:
         REFINED.append(Path(f"{DATA}_refined") / system / "stats.yaml")
@@ -211,7 +218,7 @@ for system, runs_in, about in PLACES:
                 input: csv=row.predictions[system], reference=baselines[0]
                 output: RESULTS[-1]
                 params: command=f"{shlex.quote(sys.executable)} -m physrep.experiments.command compare"
-                shell: f"{{params.command}} {{input.csv:q}} --reference $(dirname {{input.reference:q}}) --into $(dirname {{output:q}})"
+                shell: '{params.command} {input.csv:q} --reference "$(dirname {input.reference:q})" --into "$(dirname {output:q})"'
 
     # all seeds of the preset in one job, because starting one costs as much as a probe; each further seed is a job
     seeds_there = with_seeds_there(PRESET, asked, ENCODED[system], ROOT / "runs", DATA).seeds
@@ -262,7 +269,7 @@ for system, runs_in, about in PLACES:
             threads: JOB_THREADS
             resources: gpu=GPUS
             priority: FIRST_SYSTEMS[system] + (row.cost if row.pair in ACROSS else 0)
-            params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, finetuned=row.finetuned, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows"}, curve=True if KEEPS_CURVES and row in ENCODED.get(system, []) and runs_in is None and row.kind == "trained" else None)
+            params: code=code_digest("probing.evaluate", *runs[0].modules, entries=runs[0].entries) + PROBING, finetuned=row.finetuned, command=papermill("04_probe", f"{name}-probe", **values, **{k: v for k, v in WITH_ROWS.items() if k == "rows" and row.pair in OWN_ROWS}, curve=True if KEEPS_CURVES and row in ENCODED.get(system, []) and runs_in is None and row.kind == "trained" else None)
             shell: "{params.command}"
 
 
@@ -583,10 +590,12 @@ COMBINED = str(config.get("cells") or "")  # cells, or `all`; default: those who
 COMBINED = CELLS if COMBINED == "all" else COMBINED.split(",") if COMBINED else cells_of(SYSTEMS[FIRST], PRESET)
 FACTORIAL = {name: OUT / "matters" / f"{name}.done" for name in COMBINED}
 FOLDERS = {}  # cell -> its runs, those of the same task, target and network with another padding too
+MADE_BY = {}  # cell -> what decides about its runs; their updates follow from the operations of the row BUDGET
 for name, done in list(FACTORIAL.items()):
     try:
+        of_budget = "".join(resolve(asked, *BUDGET, PRESET, data_dir=DATA).hash for asked in SYSTEMS.values())
         run = cell_run(name, SYSTEMS[FIRST], PRESET, steps=1, data_dir=DATA)  # as many updates as make operations equal are found later
-        given = run.hash + PROBING  # builds the objective
+        MADE_BY[name] = code_digest("experiments.matters", *run.modules, entries=run.entries) + run.hash + of_budget + PROBING
     except ValueError:
         if config.get("cells") not in (None, "", "all"):  # asked for by name
             raise
@@ -598,7 +607,7 @@ for name, done in list(FACTORIAL.items()):
         name: f"cell_{name}".replace("-", "_")
         input: [file for system in SYSTEMS for file in simulated(system)]
         output: touch(finished(done, any(probed)))
-        params: code=code_digest("experiments.matters", *run.modules, entries=run.entries) + given, command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))), draw=False)
+        params: code=MADE_BY[name], command=papermill("08_what_matters", f"matters-{name}", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), cells=name, seeds=" ".join(map(str, dict.fromkeys((*PRESET.seeds, *ASKED_SEEDS)))), draw=False)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"
@@ -628,7 +637,7 @@ for name, (system, folders, seeds, asked) in list(READ_LONGER.items()):
         name: f"attentive_{name}".replace("-", "_")
         input: simulated(system)
         output: touch(finished(OUT / "attentive" / f"{name}.done", read))
-        params: code=code_digest("experiments.probe_length") + PROBING, command=papermill("08k_probe_length", f"attentive-{name}", systems=SYSTEMS[system], chosen_on=SYSTEMS[FIRST], seeds=" ".join(map(str, seeds)), draw=False, **asked)
+        params: code=code_digest("experiments.probe_length") + "".join(MADE_BY[cell] for cell in asked.get("cells", ",".join(COMPARED)).split(",") if cell in MADE_BY), command=papermill("08k_probe_length", f"attentive-{name}", systems=SYSTEMS[system], chosen_on=SYSTEMS[FIRST], seeds=" ".join(map(str, seeds)), draw=False, **asked)
         threads: JOB_THREADS
         resources: gpu=GPUS
         shell: "{params.command}"

@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from physrep.core.files import read_json
-from physrep.core.randomness import sample_seeds
+from physrep.core.files import read_json, write_json
+from physrep.core.randomness import sample_seeds, seed_for
 from physrep.data.batches import Ahead, Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
 from physrep.data.generate import FLOWS_A_CALL, _batches, _recipe, draw_parameters, make_dataset, make_files, plan
 from physrep.data.same_flows import count_as_known, known_flows, recipe_digest
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.sets import COUNTS_AS, find_files, fingerprint
-from physrep.data.well import WellFile, WellFormatError
+from physrep.data.well import UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.physics import rayleigh_benard
 from physrep.physics.oracle import equation_oracle
@@ -652,3 +652,143 @@ def test_labels_that_do_not_vary():
         LabelScaler.fit(SHEAR, np.array([[400.0, 0.5], [800.0, 0.5]]), "a/train")
     with pytest.raises(ValueError, match=r"all labels Schmidt of shear_flow are equal"):
         LabelScaler.fit(SHEAR, np.array([[400.0, 0.5], [800.0, 0.5]]))
+
+
+def test_statistics_stay_those_of_train_when_a_set_grows(tmp_path):
+    sim = replace(BARE, draws={"valid": (2, 1), "train": (2, 1), "test": (2, 1)}, n_frames=3)
+    options = dict(workers=1, progress=False)
+    folder = make_dataset("shear_flow", sim.only(("valid",)), tmp_path, **options)
+    of_valid = (folder / "stats.yaml").read_text()
+    make_dataset("shear_flow", sim.only(("test",)), tmp_path, **options)
+    assert (folder / "stats.yaml").read_text() == of_valid, "the first split stays"
+    with pytest.raises(TimeoutError):
+        make_dataset("shear_flow", sim, tmp_path, minutes=0, **options)
+    assert not (folder / "stats.yaml").exists(), "an interruption now would leave those of valid"
+    make_dataset("shear_flow", sim, tmp_path, **options)
+    of_train = (folder / "stats.yaml").read_text()
+    assert of_train != of_valid
+    more = replace(sim, draws={**sim.draws, "shifted": (2, 1)}, families={"shifted": "shifted"})
+    make_dataset("shear_flow", more.only(("shifted",)), tmp_path, **options)
+    assert (folder / "stats.yaml").read_text() == of_train
+    alone = make_dataset("shear_flow", sim.only(("train",)), tmp_path / "alone", **options)
+    assert (alone / "stats.yaml").read_text() == of_train
+
+
+def test_new_code_removes_what_it_had_planned_and_nothing_else(tmp_path):
+    sim = replace(BARE, draws={"train": (2, 1)}, n_frames=3)
+    folder = make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
+    mine = folder / "data" / "mine" / "days_of_work.hdf5"
+    mine.parent.mkdir()
+    mine.write_bytes(b"a split of one's own")
+    write_json(folder / "plan.json", read_json(folder / "plan.json") | {"code": "0" * 16})
+    old = {p: p.stat().st_mtime_ns for p in (folder / "data/train").iterdir()}
+    make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
+    assert mine.read_bytes() == b"a split of one's own"
+    new = {p: p.stat().st_mtime_ns for p in (folder / "data/train").iterdir()}
+    assert new.keys() == old.keys() and not new.items() & old.items()
+
+
+def test_a_file_that_another_program_holds_is_not_simulated_again(tmp_path, monkeypatch):
+    from physrep.data import generate
+
+    sim = replace(BARE, draws={"train": (2, 1)}, n_frames=3)
+    folder = make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
+    (folder / "stats.yaml").unlink()  # so that files are looked at
+    before = {p: p.stat().st_mtime_ns for p in (folder / "data/train").iterdir()}
+
+    def held(path, system):
+        raise UnreadableFileError(f"{path}: cannot be read here and now")
+
+    monkeypatch.setattr(generate, "WellFile", held)
+    with pytest.raises(UnreadableFileError, match="cannot be read here and now"):
+        make_dataset("shear_flow", sim, tmp_path, workers=1, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in (folder / "data/train").iterdir()} == before
+
+
+def grown(tmp_path, smoke_data, change):
+    "Split `train` of two files, the second one changed."
+    split = tmp_path / "shear_flow" / "data" / "train"
+    split.mkdir(parents=True)
+    for source in find_files(smoke_data, SHEAR, "train")[:2]:
+        shutil.copy(source, split)
+    last = sorted(split.iterdir())[-1]
+    with h5py.File(last, "r+") as file:
+        change(file)
+    return tmp_path
+
+
+def stretch(file, name):
+    file[f"dimensions/{name}"][...] = 2 * file[f"dimensions/{name}"][...]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: stretch(f, "time"), "has frames 0.4 .* frames 0.2 "),
+        (lambda f: stretch(f, "x"), "has frames 0.2 and points 0.0625, 0.03125 apart"),
+    ],
+)
+def test_files_of_a_split_are_of_one_kind(tmp_path, smoke_data, change, message):
+    with pytest.raises(WellFormatError, match=f"{message}.*put them in sets of their own"):
+        Windows(grown(tmp_path, smoke_data, change), SHEAR, "train", frames=2)
+
+
+def test_a_split_of_two_grids_names_both(tmp_path, smoke_data):
+    def crop(file):
+        for group in ("t0_fields", "t1_fields"):
+            for name, field in {**file[group]}.items():
+                data, about = field[:, :, :16], dict(field.attrs)
+                del file[group][name]
+                file[group][name] = data
+                file[group][name].attrs.update(about)
+        x = file["dimensions/x"][:16]
+        del file["dimensions/x"]
+        file["dimensions/x"] = x
+
+    with pytest.raises(WellFormatError, match=r"has a grid of \(16, 32\), .* \(32, 32\)"):
+        Windows(grown(tmp_path, smoke_data, crop), SHEAR, "train", frames=2)
+
+
+def test_windows_by_a_mask_and_into_a_buffer_that_is_too_small(smoke_data):
+    w = Windows(smoke_data, SHEAR, "test", frames=16, stride=8)
+    mask = np.arange(len(w)) % 2 == 1
+    assert torch.equal(w.read(mask), w.read(np.flatnonzero(mask)))
+    with pytest.raises(ValueError, match="zip"):
+        w.read([0, 1, 2], out=torch.empty(2, *w.shape))
+
+
+def test_trajectories_of_two_lengths_make_no_array(tmp_path, smoke_data):
+    def shorten(file):
+        for group in ("t0_fields", "t1_fields"):
+            for name, field in {**file[group]}.items():
+                data = field[:, :-3]
+                del file[group][name]
+                file[group][name] = data
+        time = file["dimensions/time"][:-3]
+        del file["dimensions/time"]
+        file["dimensions/time"] = time
+
+    folder = grown(tmp_path, smoke_data, shorten)
+    n = Windows(smoke_data, SHEAR, "train", frames=2).files[0].n_frames
+    with pytest.raises(ValueError, match=rf"in_memory=True needs .* \[{n - 3}, {n}\] frames"):
+        Windows(folder, SHEAR, "train", frames=2, in_memory=True)
+    assert not Windows(folder, SHEAR, "train", frames=2).in_memory
+
+
+def test_groups_of_foreign_files_tell_splits_apart(tmp_path, smoke_data):
+    "Files of The Well have the same names in every split."
+    source = find_files(smoke_data, SHEAR, "train")[0]
+    for split in ("train", "valid"):
+        (tmp_path / "shear_flow" / "data" / split).mkdir(parents=True)
+        path = tmp_path / "shear_flow" / "data" / split / "published.hdf5"
+        shutil.copy(source, path)
+        with h5py.File(path, "r+") as file:
+            del file["physrep_initial_condition"]
+    both = Windows(tmp_path, SHEAR, "train+valid", frames=2)
+    assert len(set(both.groups)) == len(both.groups) == 2 * both.files[0].n_trajectories
+    assert set(both.groups) >= set(Windows(tmp_path, SHEAR, "train", frames=2).groups)
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.int32(3), np.uint8(3)])
+def test_numbers_of_any_type_are_the_same_key(number):
+    assert seed_for("step", number) == seed_for("step", 3) != seed_for("step", "3")

@@ -21,11 +21,13 @@ def pick_device(name: str = "auto") -> str:
     if name == "auto":
         return "cuda" if has_gpu else "cpu"
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda, cuda:<n>") from error
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not has_gpu):
-        raise ValueError(f"device {name!r} is not available; valid: auto, cpu" + (", cuda" if has_gpu else ""))
+    gpus = torch.cuda.device_count() if has_gpu else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
+        which = "".join(f", cuda:{n}" for n in range(gpus))
+        raise ValueError(f"device {name!r} is not available; valid: auto, cpu" + (f", cuda{which}" if gpus else ""))
     return name
 
 # %% ../../nbs/core/devices.ipynb #cfa1f1e6

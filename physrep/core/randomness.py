@@ -8,12 +8,14 @@ __all__ = ['seed_for', 'generator', 'sample_seeds', 'rand_samples', 'randn_sampl
 # %% ../../nbs/core/randomness.ipynb #495936da
 import hashlib
 
+import numpy as np
 import torch
 
 # %% ../../nbs/core/randomness.ipynb #51189281
 def seed_for(*keys: int | str) -> int:
-    "A 63-bit seed that depends on all `keys` (integers or strings), and on nothing else."
-    text = "/".join(f"{type(k).__name__}:{k}" for k in keys)
+    "A 63-bit seed that depends on all `keys` (integers of any type, or strings), and on nothing else."
+    plain = (int(k) if isinstance(k, np.integer) else k for k in keys)
+    text = "/".join(f"{type(k).__name__}:{k}" for k in plain)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -29,7 +29,7 @@ from ..core.files import read_json, write_json
 from ..core.provenance import code_digest
 from ..core.randomness import generator, seed_for
 from .same_flows import count_as_known
-from .well import WellFile, WellFormatError
+from .well import UnreadableFileError, WellFile, WellFormatError
 from .write import write_stats, write_well
 from ..physics.systems import get_system
 
@@ -269,6 +269,8 @@ def _intact(path: Path, system: str, planned: PlannedFile) -> bool:
         return False
     try:
         return WellFile(path, system).n_trajectories == len(planned.seeds)
+    except UnreadableFileError:  # whole as far as anyone can tell, such as one that another program has open
+        raise
     except WellFormatError:
         path.unlink()
         return False
@@ -312,13 +314,17 @@ def _prepare(folder: Path, recipe: dict) -> None:
             "plan.json), so nothing is simulated there. Preset paper or native reads them (PRESET=paper DATA=...); to "
             "simulate, name another folder"
         )
+    there = read_json(folder / "plan.json") if (folder / "plan.json").is_file() else recipe
+    planned = there["draws"] | there["counts"]  # the splits that it had
     if not (folder / "plan.json").is_file() or not _made_by(folder, recipe):
-        for old in (folder / "data").rglob("*.hdf5"):
+        for old in (file for split in planned for file in (folder / "data" / split).glob("*.hdf5")):
             old.unlink()
         (folder / "stats.yaml").unlink(missing_ok=True)  # of the old files: what is not there yet would look complete
         write_json(folder / "plan.json", recipe)
-    else:  # the splits that it had, and those that are new
-        found = read_json(folder / "plan.json")
+    else:  # those, and the ones that are new
+        if "train" in recipe["draws"] | recipe["counts"] and "train" not in planned:  # statistics are of another split
+            (folder / "stats.yaml").unlink(missing_ok=True)
+        found = there
         more = {name: found[name] | recipe[name] for name in ("draws", "counts", "families", "grid_values")}
         write_json(folder / "plan.json", recipe | more)
     for leftover in folder.rglob("*.tmp"):
@@ -370,5 +376,7 @@ def make_dataset(
         bar.close()
         if kind == "cpu":  # how a GPU rounds was not compared
             count_as_known(folder, {s: [f.path(folder, system) for f in files if f.split == s] for s in sim.splits})
-        write_stats(folder, get_system(system), split="train" if "train" in sim.splits else sim.splits[0])
+        has_train = any((folder / "data" / "train").glob("*.hdf5"))  # now, or since an earlier call
+        if has_train or not (folder / "stats.yaml").is_file():
+            write_stats(folder, get_system(system), split="train" if has_train else sim.splits[0])
     return folder

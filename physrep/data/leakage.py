@@ -173,12 +173,15 @@ def _shuffled(n: int, key: str) -> np.ndarray:
 
 def deal_flows(flows: pd.DataFrame, system: System | str) -> pd.DataFrame:
     """The table of `find_flows` with `published`, the split of before, and a `split` such that no flow is in two. The
-    result depends on the table alone."""
+    result depends on the table alone. ValueError where the flows of a group are fewer than the splits."""
     system = get_system(system) if isinstance(system, str) else system
     share = flows.split.value_counts(normalize=True).sort_values(kind="stable")
     new = {}
     for key, here in flows.groupby(list(system.group) or (lambda _: 0)):
         members = pd.crosstab(here.flow, here.split).reindex(columns=share.index, fill_value=0)
+        if len(members) < len(share):
+            of = f" with {', '.join(system.group)} = {key}" if system.group else ""
+            raise ValueError(f"{len(share)} splits need as many flows{of}, there are {len(members)}; leave a split out")
         left = members.iloc[_shuffled(len(members), str(key))]
         for split in share.index[:-1]:  # the largest split takes the rest
             most = left[split].sort_values(ascending=False, kind="stable")

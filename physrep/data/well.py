@@ -92,12 +92,17 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         raise DamagedFileError(f"{path}: truncated or damaged, copy or write it again; HDF5 says: {error}") from error
 
 # %% ../../nbs/data/well.ipynb #7c0d147d
+def _text(name: object) -> str:
+    "A name in a file as text: HDF5 has strings of variable length, and bytes of a fixed one."
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
 def _identify(path: Path, file: h5py.File, system: System) -> None:
     "WellFormatError unless `dataset_name` is this system (or a variant, as rayleigh_benard_uniform)."
     name = file.attrs.get("dataset_name")
     if name is None:
         raise WellFormatError(f"{path}: no attribute dataset_name, so not a file of The Well")
-    name = name.decode() if isinstance(name, bytes) else str(name)
+    name = _text(name)
     if name == system.name or name.startswith(system.name + "_"):
         return
     known = [*SYSTEMS.values(), *([] if system.name in SYSTEMS else [system])]
@@ -106,7 +111,7 @@ def _identify(path: Path, file: h5py.File, system: System) -> None:
     same = f"; if it is that, write dataset_name = {system.name!r} into the file" if system.name in fits else ""
     raise WellFormatError(f"{path}: dataset_name is {name!r}, and it {seems}; {system.name} was asked for{same}")
 
-
+# %% ../../nbs/data/well.ipynb #b05d2664
 def _check_boundaries(path: Path, file: h5py.File, system: System) -> None:
     """WellFormatError for an axis that the system declares periodic, where the file has another condition and no
     periodic one: clips would be shifted across a wall."""
@@ -114,7 +119,7 @@ def _check_boundaries(path: Path, file: h5py.File, system: System) -> None:
     said: dict[str, set[str]] = {}  # axis -> kinds
     for one in group.values() if isinstance(group, h5py.Group) else ():
         kind, axes = one.attrs.get("bc_type"), np.atleast_1d(one.attrs.get("associated_dims", []))
-        kind, *axes = (x.decode() if isinstance(x, bytes) else str(x) for x in (kind, *axes))
+        kind, *axes = (_text(x) for x in (kind, *axes))
         if len(axes) == 1:
             said.setdefault(axes[0], set()).add(kind.upper())
     for axis, declared in zip(system.axes, system.boundary):
@@ -126,11 +131,11 @@ def _check_boundaries(path: Path, file: h5py.File, system: System) -> None:
 
 
 def is_of(path: Path, system: System) -> bool:
-    "Whether a file names that system; True for a damaged file, whose error `WellFile` raises."
+    "Whether a file names that system; True for one that cannot be read, whose error `WellFile` raises."
     try:
         with open_hdf5(path) as file:
             _identify(path, file, system)
-    except DamagedFileError:
+    except (DamagedFileError, UnreadableFileError):
         return True
     except WellFormatError:
         return False
@@ -229,7 +234,7 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
         raise WellFormatError(
             f"{path}: dimensions/time must be finite, increase, and have the shape {fits}; it is {time.shape}"
         )
-    axes = [str(a) for a in file["dimensions"].attrs.get("spatial_dims", system.axes)]
+    axes = [_text(a) for a in file["dimensions"].attrs.get("spatial_dims", system.axes)]
     if axes != list(system.axes):
         raise WellFormatError(
             f"{path}: dimensions@spatial_dims is {axes}, the axes of {system.name} are {list(system.axes)}"

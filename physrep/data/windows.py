@@ -24,12 +24,14 @@ from .well import WellFile, WellFormatError
 from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/windows.ipynb #4012cf7c
-def _group(file: WellFile, i: int, split: str) -> int:
+def _group(file: WellFile, i: int) -> int:
     """A number that is equal for trajectories that belong together: same initial condition, same `System.group` labels.
 
     A file of others has no record of initial conditions, so each of its trajectories is a group of its own."""
     condition = (
-        ("file", split, file.path.name, i) if file.initial_conditions is None else (int(file.initial_conditions[i]),)
+        ("file", file.path.parent.name, file.path.name, i)
+        if file.initial_conditions is None
+        else (int(file.initial_conditions[i]),)
     )
     labels = [f"{np.broadcast_to(file.labels[name], file.n_trajectories)[i]:.6g}" for name in file.system.group]
     return seed_for("group", *condition, *labels)
@@ -48,11 +50,33 @@ def _check_finite(x: np.ndarray, file: WellFile, trajectory: int, start: int) ->
         )
 
 # %% ../../nbs/data/windows.ipynb #060e97fb
-def _fits(files: list[WellFile], grid: tuple[int, ...], limit: int) -> bool:
-    "Whether the trajectories of files are of one shape, so that they make one array, and take at most `limit` bytes."
-    frames = sum(f.n_trajectories * f.n_frames for f in files)
-    size = 4 * frames * files[0].system.n_channels * int(np.prod(grid))
-    return len({(f.n_frames, f.grid) for f in files}) == 1 and size <= limit
+def _alike(files: list[WellFile]) -> list[WellFile]:
+    """These files, as windows of a split are of one kind: WellFormatError that names two with another grid, time
+    between frames or distance of points. A hundredth is nothing: solvers with steps of their own write frames late."""
+    first, rest = files[0], files[1:]
+    for file in rest:
+        if file.grid != first.grid:
+            differs = f"a grid of {file.grid}", f"{first.grid}"
+        elif not np.allclose([file.dt, *file.spacing], [first.dt, *first.spacing], rtol=0.01, atol=0, equal_nan=True):
+            differs = tuple(
+                f"frames {f.dt:g} and points {f.spacing[0]:g}, {f.spacing[1]:g} apart" for f in (file, first)
+            )
+        else:
+            continue
+        raise WellFormatError(f"{file.path} has {differs[0]}, {first.path} {differs[1]}; put them in sets of their own")
+    return files
+
+
+def _in_memory(files: list[WellFile], grid: tuple[int, ...], asked: bool | None, limit: int) -> bool:
+    """Whether trajectories are kept in memory: as asked for, or if they are of one length, so that they make one array,
+    and take at most `limit` bytes. ValueError where that is asked for and they are not of one length."""
+    lengths = sorted({f.n_frames for f in files})
+    if asked and len(lengths) > 1:
+        raise ValueError(
+            f"in_memory=True needs trajectories of one length; {files[0].path.parent} has {lengths} frames"
+        )
+    size = 4 * sum(f.n_trajectories * f.n_frames for f in files) * files[0].system.n_channels * int(np.prod(grid))
+    return asked if asked is not None else len(lengths) == 1 and size <= limit
 
 
 def _load(
@@ -96,15 +120,15 @@ class Trajectories:
         self.split = split
         self.crop = crop
         self.paths = [path for part in split.split("+") for path in find_files(root, self.system, part)]
-        self.files = [WellFile(p, self.system) for p in self.paths]
+        self.files = _alike([WellFile(p, self.system) for p in self.paths])
         self.trajectories = [(f, i) for f, file in enumerate(self.files) for i in range(file.n_trajectories)]
         self.labels = np.concatenate([file.label_table() for file in self.files])
-        self.groups = np.array([_group(self.files[f], i, split) for f, i in self.trajectories])
+        self.groups = np.array([_group(self.files[f], i) for f, i in self.trajectories])
         first = self.files[0]
         self.grid = first.grid if crop is None else tuple(b - a for a, b in crop)  # (h, w)
         self.whole = tuple(n == full for n, full in zip(self.grid, first.grid))  # which axes are not cropped
         self.positions = first.positions if self.whole[1] else None  # (w,) of an axis between walls, from 0 to 1
-        self.in_memory = _fits(self.files, self.grid, memory_limit) if in_memory is None else in_memory
+        self.in_memory = _in_memory(self.files, self.grid, in_memory, memory_limit)
 
     @cached_property
     def memory(self) -> np.ndarray | None:
@@ -173,8 +197,9 @@ class Windows(Trajectories, Dataset):
     def read(self, indices: np.ndarray | list[int], out: torch.Tensor | None = None) -> torch.Tensor:
         """Windows `(b, c, t, h, w)` float32 on the CPU, into `out` if given. Reuse it: fresh large buffers cost page
         faults. Raises WellFormatError that names the place if a value is not finite."""
-        out = torch.empty(len(indices), *self.shape) if out is None else out[: len(indices)]
-        for slot, (k, start) in zip(out.numpy(), self.index[indices]):
+        chosen = self.index[indices]  # (trajectory, first frame); fewer than there are numbers in a mask
+        out = torch.empty(len(chosen), *self.shape) if out is None else out[: len(chosen)]
+        for slot, (k, start) in zip(out.numpy(), chosen, strict=True):
             self.copy(k, start, slot)
         return out
 

@@ -136,8 +136,12 @@ def _kernel(state: Mapping[str, Tensor], name: str, default: tuple[int, int, int
 
 
 def _count(state: Mapping[str, Tensor], pattern: str, default: int) -> int:
-    "One more than the largest number that a pattern finds in the names; the default if it finds none."
-    return max((1 + int(m[1]) for name in state if (m := re.match(pattern, name))), default=default)
+    """One more than the largest number that a pattern finds in the names; the default if it finds none. ValueError
+    where that is more than there are names."""
+    found = max((int(m[1]) for name in state if (m := re.match(pattern, name))), default=default - 1)
+    if found >= max(len(state), default):
+        raise ValueError(f"a name says that {found} blocks come before its own, and the file has {len(state)} tensors")
+    return found + 1
 
 
 def _convnext_config(state: Mapping[str, Tensor]) -> dict:

@@ -87,6 +87,21 @@ def _are_sizes(value: object, smallest: int = 1) -> bool:
     parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     return all(_are_sizes(part, smallest) for part in parts)
 
+# %% ../../nbs/models/metadata.ipynb #e26e3e04
+def _fewest_weights(config: Mapping[str, Any]) -> float:
+    "Weights that an encoder of ours with these arguments has at least: in its MLPs and between its stages."
+    if not {"widths", "depths", "dim", "depth"} & config.keys():
+        return 0
+    staged = "widths" in config or "depths" in config
+    widths = config.get("widths", [config.get("dim", 384)])  # of a default no more than the library's
+    depths = config.get("depths", [config.get("depth", 12)] * (len(widths) if isinstance(widths, list) else 1))
+    if not (isinstance(widths, list) and isinstance(depths, list) and all(isinstance(n, int) for n in widths + depths)):
+        return 0  # no encoder is built of these
+    in_attention = 0 if staged else 4
+    block = in_attention + 2 * config.get("mlp_ratio", 4.0)
+    between = sum(a * b for a, b in zip(widths, widths[1:]))
+    return between + sum(depth * block * width**2 for width, depth in zip(widths, depths))
+
 
 def _wrong_argument(config: Mapping[str, Any], weights: int) -> str:
     "The first argument that no encoder of ours can have, or that needs more weights than there are; empty if none."
@@ -98,6 +113,8 @@ def _wrong_argument(config: Mapping[str, Any], weights: int) -> str:
                 return f"{name} in config must be a number from 0 that fits {weights} weights, got {value!r:.60}"
         elif not _are_sizes(value, 0 if name in INDICES else 1):
             return f"{name} in config must be {'an' if name in INDICES else 'a positive'} integer, got {value!r:.60}"
+    if (least := _fewest_weights(config)) > weights:
+        return f"config asks for {least:.3g} weights or more, and the file has {weights} weights in all"
     return ""
 
 # %% ../../nbs/models/metadata.ipynb #5462d767

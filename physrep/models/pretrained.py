@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..core.files import atomic_path
+from ..core.files import atomic_path, stored_tensors
 from .encoders import build_encoder
 from ..physics.systems import SYSTEMS, System, get_system, system_from
 
@@ -59,7 +59,7 @@ def save_encoder(
         **({} if system.name in SYSTEMS else {"definition": asdict(system)}),
         **extra,
     }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    tensors = stored_tensors(encoder)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"physrep": json.dumps(info, sort_keys=True)})
 

@@ -66,5 +66,5 @@ class JEPA(Composite):
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """`loss`, its three terms unweighted and detached, and `relative`: the invariance over that of an answer that
         copies the features of the context."""
-        parts = super().forward(batch)
-        return {"invariance" if name == "error" else name: part for name, part in parts.items()}
+        parts = super().forward(batch)  # VICReg has an invariance as well, that of the centred sides
+        return {name: part for name, part in parts.items() if name != "error"} | {"invariance": parts["error"]}

@@ -197,7 +197,7 @@ def _tuple_problem(system: System) -> str:
         value = getattr(system, name)
         if not isinstance(value, tuple) or not value or not all(isinstance(v, cls) for v in value):
             return f'{name} must be a tuple such as ({cls.__name__}("a", ...),), with a comma at its end, got {value!r}'
-    for name in ("boundary", "mirror_axes", "odd_scalars", "mirror_offsets", "group", "ignored", "native", "paper"):
+    for name in "axes boundary mirror_axes odd_scalars mirror_offsets group ignored native paper".split():
         if not isinstance(getattr(system, name), tuple):
             return f"{name} must be a tuple, got {getattr(system, name)!r}"
     return ""
@@ -215,14 +215,20 @@ def declaration_problem(system: System) -> str:
         values = getattr(system, name)
         if len(set(values)) < len(values):
             return f"two {name.replace('_', ' ')} are equal: {', '.join(values)}"
+    if len(set(system.axes)) != 2:
+        return f"axes must be two different names, got {system.axes}"
     if len(system.boundary) != 2 or not set(system.boundary) <= {"periodic", "wall"}:
         return f"boundary must be 'periodic' or 'wall' for each of the two axes, got {system.boundary}"
     if not set(system.mirror_axes) <= {0, 1}:
         return f"mirror_axes may hold 0 and 1, got {system.mirror_axes}"
     scalars = [f.name for f in system.fields if f.rank == 0]
-    for name in ("odd_scalars", "mirror_offsets"):
-        if unknown := [e for e in getattr(system, name) if e[0] not in system.mirror_axes or e[1] not in scalars]:
-            return f"{name} holds (axis, scalar, ...) of mirror_axes and scalar fields, got {unknown[0]}"
+    for name, entry in (("odd_scalars", "(axis, scalar)"), ("mirror_offsets", "(axis, scalar, a, b)")):
+        entries = getattr(system, name)
+        for found in entries:
+            if not isinstance(found, tuple) or len(found) != len(entry.split(",")):
+                return f"{name} must be a tuple such as ({entry},), with a comma at its end, got {entries}"
+            if found[0] not in system.mirror_axes or found[1] not in scalars:
+                return f"{name} holds {entry} of mirror_axes and scalar fields, got {found}"
     if unknown := sorted(set(system.group) - set(system.label_names)):
         return f"group holds labels ({', '.join(system.label_names)}), got {', '.join(unknown)}"
     if dict(system.paper).get("crop") and not system.native:

@@ -238,6 +238,8 @@ def _row_from(entry: object, folder: Path) -> Row:
             raise ValueError(
                 f"objective names the predictions: letters, digits, '.' and '_', got {entry['objective']!r}"
             )
+        if entry.get("tag"):
+            raise ValueError("predictions take no tag: objective is their name")
         files = {system: str(folder / path) for system, path in entry["predictions"].items()}
         return Row(**entry | {"kind": kind, "predictions": files})
     if kind == "frozen" and entry.get("finetuned"):
@@ -247,7 +249,7 @@ def _row_from(entry: object, folder: Path) -> Row:
     split_name(entry["encoder"], ENCODERS, "encoder")
     return Row(**entry | {"kind": kind})
 
-
+# %% ../../nbs/results/rows.ipynb #23bdb5f4
 def read_rows(path: str | Path) -> tuple[Row, ...]:
     """The rows of a user's `rows.yaml`: a list `rows` of mappings with the fields of `Row`.
 
@@ -267,7 +269,10 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
     for i, entry in enumerate(content["rows"], 1):
         try:
             row = _row_from(entry, path.absolute().parent)
-            if row.pair in [other.pair for other in (*ROWS, *found)]:
+            if row.kind == "predictions":  # kept in a folder that is called after the objective alone
+                if row.objective in [other.objective for other in (*ROWS, *found)]:
+                    raise ValueError(f"there is a row {row.objective} already; give yours another objective")
+            elif row.pair in [other.pair for other in (*ROWS, *found)]:
                 raise ValueError(f"there is a row {'-'.join(row.pair)} already; give yours a `tag` of its own")
         except ValueError as error:
             raise ValueError(f"{path}, row {i}: {error}") from None

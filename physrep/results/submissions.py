@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import atomic_path
+from ..core.files import atomic_path, read_json
 from ..physics.systems import System
 from ..probing.records import Predictions, write_predictions, write_result
 from ..probing.scores import score
@@ -38,8 +38,11 @@ def _fingerprint(reference: Predictions, split: str) -> str:
 
 
 def write_windows_csv(reference: Predictions, path: str | Path, split: str = "test") -> Path:
-    "Writes a CSV of all windows and labels of a split, with empty values; ValueError for a split that is not there."
+    """Writes a CSV of all windows and labels of a split, with empty values. FileExistsError if the file is there, which
+    may hold values; ValueError for a split that is not there."""
     path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} is there already, and may hold predictions: delete it, or name another file")
     system = reference.scaler.system
     text = io.StringIO()
     text.write(f"# physrep benchmark {_fingerprint(reference, split)} system {system.name} split {split}\n")
@@ -90,8 +93,13 @@ def _read_table(path: Path) -> tuple[_Header, list[tuple[int, dict[str, str]]]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no CSV: {error}") from error
     kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    rows = list(csv.reader([line for _, line in kept]))
+    try:
+        rows = list(csv.reader([line for _, line in kept]))
+    except csv.Error as error:  # a quotation mark that is not closed takes all the lines that follow
+        raise ValueError(f"{path} is no CSV: {error}; is there a quotation mark that is not closed?") from error
     names = [name.strip() for name in rows[0]] if rows else []
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has the column {', '.join(twice)} twice; leave one out")
     if missing := [name for name in COLUMNS if name not in names]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; its first line names {', '.join(COLUMNS)}")
     if unknown := [name for name in names if name not in (*COLUMNS, *OPTIONAL)]:
@@ -257,11 +265,14 @@ def write_csv_row(
 ) -> Path:
     """Writes `<folder>/result.json`, and `<folder>/seed<k>/predictions.safetensors` for each seed of a CSV; returns the
     first. The row is named after the folder. Seeds of an earlier CSV are removed. `options` are those of
-    `predictions_from_csv`; raises what it raises."""
+    `predictions_from_csv`; raises what it raises, and ValueError for a folder with results of something else."""
     folder = Path(folder)
+    result = folder / "result.json"
+    if (result.is_file() and "source" not in read_json(result)) or any(folder.glob("**/config.json")):
+        raise ValueError(f"{folder} holds results that are not those of a CSV: name a folder of your own, a new one")
     rows = []
     seeds = predictions_from_csv(path, reference, name=folder.name, **options)
-    (folder / "result.json").unlink(missing_ok=True)  # it is written last
+    result.unlink(missing_ok=True)  # it is written last
     for old in folder.glob("seed*/predictions.safetensors"):
         old.unlink()
     for p in seeds:
@@ -274,7 +285,7 @@ def write_csv_row(
         file = folder / f"seed{p.info['seed']}" / "predictions.safetensors"
         arrays = (p.predictions, p.truth, p.groups)
         write_predictions(file, *arrays, scaler=p.scaler, data=p.data or None, source=Path(path).name, **about)
-    return write_result(folder / "result.json", rows, source=Path(path).name)
+    return write_result(result, rows, source=Path(path).name)
 
 # %% ../../nbs/results/submissions.ipynb #edae69d7
 def reference_for(

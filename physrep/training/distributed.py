@@ -20,13 +20,13 @@ import yaml
 from torch import nn
 
 from ..core.devices import fast_products, keep_memory, memory_available
-from ..core.parameters import seeds_in
+from ..core.parameters import check_numbers, seeds_in
 from ..core.provenance import provenance
 from . import loop
 from .loop import Recipe, TimeUp, TrainingDiverged, make_optimizer, update
 from .memory import check_memory
 from .pretrain import Session, claim, fit, pretrain, train_claimed, training_batches, training_windows
-from .processes import Group, ProcessLost, Rank, SharedBatches, connected
+from .processes import Group, ProcessLost, Rank, SharedBatches, connected, mean_over_samples
 from .run import Run, build, ensure_data, load_splits, resolve
 from .watch import Watch
 
@@ -154,6 +154,10 @@ def mapping(text: str) -> dict:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a mapping such as '{{variance: 40}}', got {text!r}")
+    try:
+        check_numbers("it", value)
+    except TypeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return value
 
 
@@ -171,12 +175,14 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 # %% ../../nbs/training/distributed.ipynb #22b72ebe
 def check_share(run: Run, device: str, world: int) -> None:
-    """ValueError, with what would help, where the part of a batch that each of `world` processes takes needs more
-    memory than is free for it: all of its GPU, or an equal part of the machine."""
+    """ValueError, with what would help, where what each of `world` processes takes of a batch needs more memory than is
+    free for it: all of its GPU, or an equal part of the machine. That is a part of the samples, or, of an objective
+    whose loss is no mean over samples, all of them."""
     if run.recipe is None:
         return
     micro = run.recipe.accumulate  # batches that an update is made of, one after the other
-    part = replace(run.recipe, batch_size=micro * max(1, run.recipe.batch_size // (micro * world)))
+    shares = mean_over_samples(build(run))  # samples; otherwise the encoding alone, and each has all tokens of a batch
+    part = replace(run.recipe, batch_size=micro * max(1, run.recipe.batch_size // (micro * (world if shares else 1))))
     free = memory_available(device)
     if free is not None and torch.device(device).type == "cpu":
         free //= world
@@ -218,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         who = f"rank {place.rank} of {place.world}: "
         with connected(asked.device, seconds=asked.patience) as group:
             folders = train_parsed(asked, group)
-    except (ValueError, OSError, TimeUp, TrainingDiverged, ProcessLost) as error:
+    except (ValueError, TypeError, OSError, TimeUp, TrainingDiverged, ProcessLost) as error:
         who = "" if isinstance(error, ProcessLost) else who  # it says so itself
         print(f"{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from ..core.files import atomic_path
+from ..core.files import atomic_path, stored_tensors
 
 # %% ../../nbs/training/loop.ipynb #071dad5e
 def warmup_cosine(
@@ -80,6 +80,9 @@ class Recipe:
     checkpoint_seconds: float = 30.0  # wall time between checkpoints
 
     def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if self.steps < 1 or not self.lr > 0 or self.accumulate < 1 or not self.clip_norm > 0:
             raise ValueError(f"steps, lr, accumulate and clip_norm must be positive, got {self}")
         if not 0 < self.predictor_lr < math.inf:
@@ -90,9 +93,9 @@ class Recipe:
             raise ValueError(
                 f"batch_size must be a positive multiple of accumulate={self.accumulate}, got {self.batch_size}"
             )
-        if not 0 <= self.warmup < 1 or self.weight_decay < 0:
+        if not 0 <= self.warmup < 1 or not 0 <= self.weight_decay < math.inf:
             raise ValueError(
-                f"warmup must be a share in [0, 1) and weight_decay not negative, "
+                f"warmup must be a share in [0, 1) and weight_decay a number from 0, "
                 f"got {self.warmup} and {self.weight_decay}"
             )
         if self.schedule not in SCHEDULES or not 0 < self.decay <= 1:
@@ -156,7 +159,7 @@ def make_optimizer(objective: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 # %% ../../nbs/training/loop.ipynb #f227de8c
 def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     "Writes parameters, buffers and optimiser state after `step` updates, whole or not at all."
-    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in objective.state_dict().items()}
+    tensors = {f"model.{k}": v for k, v in stored_tensors(objective).items()}
     for name, p in objective.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
@@ -209,7 +212,8 @@ def update(
             parts = objective(batch)
         (parts["loss"] / recipe.accumulate).backward()
         for key, value in parts.items():
-            sums[key] = sums.get(key, 0.0) + float(value.detach()) / recipe.accumulate
+            number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+            sums[key] = sums.get(key, 0.0) + number / recipe.accumulate
         if not math.isfinite(sums["loss"]):
             raise TrainingDiverged(_diverged("loss", sums["loss"], step, lr, batch))
     norm = float(nn.utils.clip_grad_norm_(objective.parameters(), recipe.clip_norm))

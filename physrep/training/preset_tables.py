@@ -383,7 +383,7 @@ _NATIVE = replace(
     size=None,
     probe_tokens=512,  # all of the ConvNeXt, an eighth to a quarter of the ViT
     # 8 clips of 256x512 would take about 70 GB
-    encoders=_with_codes(_PAPER_ENCODERS | {"convnext": {"recompute": True}}, code=64),
+    encoders=_with_codes(_PAPER_ENCODERS | {"convnext": _PAPER_ENCODERS["convnext"] | {"recompute": True}}, code=64),
 )
 
 # %% ../../nbs/training/preset_tables.ipynb #0cb428cd

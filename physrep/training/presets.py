@@ -8,7 +8,7 @@ __all__ = ['get_preset', 'read_preset']
 # %% ../../nbs/training/presets.ipynb #e8a15e8e
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -161,15 +161,30 @@ def _still_tuned(base: Preset, given: Mapping) -> dict:
         own = ((given.get(part) or {}, getattr(base, part)) for part in ("train", "objectives"))
         used = [(next((name for name in names if name in {**old, **new}), None), new) for new, old in own]
         if not any(name in new for name, new in used):
-            found[row] = parts
+            here = [key.partition("@") for key in given.get("train") or {}]  # `mae@shear_flow`: there alone
+            systems = [system for name, at, system in here if at and name in names]
+            found[row] = {**parts, "by_hand": [*parts.get("by_hand", []), *systems]} if systems else parts
     return found
 
 # %% ../../nbs/training/presets.ipynb #43eef720
-def read_preset(path: str | Path) -> Preset:
+def _base(name: object, path: Path, above: Sequence[Path]) -> Preset:
+    "The preset that a file builds on: one of the library, or another file, beside it or from the working directory."
+    files = [place for place in (path.parent / str(name), Path(str(name))) if place.suffix in (".yaml", ".yml")]
+    file = next((place for place in files if place.is_file()), None)
+    if file and file.resolve() in (*above, path.resolve()):
+        raise ValueError(f"{path}: base: {file} builds on this file, which cannot build on it as well")
+    try:
+        return read_preset(file, above=(*above, path.resolve())) if file else get_preset(name)
+    except ValueError as error:
+        raise ValueError(f"{path}: base: {error}") from error
+
+
+def read_preset(path: str | Path, *, above: Sequence[Path] = ()) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
     (objective -> fields of `Recipe`). `base: laptop` takes over what the file does not name; entries of `sims`,
     `train`, `encoders` and `objectives` are merged one by one. A row of Table 1 whose recipe or coefficients the
     file gives takes those, and not what `make tune` found at the base; a `tuned` in the file replaces that of the base.
+    `base` may be another file, beside this one; `above` are the files that build on this one.
     The name is that of the file, as are the folders of its data and runs: no preset of the library may have it.
 
     Raises FileNotFoundError, or ValueError that names the file and the field that is wrong."""
@@ -177,10 +192,7 @@ def read_preset(path: str | Path) -> Preset:
     if not path.is_file():
         raise FileNotFoundError(f"no preset file {path}; valid names: {', '.join(PRESETS)}")
     given = _given(path)
-    try:
-        base = get_preset(given.pop("base")) if "base" in given else None
-    except ValueError as error:
-        raise ValueError(f"{path}: base: {error}") from error
+    base = _base(given.pop("base"), path, above) if "base" in given else None
     for name, cls in (("sims", SimPreset), ("train", Recipe)):
         if name in given:
             entries = given[name] or {}

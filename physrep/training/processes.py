@@ -267,6 +267,7 @@ def average_parts(objective: nn.Module, group: Group, note: Callable[[nn.Module]
             return None
         note(module)
         kept = {k: v for k, v in parts.items() if k != "relative" or not shared}
+        kept = {k: torch.as_tensor(v) for k, v in kept.items()}
         values = torch.stack([v.detach().double().to(group.device) for v in kept.values()])
         found = dict(zip(kept, group.total(values) / group.world))
         return {k: MeanOverProcesses.apply(v, found[k]) if k == "loss" else found[k].to(v) for k, v in kept.items()}
