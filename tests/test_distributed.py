@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -439,3 +440,22 @@ def test_a_part_of_a_batch_that_does_not_fit_is_refused_before_any_work(monkeypa
     with pytest.raises(ValueError, match="needs about .* are free on cpu. What helps: recipe accumulate"):
         distributed.check_share(run, "cpu", 16)  # of the machine each has a sixteenth, and weights are not shared
     distributed.check_share(resolve("shear_flow", "random", "vit", "smoke"), "cpu", 10**6)  # trains nothing
+
+
+def test_an_objective_that_shares_its_encoding_alone_needs_a_whole_batch_in_every_process(monkeypatch):
+    run = resolve("shear_flow", "disco", "vit_code", "smoke")
+    assert not mean_over_samples(build(run))
+    monkeypatch.setattr(distributed, "memory_available", lambda device: check_memory(run, available=10**12).total - 1)
+    with pytest.raises(ValueError, match="needs about .* for 8 windows at a time"):
+        distributed.check_share(run, "cuda", 8)
+    shares = resolve("shear_flow", "mae", "vit", "smoke")
+    free = check_memory(replace(shares, recipe=replace(shares.recipe, batch_size=1)), available=10**12).total
+    monkeypatch.setattr(distributed, "memory_available", lambda device: free)
+    distributed.check_share(shares, "cuda", 8)
+
+
+@pytest.mark.parametrize("option", ["--recipe={lr: 1e-3}", "--coefficients={deep: {weight: 5e-5}}"])
+def test_a_text_that_was_meant_as_a_number_is_named(option, capsys):
+    with pytest.raises(SystemExit):
+        distributed.parsed([option])
+    assert "is the text" in capsys.readouterr().err

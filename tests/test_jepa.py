@@ -19,6 +19,8 @@ from physrep.models.vit import ViT
 from physrep.objectives.jepa import JEPA
 from physrep.objectives.regularisers import check_chunks, vicreg_loss
 from physrep.physics.systems import get_system
+from physrep.training.cost import example_batch
+from physrep.training.run import build, resolve
 
 SYSTEM, SHAPE = get_system("shear_flow"), (4, 16, 16)
 
@@ -337,3 +339,14 @@ def test_momentum_rises_on_a_cosine_and_depends_on_the_step_alone():
     for wrong in (0, 9):
         with pytest.raises(ValueError, match=f"from 1 to 8, got {wrong}"):
             model.after_step(wrong, steps)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_the_parts_of_the_log_make_up_the_loss(centre):
+    torch.manual_seed(0)
+    run = resolve("shear_flow", "jepa", "convnext", "smoke", coefficients={"centre": centre})
+    objective = build(run).train()
+    batch = example_batch(run, objective, 4)
+    parts, weights = objective(batch), run.coefficients
+    terms = ("invariance", "variance", "covariance")
+    assert parts["loss"].item() == pytest.approx(sum(weights[name] * parts[name].item() for name in terms), rel=1e-5)

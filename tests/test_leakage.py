@@ -321,3 +321,11 @@ def test_a_set_that_is_not_written_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "view" / "shear_flow").exists()
     write_leak_free(tmp_path / "published", tmp_path / "view", "shear_flow")
     assert sorted(p.name for p in (tmp_path / "view").iterdir()) == ["shear_flow"]
+
+
+def test_fewer_flows_than_splits_cannot_be_dealt(tmp_path):
+    flows = find_flows(shear(tmp_path), "shear_flow")
+    two = flows[flows.flow.isin(flows.flow.unique()[:2])]
+    few = two.assign(split=(["train", "valid", "test"] * len(two))[: len(two)])
+    with pytest.raises(ValueError, match="3 splits need as many flows with Reynolds = 10000, there are 2; leave a"):
+        deal_flows(few, "shear_flow")

@@ -279,3 +279,33 @@ def test_a_crop_says_of_which_grid():
     cropped = replace(mine, paper=(("crop", ((0, 32), (0, 32))),))
     assert declaration_problem(cropped) == "paper has a crop; native must say which grid is cropped"
     assert declaration_problem(replace(cropped, native=(64, 64))) == ""
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (
+            {"odd_scalars": (0, "fuel")},
+            r"odd_scalars must be a tuple such as \(\(axis, scalar\),\), .* got \(0, 'fuel'\)",
+        ),
+        (
+            {"mirror_offsets": ((0, "fuel", 1.0),)},
+            r"mirror_offsets must be a tuple such as \(\(axis, scalar, a, b\),\)",
+        ),
+        ({"odd_scalars": ((1, "fuel"),)}, r"odd_scalars holds \(axis, scalar\) of mirror_axes and scalar fields"),
+        ({"axes": "xy"}, "axes must be a tuple, got 'xy'"),
+        ({"axes": ("x", "x")}, "are equal: fuel"),
+        ({"axes": ("x", "x"), "fields": (Field("fuel"),)}, "axes must be two different names"),
+    ],
+)
+def test_slips_in_a_declaration_are_named(change, problem):
+    mine = System(
+        "reaction",
+        "A reaction",
+        (Field("fuel"),),
+        (Label("Damkohler", log=True, paper_log=True),),
+        mirror_axes=(0,),
+    )
+    if "are equal" in problem:
+        change = change | {"fields": (Field("fuel", 1),)}
+    assert declaration_problem(mine) == "" and re.search(problem, declaration_problem(replace(mine, **change)))

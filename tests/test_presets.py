@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from physrep.experiments.table1 import row_in
+from physrep.results.rows import ROWS, run_of
 from physrep.training import run
 from physrep.training.loop import Recipe
 from physrep.training.presets import PRESETS, read_preset
@@ -74,6 +76,8 @@ def test_a_file_gives_no_name(tmp_path):
         ("train: {mae: {steps: 2, lr: 0.1, betas: 3}}", "train.mae: betas must be a list of 2 float, got 3"),
         ("sims: {shear_flow: {grid: wide}}", "sims.shear_flow: grid must be int or a list of 2 int, got 'wide'"),
         ("base: phone", "base: unknown preset 'phone'"),
+        ("base: mine.yaml", "base: .*mine.yaml builds on this file, which cannot build on it as well"),
+        ("train: {mae: {steps: 2, lr: 0.1, weight_decay: .nan}}", "weight_decay a number from 0, got 0.1 and nan"),
         ("{", "is not YAML"),
     ],
 )
@@ -105,3 +109,31 @@ def test_what_an_objective_asks_for_is_found_once_for_seeds_and_recipes_alone(mo
     assert frames() == frames(seed=1) == frames(steps=3) == 32 and len(built) == 1
     assert frames(coefficients={"horizon": 4}) == 20 and len(built) == 2
     assert frames("active_matter") and len(built) == 3
+
+
+def test_a_base_stands_beside_its_file_and_builds_on_no_file_that_builds_on_it(tmp_path, monkeypatch):
+    (tmp_path / "first.yaml").write_text("base: smoke\nframes: 8\n")
+    assert preset(tmp_path, "base: first.yaml\n").frames == 8, "from any working directory"
+    (tmp_path / "first.yaml").write_text("base: mine.yaml\n")
+    with pytest.raises(ValueError, match="mine.yaml: base: .*first.yaml: base: .*mine.yaml builds on this file"):
+        preset(tmp_path, "base: first.yaml\n")
+    monkeypatch.chdir(tmp_path.parent)
+    (tmp_path / "first.yaml").write_text(f"base: {tmp_path.name}/mine.yaml\n")
+    with pytest.raises(ValueError, match="mine.yaml builds on this file"):
+        preset(tmp_path, f"base: {tmp_path.name}/first.yaml\n")
+
+
+def test_a_recipe_for_one_system_is_not_replaced_by_what_was_tuned(tmp_path):
+    mine = preset(tmp_path, "base: laptop\ntrain: {mae@shear_flow: {steps: 500, lr: 1.0e-3}}\n")
+    (row,) = (row for row in ROWS if row.pair == ("mae", "vit"))
+    steps = {s: run_of(row_in(s, row, mine), s, mine).recipe.steps for s in ("shear_flow", "active_matter")}
+    usual = PRESETS["laptop"]
+    tuned = run_of(row_in("active_matter", row, usual), "active_matter", usual).recipe.steps
+    assert steps == {"shear_flow": 500, "active_matter": tuned} and tuned != usual.train["mae"].steps
+
+
+@pytest.mark.parametrize("encoder", ["convnext", "convnext_code"])
+def test_the_papers_sizes_start_as_the_papers_code_does(encoder):
+    native, paper = (PRESETS[name].encoder_config(encoder) for name in ("native", "paper"))
+    assert native["init"] == paper["init"] == "torch"
+    assert {k: v for k, v in native.items() if k != "recompute"} == dict(paper)

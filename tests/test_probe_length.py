@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from physrep.core.files import read_json
+from physrep.core.files import read_json, write_json
 from physrep.core.paths import project_root
 from physrep.experiments import matters, probe_length
 from physrep.experiments.matters import COMPARED, PAPER, PERIODIC, Place, at_rate, cell_run, matters_root, rate_of
@@ -60,7 +60,9 @@ def test_results_from_elsewhere_are_made_again_with_an_encoder(smoke_data, tmp_p
     folder = run.folder(matters_root(tmp_path))
     (folder / "encoder.safetensors").unlink()
     (folder / ".unpacked").write_text(hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()[:16])
+    write_json(folder / matters.SEARCH, {"scores": {"low": 0.5}})
     assert read_at_lengths(run, place, [1])["read"] and (folder / "encoder.safetensors").is_file()
+    assert read_json(folder / matters.SEARCH)["scores"] == {"low": 0.5}, "hours of a search are kept"
 
 
 def test_the_errors_of_a_length_are_those_of_its_readings(smoke_data, tmp_path):

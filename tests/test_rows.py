@@ -114,7 +114,11 @@ rows:
         ("{objective: mae, encoder: vit}", "there is a row mae-vit already"),
         ("{objective: 'a/b', predictions: {shear_flow: x.csv}}", "objective names the predictions: .* got 'a/b'"),
         ("{objective: jepa, predictions: {shear_flow: x.csv}}", "objective names the predictions"),
-        ("{objective: statistics, predictions: {shear_flow: x.csv}}", "there is a row statistics-none already"),
+        (
+            "{objective: statistics, predictions: {shear_flow: x.csv}}",
+            "there is a row statistics already; give yours another",
+        ),
+        ("{objective: mine, tag: new, predictions: {shear_flow: x.csv}}", "predictions take no tag"),
     ],
 )
 def test_rows_that_are_wrong_are_named(tmp_path, entry, message):
@@ -207,3 +211,9 @@ def test_systems_that_are_simulated_or_there(tmp_path):
         FileNotFoundError, match="preset paper reads The Well, but .* holds none of .*; pass DATA=<folder>"
     ):
         systems_of(get_preset("paper"), tmp_path)
+
+
+def test_two_rows_of_predictions_have_two_names(tmp_path):
+    rows = "".join(f"  - {{objective: mine, predictions: {{shear_flow: {name}.csv}}}}\n" for name in "ab")
+    with pytest.raises(ValueError, match="row 2: there is a row mine already; give yours another objective"):
+        read_rows(written(tmp_path, f"rows:\n{rows}"))

@@ -285,11 +285,31 @@ def test_safetensors_that_promise_too_much(tmp_path):
             open_tensors(path)
 
 
-@pytest.mark.parametrize("config", [{"dim": 10**9}, {"depth": 10**9}, {"tubelet": [10**6] * 3}, {"a": {"b": [10**12]}}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dim": 10**9},
+        {"depth": 10**9},
+        {"tubelet": [10**6] * 3},
+        {"a": {"b": [10**12]}},
+        {"dim": 100, "heads": 2},  # as many as the square of a width
+        {"dim": 8, "depth": 100},
+        {"depth": 2},  # of the usual width
+        {"widths": [4, 100], "depths": [1, 1]},
+        {"widths": [90, 90], "depths": [1, 1], "mlp_ratio": 0.0},  # between its stages
+    ],
+)
 def test_a_small_file_builds_no_large_network(tmp_path, config):
     path = with_info(encoder_file(tmp_path / "encoder.safetensors"), config=config)
     with pytest.raises(ValueError, match="config asks for .* weights in all"):
         physrep.load_encoder(path)
+
+
+def test_a_published_file_names_no_more_layers_than_it_has_tensors(tmp_path):
+    for name in ("blocks.999999999.norm1.weight", f"encoder.blocks.{10**40}.norm1.weight", "res_blocks.0.101.a.b"):
+        save_file({name: torch.zeros(8)}, tmp_path / "small.safetensors")
+        with pytest.raises(ValueError, match=r"small.safetensors: .* more layers than the 1 tensors"):
+            elsewhere.read_weights(tmp_path / "small.safetensors")
 
 
 def test_tensors_that_overlap_or_leave_gaps(tmp_path):

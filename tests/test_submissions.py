@@ -1,11 +1,13 @@
 """Somebody else's predictions: the template, what is refused and how, a row of the table, a comparison with ours."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from physrep.core.files import read_json
 from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import get_system
 from physrep.probing.records import read_predictions, read_results, write_predictions
@@ -206,3 +208,37 @@ def test_comparison_with_all_our_runs(tmp_path):
         compare_csv(path, reference, metric="rmse")
     with pytest.raises(FileNotFoundError, match="no predictions"):
         compare_csv(path, tmp_path / "nowhere")
+
+
+def test_what_somebody_has_filled_in_is_not_written_over(tmp_path, reference):
+    template = write_windows_csv(reference, tmp_path / "w.csv")
+    path = a_users_notebook(template, template, guess(1, 0.6))
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="w.csv is there already, and may hold predictions"):
+        write_windows_csv(reference, path)
+    assert path.read_bytes() == before
+
+
+def test_a_row_of_ours_is_not_written_over(tmp_path, reference):
+    path = a_users_notebook(write_windows_csv(reference, tmp_path / "w.csv"), tmp_path / "a.csv", guess(1, 0.6))
+    trained = our_run(tmp_path / "runs")
+    (trained / "config.json").write_text("{}")
+    baseline = write_csv_row(path, reference, tmp_path / "runs" / "statistics")
+    baseline.write_text(json.dumps({k: v for k, v in read_json(baseline).items() if k != "source"}))
+    before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    for folder in (trained, trained.parent, baseline.parent):
+        with pytest.raises(ValueError, match="holds results that are not those of a CSV"):
+            write_csv_row(path, reference, folder)
+    assert {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()} == before
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path, reference):
+    lines = write_windows_csv(reference, tmp_path / "w.csv").read_text().splitlines()
+    twice = tmp_path / "twice.csv"
+    twice.write_text("\n".join([lines[0], "window,label,value,value", "0,Reynolds,1000,2000"]))
+    with pytest.raises(ValueError, match="twice.csv has the column value twice"):
+        predictions_from_csv(twice, reference)
+    endless = tmp_path / "endless.csv"
+    endless.write_text("\n".join([lines[0], "window,label,value", '0,Reynolds,"1', *["1,Reynolds,1000"] * 10_000]))
+    with pytest.raises(ValueError, match="endless.csv is no CSV: .*quotation mark that is not closed"):
+        predictions_from_csv(endless, reference)

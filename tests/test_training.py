@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from physrep.core.files import read_json
-from physrep.models.pretrained import load_encoder
+from physrep.models.pretrained import load_encoder, save_encoder
 from physrep.objectives.methods import OBJECTIVES
+from physrep.training import watch
 from physrep.training.loop import TimeUp, TrainingDiverged
 from physrep.training.pretrain import pretrain
 from physrep.training.run import build, ensure_data, label_scaler, resolve
@@ -203,6 +204,8 @@ def test_a_random_run_reports_how_much_its_features_vary(smoke_data, tmp_path):
         ({"recipe": {"warmup": -3}}, "warmup must be a share"),
         ({"recipe": {"foo": 1}}, "recipe has no foo"),
         ({"steps": 0}, "steps, lr, accumulate and clip_norm must be positive"),
+        ({"steps": 2.0}, "steps must be a whole number, got 2.0"),
+        ({"recipe": {"weight_decay": float("inf")}}, "weight_decay a number from 0, got 0.1 and inf"),
         ({"recipe": {"predictor_lr": 0.0}}, "predictor_lr must be a positive number .1: that of the encoder., got 0.0"),
     ],
 )
@@ -343,3 +346,55 @@ def test_the_cost_of_an_objective_with_views_is_counted(objective):
     assert [len(x) for x in batch["views"]] == [3] * len(model.views)
     assert [x.shape[2] for x in batch["views"]] == [view.frames for view in model.views]
     assert cost(run)["train"] > cost(run)["encode"] > 0
+
+
+class Twice(torch.nn.Module):
+    "An objective that has its encoder under two names, and says a number that is no tensor."
+
+    def __init__(self, encoder, *, system, shape):
+        super().__init__()
+        self.encoder, self.shape, self.system = encoder, shape, system
+        self.net = torch.nn.Sequential(encoder, torch.nn.Linear(encoder.dim, 1))
+        self.trains = True
+
+    def forward(self, batch):
+        return {"loss": self.net(batch["fields"]).square().mean(), "temperature": 0.5}
+
+
+def test_an_objective_may_share_weights_and_say_plain_numbers(smoke_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_twice", sys.modules[__name__])
+    run = resolve("shear_flow", "my_twice:Twice", "vit", "smoke", steps=4)
+    with pytest.raises(TimeUp):
+        pretrain(run, smoke_data, tmp_path / "two", minutes=0, **quiet)
+    folder, whole = (pretrain(run, smoke_data, tmp_path / name, **quiet) for name in ("two", "one"))
+    assert set(pd.read_csv(folder / "metrics.csv").temperature) == {0.5}
+    a, b = (load_file(f / "checkpoint" / "last.safetensors") for f in (folder, whole))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "resumed in the middle"
+    assert any(k.startswith("model.net.0.") for k in a) and any(k.startswith("model.encoder.") for k in a)
+
+
+def test_an_encoder_may_use_a_weight_twice(tmp_path):
+    encoder = build(resolve("shear_flow", "random", "vit", "smoke")).encoder
+    encoder.again = encoder.blocks[0].mlp if hasattr(encoder.blocks[0], "mlp") else encoder.blocks[0]
+    about = dict(system="shear_flow", mean=torch.zeros(4), std=torch.ones(4), shape=(4, 8, 8), dt=0.2)
+    save_encoder(tmp_path / "encoder.safetensors", encoder, "vit", **about)
+    found = load_file(tmp_path / "encoder.safetensors")
+    assert found.keys() == encoder.state_dict().keys()
+
+
+def test_large_clips_are_watched_in_smaller_parts(smoke_data, tmp_path, monkeypatch):
+    run = resolve("shear_flow", "forecast", "vit", "smoke", steps=2)
+    sizes = []
+    original = watch.pooled
+    monkeypatch.setattr(
+        watch, "pooled", lambda e, b, f: original(e, (sizes.append(len(x["seeds"])) or x for x in b), f)
+    )
+    usual = pretrain(run, smoke_data, tmp_path / "usual", **quiet)
+    assert max(sizes) > 4
+    sizes.clear()
+    clip = run.clip_shape  # (t, h, w)
+    monkeypatch.setattr(watch, "MOST_NUMBERS", 3 * 4 * clip[0] * clip[1] * clip[2])
+    parts = pretrain(run, smoke_data, tmp_path / "parts", **quiet)
+    assert max(sizes) <= 4, "one that would be alone goes with others"
+    a, b = (pd.read_csv(f / "curve.csv").online for f in (usual, parts))
+    assert np.allclose(a, b, rtol=1e-4)

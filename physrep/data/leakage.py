@@ -180,7 +180,8 @@ def deal_flows(flows: pd.DataFrame, system: System | str) -> pd.DataFrame:
     for key, here in flows.groupby(list(system.group) or (lambda _: 0)):
         members = pd.crosstab(here.flow, here.split).reindex(columns=share.index, fill_value=0)
         if len(members) < len(share):
-            of = f" with {', '.join(system.group)} = {key}" if system.group else ""
+            values = ", ".join(f"{value:g}" for value in np.ravel(key)) if system.group else ""
+            of = f" with {', '.join(system.group)} = {values}" if system.group else ""
             raise ValueError(f"{len(share)} splits need as many flows{of}, there are {len(members)}; leave a split out")
         left = members.iloc[_shuffled(len(members), str(key))]
         for split in share.index[:-1]:  # the largest split takes the rest
@@ -262,18 +263,19 @@ def write_leak_free(
 
     The set is written whole or not at all. Its files refer to the published ones by relative paths: move both together.
     Raises FileExistsError if `out` holds the system already, ValueError for a file in which labels differ between
-    trajectories."""
+    trajectories, and for fewer flows than splits."""
     system = get_system(system) if isinstance(system, str) else system
     folder = Path(out) / system.name
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; delete it or name another folder")
-    dealt = deal_flows(find_flows(Path(root).resolve(), system, splits), system)
-    per_file = dealt.groupby("file")[system.label_names].nunique().max(axis=1)
+    flows = find_flows(Path(root).resolve(), system, splits)
+    per_file = flows.groupby("file")[system.label_names].nunique().max(axis=1)
     if (per_file > 1).any():
         raise ValueError(
             f"{per_file.idxmax()} holds trajectories with different labels; leak-free views are of files with one "
             "parameter pair each"
         )
+    dealt = deal_flows(flows, system)
     partial = folder.resolve().with_name(f".{system.name}.partial")  # as deep, for paths that are relative
     shutil.rmtree(partial, ignore_errors=True)
     for (split, *_), rows in dealt.groupby(["split", *system.label_names]):

@@ -67,7 +67,7 @@ def _alike(files: list[WellFile]) -> list[WellFile]:
     return files
 
 
-def _in_memory(files: list[WellFile], grid: tuple[int, ...], asked: bool | None, limit: int) -> bool:
+def _fits(files: list[WellFile], grid: tuple[int, ...], asked: bool | None, limit: int) -> bool:
     """Whether trajectories are kept in memory: as asked for, or if they are of one length, so that they make one array,
     and take at most `limit` bytes. ValueError where that is asked for and they are not of one length."""
     lengths = sorted({f.n_frames for f in files})
@@ -128,7 +128,7 @@ class Trajectories:
         self.grid = first.grid if crop is None else tuple(b - a for a, b in crop)  # (h, w)
         self.whole = tuple(n == full for n, full in zip(self.grid, first.grid))  # which axes are not cropped
         self.positions = first.positions if self.whole[1] else None  # (w,) of an axis between walls, from 0 to 1
-        self.in_memory = _in_memory(self.files, self.grid, in_memory, memory_limit)
+        self.in_memory = _fits(self.files, self.grid, in_memory, memory_limit)
 
     @cached_property
     def memory(self) -> np.ndarray | None:

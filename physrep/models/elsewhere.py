@@ -72,6 +72,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds {type(found).__name__}, not tensors by name")
     if wrong := [f"{name} ({type(v).__name__})" for name, v in found.items() if not isinstance(v, Tensor)]:
         raise ValueError(f"{path} is no state dict; these are no tensors: {', '.join(wrong)}")
+    most = max(len(found), 100)  # a layer is built for every number up to that in a name
+    if far := [name for name in map(str, found) if any(int(n) >= most for n in re.findall(r"\.(\d+)(?=\.)", name))]:
+        raise ValueError(f"{path}: {far[0]:.80} is numbered as if there were more layers than the {len(found)} tensors")
     return strip_prefix({str(name): value for name, value in found.items()}, "module.", path)
 
 # %% ../../nbs/models/elsewhere.ipynb #71c11c82
@@ -136,12 +139,8 @@ def _kernel(state: Mapping[str, Tensor], name: str, default: tuple[int, int, int
 
 
 def _count(state: Mapping[str, Tensor], pattern: str, default: int) -> int:
-    """One more than the largest number that a pattern finds in the names; the default if it finds none. ValueError
-    where that is more than there are names."""
-    found = max((int(m[1]) for name in state if (m := re.match(pattern, name))), default=default - 1)
-    if found >= max(len(state), default):
-        raise ValueError(f"a name says that {found} blocks come before its own, and the file has {len(state)} tensors")
-    return found + 1
+    "One more than the largest number that a pattern finds in the names; the default if it finds none."
+    return max((1 + int(m[1]) for name in state if (m := re.match(pattern, name))), default=default)
 
 
 def _convnext_config(state: Mapping[str, Tensor]) -> dict:
