@@ -1,6 +1,7 @@
 """The widgets' logic: flows solved frame by frame, readers, the session, pictures, and the tabs without a browser."""
 
 import importlib.util
+import io
 import math
 import threading
 import types
@@ -8,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
 
+from physrep.explore import sets
 from physrep.explore.latent import token_colours
 from physrep.explore.live import Job, Session, explorable_systems
-from physrep.explore.pictures import fixed_scale, number, scales_of
+from physrep.explore.pictures import SEEN, FlowPicture, at_even_heights, fixed_scale, number, scales_of
 from physrep.explore.readers import encoder_folders, encoder_info
-from physrep.explore.solve import parameter_ranges, solve
+from physrep.explore.solve import fine_enough, parameter_ranges, solve
 from physrep.models.pretrained import SHIPPED, load_encoder
 from physrep.physics.spectral import SimulationBlewUp
 from physrep.probing.frozen import load_probe
@@ -69,7 +73,11 @@ def test_a_run_that_cannot_be_is_stopped():
 
 def test_a_finer_grid_beyond_the_training_gives_the_same_kind_of_flow():
     sim = get_preset("laptop").sims["rayleigh_benard"]
-    flow = solve("rayleigh_benard", {"Prandtl": 0.4, "Rayleigh": 2.5e6}, sim, frames=3)
+    values = {"Prandtl": 0.4, "Rayleigh": 2.5e6}
+    fine = fine_enough("rayleigh_benard", values, sim)
+    assert all(n > m for n, m in zip(fine.grid, sim.grid)) and fine.dt < sim.dt
+    flow = solve("rayleigh_benard", values, sim, frames=3)
+    assert np.array_equal(flow.fields, solve("rayleigh_benard", values, fine, frames=3).fields)
     assert flow.fields.shape == (4, 3, 32, 32) and np.isfinite(flow.fields).all() and flow.dt == sim.frame_dt
     ranges = parameter_ranges("rayleigh_benard", sim)
     assert ranges["Rayleigh"].low < 1e4 and not ranges["Rayleigh"].knows(2.5e6)
@@ -94,12 +102,9 @@ def test_a_job_reports_in_its_own_thread_and_is_cancelled_at_a_report():
 def test_pictures_have_a_fixed_scale_and_mark_the_window(session):
     picture = session.picture("velocity_x", 2)
     assert picture.png(3) == picture.png(3) != picture.png(4)
-    assert picture.png(1) != session.picture("velocity_x", 0).png(1), "frame 1 is in one window and not in the other"
     with pytest.raises(ValueError, match="frames 0 to 17, not 18"):
         picture.png(18)
     with pytest.raises(ValueError, match="no channel 'vorticity'; it has tracer"):
-        from physrep.explore.pictures import FlowPicture
-
         FlowPicture(session.flow, "vorticity", fixed_scale(0, 1))
     assert fixed_scale(5.0, 1.0).low == 2.5 and fixed_scale(0.1, 1.0).low == -2.5
     assert set(scales_of(session.flow)) == set(session.system.channels) and number(float("nan")) == "–"
@@ -170,3 +175,74 @@ def test_a_code_is_one_token_and_has_one_colour():
     loaded = types.SimpleNamespace(encoder=encoder, embed=lambda window, dt, pool: tokens)
     colours = token_colours(loaded, np.zeros((4, *run.clip_shape), np.float32), 0.2)
     assert colours.shape == (*grid, 3) and np.isfinite(colours).all()
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int)
+
+
+def of_colour(image: np.ndarray, colour: str) -> np.ndarray:
+    "Rows and columns (n, 2) of the pixels of a colour."
+    return np.argwhere(np.abs(image - np.array(to_rgb(colour)) * 255).max(-1) < 3)
+
+
+def test_pictures_have_x_to_the_right_and_y_upwards(session):
+    flow = session.blank(1)
+    x, y = (np.arange(n) for n in flow.fields.shape[2:])
+    tracer = np.where((x[:, None] > 20) & (y > 20), 5.0, 0.0).astype(np.float32)  # far along both axes
+    flow.fields[flow.system.channels.index("tracer"), 0] = tracer
+    picture = FlowPicture(flow, "tracer", fixed_scale(0, 1), arrows=False)
+    image, box = pixels(picture.png(0)), picture.ax.get_window_extent()
+    height = image.shape[0]
+    top, bottom = round(height - box.y1), round(height - box.y0)
+    inside = image[top:bottom, round(box.x0) : round(box.x1)]
+    n, m = (size // 2 for size in inside.shape[:2])
+    far = np.abs(inside - inside[-5, 5]).sum(-1) > 100  # than the lower left corner
+    assert far[:n, m:].mean() > 0.2, "the upper right quarter"
+    for other in (far[:n, :m], far[n:, m:], far[n:, :m]):
+        assert other.mean() < 0.05, "but for the frame"
+
+
+def test_the_frame_is_marked_in_the_window_alone(session):
+    picture = session.picture("velocity_x", 2)
+    box = picture.ax.get_window_extent()
+    marked = {}
+    for frame in (1, 2, 2 + session.frames - 1):
+        image = pixels(picture.png(frame))
+        edge = image[:, round(box.x0)][round(image.shape[0] - box.y1) : round(image.shape[0] - box.y0)]
+        marked[frame] = len(of_colour(edge[None], SEEN)) > 0.9 * len(edge)
+    assert marked == {1: False, 2: True, 2 + session.frames - 1: True}
+
+
+def test_colours_of_uneven_heights_stand_where_they_belong():
+    dense = (1 - np.cos(np.pi * (np.arange(32) + 0.5) / 32)) / 2
+    even = (np.arange(32) + 0.5) / 32
+    shown = at_even_heights(np.broadcast_to(dense, (2, 3, 32)).astype(np.float32), dense)
+    assert shown.shape == (2, 3, 32) and shown.dtype == np.float32
+    inside = (even >= dense[0]) & (even <= dense[-1])
+    assert inside.sum() >= 30 and np.allclose(shown[0, 0][inside], even[inside], atol=1e-6), "the height itself"
+    assert at_even_heights(shown, None) is shown and at_even_heights(shown, even) is shown
+
+
+def test_without_a_checkout_flows_go_to_a_folder_of_ones_own(tmp_path, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError
+
+    monkeypatch.setattr(sets, "project_root", nowhere)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sets.explore_folder() == tmp_path / ".cache" / "physrep" / "data" / "explore"
+    assert sets.data_sets("shear_flow") == {}, "there is no such folder yet"
+
+
+def test_folders_that_may_not_be_looked_into_are_left_out(tmp_path, smoke_data, monkeypatch):
+    (tmp_path / "laptop").symlink_to(smoke_data)
+    (tmp_path / "of_others").mkdir()
+    original = sets.find_folder
+
+    def find(folder, system):
+        if folder.name == "of_others":
+            raise PermissionError(13, "Permission denied")
+        return original(folder, system)
+
+    monkeypatch.setattr(sets, "find_folder", find)
+    assert list(sets.data_sets("shear_flow", tmp_path)) == ["laptop"]

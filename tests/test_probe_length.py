@@ -12,7 +12,7 @@ from physrep.core.paths import project_root
 from physrep.experiments import matters, probe_length
 from physrep.experiments.matters import COMPARED, PAPER, PERIODIC, Place, at_rate, cell_run, matters_root, rate_of
 from physrep.experiments.matters_errors import Errors, group_sums
-from physrep.experiments.matters_lengths import at_lengths, changed_pairs, plot_cells_by_length
+from physrep.experiments.matters_lengths import at_lengths, changed_pairs, plot_cells_by_length, read_on_both
 from physrep.experiments.matters_systems import OnSystem
 from physrep.experiments.probe_length import (
     ZEROS,
@@ -160,3 +160,10 @@ def test_the_committed_readings_are_of_runs_at_known_rates():
             rate = rate_of(name, here, "no such folder") or rate_of(name, first, "no such folder")
             run = at_rate(here, rate)
             assert found[system, run.tag, run.encoder, name == PERIODIC] == run.recipe.lr, (system, name)
+
+
+def test_a_system_that_was_read_at_more_lengths_than_the_first_is_compared_at_those_of_both():
+    ours, theirs = {12: "a", 24: "b", 96: "c"}, {12: "d", 96: "e"}
+    assert (
+        read_on_both(ours, theirs) == {12: "a", 96: "c"} and read_on_both(ours) == ours and read_on_both(ours, {}) == {}
+    )

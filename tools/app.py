@@ -28,6 +28,8 @@ OPTIONS = [
     "--MappingKernelManager.cull_idle_timeout=600",
     "--MappingKernelManager.cull_connected=False",
 ]
+# a larger upload than the page takes reaches it, so that it can say so: 10 MiB end the connection otherwise
+SETTINGS = {"websocket_max_message_size": 64 * 2**20}
 
 
 def page(notebook: dict, values: dict[str, str]) -> dict:
@@ -55,10 +57,10 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     os.environ.setdefault("PHYSREP_ROOT", str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from voila.app import main
+    from voila.app import Voila
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "physrep.ipynb"
         path.write_text(json.dumps(page(json.loads(NOTEBOOK.read_text(encoding="utf-8")), dict(asked.p))))
         sys.argv = ["voila", str(path), f"--port={asked.port}", *OPTIONS, *(["--no-browser"] * asked.no_browser)]
-        main()
+        Voila.launch_instance(tornado_settings=SETTINGS)

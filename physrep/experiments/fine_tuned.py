@@ -117,13 +117,17 @@ def fine_tuned_seeds(
     run_dir: str | Path | None = None,
     data_dir: str | Path | None = None,
 ) -> list[int]:
-    "The seeds of the preset, and further ones with which every row has results and every encoder is fine-tuned."
+    """The seeds of the preset, and further ones with which every row has results and every encoder is fine-tuned as
+    with the first one: the same windows, rates and batch."""
     tuned = [row for row in rows if row.kind in ("trained", "random") and row.objective != "supervised"]
-    found = list(preset.seeds)
+    found, first = list(preset.seeds), None
     for seed in with_seeds_there(preset, system, rows, run_dir, data_dir).seeds:
-        folders = [run_of(row, system, preset, seed, data_dir).folder(run_dir) for row in tuned]
-        if seed not in found and all(is_current(folder / FINE_TUNED, preset) for folder in folders):
-            found.append(seed)
+        files = [run_of(row, system, preset, seed, data_dir).folder(run_dir) / FINE_TUNED for row in tuned]
+        if all(is_current(file, preset) for file in files):
+            settings = [read_json(file)["finetuning"] for file in files]
+            first = first or settings
+            if seed not in found and settings == first:
+                found.append(seed)
     return found
 
 # %% ../../nbs/experiments/fine_tuned.ipynb #495763e0

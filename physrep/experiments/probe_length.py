@@ -19,16 +19,7 @@ from ..core.files import read_json, write_json
 from ..core.provenance import provenance
 from ..data.windows import Windows
 from . import matters
-from physrep.experiments.matters import (
-    CELL_ENCODERS,
-    CELLS,
-    COMPARED,
-    Place,
-    at_rate,
-    cell_run,
-    make_room,
-    matters_root,
-)
+from .matters import CELL_ENCODERS, CELLS, COMPARED, Place, at_rate, cell_run, matters_root
 from .matters_probes import NAMES, PAPER, PERIODIC, ZEROS, luck_of, probe_ratio
 from ..models.pretrained import load_encoder
 from ..probing.evaluate import bootstrap_groups, label_scaler
@@ -117,7 +108,7 @@ def read_at_lengths(
     known = read_json(folder / FILE) if is_current(folder / FILE, run.preset, windows) else {"read": {}}
     if missing := [epochs for epochs in lengths if str(epochs) not in known["read"]]:
         record = provenance(*run.modules, "probing.evaluate", device=place.device, entries=run.entries)
-        make_room(folder)  # results without an encoder
+        matters.make_room(folder)  # results without an encoder
         if not place.score(run):
             raise RuntimeError(f"{run.path} diverged, so there is nothing to read")
         new = _read(run, folder, windows, missing, device=place.device, progress=place.progress)

@@ -139,6 +139,7 @@ class DataTab(DataChoices):
         if self.flow is None or self.channel.value not in self.flow.system.channels:
             return
         options = dict(arrows=self.arrows.value)
+        self.table.value = ""  # of the flow before, should this one not be read
         self.player.show(self.session.picture(self.channel.value, self.start.value, self.flow, **options))
         fits = on_grid(self.flow, self.session.info["shape"][1:])
         self.table.value = answers_html(self.session.read(self.start.value, self.flow)) if fits else ""

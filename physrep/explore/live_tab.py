@@ -200,6 +200,12 @@ class LiveTab(LiveChoices):
     "Sliders over the physics, the flow while it is solved, and the answers."
 
     times = (0.0, 0.0)  # seconds of the last flow: to solve it, to read it
+    solved: tuple = ()  # parameters, initial condition and disturbance of that flow
+
+    @property
+    def physics(self) -> tuple:
+        "What the sliders of the physics say."
+        return tuple(self.values.items()), self.seed.value, self.strength.value
 
     def run(self) -> None:
         "Solves the flow of the sliders in the background, shows its frames as they come, and reads it."
@@ -209,7 +215,7 @@ class LiveTab(LiveChoices):
         options = dict(frames=frames, seed=self.seed.value, strength=self.strength.value)
         values, blank = self.values, session.blank(frames)
         stream = session.picture(self.channel.value, self.start.value, blank, arrows=self.arrows.value)
-        began = time.perf_counter()
+        began, physics = time.perf_counter(), self.physics
 
         def work(report) -> float:
             session.simulate(values, progress=report, **options)
@@ -221,7 +227,7 @@ class LiveTab(LiveChoices):
             self.runner.say(f"solving frame {done} of {total} …")
 
         def finish(seconds: float) -> None:
-            self.times = (seconds, 0.0)
+            self.times, self.solved = (seconds, 0.0), physics
             self.show(restart=True)
             self.read()
 
@@ -244,7 +250,10 @@ class LiveTab(LiveChoices):
         self.times = (self.times[0], time.perf_counter() - began)
         self.answers.value, self.table.value = self.session.answers(table), answers_html(table)
         self.answers.layout.display = None
-        self.runner.say(finished_text(self.session, self.times), "good")
+        if self.solved == self.physics:
+            self.runner.say(finished_text(self.session, self.times), "good")
+        else:
+            self.runner.say("This is still the flow that was solved before: the sliders ask for another one.", "warn")
 
 # %% ../../nbs/explore/live_tab.ipynb #0c4077e3
 def finished_text(session: Session, times: tuple[float, float]) -> str:

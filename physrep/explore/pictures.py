@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHANNEL_WORDS', 'LABEL_WORDS', 'TIME_WORDS', 'SEEN', 'WIDTH', 'KIND_COLOURS', 'KIND_MARKERS', 'channel_word',
-           'number', 'Scale', 'fixed_scale', 'scales_for', 'scales_of', 'png_of', 'FlowPicture', 'answers_png']
+           'number', 'Scale', 'fixed_scale', 'scales_for', 'scales_of', 'png_of', 'at_even_heights', 'FlowPicture',
+           'answers_png']
 
 # %% ../../nbs/explore/pictures.ipynb #13f3e215
 import io
@@ -157,6 +158,18 @@ def _draw_arrows(ax: Axes, flow: Flow, speed: float | None) -> tuple[Quiver, tup
     return ax.quiver(x, y, zeros, zeros, **options), points
 
 # %% ../../nbs/explore/pictures.ipynb #e6818679
+def at_even_heights(x: np.ndarray, heights: np.ndarray | None) -> np.ndarray:
+    "Fields `(..., w)` of a layer between walls at the centres of cells of equal height, as pictures show them."
+    if heights is None:
+        return x
+    centres = (np.arange(len(heights)) + 0.5) / len(heights)
+    if np.allclose(heights, centres, atol=1e-3):
+        return x
+    above = np.clip(np.searchsorted(heights, centres), 1, len(heights) - 1)
+    share = np.clip((centres - heights[above - 1]) / (heights[above] - heights[above - 1]), 0, 1)
+    return ((1 - share) * x[..., above - 1] + share * x[..., above]).astype(x.dtype)
+
+# %% ../../nbs/explore/pictures.ipynb #18eb2c27
 class FlowPicture:
     "Frames of one channel of a flow as PNG: colours with a fixed scale, arrows of the velocity, the window marked."
 
@@ -179,7 +192,7 @@ class FlowPicture:
         self.canvas = FigureCanvasAgg(fig)
         look = dict(cmap=scale.colours, vmin=scale.low, vmax=scale.high, origin="lower")
         extent = (0, flow.box[0], 0, flow.box[1])
-        first = flow.fields[self.channel, 0]
+        first = at_even_heights(flow.fields[self.channel, 0], flow.heights)
         self.image = self.ax.imshow(first.T, interpolation="bicubic", extent=extent, **look)
         self.ax.set(xticks=[], yticks=[])
         self.ax.set_title(title or channel_word(channel), fontsize=10)
@@ -196,7 +209,7 @@ class FlowPicture:
 
     def draw(self, fields: np.ndarray, frame: int) -> bytes:
         "The picture of fields `(c, h, w)` at the time of a frame, as PNG."
-        self.image.set_data(fields[self.channel].T)
+        self.image.set_data(at_even_heights(fields[self.channel], self.flow.heights).T)
         if self.quiver is not None:
             u, v = fields[self.flow.system.channel_slice("velocity")]
             self.quiver.set_UVC(u[self.points].T, v[self.points].T)

@@ -7,7 +7,6 @@ __all__ = ['SPLIT', 'explore_folder', 'data_sets', 'splits_of', 'pairs_of', 'ope
            'make_handful']
 
 # %% ../../nbs/explore/sets.ipynb #9a5dc868
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,11 +23,11 @@ from ..training.presets import get_preset
 
 # %% ../../nbs/explore/sets.ipynb #dde48b0c
 def explore_folder() -> Path:
-    "Where flows go that are made on the spot: `data/explore` of the project, or a temporary folder."
+    "Where flows go that are made on the spot: `data/explore` of the project, or `~/.cache/physrep/data/explore`."
     try:
         return project_root() / "data" / "explore"
     except FileNotFoundError:
-        return Path(tempfile.gettempdir()) / "physrep-explore"
+        return Path.home() / ".cache" / "physrep" / "data" / "explore"  # of this user alone
 
 
 def data_sets(system: str, parent: str | Path | None = None) -> dict[str, Path]:
@@ -38,7 +37,7 @@ def data_sets(system: str, parent: str | Path | None = None) -> dict[str, Path]:
     for folder in sorted(p for p in parent.glob("*") if p.is_dir()):
         try:
             found[folder.name] = find_folder(folder, system)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # none, or not for us to see
             continue
     return dict(sorted(found.items(), key=lambda item: item[0] not in ("laptop", "explore")))
 

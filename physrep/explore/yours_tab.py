@@ -15,7 +15,7 @@ from .live_tab import answers_html, int_slider, system_choice
 from .parts import LABELS, WIDE, Player, Runner, column, side_by_side, table_html, text, when
 from .pictures import channel_word
 from .solve import Flow
-from .your_flow import LARGEST, check_flow, flow_from_bytes, resample
+from .your_flow import LARGEST, READ_ALL_THE_SAME, check_flow, flow_from_bytes, resample
 
 # %% ../../nbs/explore/yours_tab.ipynb #0f534488
 INTRO = (
@@ -129,18 +129,19 @@ class YoursTab(YoursFile):
 
     def take(self, flow: Flow, fits: str = "All fits.") -> None:
         "Shows what fits of a flow, and reads it if all does."
-        checks = check_flow(flow, self.session.info)
+        checks = check_flow(flow, self.session.info, self.session.sim.box)
         rows = [(c.what, c.wanted, c.found, c.state) for c in checks]
         self.checks.value = table_html(["what", "an encoder wants", "the flow has", ""], rows)
         states = {c.what: c.state for c in checks}
         self.loaded = flow
-        hard = [what for what, state in states.items() if state == "does not fit" and what != "size of the values"]
+        other = [what for what, state in states.items() if state == "does not fit"]
+        hard = [what for what in other if what not in READ_ALL_THE_SAME]
         self.consent.disabled = "can be resampled" not in states.values() or bool(hard)
         self.flow = flow if not hard and self.consent.disabled else None
         if self.flow is not None:
             self.start.max = flow.n_frames - self.session.frames
-            odd = states["size of the values"] != "fits"
-            said = "It can be read, but its values are unlike the training." if odd else fits
+            odd = [READ_ALL_THE_SAME[what] for what in other]
+            said = f"It can be read, but {' and '.join(odd)}." if odd else fits
             self.runner.say(said, "warn" if odd else "good")
             self.show()
         elif hard:

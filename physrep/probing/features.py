@@ -250,7 +250,10 @@ def extract(
                 dtype = dtype or (torch.float16 if _survives_rounding(tokens) else torch.float32)
                 tokens = tokens.to("cpu", dtype)
                 if not torch.isfinite(tokens).all():
-                    raise ValueError(f"tokens are not finite as {dtype} in batch {i}; try dtype=torch.float32")
+                    raise ValueError(
+                        f"tokens are not finite as {dtype} in batch {i}; float16 ends at 65504: let the "
+                        "encoder end in a normalisation, or pass dtype=torch.float32"
+                    )
                 if i == 0:
                     size = expected * tokens[0].nbytes
                     check_room(size, [*buffer.files_of(size), *([kept_in] if kept_in else [])])
