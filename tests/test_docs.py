@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -173,29 +174,52 @@ def test_code_of_a_guide_runs(path, capsys):
         exec(compile(code, str(path), "exec"), names)
 
 
-def test_commands_of_the_guides_are_there():
+GUIDES = [*BOOK.guides, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def options_of(command: str, capsys) -> set[str]:
+    "The options of a command of physrep, with underscores."
+    from physrep.experiments.command import STAGES, main, notebook_parameters, stage_path
+
+    if command in STAGES:
+        return {p.name for p in notebook_parameters(stage_path(STAGES[command]))}
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", capsys.readouterr().out)}
+
+
+def test_commands_of_the_guides_are_there(capsys):
     "Targets and variables of make, commands of physrep and their options."
-    from physrep.experiments.command import COMMANDS, STAGES, notebook_parameters, stage_path
+    from physrep.experiments.command import COMMANDS
 
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):.*##", makefile, re.M))
     variables = set(re.findall(r"^([A-Z]+) [?:]?=", makefile, re.M))
-    lines = [line for p in BOOK.guides for block in code_of(p, "bash") for line in block.splitlines()]
-    checked = 0
+    lines = [line for p in GUIDES for block in code_of(p, "bash") for line in block.splitlines() if line.strip()]
+    checked = []
     for line in lines:
-        first, *words = line.split()
-        options = {w.removeprefix("--").replace("-", "_") for w in words if w.startswith("--")}
+        first, *words = itertools.dropwhile(lambda w: re.fullmatch(r"[A-Z_]+=.*", w), line.partition("#")[0].split())
         if first == "make":
             assert {w for w in words if "=" not in w} <= targets, line
             assert {w.partition("=")[0] for w in words if "=" in w} <= variables, line
         elif first == "physrep":
             assert words[0] in COMMANDS, line
-            if words[0] in STAGES:
-                assert options <= {p.name for p in notebook_parameters(stage_path(STAGES[words[0]]))}, line
+            asked = {w.removeprefix("--").partition("=")[0].replace("-", "_") for w in words if w.startswith("--")}
+            assert asked <= options_of(words[0], capsys), line
         else:
             continue
-        checked += 1
-    assert checked > 10
+        checked.append(words[0])
+    assert len(checked) > 20 and {"report", "download"} <= set(checked)
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda p: p.stem)
+def test_commands_of_the_environment_are_found(path):
+    "A page that calls what is installed into .venv says before that it is to be activated."
+    text = path.read_text(encoding="utf-8")
+    called = re.search(r"^(?:physrep|papermill|jupytext|python) ", "\n".join(code_of(path, "bash")), re.M)
+    if called:
+        before = text[: text.index(called[0], text.index("```bash"))]
+        assert "source .venv/bin/activate" in before, f"{called[0].strip()} is not on the PATH of a new terminal"
 
 
 def test_what_docs_needs_is_in_dev():

@@ -106,7 +106,8 @@ def test_what_does_not_fit_is_refused_with_what_would_help():
 
 def test_what_is_free_is_less_than_there_is():
     free = memory_available()
-    assert free is None or 0 < free < 2**50
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert free is None or 0 < free < 0.99 * there, "this program and others have some of it"
 
 
 def test_a_branch_that_is_trained_beside_the_run_needs_as_much_again():

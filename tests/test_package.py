@@ -1,6 +1,7 @@
 """The package as others get it: wheel and sdist, dependencies, floors, the Makefile's promises."""
 
 import ast
+import os
 import re
 import runpy
 import subprocess
@@ -92,6 +93,13 @@ def test_wheel_and_sdist_import_without_the_repository(tmp_path):
     code = (
         "import physrep, pathlib, physrep.probing.evaluate as e, physrep.core.paths as p\n"
         f"assert pathlib.Path(physrep.__file__).is_relative_to({str(tmp_path)!r}), physrep.__file__\n"
+        "from physrep.data.same_flows import known_flows\n"
+        "from physrep.models.pretrained import SHIPPED\n"
+        "from physrep.probing.frozen import load_probe\n"
+        "names = sorted(p.name for p in SHIPPED.iterdir())\n"
+        "assert len(names) == 3 and all(physrep.load_encoder(name).info['name'] == 'vit' for name in names)\n"
+        "assert all(load_probe(next((SHIPPED / name).glob('probe-*.safetensors'))) for name in names)\n"
+        "assert known_flows() and (pathlib.Path(physrep.__file__).parent / 'core' / 'same_numbers.json').is_file()\n"
         "try: p.project_root()\n"
         "except FileNotFoundError as error: print(error)\n"
     )
@@ -128,9 +136,21 @@ def test_make_help_lists_the_targets():
         assert f"make {target} " in text
 
 
-@pytest.mark.parametrize("command", ["tune ONLY=mae-vit", "long-probe ROWS=rows.yaml", "study CELLS=all"])
-def test_make_refuses_what_a_target_would_ignore(command):
-    target, given = command.split()
+def ignored_variables() -> list[tuple[str, str]]:
+    "Targets of make and a variable that each of them refuses."
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = re.findall(r"^([a-z-]+): \$\(READY\).*\n\t@\$\(call takes_no,([A-Z ]+)\)", text, re.M)
+    return [(target, name) for target, names in found for name in names.split()]
+
+
+def test_targets_that_run_fixed_rows_refuse_others():
+    found = ignored_variables()
+    assert len(found) > 20 and {("tune", "SEEDS"), ("long-probe", "ROWS"), ("study", "CELLS")} <= set(found)
+
+
+@pytest.mark.parametrize("target, name", ignored_variables())
+def test_make_refuses_what_a_target_would_ignore(target, name):
+    given = f"{name}=x"
     # the environment is there: nothing is installed, and nothing but the refusal is run
     words = [
         "make",
@@ -142,16 +162,15 @@ def test_make_refuses_what_a_target_would_ignore(command):
         given,
     ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    name = given.partition("=")[0]
     assert done.returncode and f"make {target} takes no {given}: it runs all rows" in done.stdout
     assert f"Leave {name} out." in done.stdout and "workflow" not in done.stdout
 
 
 def test_clean_shows_first_and_deletes_nothing_unasked():
     before = sorted(p.name for p in ROOT.iterdir())
-    done = subprocess.run(
-        [sys.executable, "tools/clean.py"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    words, options = [sys.executable, "tools/clean.py"], dict(capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    unasked = {name: value for name, value in os.environ.items() if name != "CONFIRM"}  # as in `CONFIRM=yes make test`
+    done = subprocess.run(words, cwd=ROOT, env=unasked, **options)
     assert "nothing" in done.stdout and sorted(p.name for p in ROOT.iterdir()) == before
 
 

@@ -35,5 +35,5 @@ if __name__ == "__main__":
     code = build(asked.out.resolve(), asked.only, asked.jobs, quiet=not asked.verbose)
     if code == 0:
         page = asked.out.resolve() / "html" / "index.html"
-        print(f"the book: {page}\nopen it in a browser, or serve it: python -m http.server -d {page.parent} 8000")
+        print(f"the book: {page}\nopen it in a browser, or serve it: python3 -m http.server -d {page.parent} 8000")
     sys.exit(code)
