@@ -215,11 +215,10 @@ def test_commands_of_the_guides_are_there(capsys):
 @pytest.mark.parametrize("path", GUIDES, ids=lambda p: p.stem)
 def test_commands_of_the_environment_are_found(path):
     "A page that calls what is installed into .venv says before that it is to be activated."
-    text = path.read_text(encoding="utf-8")
-    called = re.search(r"^(?:physrep|papermill|jupytext|python) ", "\n".join(code_of(path, "bash")), re.M)
-    if called:
-        before = text[: text.index(called[0], text.index("```bash"))]
-        assert "source .venv/bin/activate" in before, f"{called[0].strip()} is not on the PATH of a new terminal"
+    code = "\n".join(code_of(path, "bash"))
+    if called := re.search(r"^(?:physrep|papermill|jupytext|python) ", code, re.M):
+        activated = "source .venv/bin/activate" in code[: called.start()]
+        assert activated, f"{called[0].strip()} is not on the PATH of a new terminal"
 
 
 def test_what_docs_needs_is_in_dev():
