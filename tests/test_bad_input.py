@@ -384,8 +384,13 @@ ENCODER = [
     ("too few channels", {"channels": ["a"] * 3, "mean": [0.0] * 3, "std": [1.0] * 3}, "do not fit the encoder 'vit'"),
     (
         "another width",
-        {"config": {"dim": 16, "depth": 1, "heads": 2, "tubelet": [2, 4, 4]}},
+        {"config": {"dim": 4, "depth": 1, "heads": 2, "tubelet": [2, 4, 4]}},
         "do not fit the encoder 'vit'",
+    ),
+    (
+        "a larger width",
+        {"config": {"dim": 16, "depth": 1, "heads": 2, "tubelet": [2, 4, 4]}},
+        "config asks for 3.07e+03 weights or more, and the file has 1920",
     ),
 ]
 FIELDS = [

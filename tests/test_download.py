@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import yaml
 
 import physrep.data.download
 from physrep.data.download import check_files, download, main
@@ -180,3 +181,13 @@ def test_the_client_has_the_face_that_is_used():
     assert {"repo_type", "revision", "files_metadata"} <= set(
         inspect.signature(huggingface_hub.HfApi.repo_info).parameters
     )
+
+
+def test_older_statistics_and_hidden_files_are_no_fault(published, tmp_path):
+    stats = yaml.safe_load((published / "stats.yaml").read_text())
+    (published / "stats.yaml").write_text(yaml.safe_dump({key: stats[key] for key in ("mean", "std")}))
+    (published / "data" / "train" / "._shear_flow_Reynolds_1e4.hdf5").write_bytes(b"of a finder")
+    assert check_files(published, "shear_flow") == []
+    (published / "stats.yaml").write_text(yaml.safe_dump({"mean": stats["mean"]}))
+    (problem,) = check_files(published, "shear_flow")
+    assert "no 'std'" in problem

@@ -23,7 +23,10 @@ from physrep.data.sets import STATS, find_files, find_folder, fingerprint, read_
 from physrep.data.well import UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_stats, write_well
+from physrep.physics.spectra import spectra
+from physrep.physics.statistics import summary_statistics
 from physrep.physics.systems import SYSTEMS, Field, Label, System, get_system
+from physrep.probing.baselines import measure
 
 SHEAR = get_system("shear_flow")
 NX, NY, FRAMES = 12, 10, 9
@@ -209,7 +212,7 @@ def test_a_crash_leaves_no_file(tmp_path, monkeypatch, existing):
         ({"time": np.zeros(FRAMES)}, "increasing"),
         ({"box": None}, r"coordinates\['x'\] or a box"),
         ({"coordinates": {"z": np.arange(3)}}, "coordinates of z"),
-        ({"coordinates": {"x": np.arange(3)}}, "must be 12 finite numbers"),
+        ({"coordinates": {"x": np.arange(3)}}, "must be 12 finite, increasing numbers"),
         ({"attributes": {"dataset_name": "mine"}}, "dataset_name belong"),
         ({"initial_conditions": [1, 2]}, "must be 3 integers"),
     ],
@@ -798,3 +801,56 @@ def test_a_file_of_a_system_of_ones_own_is_told_from_others(tmp_path):
     message = "dataset_name is 'reaction', and it has the fields of no system known here; shear_flow was asked for"
     with pytest.raises(WellFormatError, match=message):
         WellFile(find_files(tmp_path, OWN, "train")[0], "shear_flow")
+
+
+def layer(tmp_path, y):
+    "Fields of a system of one's own between walls at other heights than 0 and 1."
+    channel = System(
+        "channel",
+        "Channel flow",
+        (Field("dye"), Field("velocity", 1)),
+        (Label("Reynolds", log=True, paper_log=True),),
+        boundary=("periodic", "wall"),
+    )
+    folder = tmp_path / "channel" / "data" / "train"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    fields = {f.name: rng.normal(size=(2, 6, 8, len(y), *(2,) * f.rank)) for f in channel.fields}
+    options = dict(time=np.arange(6) * 0.1, coordinates={"x": np.arange(8) / 8, "y": y})
+    write_well(folder / "a.hdf5", channel, fields, {"Reynolds": 100.0}, **options)
+    return Windows(tmp_path, channel, "train", frames=6)
+
+
+def test_a_layer_may_lie_between_any_two_heights(tmp_path):
+    uneven = np.cos(np.pi * (np.arange(12)[::-1] + 0.5) / 12)  # from -1 to 1, dense at the walls
+    windows = layer(tmp_path / "uneven", uneven)
+    assert windows.positions is None and np.allclose(windows.heights, uneven)
+    for function in (summary_statistics, spectra):
+        assert np.isfinite(measure(windows, function)).all()
+    even = np.linspace(-1, 1, 12)
+    there, given = layer(tmp_path / "even", even), measure(layer(tmp_path / "again", even + 5), summary_statistics)
+    assert np.allclose(measure(there, summary_statistics), given, rtol=1e-4), "only distances count"
+
+
+@pytest.mark.parametrize(
+    "parameters, y, message",
+    [
+        ({"Reynolds": 0.0}, np.arange(4.0), "Reynolds must be positive"),
+        ({"Reynolds": 1e39}, np.arange(4.0), "Reynolds must be one finite number .in float32."),
+        ({"Reynolds": 10.0}, np.arange(4.0)[::-1], "must be 4 finite, increasing numbers"),
+    ],
+)
+def test_what_no_reader_takes_is_not_written(tmp_path, parameters, y, message):
+    system = System("channel", "", (Field("dye"),), (Label("Reynolds", log=True, paper_log=True),))
+    system = dataclasses.replace(system, boundary=("periodic", "wall"))
+    options = dict(time=np.arange(2), coordinates={"x": np.arange(8), "y": y})
+    with pytest.raises(ValueError, match=message):
+        write_well(tmp_path / "a.hdf5", system, {"dye": np.zeros((1, 2, 8, 4))}, parameters, **options)
+    assert not (tmp_path / "a.hdf5").exists()
+
+
+def test_names_of_axes_may_be_bytes_of_fixed_length(tmp_path):
+    windows = layer(tmp_path, np.linspace(0, 1, 4))
+    with h5py.File(windows.paths[0], "r+") as file:
+        file["dimensions"].attrs["spatial_dims"] = np.array(["x", "y"], dtype="S")
+    assert WellFile(windows.paths[0], windows.system).grid == (8, 4)

@@ -33,7 +33,7 @@ def check_files(
     folder = Path(folder)
     system = get_system(system) if isinstance(system, str) else system
     if sizes is None:
-        there = sorted(p for p in folder.glob("data/*/*") if p.suffix in (".h5", ".hdf5"))
+        there = sorted(p for p in folder.glob("data/*/[!.]*") if p.suffix in (".h5", ".hdf5"))
         sizes = {str(p.relative_to(folder)): None for p in there}
         sizes |= {"stats.yaml": None} if sizes and (folder / "stats.yaml").is_file() else {}
     if not sizes:
@@ -69,7 +69,7 @@ def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
                 return outside, False
             WellFile(path, system)
         elif not other:
-            read_stats(path, system)
+            read_stats(path, system, ("mean", "std"))  # older sets have no others
     except DamagedFileError as error:  # it explains more than a wrong size
         return str(error), True
     except WellFormatError as error:  # whole, and not what physrep expects: the same would come again

@@ -60,10 +60,15 @@ def _checked_parameters(system: System, parameters: Mapping[str, object], n_traj
         raise ValueError(f"{system.name} has the labels {', '.join(system.label_names)}; missing: {', '.join(missing)}")
     values = {name: _as_array(value, np.float64) for name, value in parameters.items()}
     for name, value in values.items():
-        if value.shape not in ((), (n_trajectories,)) or not np.isfinite(value).all():
+        with np.errstate(over="ignore"):
+            stored = value.astype(np.float32)
+        if value.shape not in ((), (n_trajectories,)) or not np.isfinite(stored).all():
             raise ValueError(
-                f"{name} must be one finite number or {n_trajectories}, one per trajectory, got {parameters[name]}"
+                f"{name} must be one finite number (in float32) or {n_trajectories}, one per trajectory, got "
+                f"{parameters[name]}"
             )
+    for label in system.labels:  # what no reader would take, such as a Reynolds number of 0
+        label.transform(values[label.name])
     return values
 
 # %% ../../nbs/data/write.ipynb #a5fbe140
@@ -81,8 +86,10 @@ def _checked_coordinates(
         else:  # between walls, nodes may be Chebyshev, staggered, with or without the walls
             instead = " or a box" if system.boundary[i] == "periodic" else ": the nodes between walls cannot be guessed"
             raise ValueError(f"give coordinates[{axis!r}]{instead}")
-        if out[axis].shape != (grid[i],) or not np.isfinite(out[axis]).all():
-            raise ValueError(f"coordinates[{axis!r}] must be {grid[i]} finite numbers, got an array {out[axis].shape}")
+        if out[axis].shape != (grid[i],) or not np.isfinite(out[axis]).all() or (np.diff(out[axis]) <= 0).any():
+            raise ValueError(
+                f"coordinates[{axis!r}] must be {grid[i]} finite, increasing numbers, got an array {out[axis].shape}"
+            )
     if coordinates:
         raise ValueError(
             f"{system.name} has the axes {', '.join(system.axes)}, got coordinates of {', '.join(coordinates)}"

@@ -62,6 +62,9 @@ def pairs_of(root: Path, system: System | str, split: str) -> dict[str, Path]:
 def open_flow(path: Path, system: System | str, trajectory: int = 0) -> Flow:
     "A trajectory of a file; ValueError where there is none."
     file = WellFile(path, system)
+    for axis, step, kind in zip(file.system.axes, file.spacing, file.system.boundary):
+        if kind == "periodic" and not np.isfinite(step):
+            raise ValueError(f"{path.name}: points along {axis} are not evenly spaced; write the fields on such points")
     fields = file.window(trajectory, 0, file.n_frames)
     labels = tuple(float(v) for v in file.label_table()[trajectory])
     spacing = tuple(float(s) for s in file.spacing)

@@ -269,11 +269,12 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
     for i, entry in enumerate(content["rows"], 1):
         try:
             row = _row_from(entry, path.absolute().parent)
+            pair, others = row.pair, (*ROWS, *found)
             if row.kind == "predictions":  # kept in a folder that is called after the objective alone
-                if row.objective in [other.objective for other in (*ROWS, *found)]:
+                if row.objective in [other.objective for other in others]:
                     raise ValueError(f"there is a row {row.objective} already; give yours another objective")
-            elif row.pair in [other.pair for other in (*ROWS, *found)]:
-                raise ValueError(f"there is a row {'-'.join(row.pair)} already; give yours a `tag` of its own")
+            elif pair in [other.pair for other in others]:
+                raise ValueError(f"there is a row {'-'.join(pair)} already; give yours a `tag` of its own")
         except ValueError as error:
             raise ValueError(f"{path}, row {i}: {error}") from None
         found.append(row)
