@@ -384,7 +384,7 @@ ENCODER = [
     ("too few channels", {"channels": ["a"] * 3, "mean": [0.0] * 3, "std": [1.0] * 3}, "do not fit the encoder 'vit'"),
     (
         "another width",
-        {"config": {"dim": 4, "depth": 1, "heads": 2, "tubelet": [2, 4, 4]}},
+        {"config": {"dim": 6, "depth": 1, "heads": 2, "tubelet": [2, 4, 4]}},
         "do not fit the encoder 'vit'",
     ),
     (

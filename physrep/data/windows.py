@@ -117,8 +117,7 @@ class Trajectories:
     ):
         self.system = get_system(system) if isinstance(system, str) else system
         self.root = as_path(root)
-        self.split = split
-        self.crop = crop
+        self.split, self.crop = split, crop
         self.paths = [path for part in split.split("+") for path in find_files(root, self.system, part)]
         self.files = _alike([WellFile(p, self.system) for p in self.paths])
         self.trajectories = [(f, i) for f, file in enumerate(self.files) for i in range(file.n_trajectories)]
