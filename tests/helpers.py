@@ -59,10 +59,11 @@ def papermill(*arguments: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-def dry_run(*options: str, preset: str, data: str) -> subprocess.CompletedProcess:
-    "What `make reproduce PRESET=preset DATA=data` would run; `options` are Snakemake's."
+def dry_run(*options: str, preset: str, data: str, **config: str) -> subprocess.CompletedProcess:
+    "What `make reproduce PRESET=preset DATA=data` would run; `options` are Snakemake's, `config` is of the Snakefile."
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", *options]
     command += ["--quiet", "host", "--config", f"preset={preset}", f"data={data}"]
+    command += [f"{name}={value}" for name, value in config.items()]
     return subprocess.run(command, cwd=project_root(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 

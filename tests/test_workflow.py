@@ -1,5 +1,6 @@
 """Two workflows on the same runs: the second says so and waits; what was killed holds nothing."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -7,7 +8,10 @@ import time
 from pathlib import Path
 
 import filelock
-from helpers import ROOT
+import pytest
+from helpers import ROOT, dry_run
+
+from physrep.training.presets import get_preset
 
 CODE = """
 import sys
@@ -49,3 +53,38 @@ def test_a_killed_workflow_keeps_nobody_waiting(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert "waiting" not in start(tmp_path).communicate(timeout=60)[0]
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> dict[str, str]:
+    "The command of each job at preset smoke with rows of one's own, by rule."
+    folder = tmp_path_factory.mktemp("rows of my own")
+    (folder / "rival.csv").write_text("")
+    rows = ("{objective: rival, predictions: {shear_flow: rival.csv}}", "{objective: jepa, encoder: vit, tag: near}")
+    (folder / "rows.yaml").write_text("".join(["rows:\n", *(f"  - {row}\n" for row in rows)]))
+    (folder / "mine.yaml").write_text("base: smoke\n")  # nothing of it is there yet
+    options = dict(preset=str(folder / "mine.yaml"), data=str(folder / "data"))
+    done = dry_run("--printshellcmds", **options, rows=str(folder / "rows.yaml"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(re.findall(r"^(?:local)?rule (\S+):$.*?^Shell command: (.*?)$", done.stdout, re.M | re.S))
+
+
+def test_a_file_of_rows_is_told_to_jobs_of_these_rows_alone(planned):
+    "A job that is told something else runs again."
+    told = {name for name, command in planned.items() if name.startswith("probe_") and "rows.yaml" in command}
+    assert told == {f"probe_{system}_jepa.near_vit" for system in get_preset("smoke").systems}
+    assert sum(name.startswith("probe_") for name in planned) > 20
+
+
+def test_commands_take_folders_with_spaces(planned):
+    rest = planned["compare_shear_flow_rival"].partition(" compare ")[2].replace(str(ROOT), "'/a folder'")
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {rest}"], capture_output=True, text=True).stdout.splitlines()
+    assert words[0].endswith("/rival.csv") and "rows of my own" in words[0]
+    assert words[1::2] == ["--reference", "--into"]
+    assert words[2::2] == [f"/a folder/runs/mine/shear_flow/{name}" for name in ("constant", "rival")]
+
+
+def test_another_number_of_cores_is_no_other_command(planned):
+    "The number of processes stands in the shell, not in what is compared with the last time."
+    command = planned["simulate_shear_flow"]
+    assert command.startswith("export SIMULATING=1; ") and '-p workers "$SIMULATING"' in command
