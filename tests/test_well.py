@@ -740,7 +740,9 @@ def test_a_system_of_ones_own_from_files_to_batches(tmp_path, system):
     assert write_stats(root, system) == tmp_path / system.name / "stats.yaml"
     assert set(read_stats(root, system)["mean"]) == {f.name for f in system.fields}
     file = WellFile(files[0], system)
-    assert file.grid == (64, 48) and file.labels == {"Damkohler": 1.0} and file.positions is None
+    assert file.grid == (64, 48) and file.labels == {"Damkohler": 1.0}
+    walls = system.boundary[1] == "wall"
+    assert np.allclose(file.positions, np.linspace(-1, 1, 48)) if walls else file.positions is None
     windows = Windows(root, system, "train", frames=4, stride=2)
     assert windows.shape == (3, 4, 64, 48) and windows[0]["labels"].tolist() == [1.0]
     check_disjoint(windows, Windows(root, system, "test", frames=4))
@@ -824,7 +826,7 @@ def layer(tmp_path, y):
 def test_a_layer_may_lie_between_any_two_heights(tmp_path):
     uneven = np.cos(np.pi * (np.arange(12)[::-1] + 0.5) / 12)  # from -1 to 1, dense at the walls
     windows = layer(tmp_path / "uneven", uneven)
-    assert windows.positions is None and np.allclose(windows.heights, uneven)
+    assert np.allclose(windows.positions, uneven)
     for function in (summary_statistics, spectra):
         assert np.isfinite(measure(windows, function)).all()
     even = np.linspace(-1, 1, 12)

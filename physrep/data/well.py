@@ -246,7 +246,7 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
     return time
 
 # %% ../../nbs/data/well.ipynb #c4249276
-def _read_heights(path: Path, file: h5py.File, system: System) -> np.ndarray | None:
+def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray | None:
     """Coordinates `(w,)` of points along a second axis between walls; None for a periodic axis.
 
     Raises WellFormatError unless they increase, from the walls at 0 and 1 for a system whose mirror images depend on
@@ -263,11 +263,6 @@ def _read_heights(path: Path, file: h5py.File, system: System) -> np.ndarray | N
             f"it runs from {y[0]:g} to {y[-1]:g}"
         )
     return y
-
-
-def _read_positions(heights: np.ndarray | None) -> np.ndarray | None:
-    "Heights that run from 0 to 1, the walls, as mirror images need them; None for others."
-    return heights if heights is not None and -1e-6 <= heights[0] and heights[-1] <= 1 + 1e-6 else None
 
 # %% ../../nbs/data/well.ipynb #38f073b6
 def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
@@ -360,8 +355,7 @@ class WellContents:
             self.grid: tuple[int, int] = tuple(grid)
             self.time = _read_time(self.path, file, self.system, self._stored[0].shape[:4])  # float64 (T,) or (B, T)
             self.spacing = _read_spacing(file, self.system)  # of grid points, along both axes
-            self.heights = _read_heights(self.path, file, self.system)  # (w,) of an axis between walls, or None
-            self.positions = _read_positions(self.heights)  # the same if the walls are at 0 and 1, or None
+            self.positions = _read_positions(self.path, file, self.system)  # (w,) of an axis between walls, or None
             self.labels = _read_labels(self.path, file, self.system, self.n_trajectories)  # name -> float or (B,)
             self.initial_conditions = _read_initial_conditions(self.path, file, self.n_trajectories)
 

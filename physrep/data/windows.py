@@ -126,8 +126,7 @@ class Trajectories:
         first = self.files[0]
         self.grid = first.grid if crop is None else tuple(b - a for a, b in crop)  # (h, w)
         self.whole = tuple(n == full for n, full in zip(self.grid, first.grid))  # which axes are not cropped
-        # of an axis between walls (w,), from 0 to 1 and between any two numbers
-        self.positions, self.heights = (first.positions, first.heights) if self.whole[1] else (None, None)
+        self.positions = first.positions if self.whole[1] else None  # (w,) of points along an axis between walls
         self.in_memory = _fits(self.files, self.grid, in_memory, memory_limit)
 
     @cached_property

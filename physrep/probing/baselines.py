@@ -33,7 +33,7 @@ def measure(windows: Windows, function: Callable[..., np.ndarray], memory: int =
     are
     read at a time."""
     file = windows.files[0]
-    about = dict(system=windows.system, dt=file.dt, spacing=file.spacing, heights=windows.heights)
+    about = dict(system=windows.system, dt=file.dt, spacing=file.spacing, heights=windows.positions)
     about["periodic"] = None if windows.crop is None else False
     return np.concatenate([function(clips, **about) for clips in _clips(windows, memory)])
 
