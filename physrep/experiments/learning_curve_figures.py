@@ -51,10 +51,10 @@ def learning_curve(run: Run, run_dir: str | Path | None = None) -> pd.DataFrame:
 
 # %% ../../nbs/experiments/learning_curve_figures.ipynb #298ed48b
 def _draw_lines(ax: Axes, still: pd.DataFrame, rows: Sequence[Row]) -> None:
-    "Rows without training as horizontal lines."
+    "Rows without training as horizontal lines, random weights as in `results.curves`."
     for _, row in still.iterrows():
         kind, _, variant = row.objective.partition(".")
-        network = ("-." if row.encoder == "convnext" else "--") if not variant else (0, (6, 2, 1, 2, 1, 2))
+        network = "--" if row.encoder == "vit" else ":" if variant else "-."  # dotted: options of its own
         style = network if kind == "random" else ":"
         pair = (row.objective, row.encoder)
         ax.axhline(row.value, ls=style, lw=1.2, color=color_of(*pair, rows), label=title_of(*pair, rows=rows))
