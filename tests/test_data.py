@@ -796,3 +796,11 @@ def test_groups_of_foreign_files_tell_splits_apart(tmp_path, smoke_data):
 @pytest.mark.parametrize("number", [np.int64(3), np.int32(3), np.uint8(3)])
 def test_numbers_of_any_type_are_the_same_key(number):
     assert seed_for("step", number) == seed_for("step", 3) != seed_for("step", "3")
+
+
+def test_a_plan_of_another_form_is_data_that_were_made_differently(tmp_path):
+    folder = tmp_path / "shear_flow"
+    folder.mkdir()
+    write_json(folder / "plan.json", {"system": "shear_flow", "code": "0" * 16, "splits": {"train": 2}})
+    with pytest.raises(ValueError, match="holds data that were made differently .*splits: there"):
+        make_dataset("shear_flow", SIM, tmp_path, workers=1, progress=False)

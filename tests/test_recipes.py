@@ -49,7 +49,8 @@ def test_only_one_number_of_the_recipe_changes(name, change, field):
     assert usual.path == run_of(row, "shear_flow", preset, 3).path, "the run of Table 1"
     changed = {k for k, v in half.as_dict().items() if v != usual.as_dict().get(k)}
     assert changed == {"tag", "recipe"}
-    assert half.recipe == replace(usual.recipe, **{field: getattr(usual.recipe, field) / 2})
+    number = getattr(usual.recipe, field)
+    assert half.recipe == replace(usual.recipe, **{field: type(number)(number / 2)})
 
 
 def test_a_training_has_at_least_one_update():

@@ -353,7 +353,7 @@ class Twice(torch.nn.Module):
 
     def __init__(self, encoder, *, system, shape):
         super().__init__()
-        self.encoder, self.shape, self.system = encoder, shape, system
+        self.encoder, self.shape = encoder, shape
         self.net = torch.nn.Sequential(encoder, torch.nn.Linear(encoder.dim, 1))
         self.trains = True
 

@@ -315,7 +315,7 @@ def _prepare(folder: Path, recipe: dict) -> None:
             "simulate, name another folder"
         )
     there = read_json(folder / "plan.json") if (folder / "plan.json").is_file() else recipe
-    planned = there["draws"] | there["counts"]  # the splits that it had
+    planned = {**there.get("draws", {}), **there.get("counts", {})}  # the splits that it had
     if not (folder / "plan.json").is_file() or not _made_by(folder, recipe):
         for old in (file for split in planned for file in (folder / "data" / split).glob("*.hdf5")):
             old.unlink()

@@ -148,7 +148,7 @@ class Watch:
 
     def __call__(self, objective: nn.Module, step: int) -> None:
         "Measures an objective after `step` updates; it must be in evaluation mode."
-        clip = objective.system.n_channels * math.prod(objective.shape)
+        clip = getattr(objective.encoder, "in_channels", 1) * math.prod(objective.shape)
         at_once = max(1, min(self.at_once, MOST_NUMBERS // clip))
         train, valid = (
             pooled(objective.encoder, self.plain[split].evaluation(at_once, limit=n), objective.shape[0])
