@@ -158,6 +158,7 @@ def test_make_refuses_what_a_target_would_ignore(target, name):
         "--assume-old",
         f"{sys.prefix}/.ready",
         f"VENV={sys.prefix}",
+        "CORES=1",
         target,
         given,
     ]
