@@ -165,9 +165,7 @@ def at_even_heights(x: np.ndarray, heights: np.ndarray | None) -> np.ndarray:
     centres = (np.arange(len(heights)) + 0.5) / len(heights)
     if np.allclose(heights, centres, atol=1e-3):
         return x
-    above = np.clip(np.searchsorted(heights, centres), 1, len(heights) - 1)
-    share = np.clip((centres - heights[above - 1]) / (heights[above] - heights[above - 1]), 0, 1)
-    return ((1 - share) * x[..., above - 1] + share * x[..., above]).astype(x.dtype)
+    return np.apply_along_axis(lambda column: np.interp(centres, heights, column), -1, x).astype(x.dtype)
 
 # %% ../../nbs/explore/pictures.ipynb #18eb2c27
 class FlowPicture:
