@@ -73,8 +73,9 @@ def test_what_a_table_needs_comes_back_to_the_byte_and_nothing_else(tmp_path):
     assert pack(tmp_path / "runs", tmp_path / "archives") == {RUN: "written"}
     assert unpack(tmp_path / "archives", tmp_path / "others") == {RUN: "written"}
     found = contents(tmp_path / "others" / RUN)
-    digest, *names = found.pop(".unpacked").decode().splitlines()
-    assert len(digest) == 16 and set(names) == set(found)
+    digest, *lines = found.pop(".unpacked").decode().splitlines()
+    digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in found.items()}
+    assert digest == digests["result.json"] and dict(line.split("\t") for line in lines) == digests
     assert found == {name: path.read_bytes() for name, path in kept_files(there).items()}
     assert {*found} == {f"{name}.json" for name in ("result", "few", "config", "curve/11")} | {
         f"{name}.csv" for name in ("curve", "metrics")
@@ -396,3 +397,36 @@ def test_the_archives_of_the_repository_can_be_read():
     archives = sorted((project_root() / "figures" / "results").rglob("*.zip"))
     assert {path.parent.name for path in archives} >= set(get_preset("laptop").systems)
     assert all(read_archive(path) for path in archives)
+
+
+def test_what_was_made_here_beside_an_old_result_stays_and_the_new_result_comes(tmp_path):
+    scored(tmp_path / "runs")
+    pack(tmp_path / "runs", tmp_path / "archives")
+    there = tmp_path / "others" / RUN
+    unpack(tmp_path / "archives", tmp_path / "others")
+    mark = (there / ".unpacked").read_text().splitlines()
+    old = json.loads((there / "result.json").read_text())
+    old["provenance"]["code"] = "0123456789abcdef"
+    (there / "result.json").write_text(json.dumps(old))
+    digest = hashlib.sha256((there / "result.json").read_bytes()).hexdigest()[:16]
+    (there / ".unpacked").write_text("\n".join([digest, *(m.replace(mark[0], digest) for m in mark[1:])]))
+    (there / "trained_on_few.json").write_text("three quarters of an hour")
+    (there / "few.json").write_text("made here since")
+    unpack(tmp_path / "archives", tmp_path / "others")
+    assert scored_elsewhere(there), "the new result is there"
+    assert (there / "trained_on_few.json").read_text() == "three quarters of an hour"
+    assert (there / "few.json").read_text() == "made here since"
+    remove_unpacked(there)
+    assert sorted(p.name for p in there.iterdir()) == ["few.json", "trained_on_few.json"]
+
+
+def test_a_copy_of_a_folder_is_no_seed(tmp_path):
+    folder = scored(tmp_path / "runs")
+    shutil.copytree(folder, folder.with_name("seed0.bak"))
+    assert pack(tmp_path / "runs", tmp_path / "archives") == {RUN: "written"}
+    assert [path.name for path in (tmp_path / "archives").iterdir()] == ["seed0.zip"]
+    preset = get_preset("laptop")
+    run = run_of(Row("mae", "vit"), "shear_flow", preset, 0)
+    copy = run.with_seed(7).folder(tmp_path / "more").with_name("seed7.bak")
+    copy.mkdir(parents=True)
+    assert with_seeds_there(preset, "shear_flow", [Row("mae", "vit")], tmp_path / "more") == preset

@@ -1,6 +1,7 @@
 """Data sets: interruption, leaks between splits, batches from files of The Well's layout."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -31,7 +32,7 @@ from physrep.data.windows import Windows, check_disjoint
 from physrep.physics import rayleigh_benard
 from physrep.physics.oracle import equation_oracle
 from physrep.physics.shear_flow import simulate
-from physrep.physics.systems import get_system
+from physrep.physics.systems import SYSTEMS, Label, get_system
 from physrep.training.presets import get_preset
 
 SHEAR = get_system("shear_flow")
@@ -804,3 +805,53 @@ def test_a_plan_of_another_form_is_data_that_were_made_differently(tmp_path):
     write_json(folder / "plan.json", {"system": "shear_flow", "code": "0" * 16, "splits": {"train": 2}})
     with pytest.raises(ValueError, match="holds data that were made differently .*splits: there"):
         make_dataset("shear_flow", SIM, tmp_path, workers=1, progress=False)
+
+
+def test_files_between_walls_have_their_points_at_the_same_heights(tmp_path, smoke_data):
+    "Spacings of uneven points are unknown, and those of two kinds of uneven points are not the same."
+    source = find_files(smoke_data, "rayleigh_benard", "train")[0]
+    split = tmp_path / "rayleigh_benard" / "data" / "train"
+    split.mkdir(parents=True)
+    for name, power in (("a", 2.0), ("b", 3.0)):
+        shutil.copy(source, split / f"{name}.hdf5")
+        with h5py.File(split / f"{name}.hdf5", "r+") as file:
+            y = file["dimensions/y"]
+            y[...] = np.linspace(0.0, 1.0, len(y)) ** power
+    with pytest.raises(WellFormatError, match="b.hdf5 has its lowest points at .* between the walls"):
+        Windows(tmp_path, "rayleigh_benard", "train", frames=2)
+
+
+def test_a_script_that_would_simulate_in_every_process_is_told_so(tmp_path, monkeypatch):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import multiprocessing\n"
+        'print(getattr(multiprocessing.current_process(), "_inheriting", False), flush=True)\n'
+        'if __name__ == "__main__":\n'
+        '    process = multiprocessing.get_context("spawn").Process(target=print)\n'
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60).stdout.split()
+    assert said == ["False", "True"], "Python tells a process that imports a script from one that runs it"
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match='below `if __name__ == "__main__":`, or with workers=1'):
+        make_dataset("shear_flow", BARE, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_splits_of_two_grids_are_not_mixed(tmp_path):
+    sim = replace(BARE, draws={}, counts={"grid": 1}, n_frames=3)
+    values = {"Reynolds": (400.0, 500.0), "Schmidt": (1.0,)}
+    make_dataset("shear_flow", replace(sim, grid_values=values), tmp_path, workers=1, progress=False)
+    other = replace(sim, counts={"grid2": 1}, grid_values=values | {"Reynolds": (600.0,)})
+    with pytest.raises(ValueError, match="made differently .grid_values: there .*400.*, asked for .*600"):
+        make_dataset("shear_flow", other, tmp_path, workers=1, progress=False)
+
+
+def test_labels_may_be_in_any_unit():
+    system = replace(SYSTEMS["shear_flow"], labels=(Label("diffusivity", False, True),))
+    labels = np.linspace(0.5e-9, 1.5e-9, 6)[:, None]
+    z = LabelScaler.fit(system, labels).transform(labels)
+    assert np.allclose([z.mean(), z.std()], [0, 1])
+    with pytest.raises(ValueError, match="all labels diffusivity of shear_flow are equal"):
+        LabelScaler.fit(system, np.full((3, 1), 1e-9))

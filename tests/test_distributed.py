@@ -459,3 +459,13 @@ def test_a_text_that_was_meant_as_a_number_is_named(option, capsys):
     with pytest.raises(SystemExit):
         distributed.parsed([option])
     assert "is the text" in capsys.readouterr().err
+
+
+def test_processes_of_other_machines_take_no_memory_here(monkeypatch):
+    run = resolve("shear_flow", "mae", "vit", "smoke")
+    free = 4 * check_memory(run, available=10**12).total
+    monkeypatch.setattr(distributed, "memory_available", lambda device: free)
+    with pytest.raises(ValueError, match="are free on cpu"):
+        distributed.check_share(run, "cpu", 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    distributed.check_share(run, "cpu", 16)

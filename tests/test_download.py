@@ -191,3 +191,19 @@ def test_older_statistics_and_hidden_files_are_no_fault(published, tmp_path):
     (published / "stats.yaml").write_text(yaml.safe_dump({"mean": stats["mean"]}))
     (problem,) = check_files(published, "shear_flow")
     assert "no 'std'" in problem
+
+
+def test_a_hub_that_cannot_be_reached_is_said_without_a_traceback(published, tmp_path, monkeypatch, capsys):
+    class ConnectError(Exception):
+        "As that of httpx, which is no OSError."
+
+    ConnectError.__module__ = "httpx"
+
+    class Unreachable(Client):
+        def HfApi(self):
+            raise ConnectError("Temporary failure in name resolution")
+
+    with pytest.raises(ConnectionError, match="polymathic-ai/shear_flow: the hub cannot be reached .Temporary failure"):
+        download("shear_flow", tmp_path, client=Unreachable(published))
+    monkeypatch.setattr(physrep.data.download, "_client", lambda: Unreachable(published))
+    assert main(["shear_flow", str(tmp_path)]) == 1 and "call it again to go on" in capsys.readouterr().out

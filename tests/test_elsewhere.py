@@ -273,3 +273,5 @@ def test_an_encoder_of_this_package_that_is_only_probed_keeps_its_normalisation(
     ):
         with pytest.raises(ValueError, match=said):
             score_run(run_of(**wrong), smoke_data, tmp_path / "runs", probes=["knn"], windows=windows, progress=False)
+    with pytest.raises(ValueError, match="finetune starts from the attentive probe; ask for both"):
+        score_run(run, smoke_data, tmp_path / "runs", probes=["finetune"], windows=windows, progress=False)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from functools import partial
 
 import pytest
@@ -389,3 +390,11 @@ def test_norms_round_trip(norm):
     assert again.config == encoder.config and torch.equal(again(x), encoder(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert (encoder(x).float() - again(x)).norm() < 0.1 * again(x).norm()
+
+
+def test_an_encoder_that_cannot_be_called_is_told_how_it_is(monkeypatch):
+    module = types.ModuleType("own_encoders")
+    module.make = lambda: nn.Identity()
+    monkeypatch.setitem(sys.modules, "own_encoders", module)
+    with pytest.raises(TypeError, match=r"encoder 'own_encoders:make' is called as make\(in_channels, width=8\)"):
+        build_encoder("own_encoders:make", in_channels=4, width=8)

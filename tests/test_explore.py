@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+import shutil
 import threading
 import types
 from pathlib import Path
@@ -246,3 +247,19 @@ def test_folders_that_may_not_be_looked_into_are_left_out(tmp_path, smoke_data, 
 
     monkeypatch.setattr(sets, "find_folder", find)
     assert list(sets.data_sets("shear_flow", tmp_path)) == ["laptop"]
+
+
+def test_the_laptops_flows_come_first_and_then_those_of_the_page(tmp_path, smoke_data):
+    for name in ("explore", "laptop", "a"):
+        (tmp_path / name).symlink_to(smoke_data)
+    assert list(sets.data_sets("shear_flow", tmp_path)) == ["laptop", "explore", "a"]
+
+
+def test_runs_of_ones_own_are_listed_beside_encoders_of_the_same_name(tmp_path):
+    title, shipped = next(iter(encoder_folders("shear_flow", tmp_path).items()))
+    for name in ("forecast-vit-01234567", "forecast-vit-89abcdef"):
+        folder = tmp_path / "shear_flow" / name / "seed0"
+        shutil.copytree(shipped, folder)
+    found = encoder_folders("shear_flow", tmp_path)
+    assert found[title] == shipped
+    assert {f"{title} (01234567)", f"{title} (89abcdef)"} < set(found)

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from physrep.core.paths import project_root
 from physrep.core.provenance import definitions, notebook_digest
 from physrep.results.figures import figure_record, resolve_arguments, save_figure
-from physrep.results.forest import plot_differences, plot_systems_differences
+from physrep.results.forest import is_clear, plot_differences, plot_systems_differences
 from physrep.results.panels import plot_systems, plot_table1
 from physrep.results.rows import ROWS, Row
 from physrep.results.table import over_seeds
@@ -439,3 +439,11 @@ def test_differences_of_several_numbers_of_labelled_flows_are_not_one_figure():
         plot_differences(apart, "shear_flow")
     systems = pd.DataFrame([difference(), difference(system="active_matter", labelled_flows=64)])
     assert len(plot_systems_differences(systems).axes) == 2, "another system has another number of flows"
+
+
+def test_seeds_of_a_committed_table_decide_what_is_filled():
+    "A CSV has them as text, and a row whose seeds disagree is hollow all the same."
+    table = pd.read_csv(project_root() / "figures" / "table1_differences.csv")
+    some = table[table.by_seed.str.contains(" ") & ((table.low > 0) | (table.high < 0))]
+    agree = [len({np.sign(float(d)) for d in text.split()}) == 1 for text in some.by_seed]
+    assert [is_clear(row) for row in some.itertuples()] == agree and not all(agree)

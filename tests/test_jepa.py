@@ -17,6 +17,7 @@ from physrep.core.randomness import sample_seeds
 from physrep.models.convnext import ConvNeXt
 from physrep.models.vit import ViT
 from physrep.objectives.jepa import JEPA
+from physrep.objectives.masked_jepa import MaskedJEPA
 from physrep.objectives.regularisers import check_chunks, vicreg_loss
 from physrep.physics.systems import get_system
 from physrep.training.cost import example_batch
@@ -350,3 +351,9 @@ def test_the_parts_of_the_log_make_up_the_loss(centre):
     parts, weights = objective(batch), run.coefficients
     terms = ("invariance", "variance", "covariance")
     assert parts["loss"].item() == pytest.approx(sum(weights[name] * parts[name].item() for name in terms), rel=1e-5)
+
+
+def test_options_of_the_other_mask_are_refused():
+    encoder = ViT(4, dim=16, depth=1, heads=2, tubelet=(2, 4, 4))
+    with pytest.raises(ValueError, match="count and scale are of mask 'blocks', and mask is 'tube'"):
+        MaskedJEPA(encoder, system=get_system("shear_flow"), shape=(8, 16, 16), count=2)

@@ -112,6 +112,9 @@ def test_scores_are_drawn_by_parameters(smoke_data, tmp_path, monkeypatch):
     truth = test.targets(np.arange(len(test)))
     scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
     write_scores(tmp_path, {("linear", "test"): truth}, windows, scaler, objective="mae", encoder="vit")
+    monkeypatch.chdir(tmp_path)
+    here = write_scores(".", {("linear", "test"): truth}, windows, scaler, objective="mae", encoder="vit")
+    assert {row["run"] for row in here.rows} == {tmp_path.name}, "a folder has a name, however it is called"
     groups = read_predictions(tmp_path).groups["test"]
     assert len(np.unique(groups)) == len(np.unique(test.labels, axis=0)) < len(np.unique(test.groups))
 

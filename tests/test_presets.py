@@ -137,3 +137,37 @@ def test_the_papers_sizes_start_as_the_papers_code_does(encoder):
     native, paper = (PRESETS[name].encoder_config(encoder) for name in ("native", "paper"))
     assert native["init"] == paper["init"] == "torch"
     assert {k: v for k, v in native.items() if k != "recompute"} == dict(paper)
+
+
+def test_a_recipe_of_ones_own_replaces_those_for_one_system(tmp_path):
+    mine = preset(tmp_path, "base: paper\ntrain: {jepa: {steps: 50, batch_size: 64, lr: 1.0e-4}}\n")
+    assert {mine.recipe("jepa", "convnext", s).steps for s in ("shear_flow", "active_matter")} == {50}
+    assert mine.recipe("mae", "vit", "shear_flow") == PRESETS["paper"].recipe("mae", "vit", "shear_flow")
+    mine = preset(tmp_path, "base: paper\ntrain: {'my:Own': {steps: 50, batch_size: 64, lr: 1.0e-4}}\n")
+    assert mine.recipe("my:Own", "vit", "shear_flow").steps == 50, "not that of mae for the system"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("train: {jeppa: {steps: 5, batch_size: 4, lr: 1.0e-4}}", "train has unknown objective jeppa; valid: jepa"),
+        ("objectives: {jeppa: {horizon: 4}}", "objectives has unknown objective jeppa"),
+        ("train: {mae@shear: {steps: 5, batch_size: 4, lr: 1.0e-4}}", "train.mae@shear: unknown system 'shear'"),
+    ],
+)
+def test_recipes_of_nothing_are_refused(tmp_path, line, message):
+    with pytest.raises(ValueError, match=message):
+        preset(tmp_path, f"base: smoke\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"betas": 0.9}, "betas must be a list of 2"),
+        ({"warmup": None}, "warmup must be float, got None"),
+        ({"evaluations": 2.5}, "evaluations must be int, got 2.5"),
+    ],
+)
+def test_values_of_a_recipe_are_checked_before_any_work(changes, message):
+    with pytest.raises(ValueError, match=f"recipe: {message}"):
+        resolve("shear_flow", "mae", "vit", "smoke", recipe=changes)

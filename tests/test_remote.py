@@ -402,3 +402,14 @@ def test_what_a_store_says_of_a_version_is_in_the_key_and_a_silent_store_is_read
             Store.said = {name: version}
             states.append(remote._ask_state(Place))
         assert states[0] != states[1], name
+
+
+def test_a_block_that_may_only_be_read_is_not_fetched_again(tmp_path, monkeypatch):
+    cache = remote.BlockCache(tmp_path, limit=4 * remote.BLOCK)
+    cache.put(f"{1:032x}", 0, b"block")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(remote.os, "utime", refuse)
+    assert cache.get(f"{1:032x}", 0, 5) == b"block" and cache.get(f"{1:032x}", 1, 5) is None

@@ -1,6 +1,7 @@
 """What files of strangers may do: nothing runs, nothing leads out of a folder, nothing takes all memory."""
 
 import ast
+import dataclasses
 import json
 import os
 import pickle
@@ -445,11 +446,15 @@ def test_a_small_upload_that_unpacks_to_much_is_refused(tmp_path):
         flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
 
 
-def test_a_flow_is_not_resampled_to_more_than_a_file_may_hold():
+def test_frames_that_are_not_there_are_not_made_up():
     flow = your_flow.flow_from_array(np.zeros((4, 16, 32, 32)), SYSTEM, 1e6, (1.0, 1.0))
     info = {"shape": (16, 32, 32), "dt": 0.2, "channels": SYSTEM.channels, "mean": [0.0] * 4, "std": [1.0] * 4}
-    with pytest.raises(ValueError, match="a time step of 1e.06 would be 75000001 frames"):
+    with pytest.raises(ValueError, match="this cannot be resampled: time between frames"):
         your_flow.resample(flow, info)
+    states = {
+        dt: your_flow.check_flow(dataclasses.replace(flow, dt=dt), info)[2].state for dt in (0.05, 0.2, 0.201, 0.4)
+    }
+    assert states == {0.05: "can be resampled", 0.2: "fits", 0.201: "fits", 0.4: "does not fit"}
 
 
 def test_weights_that_are_wrapped_in_themselves_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from physrep.results import seeds
 from physrep.results.rows import ROWS, Row
 from physrep.results.seeds import folders_of_seeds, order_changes
 from physrep.training.presets import get_preset
@@ -64,3 +65,7 @@ def test_errors_of_zero_have_no_ratio():
 def test_results_that_are_missing_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no results yet of mae-vit-"):
         folders_of_seeds(get_preset("smoke"), {"shear_flow": [Row("mae", "vit")]}, tmp_path)
+
+
+def test_equal_errors_have_no_order_to_change():
+    assert not seeds._changes((1.0, 1.0), (1.0, 2.0)) and seeds._changes((1.0, 3.0), (2.0, 2.0))

@@ -35,6 +35,10 @@ SMALL = {"grid": 32, "n_frames": 3}
             {"initial": (np.zeros((2, 32, 32)), np.zeros((1, 32, 32)))},
             r"initial must be .* shape \(2, 32, 32\) each, got .*\(1, 32, 32\)",
         ),
+        (
+            {"initial": (np.zeros((2, 32, 32)), np.stack([np.zeros((32, 32)), np.full((32, 32), np.nan)]))},
+            "initial must be finite, .* of trajectory 1 is not",
+        ),
     ],
 )
 def test_bad_arguments_name_the_value(change, message):

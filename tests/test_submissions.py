@@ -242,3 +242,14 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, reference):
     endless.write_text("\n".join([lines[0], "window,label,value", '0,Reynolds,"1', *["1,Reynolds,1000"] * 10_000]))
     with pytest.raises(ValueError, match="endless.csv is no CSV: .*quotation mark that is not closed"):
         predictions_from_csv(endless, reference)
+
+
+def test_a_split_that_a_file_does_not_have_is_named(tmp_path, reference):
+    path = a_users_notebook(
+        write_windows_csv(reference, tmp_path / "w.csv", "valid"), tmp_path / "v.csv", guess(1, 0.1)
+    )
+    _, columns, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{columns},split", *(f"{line},valid" for line in lines)]) + "\n")
+    with pytest.raises(ValueError, match="v.csv has no predictions of split 'test'; it has valid: pass split"):
+        compare_csv(path, reference, any_version=True)
+    assert len(compare_csv(path, reference, split="valid", any_version=True, n_bootstrap=20)[0]) == 3

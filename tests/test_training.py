@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from physrep.core.files import read_json
+from physrep.core.files import read_json, write_json
 from physrep.models.pretrained import load_encoder, save_encoder
+from physrep.objectives.mae import MAE
 from physrep.objectives.methods import OBJECTIVES
 from physrep.training import watch
 from physrep.training.loop import TimeUp, TrainingDiverged
-from physrep.training.pretrain import pretrain
+from physrep.training.pretrain import claim, plot_metrics, pretrain, training_batches, training_windows
 from physrep.training.run import build, ensure_data, label_scaler, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -398,3 +400,41 @@ def test_large_clips_are_watched_in_smaller_parts(smoke_data, tmp_path, monkeypa
     assert max(sizes) <= 4, "one that would be alone goes with others"
     a, b = (pd.read_csv(f / "curve.csv").online for f in (usual, parts))
     assert np.allclose(a, b, rtol=1e-4)
+
+
+def test_labels_that_nobody_is_to_learn_from_are_not_in_batches(smoke_data):
+    for objective, there in (("mae", False), ("supervised", True)):
+        run = resolve("shear_flow", objective, "vit", "smoke")
+        batches = training_batches(run, training_windows(run, smoke_data))
+        assert ("labels" in batches["train"](0)[0]) == there, objective
+        assert "labels" in next(iter(batches["valid"].evaluation()))
+
+
+def test_what_was_trained_by_other_code_is_put_aside_and_time_elsewhere_does_not_count(tmp_path):
+    folder = tmp_path / "mae-vit" / "seed0"
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint" / "last.safetensors").write_bytes(b"days")
+    write_json(folder / "provenance.json", {"code": "old", "data": "d", "seconds": 50.0})
+    assert not claim(folder, {}, {"code": "new", "data": "d"}, True, lambda text: None)
+    assert (folder / "checkpoint" / "old-last.safetensors").read_bytes() == b"days"
+    assert not (folder / "checkpoint" / "last.safetensors").exists()
+    unpacked = tmp_path / "jepa-vit" / "seed0"
+    write_json(unpacked / "provenance.json", {"code": "new", "data": "d", "seconds": 50.0})
+    assert not claim(unpacked, {}, {"code": "new", "data": "d"}, True, lambda text: None)
+    assert read_json(unpacked / "provenance.json")["seconds"] == 0.0
+
+
+def test_a_figure_of_the_loss_needs_no_evaluations(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
+    assert len(plot_metrics([tmp_path]).axes[0].lines) == 2
+
+
+def test_views_are_views(monkeypatch):
+    class Contrastive(MAE):
+        views = 2
+
+    module = types.ModuleType("own_objectives")
+    module.Contrastive = Contrastive
+    monkeypatch.setitem(sys.modules, "own_objectives", module)
+    with pytest.raises(ValueError, match="own_objectives:Contrastive: `views` must be a tuple of View, got 2"):
+        _ = resolve("shear_flow", "own_objectives:Contrastive", "vit", "smoke").window_frames

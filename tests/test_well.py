@@ -15,6 +15,7 @@ import yaml
 from the_well.data import WellDataset
 from the_well.data.normalization import RMSNormalization, ZScoreNormalization
 
+from physrep.data import well
 from physrep.data.batches import Batches
 from physrep.data.download import check_files
 from physrep.data.leakage import data_report, find_flows, leakage, write_leak_free
@@ -856,3 +857,14 @@ def test_names_of_axes_may_be_bytes_of_fixed_length(tmp_path):
     with h5py.File(windows.paths[0], "r+") as file:
         file["dimensions"].attrs["spatial_dims"] = np.array(["x", "y"], dtype="S")
     assert WellFile(windows.paths[0], windows.system).grid == (8, 4)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = make(tmp_path / "a.hdf5")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(well, "open_bytes", refuse)
+    with pytest.raises(UnreadableFileError, match="a.hdf5: cannot be read here and now: .*Permission denied"):
+        WellFile(path, "shear_flow")

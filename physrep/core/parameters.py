@@ -29,7 +29,8 @@ def check_numbers(name: str, value: object) -> None:
     "TypeError for a text in a mapping that was meant as a number: YAML reads `5e-5` as text, and `5.0e-5` as a number."
     for key, one in value.items() if isinstance(value, dict) else ():
         if isinstance(one, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", one):
-            raise TypeError(f"{name}: {key} is the text {one!r}; YAML takes it for a number with a dot: 5.0e-5")
+            like = "YAML takes it for a number with a dot and a sign: 5.0e-5 or 1.0e+5"
+            raise TypeError(f"{name}: {key} is the text {one!r}; {like}")
         check_numbers(f"{name}.{key}", one)
 
 

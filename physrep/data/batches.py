@@ -162,9 +162,11 @@ class BatchMaker:
         augment: bool = False,
         noise: float = 0.0,  # std of Gaussian noise on the normalised fields
         size: int | None = None,  # resize (bilinear) to size x size
+        labels: bool = True,  # batches have the labels of their windows
         device: str | torch.device = "cpu",
     ):
         self.windows = windows
+        self.labels = labels
         self.normaliser = normaliser
         self.scaler = scaler
         self.augment = augment
@@ -203,9 +205,11 @@ class BatchMaker:
     def make(self, indices: np.ndarray, seeds: torch.Tensor, *, plain: bool = False) -> dict[str, torch.Tensor]:
         "One batch of these windows: symmetry, resize, normalise, noise (`plain`: only resize and normalise)."
         x = self.finished(self._read(indices), symmetry=seeds, noise=seeds, plain=plain)
-        labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
-        flow = torch.as_tensor(self.windows.index[indices, 0])
-        return {"fields": x, "labels": labels.to(self.device), "seeds": seeds, "flow": flow}
+        batch = {"fields": x, "seeds": seeds, "flow": torch.as_tensor(self.windows.index[indices, 0])}
+        if self.labels:
+            labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
+            batch["labels"] = labels.to(self.device)
+        return batch
 
 # %% ../../nbs/data/batches.ipynb #3a4dcc72
 class Batches(BatchMaker):

@@ -8,7 +8,8 @@ __all__ = ['SPLITS', 'check_files', 'download', 'main']
 # %% ../../nbs/data/download.ipynb #fd72bd81
 import argparse
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -88,6 +89,17 @@ def _client() -> Any:
     return huggingface_hub
 
 # %% ../../nbs/data/download.ipynb #0146443e
+@contextmanager
+def _reached(name: str) -> Iterator[None]:
+    "ConnectionError for what a client raises, that is no OSError, where there is no network."
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests"):
+            raise
+        raise ConnectionError(f"{name}: the hub cannot be reached ({error}); call it again to go on") from error
+
+
 def download(
     system: System | str,
     root: str | Path,  # files go to <root>/<system>/data/<split>/
@@ -102,15 +114,16 @@ def download(
 ) -> Path:
     """Downloads a set of The Well from the Hugging Face hub, checks every file, and returns `<root>/<system>`.
 
-    Call it again to go on. Raises ImportError without the client, ValueError if no file fits or the disk is too small,
-    RuntimeError that lists files which are wrong after all tries."""
+    Call it again to go on. Raises ImportError without the client, ConnectionError without the hub, ValueError if no
+    file fits or the disk is too small, RuntimeError that lists files which are wrong after all tries."""
     system = get_system(system) if isinstance(system, str) else system
     client = client or _client()
     if unknown := sorted(set(splits) - set(SPLITS)):
         raise ValueError(f"unknown split {', '.join(unknown)}; valid: {', '.join(SPLITS)}")
     name = repository.format(system=system.name)
     folder = Path(root) / system.name
-    listed = client.HfApi().repo_info(name, repo_type="dataset", revision=revision, files_metadata=True).siblings
+    with _reached(name):
+        listed = client.HfApi().repo_info(name, repo_type="dataset", revision=revision, files_metadata=True).siblings
     wanted = {f.rfilename: f.size for f in listed if _wanted(PurePosixPath(f.rfilename), splits, pattern)}
     data = [n for n in wanted if n != "stats.yaml"]
     if not data:
@@ -124,9 +137,10 @@ def download(
     attempt = 0
     while True:
         attempt += 1
-        client.snapshot_download(
-            name, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=list(wanted)
-        )
+        with _reached(name):
+            client.snapshot_download(
+                name, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=list(wanted)
+            )
         if not (problems := check_files(folder, system, wanted, remove=True)):
             return folder
         gone = sum(not (folder / name).is_file() for name in wanted)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..core.devices import usable_cores
 from ..core.files import read_json, write_json
 from ..core.provenance import code_digest
 from ..core.randomness import generator, seed_for
@@ -34,7 +35,7 @@ from .write import write_stats, write_well
 from ..physics.systems import get_system
 
 # %% ../../nbs/data/generate.ipynb #7334055c
-VERSION = 2  # of the benchmark: other parameters and initial conditions than before in every split, see CHANGELOG
+VERSION = 2  # of the benchmark: other parameters and initial conditions than before in every split that is drawn
 
 
 @dataclass(frozen=True)
@@ -236,12 +237,13 @@ def _made_by(folder: Path, recipe: dict) -> bool:
     Raises ValueError that lists the differences if the numbers are others."""
     found = read_json(folder / "plan.json")
     wanted = json.loads(json.dumps(recipe))  # tuples become lists
+    on_grid = bool(found.get("counts")) and bool(wanted["counts"])
     for name in ("draws", "counts"):
         shared = found.get(name, {}).keys() & wanted[name].keys()
         found[name], wanted[name] = ({s: made.get(name, {})[s] for s in shared} for made in (found, wanted))
     for made in (found, wanted):
         made["families"] = {s: f for s, f in made.get("families", {}).items() if s in made["draws"] | made["counts"]}
-        made["grid_values"] = made.get("grid_values") if made["counts"] else None
+        made["grid_values"] = made.get("grid_values") if on_grid else None
     different = {k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k)}
     if numbers := sorted(different - {"code"}):
         text = "; ".join(f"{k}: there {found.get(k)!r}, asked for {wanted.get(k)!r}" for k in numbers)
@@ -343,8 +345,16 @@ def make_dataset(
 ) -> Path:
     """Makes what is missing of a data set and returns `<data_dir>/<system>`. Call it again after any interruption.
 
+    A script that calls it does so below `if __name__ == "__main__":`, as every process imports the script again.
+
     Raises ValueError for a system without a solver or a folder that holds other data, NotADirectoryError if the folder
-    is a file, TimeoutError, and the solver's error if a simulation blows up."""
+    is a file, RuntimeError for a script without that line, TimeoutError, and the solver's error if a simulation blows
+    up."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that imports the caller's script
+        raise RuntimeError(
+            "make_dataset starts processes that import your script, so it calls it once more: call it below "
+            '`if __name__ == "__main__":`, or with workers=1'
+        )
     if system not in SOLVERS:
         raise ValueError(
             f"physrep has no solver for {system!r}; it has: {', '.join(SOLVERS)}. Data of The Well: pass their folder "
@@ -356,13 +366,15 @@ def make_dataset(
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
+        if is_complete(system, sim, data_dir):  # another process has made it meanwhile
+            return folder
         _prepare(folder, _recipe(system, sim))
         files = plan(system, sim)
         kind = torch.device(device).type
         batches = _batches(files, FLOWS_A_CALL.get(kind, FLOWS_A_CALL["cuda"]))
         missing = [b for b in batches if not all(_intact(f.path(folder, system), system, f) for f in b)]
         jobs = [(batch, system, sim, folder, device) for batch in missing]
-        workers = workers or (max(1, min(len(jobs), os.cpu_count() or 1)) if kind == "cpu" else 1)
+        workers = workers or (max(1, min(len(jobs), usable_cores())) if kind == "cpu" else 1)
         done = len(files) - sum(map(len, missing))
         bar = tqdm(total=len(files), initial=done, desc=f"simulate {system}", unit="file", disable=not progress)
         for paths in _run(jobs, workers):

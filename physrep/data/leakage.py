@@ -163,7 +163,7 @@ def leakage(flows: pd.DataFrame) -> pd.DataFrame:
         found[split] = {other: int(mine.flow.isin(set(theirs)).sum()) for other, theirs in others} | {
             "trajectories": len(mine)
         }
-    return pd.DataFrame(found).T.fillna(0).astype(int)
+    return pd.DataFrame(found).T.reindex(columns=[*found, "trajectories"]).fillna(0).astype(int)
 
 # %% ../../nbs/data/leakage.ipynb #afd03bf1
 def _shuffled(n: int, key: str) -> np.ndarray:

@@ -7,6 +7,7 @@ __all__ = ['BLOCK', 'LONGEST', 'CACHE', 'LIMIT', 'TRIES', 'PAUSE', 'FRESH', 'is_
            'NetworkError', 'fetch', 'state_of', 'RemoteFile', 'open_bytes', 'file_size']
 
 # %% ../../nbs/data/remote.ipynb #0aafff59
+import contextlib
 import hashlib
 import io
 import os
@@ -87,9 +88,10 @@ class BlockCache:
         path = self._path(key, n)
         try:
             block = path.read_bytes()
-            os.utime(path)  # it was used now
         except OSError:
             return None
+        with contextlib.suppress(OSError):  # of another user
+            os.utime(path)  # it was used now
         return block if len(block) == size else None
 
     def put(self, key: str, n: int, block: bytes) -> None:

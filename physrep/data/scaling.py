@@ -28,7 +28,8 @@ class Normaliser:
 
     @classmethod
     def from_stats(cls, stats: dict, system: System) -> "Normaliser":
-        "From The Well's stats: mean per component, std pooled over the components of a field, not below `STD_FLOOR`."
+        """From The Well's stats: mean per component, std pooled over the components of a field, not below `STD_FLOOR`
+        in the units of the field."""
         mean, std = [], []
         for f in system.fields:
             components = len(f.channels(system.axes))
@@ -78,8 +79,9 @@ class LabelScaler:
         Raises ValueError if a label does not vary: nothing could be learned of it."""
         t = np.column_stack([label.transform(labels[:, i]) for i, label in enumerate(system.labels)])
         mean, std = t.mean(0), t.std(0)
-        for name, s, value in zip(system.label_names, std, labels[0]):
-            if not s > 1e-9:
+        vary = np.ptp(t, axis=0) > 1e-9 * np.abs(t).max(0)  # in any unit
+        for name, varies, value in zip(system.label_names, vary, labels[0]):
+            if not varies:
                 where = f" in {source}" if source else ""
                 raise ValueError(f"all labels {name} of {system.name}{where} are equal ({value:g}): nothing to learn")
         return cls(system, mean, std, (t.min(0) - mean) / std, (t.max(0) - mean) / std)

@@ -85,11 +85,12 @@ def plot_corners(w: Windows, n_times: int = 4) -> Figure:
     for n, (row, k) in enumerate(zip(axes, chosen)):
         file, i = w.files[w.trajectories[k][0]], w.trajectories[k][1]
         frames = np.linspace(0, file.n_frames - 1, n_times).astype(int)
+        times = np.atleast_2d(file.time)[i if np.ndim(file.time) > 1 else 0]
         images = [file.window(i, int(frame), 1)[0, 0].T for frame in frames]
         low, high = np.quantile(images, (0.005, 0.995))
         for ax, frame, image in zip(row, frames, images):
             ax.imshow(image, origin="lower", cmap="RdBu_r", vmin=low, vmax=high)
-            ax.set(xticks=[], yticks=[], title="" if n else f"t = {frame * file.dt:.1f}")
+            ax.set(xticks=[], yticks=[], title="" if n else f"t = {times[frame]:.1f}")
         values = (f"{label.name} {value:.4g}" for label, value in zip(system.labels, w.labels[k]))
         row[0].set_ylabel("\n".join(values), fontsize=7)
     fig.suptitle(f"{system.title}: {system.channels[0]}")

@@ -77,8 +77,13 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
     the block reads from it, and UnreadableFileError where another copy would not help."""
     if _state_of(path) is None:
         raise FileNotFoundError(f"{path}: no such file")
-    with open_bytes(path) as raw:
-        head = raw.read(2048)  # the signature stands at 0, 512, 1024, ... (a user block may come first)
+    try:
+        with open_bytes(path) as raw:
+            head = raw.read(2048)  # the signature stands at 0, 512, 1024, ... (a user block may come first)
+    except NetworkError:  # says by itself what is wrong
+        raise
+    except OSError as error:
+        raise UnreadableFileError(f"{path}: cannot be read here and now: {error}") from error
     if b"\x89HDF\r\n\x1a\n" not in (head[i : i + 8] for i in (0, 512, 1024)):
         raise DamagedFileError(_not_hdf5(path, head))
     try:

@@ -61,6 +61,8 @@ def _alike(files: list[WellFile]) -> list[WellFile]:
             differs = tuple(
                 f"frames {f.dt:g} and points {f.spacing[0]:g}, {f.spacing[1]:g} apart" for f in (file, first)
             )
+        elif file.positions is not None and not np.allclose(file.positions, first.positions, rtol=0, atol=1e-3):
+            differs = tuple(f"its lowest points at {f.positions[:3]} between the walls" for f in (file, first))
         else:
             continue
         raise WellFormatError(f"{file.path} has {differs[0]}, {first.path} {differs[1]}; put them in sets of their own")

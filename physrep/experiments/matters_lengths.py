@@ -153,7 +153,7 @@ def answers_by_network(places: Mapping[int, OnSystem], *args, **options) -> pd.D
     return pd.concat(parts, names=["network"]).droplevel("factor") if parts else pd.DataFrame()
 
 # %% ../../nbs/experiments/matters_lengths.ipynb #51fd5cfb
-_SHORT = dict(marker="o", ms=4.5, ls="", color="#D55E00", mfc="white")
+_SHORT = dict(marker="o", ms=4.5, ls="", color="#EDA26B")
 _LONG = dict(marker="o", ms=4.5, lw=1.2, color="#222222")
 
 

@@ -305,14 +305,14 @@ def plot_over_untrained(table: pd.DataFrame) -> Figure:
         fig = Figure(figsize=(WIDTH, 1.1 + 0.21 * len(cells)), layout="constrained")
         if table.empty:
             return fig
-        axes = np.atleast_1d(fig.subplots(1, len(systems), sharex=True, sharey=True))
+        axes = np.atleast_1d(fig.subplots(1, len(systems), sharey=True))
         for ax, system in zip(axes, systems):
-            _draw_over(ax, table[table.system == system], cells)
+            mine = table[table.system == system]
+            _draw_over(ax, mine, cells)
             ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5, fontweight="bold")
             ax.set_xscale("log")
-        log_ticks(
-            axes[0].xaxis, 0.95 * table[["low", "factor"]].min().min(), 1.05 * table[["high", "factor"]].max().max()
-        )
+            ends = 0.95 * mine[["low", "factor"]].min().min(), 1.05 * mine[["high", "factor"]].max().max()
+            log_ticks(ax.xaxis, *ends)
         name_cells(axes, cells)
         fig.supxlabel("error, times that of random weights of the same network (left is better)", fontsize=SMALL)
         handles = [

@@ -181,9 +181,9 @@ def length_ratios(readings: Mapping[str, Sequence[dict]], *, n_bootstrap: int = 
 _LOOKS = {
     PAPER["VideoMAE"]: dict(color="#D55E00", marker="o", label="VideoMAE"),
     ZEROS: dict(color="#0072B2", marker="s", label="JEPA, zero padding"),
-    PERIODIC: dict(color="#56B4E9", marker="P", label="JEPA, periodic padding"),
+    PERIODIC: dict(color="#00335A", marker="P", label="JEPA, periodic padding"),
 }
-_LOOKS |= {random_name(CELLS[c][2]): look | dict(ls="--", mfc="white", label="") for c, look in list(_LOOKS.items())}
+_LOOKS |= {random_name(CELLS[c][2]): look | dict(ls="--", label="") for c, look in list(_LOOKS.items())}
 
 
 def plot_lengths(table: pd.DataFrame) -> Figure:

@@ -9,7 +9,6 @@ __all__ = ['TOGETHER', 'planned_runs', 'network_of', 'study_table', 'measured_ra
 import argparse
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..core.devices import fast_products, pick_device
+from ..core.devices import fast_products, pick_device, usable_cores
 from ..core.files import read_json
 from ..core.parameters import seeds_in
 from ..core.paths import project_root
@@ -289,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "Prints what a study will train."
     parser = argparse.ArgumentParser(prog="python -m physrep.experiments.study", description=main.__doc__)
     parser.add_argument("--preset", default="laptop")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cores", type=int, default=usable_cores())
     parser.add_argument("--systems", default="", help="comma-separated; default: all of the preset that the data have")
     parser.add_argument("--data", default=None, help="folder or address; default: what the preset simulates")
     parser.add_argument("--seeds", default="", help='further seeds of Table 1, such as "1 2"')

@@ -172,7 +172,7 @@ def _draw_probe(ax: Axes, table: pd.DataFrame, rows: Sequence[str], lower: Mappi
         usual, tuned, random = (means.loc[(name, way)] for way in (BY_HAND, TUNED, RANDOM))
         look = _row_look(name)
         ax.plot([random.error] * 2, [y - 0.35, y + 0.35], color="#7A7A7A", lw=1.2, ls=":")
-        ax.plot([usual.error, tuned.error], [y, y], color=look["color"], lw=1.0)
+        ax.plot([usual.error, tuned.error], [y, y], color="#CCCCCC", lw=1.0, zorder=1)
         ax.plot(usual.error, y, "|", color=look["color"], ms=9, mew=1.6)
         span = [[tuned.error - tuned.lowest], [tuned.highest - tuned.error]]
         ax.errorbar(tuned.error, y, xerr=span, ms=4.5, elinewidth=0.7, **look)

@@ -58,7 +58,7 @@ def channel_word(channel: str) -> str:
 
 
 def number(value: float) -> str:
-    "Three digits: 1.23, 45.6, 789, 12,300, 1.2e+07; a dash for NaN."
+    "Three digits: 1.23, 45.6, 789, 12,300, 1.20e+07; a dash for NaN."
     if not math.isfinite(value):
         return "–"
     if value == 0 or 0.01 <= abs(value) < 1e6:

@@ -46,12 +46,12 @@ def encoder_info(folder: Path) -> dict:
 
 def encoder_folders(system: System | str, runs: str | Path | None = None) -> dict[str, Path]:
     """The encoders of a system with their folders, by title: those of the package, then those of finished runs below
-    `runs` (default: `runs/laptop` of the project, if there is one)."""
+    `runs` (default: `runs/laptop` of the project, if there is one). The second of a title has the hash of its run."""
     name = system if isinstance(system, str) else system.name
     found = {}
     for folder in sorted(p for p in SHIPPED.iterdir() if p.is_dir()):
         if (info := encoder_info(folder)).get("system") == name:
-            found[f"{title_of(info['objective'], info['name'])}"] = folder
+            found[title_of(info["objective"], info["name"])] = folder
     try:
         runs = Path(runs) if runs else project_root() / "runs" / "laptop"
     except FileNotFoundError:  # an installed package, far from any checkout
@@ -60,7 +60,8 @@ def encoder_folders(system: System | str, runs: str | Path | None = None) -> dic
         if (folder / f"probe-{HEADS[0]}.safetensors").is_file() and (info := encoder_info(folder)):
             run = folder.parent.name.rpartition("-")[0]
             tag = f" {run.partition('.')[2].rpartition('-')[0]}" if "." in run else ""
-            found.setdefault(f"{title_of(info['objective'], info['name'])}{tag}", folder)
+            title = f"{title_of(info['objective'], info['name'])}{tag}"
+            found[title if title not in found else f"{title} ({folder.parent.name.rpartition('-')[2]})"] = folder
     return found
 
 # %% ../../nbs/explore/readers.ipynb #7ff756c4

@@ -39,7 +39,7 @@ def data_sets(system: str, parent: str | Path | None = None) -> dict[str, Path]:
             found[folder.name] = find_folder(folder, system)
         except OSError:  # none, or not for us to see
             continue
-    return dict(sorted(found.items(), key=lambda item: item[0] not in ("laptop", "explore")))
+    return dict(sorted(found.items(), key=lambda item: {"laptop": 0, "explore": 1}.get(item[0], 2)))
 
 
 def splits_of(root: Path) -> list[str]:
@@ -50,7 +50,7 @@ def splits_of(root: Path) -> list[str]:
 
 # %% ../../nbs/explore/sets.ipynb #e6b194bc
 def pairs_of(root: Path, system: System | str, split: str) -> dict[str, Path]:
-    "The files of a split, by their parameters: `Prandtl 0.52, Rayleigh 1.2e+05`."
+    "The files of a split, by their parameters: `Prandtl 0.520; Rayleigh 120,000`."
     found = {}
     for path in find_files(root, system, split):
         file = WellFile(path, system)

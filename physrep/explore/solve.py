@@ -210,8 +210,10 @@ def check_values(system: System, values: Mapping[str, float], strength: float = 
     if set(values) != set(system.label_names):
         raise ValueError(f"{system.name} has the parameters {', '.join(system.label_names)}, got {', '.join(values)}")
     for name, value in values.items():
-        if not math.isfinite(value) or (name != "alpha" and value < 0) or (name not in ("alpha", "zeta") and not value):
-            raise ValueError(f"{name} must be a positive number, got {value:g}")
+        lowest = {"alpha": -math.inf, "zeta": 0.0}.get(name, math.ulp(0.0))
+        if not (math.isfinite(value) and value >= lowest):
+            wanted = {"alpha": "a number", "zeta": "0 or a positive number"}.get(name, "a positive number")
+            raise ValueError(f"{name} must be {wanted}, got {value:g}")
     if not 0 < strength <= 10:
         raise ValueError(f"strength must be above 0 and at most 10, got {strength:g}")
 

@@ -197,6 +197,7 @@ def check_flow(flow: Flow, info: dict, box: tuple[float, float] | None = None) -
     here = list(flow.fields.shape[2:])
     uneven = here == grid and not on_grid(flow, grid)
     same_dt = abs(flow.dt - info["dt"]) <= 0.01 * info["dt"]
+    coarse = flow.dt > 1.01 * info["dt"]  # as with points: nobody knows what is missing in between
     long = (flow.n_frames - 1) * flow.dt >= (frames - 1) * info["dt"] * (1 - 1e-6)
     enough = flow.n_frames >= frames if same_dt else long
     finer = all(n >= m for n, m in zip(here, grid))
@@ -208,7 +209,12 @@ def check_flow(flow: Flow, info: dict, box: tuple[float, float] | None = None) -
             f"{here[0]} x {here[1]}" + ", not at even heights" * uneven,
             "fits" if on_grid(flow, grid) else "can be resampled" if finer else "does not fit",
         ),
-        ("time between frames", f"{info['dt']:g}", f"{flow.dt:g}", "fits" if same_dt else "can be resampled"),
+        (
+            "time between frames",
+            f"{info['dt']:g}",
+            f"{flow.dt:g}",
+            "fits" if same_dt else "does not fit" if coarse else "can be resampled",
+        ),
         (
             "length",
             f"{frames} frames, a time of {(frames - 1) * info['dt']:g}",
@@ -250,8 +256,6 @@ def resample(flow: Flow, info: dict) -> Flow:
         x = _fewer_points(x, flow, grid)
     if abs(flow.dt - info["dt"]) > 0.01 * info["dt"]:
         frames = int(np.floor((flow.n_frames - 1) * flow.dt / info["dt"] + 1e-6)) + 1
-        if frames * x[:, 0].nbytes > UNPACKED:
-            raise ValueError(f"this cannot be resampled: a time step of {flow.dt:g} would be {frames} frames in all")
         place = np.minimum(np.arange(frames) * info["dt"] / flow.dt, flow.n_frames - 1)
         left = np.minimum(place.astype(int), flow.n_frames - 2)
         share = (place - left).astype(np.float32)[:, None, None]

@@ -6,6 +6,8 @@
 __all__ = ['ENCODERS', 'encoder_module', 'build_encoder']
 
 # %% ../../nbs/models/encoders.ipynb #2b122b04
+import inspect
+
 from torch import nn
 
 from ..core.places import load_object, split_name
@@ -53,4 +55,9 @@ def build_encoder(name: str, *, in_channels: int, **config) -> nn.Module:
     make = load_object(name, ENCODERS)
     if not callable(make):
         raise ValueError(f"encoder {name!r} is a {type(make).__name__}; a class or a function was expected")
+    try:
+        inspect.signature(make).bind(in_channels, **config)
+    except TypeError as error:
+        called = ", ".join(["in_channels", *(f"{key}={value!r}" for key, value in config.items())])
+        raise TypeError(f"encoder {name!r} is called as make({called}) to be trained: {error}") from error
     return _check_encoder(make(in_channels, **config), name, in_channels, config)

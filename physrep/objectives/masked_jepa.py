@@ -24,8 +24,8 @@ class MaskedJEPA(Composite):
         shape: tuple[int, int, int],
         mask: str = "tube",  # or 'blocks'
         ratio: float = 0.75,  # share of hidden tubes, for 'tube'
-        count: int = 8,  # blocks that may overlap, for 'blocks'
-        scale: float = 0.15,  # area of each, as a share of the frame, for 'blocks'
+        count: int | None = None,  # blocks that may overlap, for 'blocks'; None: 8
+        scale: float | None = None,  # area of each, as a share of the frame, for 'blocks'; None: 0.15
         loss: str = "l1",  # or 'smooth_l1', 'mse'
         normalise: bool = True,  # LayerNorm over the target features
         momentum: float = 0.99,  # of the average at the start
@@ -35,7 +35,10 @@ class MaskedJEPA(Composite):
         predictor_heads: int = 2,
     ):
         check_choices(mask=(mask, ("tube", "blocks")))
-        options = {"ratio": ratio} if mask == "tube" else {"count": count, "scale": scale}
+        if mask == "tube" and (count, scale) != (None, None):
+            raise ValueError("count and scale are of mask 'blocks', and mask is 'tube'; pass mask='blocks' with them")
+        blocks = {"count": 8 if count is None else count, "scale": 0.15 if scale is None else scale}
+        options = {"ratio": ratio} if mask == "tube" else blocks
         average = {"momentum": momentum, "momentum_end": momentum_end}
         super().__init__(
             encoder,

@@ -188,11 +188,14 @@ def initial_states(families: Mapping[str, Callable], family: str, seeds: Sequenc
 
 
 def check_initial(initial: tuple, names: tuple[str, str], shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    "Two given fields `(n, nx, ny)` as float64 on the CPU; ValueError for other shapes."
+    "Two given fields `(n, nx, ny)` as float64 on the CPU; ValueError for other shapes, and for values such as NaN."
     fields = [torch.as_tensor(f, dtype=torch.float64, device="cpu") for f in initial]
     if len(fields) != 2 or any(f.shape != shape for f in fields):
         shapes = [tuple(f.shape) for f in fields]
         raise ValueError(f"initial must be ({', '.join(names)}) of shape {shape} each, got {shapes}")
+    for name, values in zip(names, fields):
+        if not (finite := torch.isfinite(values).flatten(1).all(1)).all():
+            raise ValueError(f"initial must be finite, {name} of trajectory {int((~finite).int().argmax())} is not")
     return fields
 
 # %% ../../nbs/physics/spectral.ipynb #3047a2bf

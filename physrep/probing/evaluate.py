@@ -10,6 +10,7 @@ __all__ = ['ENOUGH', 'FEW', 'ATTENTIVE_ON', 'FEW_UPDATES', 'PROBES', 'Scored', '
 # %% ../../nbs/probing/evaluate.ipynb #0ea896f0
 import inspect
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ def write_scores(
     **extra: object,  # JSON-able, into the result
 ) -> Scored:
     "Scores predictions and writes `result.json` and `predictions.safetensors` into `folder`."
-    folder = Path(folder)
-    run = run or (f"{folder.parent.name}/{folder.name}" if folder.name.startswith("seed") else folder.name)
+    folder = Path(folder).absolute()
+    run = run or (f"{folder.parent.name}/{folder.name}" if re.fullmatch(r"seed\d+", folder.name) else folder.name)
     about = {"system": scaler.system.name, "objective": objective, "encoder": encoder, "seed": seed, "run": run}
     about |= {"labelled_flows": len(np.unique(windows["train"].groups)), "draw": 0}
     scored = {s for _, s in predictions}
@@ -290,6 +291,8 @@ def score_run(
     predictions and probes into its folder. FileNotFoundError if it is not finished, ValueError for an unknown probe."""
     if unknown := sorted(set(probes) - set(PROBES)):
         raise ValueError(f"unknown probe {', '.join(map(repr, unknown))}; valid: {', '.join(PROBES)}")
+    if "finetune" in probes and "attentive" not in probes:
+        raise ValueError("finetune starts from the attentive probe; ask for both: probes attentive and finetune")
     started = time.monotonic()
     record = provenance(*run.modules, "probing.evaluate", device=device, entries=run.entries)  # of the code that runs
     folder = run.folder(run_dir)

@@ -15,7 +15,7 @@ import torch
 from ..core.randomness import generator
 from ..data.scaling import LabelScaler
 from .features import Features
-from .frozen import LAMBDAS, NEIGHBOURS, WIDTHS, AttentiveRecipe, Probe
+from .frozen import LAMBDAS, LANDMARKS, NEIGHBOURS, WIDTHS, AttentiveRecipe, Probe
 from .scores import score
 
 # %% ../../nbs/probing/few_labels.ipynb #69e2f891
@@ -64,7 +64,8 @@ def _parts(groups: np.ndarray, folds: int) -> list[np.ndarray]:
 
 def _kernel_errors(rest: Features, out: Features, scaler: LabelScaler) -> np.ndarray:
     """The errors on `out` of all candidates of the kernel probe of `rest`, in the order of its trials. With as many
-    landmarks as windows the probe is exact kernel ridge regression, which takes one eigenvalue problem a width."""
+    landmarks as windows, at most LANDMARKS, the probe is exact kernel ridge regression, which takes one eigenvalue
+    problem a width."""
     from sklearn.metrics.pairwise import rbf_kernel
 
     mean, scale = standardiser(rest.pooled.numpy())
@@ -84,7 +85,7 @@ def _kernel_errors(rest: Features, out: Features, scaler: LabelScaler) -> np.nda
 # %% ../../nbs/probing/few_labels.ipynb #0eead53f
 def _errors(name: str, rest: Features, out: Features, scaler: LabelScaler, neighbours: Sequence[int]) -> np.ndarray:
     "The errors on `out` of all candidates of a probe of `rest`."
-    if name == "kernel":
+    if name == "kernel" and len(rest) <= LANDMARKS:
         return _kernel_errors(rest, out, scaler)
     options = {"ks": neighbours} if name == "knn" else {}
     return np.array([trial["valid_mse"] for trial in fit_probe(name, rest, out, scaler, **options).trials])
@@ -103,7 +104,7 @@ def _options(name: str, place: int, neighbours: Sequence[int]) -> dict:
 
 def fit_few(name: str, features: Features, scaler: LabelScaler, *, folds: int = FOLDS) -> Probe:
     """A linear, kNN or kernel probe of few windows, chosen by leaving flows (`features.groups`) out. ValueError for
-    another probe, and for a single flow."""
+    another probe, and for a single flow. Its `interval` is too narrow: it is that of the windows it was fitted on."""
     parts = _parts(features.groups, folds)
     if len(parts) < 2:
         raise ValueError("leaving flows out needs at least two flows, got 1")
@@ -125,7 +126,8 @@ def fit_few(name: str, features: Features, scaler: LabelScaler, *, folds: int = 
 def fit_attentive_on_few(
     features: Features, scaler: LabelScaler, *, updates: int, recipe: AttentiveRecipe, **options
 ) -> Probe:
-    "An attentive probe after at least so many updates; of all epochs that with the lowest error on its own windows."
+    """An attentive probe after at least so many updates; of all epochs that with the lowest error on its own windows.
+    Its `interval` is too narrow, as that of `fit_few`."""
     per_epoch = -(-len(features) // recipe.batch_size)
     recipe = replace(recipe, epochs=-(-updates // per_epoch))
     return fit_probe("attentive", features, features, scaler, recipe=recipe, **options)

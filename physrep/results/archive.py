@@ -31,6 +31,7 @@ from ..training.presets import Preset, get_preset
 FINE_TUNED = "result_finetuned.json"  # of a fine-tuned encoder, in the folder of its run
 _KEPT = re.compile(r"(?:curve/)?\w+\.json|(?:curve|metrics)\.csv|predictions(?:_finetuned)?\.safetensors")
 _MEMBER = re.compile(rf"(\w[\w.-]{{0,127}}(?:/seed\d{{1,6}})?)/({_KEPT.pattern})")
+_SEED = re.compile(r"seed\d{1,6}")  # not a copy such as `seed0.bak`
 _LARGEST, _LARGEST_SUM = 2**26, 2**30  # bytes of a file and of an archive, unpacked
 
 
@@ -99,7 +100,8 @@ def write_archive(path: str | Path, runs: Mapping[str, Mapping[str, bytes]]) -> 
 def _scored(folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and folder of every run and baseline of a system that has results. Not of a row of predictions, whose seeds
     lie in folders of their own: its CSV is scored again in a second."""
-    for result in sorted([*folder.glob("*/result.json"), *folder.glob("*/seed*/result.json")]):
+    seeds = (result for result in folder.glob("*/seed*/result.json") if _SEED.fullmatch(result.parent.name))
+    for result in sorted([*folder.glob("*/result.json"), *seeds]):
         if any(result.parent.glob("seed*/predictions.safetensors")):
             continue
         yield str(result.parent.relative_to(folder)), result.parent
@@ -125,13 +127,12 @@ def pack(
     return state
 
 # %% ../../nbs/results/archive.ipynb #5974a80b
-_UNPACKED = (
-    ".unpacked"  # marks a folder that `unpack` made: the digest of the result that it wrote, then names of its files
-)
+# marks a folder that `unpack` made: the digest of the result that it wrote, then name and digest of each of its files
+_UNPACKED = ".unpacked"
 
 
-def _digest(result: Path) -> str:
-    return hashlib.sha256(result.read_bytes()).hexdigest()[:16]
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def is_unpacked(folder: str | Path) -> bool:
@@ -153,14 +154,17 @@ def scored_elsewhere(folder: str | Path, preset: Preset | None = None) -> bool:
 
 
 def remove_unpacked(folder: str | Path) -> bool:
-    "Removes what was unpacked of a run, and its folder if nothing else is in it; whether there was anything."
+    """Removes what was unpacked of a run, and its folder if nothing else is in it; whether there was anything. A file
+    that was made here since, in place of an unpacked one, stays."""
     folder = Path(folder)
     if not is_unpacked(folder):
         return False
     here = folder.resolve()
-    files = [file for name in _mark(folder)[1:] if (file := (here / name).resolve()).is_relative_to(here)]
-    for file in files or [file for file in here.rglob("*") if file.is_file()]:  # older marks have no names
-        file.unlink(missing_ok=True)
+    lines = [line.partition("\t") for line in _mark(folder)[1:]]  # older marks have no digests, or no names
+    files = {f: digest for name, _, digest in lines if (f := (here / name).resolve()).is_relative_to(here)}
+    for file, digest in (files or {file: "" for file in here.rglob("*") if file.is_file()}).items():
+        if file.is_file() and digest in ("", _digest(file)):
+            file.unlink()
     (here / _UNPACKED).unlink(missing_ok=True)
     for inside in (*(place for place in here.glob("*") if place.is_dir()), here):
         if not any(inside.iterdir()):
@@ -168,6 +172,15 @@ def remove_unpacked(folder: str | Path) -> bool:
     return True
 
 # %% ../../nbs/results/archive.ipynb #467a3077
+def _add_files(source: Path, target: Path) -> None:
+    "Moves the files of a run beside those that were made here, which stay; its result comes last."
+    for file in sorted(source.rglob("*"), key=lambda file: file.name == "result.json"):
+        place = target / file.relative_to(source)
+        if file.is_file() and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+
+
 def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = None) -> dict[str, str]:
     """Writes the results in the archives of a system into `runs/<preset>/<system>`: name of the run -> `written`,
     `there` for one that has a folder, or `old` for results of other code than today's. FileNotFoundError if there is no
@@ -185,17 +198,20 @@ def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = Non
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(content)
                 result = Path(room) / run / "result.json"
-                (result.parent / _UNPACKED).write_text("\n".join([_digest(result), *files]), encoding="utf-8")
+                lines = [f"{name}\t{_digest(result.parent / name)}" for name in files]
+                (result.parent / _UNPACKED).write_text("\n".join([_digest(result), *lines]), encoding="utf-8")
                 try:
                     state[run] = "written" if is_current(result, preset) else "old"
                 except (ValueError, TypeError, AttributeError, KeyError) as error:
                     raise ValueError(f"{path}: result.json of {run} is no result ({error}); get it again") from error
         for run in (run for run in state if state[run] == "written"):
             target = folder / run
-            if is_unpacked(target) and not is_current(target / "result.json", preset):
-                remove_unpacked(target)
-            if target.exists():
+            renewed = is_unpacked(target) and not is_current(target / "result.json", preset) and remove_unpacked(target)
+            if target.exists() and not renewed:
                 state[run] = "there"
+                continue
+            if target.exists():
+                _add_files(Path(room) / run, target)
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(Path(room) / run, target)  # a run appears whole or not at all
@@ -232,7 +248,7 @@ def with_seeds_there(
     for row in rows:
         if row.kind not in ("baseline", "predictions"):
             folders = run_of(row, system, preset, 0, data_dir).folder(run_dir).parent.glob("seed*")
-            more = {int(folder.name.removeprefix("seed")): folder / "result.json" for folder in folders}
+            more = {int(f.name.removeprefix("seed")): f / "result.json" for f in folders if _SEED.fullmatch(f.name)}
             seeds = {k for k in more.keys() - {*preset.seeds} if (common is None or k in common)}
             common = {k for k in seeds if is_current(more[k], preset)}
     return replace(preset, seeds=(*preset.seeds, *sorted(common or ())))

@@ -353,7 +353,7 @@ def differences(
 
     One row for each method, probe, reference and label (and their mean), with `text` for a table, e.g.
     `-0.12 [-0.15, -0.09]`, and `by_seed`: each seed minus the same seed of the reference, or minus its mean if that has
-    another count of seeds. Constant rows are left out, as is what has no counterpart (a random encoder has no head of
+    other seeds. Constant rows are left out, as is what has no counterpart (a random encoder has no head of
     its own). Raises ValueError if there is nothing to compare, for other windows or fields, and for an unknown metric.
     """
     check_metric(metric)

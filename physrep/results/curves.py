@@ -68,7 +68,7 @@ def draw_curves(
     ax: Axes, curves: pd.DataFrame, rows: Sequence[Row] = ROWS, *, pairs: Sequence[tuple[str, str]] = ()
 ) -> None:
     """The online error of each row against windows seen, mean over seeds, in the panel of one system; random weights
-    as a dashed line. `pairs` are the rows that are drawn, in their order; default: all that are there."""
+    as a broken line. `pairs` are the rows that are drawn, in their order; default: all that are there."""
     for pair in pairs or row_order(curves, rows):
         run = curves[(curves.objective == pair[0]) & (curves.encoder == pair[1])].groupby("windows").online.mean()
         look = dict(color=color_of(*pair, rows=rows), label=title_of(*pair, rows=rows))
@@ -86,7 +86,7 @@ def draw_curves(
 
 
 def plot_curves(curves: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
-    "A panel for each system: online error against windows seen, mean over seeds; random weights as a dashed line."
+    "A panel for each system: online error against windows seen, mean over seeds; random weights as a broken line."
     systems = list(dict.fromkeys(curves.system))
     pairs = row_order(curves, rows)
     with using_style():

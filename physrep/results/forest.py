@@ -27,6 +27,9 @@ def is_clear(row: Any) -> bool:
     "Whether the interval, and the difference of every seed where they are known, are on one side of zero."
     side = int(row.low > 0) - int(row.high < 0)
     seeds = getattr(row, "by_seed", ())
+    seeds = (
+        [float(d) for d in seeds.split()] if isinstance(seeds, str) else seeds
+    )  # as the CSV beside a figure has them
     return side != 0 and all(side * d > 0 for d in (seeds if isinstance(seeds, tuple | list) else ()))
 
 

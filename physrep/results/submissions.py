@@ -336,6 +336,9 @@ def compare_csv(
     files = predictions_in(runs)
     reference = reference_for(files, path, split=split)
     [method] = read_methods(predictions_from_csv(path, reference, split=split, **options))
+    if not method.probes(split):
+        there = ", ".join(sorted({s for _, s in method.predictions}))
+        raise ValueError(f"{path} has no predictions of split {split!r}; it has {there}: pass split")
     scores = summarise(method, n_bootstrap=n_bootstrap, seed=seed).query("metric == @metric and split == @split")
     rows = []
     for other in read_methods([p for p in files if p.info["system"] == method.system.name and split in p.truth]):

@@ -75,7 +75,9 @@ def smallest_batch(run: Run, objective: torch.nn.Module, most: int) -> int:
     size = 2
     while size < most:
         try:
-            with torch.no_grad():
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda _: None, lambda _: None
+            ):  # as in training, nothing kept
                 objective(example_batch(run, objective, size))
             return size
         except ValueError:

@@ -8,6 +8,7 @@ __all__ = ['OPTIONS', 'follow', 'lead', 'pretrain_together', 'mapping', 'parsed'
 # %% ../../nbs/training/distributed.ipynb #0e4da8f6
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -176,8 +177,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 # %% ../../nbs/training/distributed.ipynb #22b72ebe
 def check_share(run: Run, device: str, world: int) -> None:
     """ValueError, with what would help, where what each of `world` processes takes of a batch needs more memory than is
-    free for it: all of its GPU, or an equal part of the machine. That is a part of the samples, or, of an objective
-    whose loss is no mean over samples, all of them."""
+    free for it: all of its GPU, or an equal part of the machine. A process has a part of the samples, or all of
+    them, where the loss of an objective is no mean over samples."""
     if run.recipe is None:
         return
     micro = run.recipe.accumulate  # batches that an update is made of, one after the other
@@ -185,7 +186,7 @@ def check_share(run: Run, device: str, world: int) -> None:
     part = replace(run.recipe, batch_size=micro * max(1, run.recipe.batch_size // (micro * (world if shares else 1))))
     free = memory_available(device)
     if free is not None and torch.device(device).type == "cpu":
-        free //= world
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", world))  # of this machine; torchrun says so
     check_memory(replace(run, recipe=part), device, available=free)
 
 

@@ -78,7 +78,7 @@ class Preset(Numbers):
         An objective from outside the package (`module:Class`) that has none of its own takes that of `mae`. ValueError,
         with the recipes that there are, for any other."""
         names = (f"{objective}-{encoder}", objective, *(["mae"] if ":" in objective else []))
-        for key in (*(f"{name}@{system}" for name in names), *names):
+        for key in (key for name in names for key in (f"{name}@{system}", name)):
             if key in self.train:
                 return self.train[key]
         raise ValueError(

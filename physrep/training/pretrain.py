@@ -33,11 +33,13 @@ from .watch import Watch, evaluate_objective
 
 # %% ../../nbs/training/pretrain.ipynb #d6efcdbd
 def claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable[[str], None]) -> bool:
-    """Prepares a run folder; True if it holds the finished run already. An encoder of other code or data is put aside.
+    """Prepares a run folder; True if it holds the finished run already. An encoder, or a
+    checkpoint, of other code or data is put aside.
     Raises ValueError if the folder holds another configuration."""
     if (folder / "config.json").is_file():
         _check_same(folder, read_json(folder / "config.json"), config)
-    old = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
+    trained = (folder / "encoder.safetensors").is_file() or (folder / "checkpoint").is_dir()  # here, not elsewhere
+    old = read_json(folder / "provenance.json") if trained and (folder / "provenance.json").is_file() else {}
     stale = [k for k in ("code", "data") if old and old.get(k) != record[k]]
     if resume and not stale and (folder / "encoder.safetensors").is_file():
         say(f"{folder.parent.name}/{folder.name} is finished")
@@ -45,10 +47,9 @@ def claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable[
     if old and (stale or not resume):
         why = f"its {' and '.join(stale)} changed" if stale else "resume is off"
         say(f"training {folder.parent.name}/{folder.name} anew: {why}")
-        for name in ("encoder.safetensors", "metrics.csv", "curve.csv"):
-            if (folder / name).is_file():  # an encoder may have cost days: the one before stays
-                (folder / name).replace(folder / f"old-{name}")
-        (folder / "checkpoint" / "last.safetensors").unlink(missing_ok=True)
+        for name in ("encoder.safetensors", "metrics.csv", "curve.csv", "checkpoint/last.safetensors"):
+            if (path := folder / name).is_file():  # it may have cost days: what was there before stays
+                path.replace(path.with_name(f"old-{path.name}"))
         old = {}
     write_json(folder / "config.json", config)
     write_json(folder / "provenance.json", {**record, "seconds": old.get("seconds", 0.0)})
@@ -94,6 +95,7 @@ def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cp
     size = run.recipe.batch_size if run.recipe else 1
     parts = run.recipe.accumulate if run.recipe else 1
     changed = dict(augment=run.clip.augment, noise=run.clip.noise)
+    changed["labels"] = run.reads_labels or "unlabelled" not in windows["train"].split  # those nobody is to learn from
     make = partial(ViewBatches, views=run.views) if run.views else Batches
     return {
         "train": make(windows["train"], batch_size=size, accumulate=parts, **changed, **options),
@@ -240,6 +242,9 @@ def restore(run: Run, run_dir: str | Path | None = None, device: str = "cpu") ->
     return objective.to(device).eval()
 
 # %% ../../nbs/training/pretrain.ipynb #b39aeba0
+_WATCHED = ["step", "valid_loss", "feature_std", "effective_rank"]  # at an evaluation, of which a recipe may have none
+
+
 def plot_metrics(folders: Sequence[Path]) -> Figure:
     """Loss on training and held-out windows, std and effective rank of the features, over the updates: a line for each
     folder."""
@@ -248,7 +253,7 @@ def plot_metrics(folders: Sequence[Path]) -> Figure:
     positive = True
     for n, folder in enumerate(folders):
         one = pd.DataFrame(read_metrics(folder / "metrics.csv"))
-        valid = one.dropna(subset=["valid_loss"])
+        valid = one.dropna(subset=["valid_loss"]) if "valid_loss" in one else one.head(0).reindex(columns=_WATCHED)
         left.plot(one.step, one.loss, color="C0", lw=1, label=None if n else "train")
         left.plot(valid.step, valid.valid_loss, "o-", color="C1", ms=4, label=None if n else "valid")
         middle.plot(valid.step, valid.feature_std, "o-", color="C1", ms=4)

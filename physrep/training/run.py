@@ -24,13 +24,14 @@ from ..data.generate import SOLVERS, SimPreset, make_dataset
 from ..data.remote import as_path, is_address
 from ..data.scaling import LabelScaler
 from ..data.sets import find_files
+from ..data.views import View
 from ..data.well import WellFile
 from ..data.windows import Windows, check_disjoint
 from ..models.encoders import ENCODERS, build_encoder, encoder_module
 from ..objectives.methods import build_objective, check_pair, objective_class, objective_module
 from ..physics.systems import SYSTEMS, System, get_system
 from .loop import Recipe
-from .presets import Preset, get_preset
+from .presets import Preset, get_preset, recipe_from
 
 # %% ../../nbs/training/run.ipynb #b9426498
 @dataclass(frozen=True)
@@ -154,7 +155,10 @@ def _frames_and_views(run: Setup) -> tuple[int, tuple]:
     key = (*parts, repr(options))
     if key not in _ASKED:
         objective = build(run)
-        _ASKED[key] = objective.frames, tuple(getattr(objective, "views", ()))
+        views = getattr(objective, "views", ())
+        if not isinstance(views, (tuple, list)) or not all(isinstance(view, View) for view in views):
+            raise ValueError(f"objective {run.objective}: `views` must be a tuple of View, got {views!r:.60}")
+        _ASKED[key] = objective.frames, tuple(views)
     return _ASKED[key]
 
 # %% ../../nbs/training/run.ipynb #dea61f68
@@ -238,7 +242,7 @@ def _recipe(preset: Preset, objective: str, encoder: str, system: str, changes: 
         raise ValueError(f"recipe has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
     if not objective_class(objective).trains:
         return None
-    return replace(preset.recipe(objective, encoder, system), **changes)
+    return recipe_from({**asdict(preset.recipe(objective, encoder, system)), **changes}, "recipe")
 
 
 def _clip_size(system: System, preset: Preset, data: SimPreset | Stored) -> int | None:
