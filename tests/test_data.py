@@ -29,6 +29,7 @@ from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.sets import COUNTS_AS, find_files, fingerprint
 from physrep.data.well import UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
+from physrep.data.write import write_well
 from physrep.physics import rayleigh_benard
 from physrep.physics.oracle import equation_oracle
 from physrep.physics.shear_flow import simulate
@@ -284,8 +285,6 @@ def test_planted_leak_is_found(tmp_path, smoke_data):
 
 def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
     "The Well's files do not say which initial condition they hold, and have the same names in all splits."
-    from physrep.data.write import write_well
-
     for split, seed in (("train", 1), ("valid", 2)):
         fields = simulate(400.0, 0.5, [seed], grid=32, n_frames=3)
         times = fields.pop("time")
@@ -302,8 +301,6 @@ def test_published_files_with_one_name_in_every_split_are_no_leak(tmp_path):
 
 def test_groups_ignore_schmidt_but_not_reynolds(tmp_path):
     "Equal initial condition: one group for all Schmidt numbers, as the velocity is the same; one a Reynolds number."
-    from physrep.data.write import write_well
-
     for re, sc in ((400.0, 0.5), (400.0, 2.0), (800.0, 2.0)):
         fields = simulate(re, sc, [7], grid=32, n_frames=3)
         time_ = fields.pop("time")
@@ -807,16 +804,16 @@ def test_a_plan_of_another_form_is_data_that_were_made_differently(tmp_path):
         make_dataset("shear_flow", SIM, tmp_path, workers=1, progress=False)
 
 
-def test_files_between_walls_have_their_points_at_the_same_heights(tmp_path, smoke_data):
+def test_files_between_walls_have_their_points_at_the_same_heights(tmp_path):
     "Spacings of uneven points are unknown, and those of two kinds of uneven points are not the same."
-    source = find_files(smoke_data, "rayleigh_benard", "train")[0]
-    split = tmp_path / "rayleigh_benard" / "data" / "train"
-    split.mkdir(parents=True)
+    split, x = tmp_path / "rayleigh_benard" / "data" / "train", np.arange(8) / 8
+    fields = {name: np.random.default_rng(0).normal(size=(1, 3, 8, 6)) for name in ("buoyancy", "pressure")}
+    fields["velocity"] = np.zeros((1, 3, 8, 6, 2))
     for name, power in (("a", 2.0), ("b", 3.0)):
-        shutil.copy(source, split / f"{name}.hdf5")
-        with h5py.File(split / f"{name}.hdf5", "r+") as file:
-            y = file["dimensions/y"]
-            y[...] = np.linspace(0.0, 1.0, len(y)) ** power
+        path, at = split / f"{name}.hdf5", {"x": x, "y": np.linspace(0.0, 1.0, 6) ** power}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        labels = {"Rayleigh": 1e5, "Prandtl": 1.0}
+        write_well(path, "rayleigh_benard", fields, labels, time=[0.0, 0.1, 0.2], coordinates=at)
     with pytest.raises(WellFormatError, match="b.hdf5 has its lowest points at .* between the walls"):
         Windows(tmp_path, "rayleigh_benard", "train", frames=2)
 

@@ -73,7 +73,7 @@ def forked(work: Callable[[Group], None], processes: int = 2, seconds: float = 6
 
 def in_double(batch: dict) -> dict:
     views = {"views": tuple(x.double() for x in batch["views"])} if "views" in batch else {}
-    return batch | {k: batch[k].double() for k in ("fields", "labels")} | views
+    return batch | {k: batch[k].double() for k in ("fields", "labels") if k in batch} | views
 
 
 def gradients(case: str, data: Path, group: Group | None = None, precision: type = torch.float64) -> dict:
@@ -463,9 +463,9 @@ def test_a_text_that_was_meant_as_a_number_is_named(option, capsys):
 
 def test_processes_of_other_machines_take_no_memory_here(monkeypatch):
     run = resolve("shear_flow", "mae", "vit", "smoke")
-    free = 4 * check_memory(run, available=10**12).total
+    free = check_memory(run, available=10**12).total + 10**6
     monkeypatch.setattr(distributed, "memory_available", lambda device: free)
     with pytest.raises(ValueError, match="are free on cpu"):
         distributed.check_share(run, "cpu", 16)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     distributed.check_share(run, "cpu", 16)

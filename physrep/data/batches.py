@@ -167,8 +167,7 @@ class BatchMaker:
     ):
         self.windows = windows
         self.labels = labels
-        self.normaliser = normaliser
-        self.scaler = scaler
+        self.normaliser, self.scaler = normaliser, scaler
         self.augment = augment
         self.noise = noise
         self.size = size

@@ -214,8 +214,10 @@ class ViewBatches(_PlacedViews):
             apart = self._cut(x, i, indices, seeds)
             symmetry = own if view.own_symmetry else seeds
             views.append(self.finished(apart, symmetry=symmetry, noise=own, plain=plain))
-        labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
-        found = {"fields": views[0], "views": tuple(views), "labels": labels.to(self.device), "seeds": seeds}
+        found = {"fields": views[0], "views": tuple(views), "seeds": seeds}
+        if self.labels:
+            labels = torch.as_tensor(self.scaler.transform(self.windows.targets(indices)), dtype=torch.float32)
+            found["labels"] = labels.to(self.device)
         return found | {"flow": torch.as_tensor(self.windows.index[indices, 0])}
 
     def _cut(self, x: torch.Tensor, view: int, indices: np.ndarray, seeds: torch.Tensor) -> torch.Tensor:

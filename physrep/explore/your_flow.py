@@ -183,7 +183,7 @@ class Check:
     found: str
     state: str  # 'fits', 'can be resampled', or 'does not fit'
 
-
+# %% ../../nbs/explore/your_flow.ipynb #f46e25aa
 def on_grid(flow: Flow, grid: Sequence[int]) -> bool:
     "Whether a flow has so many points, between walls at the centres of cells of equal height."
     h, w = flow.fields.shape[2:]

@@ -80,7 +80,7 @@ def _built(cls: type, values: Mapping, where: str) -> Any:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
-
+# %% ../../nbs/training/presets.ipynb #4740f936
 def recipe_from(values: Mapping, where: str) -> Recipe:
     "A recipe from its fields; ValueError that names the place, and what is unknown, missing or no such value."
     return _built(Recipe, values, where)
