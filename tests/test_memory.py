@@ -16,7 +16,7 @@ from physrep.probing.reading import windows_at_once
 from physrep.training import cost
 from physrep.training.memory import check_memory, memory_needed, saved_bytes
 from physrep.training.presets import get_preset
-from physrep.training.run import build, resolve
+from physrep.training.run import resolve
 
 MEASURE = """
 import sys, torch
@@ -216,9 +216,3 @@ def test_the_peak_of_a_call_counts_what_is_there_at_once():
     assert peak_bytes(lambda: [x + 1 for _ in range(5)]) == 5 * x.nbytes
     assert peak_bytes(lambda: [(x + 1).sum() for _ in range(5)]) < 1.1 * x.nbytes
     assert peak_bytes(lambda: x.view(-1)[10:]) == 0
-
-
-def test_a_batch_for_whitened_targets_is_as_small_as_another():
-    "Its whitening is fitted in training, where gradients are on."
-    run = resolve("shear_flow", "forecast", "vit", "laptop", coefficients={"target": "whitened"})
-    assert cost.smallest_batch(run, build(cost.in_one_chunk(run)).train(), run.recipe.batch_size) == 2

@@ -17,7 +17,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from ..data.generate import SimPreset
-from ..objectives.methods import OBJECTIVES
 from ..physics.systems import SYSTEMS, get_system
 from .loop import Recipe
 from .preset_tables import PRESETS, Preset
@@ -128,11 +127,12 @@ def _check_names(preset: Preset, path: Path) -> None:
     if min(preset.seeds) < 0 or len(set(preset.seeds)) < len(preset.seeds):
         raise ValueError(f"{path}: seeds must be different numbers from 0, got {list(preset.seeds)}")
     systems = {*SYSTEMS, *(get_system(name).name for name in preset.systems if ":" in name)}
+    known = PRESETS["laptop"].objectives
     for part in ("train", "objectives"):
         for key in getattr(preset, part):
             row, at, system = key.partition("@")
-            if ":" not in row and row.partition("-")[0] not in OBJECTIVES:
-                raise ValueError(f"{path}: {part} has unknown objective {key}; valid: {', '.join(OBJECTIVES)}")
+            if ":" not in row and row.partition("-")[0] not in known:
+                raise ValueError(f"{path}: {part} has unknown objective {key}; valid: {', '.join(known)}")
             if at and system not in systems:
                 raise ValueError(
                     f"{path}: {part}.{key}: unknown system {system!r}; valid: {', '.join(sorted(systems))}"
