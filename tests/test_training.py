@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 
 from physrep.core.files import read_json, write_json
 from physrep.models.pretrained import load_encoder, save_encoder
-from physrep.objectives.mae import MAE
 from physrep.objectives.methods import OBJECTIVES
 from physrep.training import watch
 from physrep.training.loop import TimeUp, TrainingDiverged
@@ -427,16 +425,3 @@ def test_what_was_trained_by_other_code_is_put_aside_and_time_elsewhere_does_not
 def test_a_figure_of_the_loss_needs_no_evaluations(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
     assert len(plot_metrics([tmp_path]).axes[0].lines) == 2
-
-
-def test_views_are_views(monkeypatch):
-    class Contrastive(MAE):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            self.views = 2
-
-    module = types.ModuleType("own_objectives")
-    module.Contrastive = Contrastive
-    monkeypatch.setitem(sys.modules, "own_objectives", module)
-    with pytest.raises(ValueError, match="own_objectives:Contrastive: `views` must be a tuple of View, got 2"):
-        _ = resolve("shear_flow", "own_objectives:Contrastive", "vit", "smoke").window_frames

@@ -154,10 +154,7 @@ def _frames_and_views(run: Setup) -> tuple[int, tuple]:
     key = (*parts, repr(options))
     if key not in _ASKED:
         objective = build(run)
-        views = getattr(objective, "views", ())
-        if not isinstance(views, (tuple, list)):
-            raise ValueError(f"objective {run.objective}: `views` must be a tuple of View, got {views!r:.60}")
-        _ASKED[key] = objective.frames, tuple(views)
+        _ASKED[key] = objective.frames, tuple(getattr(objective, "views", ()))
     return _ASKED[key]
 
 # %% ../../nbs/training/run.ipynb #dea61f68
