@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..core.devices import usable_cores
 from ..core.files import read_json, write_json
 from ..core.provenance import code_digest
 from ..core.randomness import generator, seed_for
@@ -374,7 +373,8 @@ def make_dataset(
         batches = _batches(files, FLOWS_A_CALL.get(kind, FLOWS_A_CALL["cuda"]))
         missing = [b for b in batches if not all(_intact(f.path(folder, system), system, f) for f in b)]
         jobs = [(batch, system, sim, folder, device) for batch in missing]
-        workers = workers or (max(1, min(len(jobs), usable_cores())) if kind == "cpu" else 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # for us
+        workers = workers or (max(1, min(len(jobs), cores)) if kind == "cpu" else 1)
         done = len(files) - sum(map(len, missing))
         bar = tqdm(total=len(files), initial=done, desc=f"simulate {system}", unit="file", disable=not progress)
         for paths in _run(jobs, workers):
