@@ -182,8 +182,8 @@ def test_a_rate_that_was_found_before_is_taken_until_all_are_tried_here(tmp_path
     assert rate_of("tube-pixels-vit", run, tmp_path) == "lowest"
     write_scores(run, tmp_path, {"further down": 0.05})
     assert rate_of("tube-pixels-vit", run, tmp_path) == "lowest", "the best of the same four for every cell"
-    unknown = "future-ema-convnext_circular"
-    assert rate_of(unknown, cell_run(unknown, "active_matter", laptop, steps=1), tmp_path) is None
+    unknown = cell_run("tube-pixels-vit", "active_matter", "smoke", steps=1)
+    assert rate_of("tube-pixels-vit", unknown, tmp_path) is None
 
 
 @pytest.mark.parametrize(

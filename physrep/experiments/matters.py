@@ -288,6 +288,20 @@ _CONVECTION = """
     pair-pooled    high     high     -
 """
 
+_ACTIVE_MATTER = """
+                   vit      convnext convnext_circular
+    tube-pixels    middle   lowest   lowest
+    tube-ema       high     low      middle
+    tube-shared    lowest   low      low
+    future-pixels  middle   low      middle
+    future-ema     high     lowest   middle
+    future-shared  lowest   middle   middle
+    window-pixels  lowest   middle   middle
+    window-ema     lowest   high     high
+    window-shared  middle   lowest   low
+    pair-pooled    lowest   middle   -
+"""
+
 
 def _in_table(text: str) -> dict[str, str]:
     "Cell -> learning rate, of a table: a line for each question and answer, a column for each encoder; - is none."
@@ -299,7 +313,7 @@ def _in_table(text: str) -> dict[str, str]:
 FOUND: Mapping[tuple[str, str], Mapping[str, str]] = {  # (preset, system) -> cell -> rate that was chosen on `valid`
     ("laptop", "shear_flow"): _in_table(_SHEAR_FLOW),
     ("laptop", "rayleigh_benard"): _in_table(_CONVECTION),
-    ("laptop", "active_matter"): {PAPER["VideoMAE"]: "middle", PAPER["JEPA"]: "lowest", PERIODIC: "low"},
+    ("laptop", "active_matter"): _in_table(_ACTIVE_MATTER),
 }
 
 
