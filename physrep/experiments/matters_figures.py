@@ -108,7 +108,7 @@ def _name_paper(ax: Axes, means: pd.DataFrame) -> None:
         for row in means[means.cell == cell].itertuples():
             x = _TASKS.index(row.task) + 0.09 * (CELL_TARGETS.index(row.target) - 1)
             ax.plot(x, row.error, "o", ms=16, mec="black", mew=1.3, mfc="none", zorder=4)
-            beside = (12, -4) if x > 1 else (-16, 58)
+            beside = (12, -4) if x > 1 else (2, 58)
             look = dict(fontweight="bold", fontsize=SMALL - 0.5, arrowprops=dict(arrowstyle="-", lw=0.8, shrinkB=8))
             ax.annotate(name, (x, row.error), beside, textcoords="offset points", **look)
 
@@ -238,7 +238,7 @@ def plot_shares(table: pd.DataFrame, without: pd.DataFrame | None = None, claim:
 
 # %% ../../nbs/experiments/matters_figures.ipynb #2c749e47
 SYSTEM_MARKS = ("o", "s", "^")
-SYSTEM_COLORS = ("#111111", "#777777", "#B5B5B5")  # colours are of methods elsewhere
+SYSTEM_COLORS = ("#111111", "#777777", "#A8A8A8")  # colours are of methods elsewhere
 
 
 def plot_main_effects(tables: Mapping[str, pd.DataFrame]) -> Figure:

@@ -307,12 +307,10 @@ def plot_over_untrained(table: pd.DataFrame) -> Figure:
             return fig
         axes = np.atleast_1d(fig.subplots(1, len(systems), sharey=True))
         for ax, system in zip(axes, systems):
-            mine = table[table.system == system]
-            _draw_over(ax, mine, cells)
+            _draw_over(ax, table[table.system == system], cells)
             ax.set_title(in_lines(system_title(system)), fontsize=SMALL + 0.5, fontweight="bold")
             ax.set_xscale("log")
-            ends = 0.95 * mine[["low", "factor"]].min().min(), 1.05 * mine[["high", "factor"]].max().max()
-            log_ticks(ax.xaxis, *ends)
+            log_ticks(ax.xaxis, *ax.get_xlim())
         name_cells(axes, cells)
         fig.supxlabel("error, times that of random weights of the same network (left is better)", fontsize=SMALL)
         handles = [
