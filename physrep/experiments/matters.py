@@ -299,7 +299,7 @@ _ACTIVE_MATTER = """
     window-pixels  lowest   middle   middle
     window-ema     lowest   high     high
     window-shared  middle   lowest   low
-    pair-pooled    lowest   middle   -
+    pair-pooled    lowest   lowest   -
 """
 
 
