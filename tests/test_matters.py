@@ -187,7 +187,12 @@ def test_a_rate_that_was_found_before_is_taken_until_all_are_tried_here(tmp_path
 
 
 @pytest.mark.parametrize(
-    "system, figure", [("shear_flow", "matters"), ("rayleigh_benard", "probe_length_cells_rayleigh_benard")]
+    "system, figure",
+    [
+        ("shear_flow", "matters"),
+        ("rayleigh_benard", "probe_length_cells_rayleigh_benard"),
+        ("active_matter", "probe_length_cells_active_matter"),
+    ],
 )
 def test_the_rates_that_were_found_are_those_of_the_committed_figure(system, figure):
     configs = read_json(project_root() / "figures" / f"{figure}.json")["configs"]
