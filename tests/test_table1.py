@@ -208,5 +208,5 @@ def smoke_runs_of_paddings(smoke_data, tmp_path_factory):
 )
 def test_a_number_that_yaml_reads_as_text_is_named(part, tmp_path):
     (tmp_path / "rows.yaml").write_text(f"rows:\n  - {{objective: mae, encoder: vit, tag: own, {part}}}\n")
-    with pytest.raises(TypeError, match=r"rows.yaml, row mae.own-vit.*is the text .*with a dot: 5.0e-5"):
+    with pytest.raises(TypeError, match=r"rows.yaml, row mae.own-vit.*is the text .*with a dot and a sign: 5.0e-5"):
         table_rows(LAPTOP, "shear_flow", own=tmp_path / "rows.yaml")

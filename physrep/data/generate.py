@@ -346,9 +346,8 @@ def make_dataset(
 
     A script that calls it does so below `if __name__ == "__main__":`, as every process imports the script again.
 
-    Raises ValueError for a system without a solver or a folder that holds other data, NotADirectoryError if the folder
-    is a file, RuntimeError for a script without that line, TimeoutError, and the solver's error if a simulation blows
-    up."""
+    Raises ValueError for a system without a solver or a folder with other data, NotADirectoryError if the folder is a
+    file, RuntimeError for a script without that line, TimeoutError, and the solver's error if a simulation blows up."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that imports the caller's script
         raise RuntimeError(
             "make_dataset starts processes that import your script, so it calls it once more: call it below "

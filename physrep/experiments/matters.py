@@ -287,7 +287,6 @@ _CONVECTION = """
     window-shared  high     low      middle
     pair-pooled    high     high     -
 """
-
 _ACTIVE_MATTER = """
                    vit      convnext convnext_circular
     tube-pixels    middle   lowest   lowest
@@ -302,7 +301,7 @@ _ACTIVE_MATTER = """
     pair-pooled    lowest   lowest   -
 """
 
-
+# %% ../../nbs/experiments/matters.ipynb #0d577dfe
 def _in_table(text: str) -> dict[str, str]:
     "Cell -> learning rate, of a table: a line for each question and answer, a column for each encoder; - is none."
     encoders, *lines = (line.split() for line in text.strip().splitlines())
