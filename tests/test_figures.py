@@ -25,9 +25,8 @@ def test_the_figure_of_table1_with_missing_rows():
     fig = plot_table1(gappy(), "shear_flow")
     assert [ax.get_title() for ax in fig.axes] == ["mean over labels", "Reynolds"]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["linear", "attentive", "kNN", ""]
-    assert fig.axes[0].get_xlim() == (0, 1.6) and "2.50" in [t.get_text() for t in fig.axes[0].texts], (
-        "what lies beyond is a number at the edge"
-    )
+    low, high = fig.axes[0].get_xlim()
+    assert fig.axes[0].get_xscale() == "log" and 0 < low < 0.2 and high > 2.5, "all that is measured has room"
     assert fig.legends[0].get_texts()[-1].get_text() == "a constant"
     for metric in ("r2", "relative_error"):
         other = plot_table1(
@@ -251,7 +250,7 @@ def test_all_systems_side_by_side():
         ["0.20", "MAE ViT,\nlinear"],
     ]
     bold = [t.get_text() for t in fig.axes[0].texts if t.get_fontweight() == "bold" and t.get_text()[0] == "0"]
-    assert bold == ["0.05", "0.05", "0.10", "0.05", "0.05", "0.50", "0.50"], "the best of each method"
+    assert bold == ["0.050", "0.050", "0.10", "0.050", "0.050", "0.50", "0.50"], "the best of each method"
     assert [t.get_text() for t in fig.axes[1].texts].count("–") == 3, "not measured"
     higher = plot_systems(three_systems().assign(metric="r2"), "r2")
     assert [t.get_text() for t in higher.axes[0].texts if t.get_bbox_patch() is not None] == [
@@ -447,3 +446,40 @@ def test_seeds_of_a_committed_table_decide_what_is_filled():
     some = table[table.by_seed.str.contains(" ") & ((table.low > 0) | (table.high < 0))]
     agree = [len({np.sign(float(d)) for d in text.split()}) == 1 for text in some.by_seed]
     assert [is_clear(row) for row in some.itertuples()] == agree and not all(agree)
+
+
+def test_errors_beyond_the_axis_are_arrowheads_with_their_numbers():
+    rows = [
+        row(value=v, low=0.8 * v, high=1.2 * v, probe=p)
+        for p, v in (("linear", 0.5), ("knn", 9.0), ("kernel", 0.0004), ("attentive", 3.5))
+    ]
+    [ax] = plot_table1(pd.DataFrame(rows), "shear_flow").axes
+    low, high = ax.get_xlim()
+    assert 0.3 < low < 0.4 and 3.5 < high < 4.5, "0.002 to 4, as far as something is there"
+    ends = {
+        line.get_marker(): line.get_xdata()[0] for line in ax.lines if line.get_marker() in "<>" and line.get_marker()
+    }
+    assert ends == {"<": low, ">": high} and {"9.00", "0.000"} <= {t.get_text() for t in ax.texts}
+    lines = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == -3.0]
+    assert [max(x) for x in lines] == [high], "an interval ends at the edge"
+
+
+def test_the_best_line_is_chosen_on_valid_and_has_to_beat_a_constant():
+    errors = {"linear": (0.3, 0.5), "knn": (0.4, 0.2)}
+    rows = [
+        row(probe=p, split=split, value=v, low=0.8 * v, high=1.2 * v)
+        for p, both in errors.items()
+        for split, v in zip(("valid", "test"), both)
+    ]
+
+    def plates(table: pd.DataFrame, **options: str) -> list[str]:
+        return [t.get_text() for t in plot_systems(table, **options).axes[0].texts if t.get_bbox_patch() is not None]
+
+    df = pd.DataFrame(rows)
+    assert plates(df) == ["0.50", "JEPA ConvNeXt,\nlinear"], "the lowest of many errors on test is too low"
+    assert plates(df[df.split == "test"]) == ["0.20", "JEPA ConvNeXt,\nkNN"], "without valid there is only test"
+    assert "bold: best probe on valid" in plot_systems(df).legends[0].get_texts()[-2].get_text()
+    worse = df.assign(high=df.high.where(df.split == "valid", 1.1))
+    assert plates(worse) == [] and "no encoder is shown\nto beat a constant" in [
+        t.get_text() for t in plot_systems(worse).axes[0].texts
+    ]

@@ -214,7 +214,7 @@ def test_boxes_are_drawn_and_other_data_refused():
     rows = [
         {**about, "objective": o, "encoder": e, "probe": p, "split": s, "value": v}
         for o, e, p in (("mae", "vit", "linear"), ("statistics", "none", "kernel"))
-        for s, v in (("test", 0.2), ("shifted", 1.0), (SPLIT, 2.4))
+        for s, v in (("test", 0.2), ("shifted", 1.0), (SPLIT, 7.0))
     ]
     axes = plot_box(pd.DataFrame(rows)).axes
     marks = [line.get_marker() for line in axes[0].lines]

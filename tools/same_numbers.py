@@ -17,7 +17,12 @@ The largest differences that were found are written down, too.
     python tools/same_numbers.py --tables --against HEAD~1 --why "pairs by the number of their seeds"
 
 With `--tables` nothing is trained. Table 1, with all paired differences, its panels, the overview and the names of all
-rows, is made from the results in `figures/results`, by both codes, and only definitions of these are declared equal."""
+rows, is made from the results in `figures/results`, by both codes, and only definitions of these are declared equal.
+
+    python tools/same_numbers.py --tables --redrawn panel --against HEAD~1 --why "panels have a logarithmic axis"
+
+With `--redrawn` the pictures of a kind may look different, while all tables must be equal. The figures that show such
+pictures are drawn again for the same commit, as nothing else will say that theirs are old."""
 
 import argparse
 import hashlib
@@ -106,8 +111,9 @@ def used() -> dict[str, list[str]]:
     return {name: sorted(digests) for name, digests in found.items()}
 
 
-COMPARISONS = tuple(f"results.{name}" for name in ("archive", "comparison", "curves", "panels", "seeds"))
+COMPARISONS = tuple(f"results.{name}" for name in ("archive", "comparison", "curves", "forest", "panels", "seeds"))
 COMPARISONS += ("experiments.overview", "experiments.table1")
+PICTURES = ("curves", "forest", "overview", "panel")  # what `tables` draws of each system
 
 
 def tables(folder: Path) -> dict:
@@ -117,6 +123,7 @@ def tables(folder: Path) -> dict:
     from physrep.results.archive import _scored, unpack
     from physrep.results.comparison import summarise
     from physrep.results.curves import plot_curves, read_curves, trained_table
+    from physrep.results.forest import plot_differences
     from physrep.results.panels import plot_table1
     from physrep.results.rows import ROWS, references_of, title_of
     from physrep.results.seeds import folders_of_seeds
@@ -137,6 +144,7 @@ def tables(folder: Path) -> dict:
         found[f"{system}, trained"] = trained_table(curves, shown).to_csv(index=False)
         found[f"{system}, curves"] = drawn(plot_curves(curves, shown))
         found[f"{system}, panel"] = drawn(plot_table1(errors, system, rows=shown))
+        found[f"{system}, forest"] = drawn(plot_differences(made["over random"], system, rows=shown))
         found[f"{system}, overview"] = drawn(plot_overview(best_probes(errors, shown), shown))
         found[f"{system}, references"] = references_of(rows)
         print(f"  {system}", file=sys.stderr, flush=True)
@@ -243,6 +251,8 @@ def main() -> int:
     parser.add_argument("--why", help="what changed, in a few words")
     parser.add_argument("--rounding", action="store_true", help="the last digits may differ")
     parser.add_argument("--tables", action="store_true", help="of comparisons alone, from the committed results")
+    redrawn = "pictures of this kind may differ; several times for several kinds"
+    parser.add_argument("--redrawn", action="append", choices=PICTURES, default=[], help=redrawn)
     parser.add_argument("--ask", choices=list(ASKED), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
@@ -254,6 +264,8 @@ def main() -> int:
     what, definitions = ("tables", "used_in_tables") if asked.tables else ("numbers", "used")
     if asked.tables and asked.rounding:
         parser.error("tables are compared bit by bit: leave out --rounding")
+    if asked.redrawn and not asked.tables:
+        parser.error("--redrawn is for pictures of tables: add --tables")
     if not (asked.against and asked.why):
         parser.error("--against COMMIT and --why TEXT are needed")
     git = ["git", "-C", str(ROOT)]
@@ -279,19 +291,21 @@ def main() -> int:
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=False)
     if not asked.rounding:
-        other = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        may = {key for key in old.keys() & new.keys() if key.rsplit(", ", 1)[-1] in asked.redrawn}
+        other = sorted(key for key in (old.keys() | new.keys()) - may if old.get(key) != new.get(key))
     if asked.rounding:
         print(f"largest difference of weights {largest['weights']:.2g}, of errors {largest['errors']:.2g}")
     if other:
         print(f"{len(other)} of {len(new)} differ; nothing was written: {'; '.join(other[:10])}")
         return 1
     there = json.loads(FILE.read_text())["changes"] if FILE.is_file() else []
-    change = {"why": asked.why, "against": commit, "compared": sorted(new), "definitions": changed}
+    compared = sorted(key for key in new if key.rsplit(", ", 1)[-1] not in asked.redrawn)
+    change = {"why": asked.why, "against": commit, "compared": compared, "definitions": changed}
+    change |= {"redrawn": asked.redrawn} if asked.redrawn else {}
     change |= {"largest_differences": largest} if asked.rounding else {}
     FILE.write_text(json.dumps({"changes": [*there, change]}, indent=1, sort_keys=True) + "\n")
-    print(
-        f"{len(new)} files and tables are equal{' but for rounding' * asked.rounding}; {FILE.relative_to(ROOT)} says so"
-    )
+    equal = "equal but for rounding" if asked.rounding else "equal"
+    print(f"{len(compared)} files and tables are {equal}; {FILE.relative_to(ROOT)} says so")
     return 0
 
 

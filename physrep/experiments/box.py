@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLIT', 'TIMES', 'SHORTER', 'longer_box', 'box_windows', 'encoder_predictions', 'stored_splits', 'check_same_data',
-           'baseline_predictions', 'score_predictions', 'box_table', 'plot_box']
+           'as_cut', 'baseline_predictions', 'score_predictions', 'box_table', 'plot_box']
 
 # %% ../../nbs/experiments/box.ipynb #b7ab7c1a
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,20 @@ from ..probing.reading import FROZEN, ONE_TOKEN, probe_splits
 from ..probing.records import Predictions, read_predictions
 from ..probing.scores import score_seeds
 from ..results.figures import using_style
-from ..results.panels import SMALL, WIDTH, Line, figure_lines, in_lines, name_lines, shade_methods
-from ..results.rows import ROWS, Row, color_of, marker_of, run_of
+from physrep.results.panels import (
+    SMALL,
+    WIDTH,
+    Limits,
+    Line,
+    draw_line,
+    error_limits,
+    figure_lines,
+    in_lines,
+    name_lines,
+    scale_errors,
+    shade_methods,
+)
+from ..results.rows import ROWS, Row, color_of, run_of
 from ..training.presets import Preset
 from ..training.run import baseline_folder, resolve, stride_of
 
@@ -113,6 +125,14 @@ def check_same_data(saved: Sequence[Predictions], windows: Mapping[str, Windows]
             raise ValueError(f"{one.path} is of other data ({', '.join(other)}) than these windows; probe it again")
 
 # %% ../../nbs/experiments/box.ipynb #f62b1cd4
+def as_cut(windows: Windows) -> Windows:
+    """The same windows as a cut that happens to be as large as its box: statistics and spectra take no axis of them as
+    periodic, as in the windows of a longer box."""
+    crop = tuple((0, n) for n in windows.grid)
+    options = dict(frames=windows.frames, stride=windows.stride, crop=crop)
+    return Windows(windows.root, windows.system, windows.split, **options)
+
+
 def baseline_predictions(
     name: str, windows: Mapping[str, Windows], saved: Predictions
 ) -> dict[tuple[str, str], tuple[np.ndarray, ...]]:
@@ -120,7 +140,8 @@ def baseline_predictions(
     check_same_data([saved], windows)
     found = {key: (p,) for key, p in saved.predictions.items() if key[1] in stored_splits(windows)}
     if name in MEASURES:
-        features = measured_features({s: windows[s] for s in ("train", "valid", SPLIT)}, MEASURES[name])
+        cuts = {split: as_cut(windows[split]) for split in ("train", "valid")}
+        features = measured_features({**cuts, SPLIT: windows[SPLIT]}, MEASURES[name])
         for probe in ONE_TOKEN:
             fitted = fit_probe(probe, features["train"], features["valid"], saved.scaler)
             found[probe, SPLIT] = (fitted.predict(features[SPLIT]),)
@@ -175,22 +196,19 @@ def box_table(
     return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/box.ipynb #c14d7954
-_LIMIT = 2.0  # of the axis; what is beyond is drawn there
+_SMALL_MARKS = {"test": ("|", 8, 1.2), "shifted": ("x", 3.6, 1.0)}  # marker, its size, width of its line
 
 
-def _draw_line(ax: Axes, here: pd.DataFrame, line: Line, rows: Sequence[Row]) -> None:
+def _draw_errors(ax: Axes, here: pd.DataFrame, line: Line, limits: Limits, rows: Sequence[Row]) -> None:
     "The three errors of a row and a probe."
-    color = color_of(line.objective, line.encoder, rows)
-    marker = marker_of(line.encoder, line.objective, rows)
-    for r in here.itertuples():
-        x = min(r.value, _LIMIT)
-        if r.split == SPLIT:
-            ax.plot([min(r.low, _LIMIT), min(r.high, _LIMIT)], [line.y] * 2, color=color, lw=1.6, zorder=3)
-            ax.plot(x, line.y, ">" if r.value > _LIMIT else marker, color=color, mec="white", ms=5.2, mew=0.5, zorder=5)
-        elif r.split == "shifted":
-            ax.plot(x, line.y, "x", color=color, ms=3.6, mew=1.0, zorder=4)
-        else:
-            ax.plot(x, line.y, "|", color=color, ms=8, mew=1.2, zorder=4)
+    longer = here.split == SPLIT
+    for r in here[~longer].itertuples():
+        marker, size, width = _SMALL_MARKS[r.split]
+        marker = "<" if r.value < limits[0] else ">" if r.value > limits[1] else marker
+        look = {"color": color_of(line.objective, line.encoder, rows), "ms": size, "mew": width, "zorder": 5}
+        ax.plot(np.clip(r.value, *limits), line.y, marker, clip_on=False, **look)
+    one = here[longer].reset_index().assign(seeds=1)  # its dots would be taken for other splits
+    draw_line(ax, one, line.y, limits, False, rows)
 
 
 def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
@@ -198,6 +216,7 @@ def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
     mean = table[table.label == "mean"]
     systems = list(dict.fromkeys(mean.system))
     lines = figure_lines(mean, rows)
+    limits = error_limits([*mean.value, *mean.low[mean.split == SPLIT], *mean.high[mean.split == SPLIT]])
     with using_style():
         fig = Figure(figsize=(WIDTH, 1.9 + 0.165 * (1 - lines[-1].y)), layout="constrained")
         axes = fig.subplots(1, len(systems), sharey=True, sharex=True, squeeze=False)[0]
@@ -205,12 +224,12 @@ def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
             here = mean[mean.system == system].set_index(["objective", "encoder", "probe"]).sort_index()
             for line in lines:
                 if line.key in here.index:
-                    _draw_line(ax, here.loc[[line.key]], line, rows)
+                    _draw_errors(ax, here.loc[[line.key]], line, limits, rows)
             ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)
             ax.set_title(in_lines(get_system(system).title), fontsize=SMALL + 0.5)
             ax.set_xlabel("z-scored MSE\n(lower is better)", fontsize=SMALL)
-            ax.set_xlim(0, _LIMIT + 0.03)
         shade_methods(axes, lines)
+        scale_errors(axes[0], limits)
         name_lines(axes[0], lines, rows)
         grey = dict(color="#555555", ls="", ms=5.2)
         marks = [
