@@ -22,6 +22,7 @@ BIN := $(VENV)/bin
 # set by targets, not by an environment that happens to have a variable of that name
 TARGET :=
 FEW :=
+STUDY :=
 # a preset of your own is the path of a .yaml file, and is called after it
 NAME := $(basename $(notdir $(PRESET)))
 DRAWN := runs/$(NAME)/figures
@@ -39,7 +40,9 @@ PART := $(SYSTEM)$(ONLY)$(ROWS)
 KEEP = echo "== the committed figures are as they were; $(if $(PART),these are in $(DRAWN)/,make figures$(if $(filter laptop,$(PRESET)),, PRESET=$(PRESET)) copies $(DRAWN)/ to $(FIGURES)/$(if $(filter laptop,$(PRESET)), (those of Table 1 have five seeds: SEEDS=\"1 2 3 4\")))"
 CODE := nbs tests tools setup.py
 # a variable that a target would ignore is refused, before hours of work
-takes_no = $(foreach name,$(1),$(if $($(name)),echo "make $@ takes no $(name)=$($(name)): it runs all rows that it compares. Leave $(name) out."; exit 2;)) true
+takes_no = $(foreach name,$(1),$(if $($(name)),echo "make $@ takes no $(name)=$($(name)): $(if $(filter SEEDS,$(name)),its seeds are fixed,it runs all rows that it compares). Leave $(name) out."; exit 2;)) true
+# these ask encoders of the preset's seeds; `make study SEEDS=...` is for the other experiments
+seeds_of_preset = $(if $(STUDY),true,$(call takes_no,SEEDS))
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -79,7 +82,7 @@ data: $(READY)  ## simulate the data of PRESET only
 study: $(READY)  ## every experiment, after a list of what it trains and how long that takes; hours
 	@$(call takes_no,ROWS ONLY CELLS)
 	@$(BIN)/python -m physrep.experiments.study --preset $(PRESET) --cores $(CORES) --systems "$(SYSTEM)" --seeds "$(SEEDS)" --data "$(DATA)"
-	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters attentive long-probe; do $(MAKE) --no-print-directory $$experiment; done
+	@set -e; for experiment in reproduce tuned few finetune resolution regimes across ablations rollout machines grid box question rates longer matters attentive long-probe; do $(MAKE) --no-print-directory STUDY=yes $$experiment; done
 
 tune: TARGET = tuning
 tune: $(READY)  ## repeat the tuning of PRESET: the same number of trials for every row, some hours of one core
@@ -120,12 +123,13 @@ matters: TARGET = matters
 matters: $(READY)  ## task x target x encoder, each cell at its best learning rate: what the paper's comparison rests on; some hours of two cores
 	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) matters $$(test ! -f $(DRAWN)/matters_shares.csv || echo matters_shares) matters_probes matters_over_random $(if $(SYSTEM),,matters_paper matters_systems)
+	@$(COMPARE) $$(cd $(DRAWN) && ls matters*.csv | sed 's/.csv$$//')
 	@$(KEEP)
 
 resolution: TARGET = resolution
 resolution: $(READY)  ## simulate flows of `test` at twice the resolution and read them; ten minutes after `make reproduce`
 	@$(call takes_no,ROWS)
+	@$(call seeds_of_preset)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/resolution.csv || $(COMPARE) resolution
 	@$(KEEP)
@@ -133,6 +137,7 @@ resolution: $(READY)  ## simulate flows of `test` at twice the resolution and re
 regimes: TARGET = regimes
 regimes: $(READY)  ## ask the encoders for the state of the flow; ten minutes after `make reproduce`
 	@$(call takes_no,ROWS)
+	@$(call seeds_of_preset)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/regimes.csv || $(COMPARE) regimes
 	@$(KEEP)
@@ -140,6 +145,7 @@ regimes: $(READY)  ## ask the encoders for the state of the flow; ten minutes af
 across: TARGET = across
 across: $(READY)  ## one JEPA for all systems, and encoders that read another system, with the recipes by hand; ten minutes after `make tuned`
 	@$(call takes_no,ROWS)
+	@$(call seeds_of_preset)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/across.csv || $(COMPARE) across
 	@$(KEEP)
@@ -153,7 +159,8 @@ machines: $(READY)  ## one row again with other threads and instructions: how fa
 
 rollout: TARGET = rollout
 rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows that can, and train those that are missing; half an hour after `make tuned`
-	@$(call takes_no,ROWS)
+	@$(call takes_no,ROWS ONLY)
+	@$(call seeds_of_preset)
 	@$(SNAKE) </dev/null
 	@$(COMPARE) rollout rollout_spectra rollout_drift rollout_frames rollout_probes
 	@$(KEEP)
@@ -161,6 +168,7 @@ rollout: $(READY)  ## predict the flows of `test` frame by frame with the rows t
 grid: TARGET = grid
 grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as sets of The Well have; simulates such a set, half an hour after `make reproduce`
 	@$(call takes_no,ROWS)
+	@$(call seeds_of_preset)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/grid.csv || $(COMPARE) grid
 	@$(KEEP)
@@ -168,6 +176,7 @@ grid: $(READY)  ## fit and score the probes of Table 1 on a grid of labels, as s
 box: TARGET = box
 box: $(READY)  ## read flows in a box twice as long with the encoders and probes of Table 1; ten minutes after `make reproduce`
 	@$(call takes_no,ROWS)
+	@$(call seeds_of_preset)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/box.csv || $(COMPARE) box
 	@$(KEEP)
@@ -175,6 +184,7 @@ box: $(READY)  ## read flows in a box twice as long with the encoders and probes
 question: TARGET = question
 question: $(READY)  ## ask what else answers the question of JEPA from its features, and train it with a faster predictor; an hour of two cores after `make tuned`
 	@$(call takes_no,ROWS)
+	@$(call seeds_of_preset)
 	@$(SNAKE) </dev/null
 	@test ! -f $(DRAWN)/own_question.csv || $(COMPARE) own_question own_question_probes
 	@$(KEEP)
@@ -197,7 +207,7 @@ attentive: TARGET = attentive
 attentive: $(READY)  ## read the encoders of the paper's comparison in every system, and all cells of systems with learning rates of their own, with attentive probes that are trained up to eight times as long; an hour of two cores after `make matters`, or a minute after `make unpack`
 	@$(call takes_no,ROWS ONLY)
 	@$(SNAKE) </dev/null
-	@$(COMPARE) probe_length $$(cd $(DRAWN) && ls probe_length_cells*.csv | sed 's/.csv$$//')
+	@$(COMPARE) probe_length $$(cd $(DRAWN) && ls probe_length_cells*.csv 2>/dev/null | sed 's/.csv$$//')
 	@$(KEEP)
 
 long-probe: TARGET = long_probe

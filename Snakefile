@@ -120,8 +120,9 @@ def simulated(system):
 
 def finished(stamp, there):
     """The stamp of a job that keeps or replaces its files itself. Snakemake deletes declared outputs before a job; an encoder
-    that may have cost days is better put aside by the training that takes its place. No stamp where files are not `there`."""
-    if not there:
+    that may have cost days is better put aside by the training that takes its place. No stamp where files are not `there`; jobs of
+    a cluster, which parse this file for themselves, leave stamps alone."""
+    if not there and workflow.is_main_process:
         stamp.unlink(missing_ok=True)
     return stamp
 
@@ -186,18 +187,19 @@ for system, asked in SYSTEMS.items():
 # The rows of a system: once on its data; The Well's shear flow once more on splits without leaks, with runs of its own.
 LEAK_FREE = [s for s in SYSTEMS if s in SOLVERS and s not in PRESET.sims and get_system(SYSTEMS[s]).group and not is_address(DATA)]
 MORE, LEAKAGE = ROOT / "runs" / "leak_free", []
+DEALT = MORE / "data" / PRESET.name  # the lock of a workflow is that of its preset
 for system in LEAK_FREE:
     rule:
         name: f"leak_free_{system}"
         input: simulated(system)
-        output: MORE / "data" / system / "stats.yaml"
-        params: code=code_digest("data.leakage"), command=papermill("00h_leak_free", f"{system}-leak-free", MORE, preset=None, system=SYSTEMS[system], data_dir=DATA, out_dir=MORE / "data")
+        output: DEALT / system / "stats.yaml"
+        params: code=code_digest("data.leakage"), command=papermill("00h_leak_free", f"{system}-leak-free", MORE, preset=None, system=SYSTEMS[system], data_dir=DATA, out_dir=DEALT)
         shell: "{params.command}"
 
-PLACES = [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"data_dir": MORE / "data", "run_dir": MORE}) for s in LEAK_FREE]
+PLACES = [(s, None, {}) for s in SYSTEMS] + [(s, MORE, {"data_dir": DEALT, "run_dir": MORE}) for s in LEAK_FREE]
 for system, runs_in, about in PLACES:
     asked = SYSTEMS[system]
-    inputs, tag, into = (simulated(system), "", RESULTS) if runs_in is None else ([MORE / "data" / system / "stats.yaml"], "leak_free_", LEAKAGE)
+    inputs, tag, into = (simulated(system), "", RESULTS) if runs_in is None else ([DEALT / system / "stats.yaml"], "leak_free_", LEAKAGE)
     baselines = [baseline_folder(b, system, PRESET, runs_in) / "result.json" for b in baselines_for(get_system(asked))]
     into += baselines
     if runs_in is None:
@@ -259,9 +261,9 @@ for system, runs_in, about in PLACES:
                 priority: FIRST_SYSTEMS[system] + row.cost  # long jobs first, and what the longest waits for
                 shell: "{params.command}"
         stamp = OUT / "finished" / name
-        if asks_encoders and row.kind in ("trained", "random"):
+        alone = asks_encoders and row.kind == "random" and all(f.is_file() for f in results)  # what is there is not made again
+        if alone or asks_encoders and row.kind == "trained":
             STAMP_OF |= dict.fromkeys(results, stamp)
-        alone = results[0] in STAMP_OF and row.kind == "random"  # a result that is there would not be made again
         rule:
             name: f"probe_{name}".replace("-", "_")
             input: inputs + ([stamp] if row.kind == "trained" else [])
@@ -612,9 +614,11 @@ for name, done in list(FACTORIAL.items()):
         resources: gpu=GPUS
         shell: "{params.command}"
 
+# of some cells alone there may be nothing to draw in some of these
+MATTERS = ["matters_shares", "matters_probes", "matters_over_random", *(["matters_paper", "matters_systems"] if ELSEWHERE else [])]
 rule matters:
     input: list(FACTORIAL.values())
-    output: figures("matters", *(["matters_shares"] if crossed({CELLS[cell] for cell in FACTORIAL.keys() - PAIRS.keys()}) else []), "matters_probes", "matters_over_random", *(["matters_paper", "matters_systems"] if ELSEWHERE else []))
+    output: figures("matters", *(MATTERS if FACTORIAL.keys() >= {*cells_of(SYSTEMS[FIRST], PRESET)} else []))
     params: code=stage("08_what_matters", "experiments.matters_figures", "experiments.matters_probes", "experiments.matters_systems") + PROBING, command=papermill("08_what_matters", "matters", system=SYSTEMS[FIRST], systems=",".join(ELSEWHERE), train=False)
     shell: "{params.command}"
 
@@ -644,7 +648,7 @@ for name, (system, folders, seeds, asked) in list(READ_LONGER.items()):
 
 rule attentive:
     input: [OUT / "attentive" / f"{name}.done" for name in READ_LONGER]
-    output: figures("probe_length", "probe_length_cells", *(f"probe_length_cells_{system}" for system in OWN_RATES))
+    output: figures("probe_length", *(["probe_length_cells", *(f"probe_length_cells_{system}" for system in OWN_RATES)] if CELLS_READ else []))
     params: code=stage("08k_probe_length", "experiments.probe_length", "experiments.matters_probes", "experiments.matters_lengths") + PROBING, command=papermill("08k_probe_length", "probe_length", systems=",".join(SYSTEMS.values()), chosen_on=SYSTEMS[FIRST], train=False)
     shell: "{params.command}"
 

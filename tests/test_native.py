@@ -271,7 +271,15 @@ def test_larger_grids_of_ones_own_are_resized_and_others_are_as_stored(tmp_path)
         assert run.clip.size == side and run.clip_shape[1:] == ((side, side) if side else grid) and run.crop is None
     with pytest.raises(ValueError, match="preset mine resizes clips to 32x32, and the grid of reaction is 48x64"):
         resolve(replace(mine, native=(48, 64)), "mae", "vit", preset)
-    assert resolve("shear_flow", "mae", "vit", preset).clip.size == 32, "as published grids are"
+    assert resolve("shear_flow", "mae", "vit", preset).clip.size is None, "simulated flows are stored on 32x32"
+    (tmp_path / "small.yaml").write_text("base: smoke\nsize: 16\n")
+    (tmp_path / "large.yaml").write_text("base: smoke\nsize: 64\n")
+    sides = {
+        name: resolve("shear_flow", "mae", "vit", tmp_path / f"{name}.yaml").clip.size for name in ("small", "large")
+    }
+    assert sides == {"small": 16, "large": None}, "clips are never made larger"
+    published = replace(preset, sims={})
+    assert resolve("shear_flow", "mae", "vit", published).clip.size == 32, "a published grid is cropped, and resized"
 
 
 def test_a_crop_says_of_which_grid():

@@ -109,7 +109,7 @@ def take_outputs(path: Path, executed: Path) -> None:
     notebook, done = nbformat.read(path, 4), nbformat.read(executed, 4)
     cells = [c for c in done.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
     if [c.source for c in cells] != [c.source for c in notebook.cells if c.cell_type == "code"]:
-        raise SystemExit(f"{executed} was made from another version of {path.name}; run `make reproduce` first")
+        raise ValueError(f"{executed} was made from another version of {path.name}; draw its figures with make again")
     for mine, theirs in zip((c for c in notebook.cells if c.cell_type == "code"), cells):
         outputs = [o for o in theirs.outputs if not (o.output_type == "stream" and o.name == "stderr")]
         for o in outputs:
@@ -163,7 +163,10 @@ def update(notebooks: list[Path], preset: str) -> None:
         executed = ROOT / "runs" / preset / "notebooks" / f"{SHOWN[path.stem]}.ipynb"
         if executed.is_file():
             print(f"{name_of(path)} <- {executed.relative_to(ROOT)}", flush=True)
-            take_outputs(path, executed)
+            try:
+                take_outputs(path, executed)
+            except ValueError as error:
+                errors.append(str(error))
         else:
             print(f"{name_of(path)}: outputs left as they are, there is no {executed.relative_to(ROOT)}")
     for path in notebooks:

@@ -19,6 +19,7 @@ from .matters_errors import group_sums
 from .matters_probes import luck_of, probe_ratio
 from .recipes import train_and_probe
 from .variants import base_run, check_variant, variant_run
+from ..results.archive import seed_folders
 from ..results.comparison import interval_text
 from ..results.figures import using_style
 from ..results.panels import SMALL, WIDTH
@@ -58,7 +59,7 @@ def seeds_there(name: str, system: str, preset: Preset, run_dir: str | Path | No
     """The seeds of the preset, and further ones of which a variant and what it is compared with have results of today's
     code. ValueError for an unknown variant."""
     both = (variant_run(name, system, preset), base_run(name, system, preset))
-    found = {int(folder.name.removeprefix("seed")) for folder in both[0].folder(run_dir).parent.glob("seed*")}
+    found = seed_folders(both[0].folder(run_dir).parent).keys()
     files = {k: [run.with_seed(k).folder(run_dir) / "result.json" for run in both] for k in found - {*preset.seeds}}
     return [*preset.seeds, *sorted(k for k, some in files.items() if all(is_current(f, preset) for f in some))]
 

@@ -28,20 +28,9 @@ from ..probing.frozen import fit_probe
 from ..probing.reading import FROZEN, ONE_TOKEN, probe_splits
 from ..probing.records import Predictions, read_predictions
 from ..probing.scores import score_seeds
+from ..results import panels
 from ..results.figures import using_style
-from physrep.results.panels import (
-    SMALL,
-    WIDTH,
-    Limits,
-    Line,
-    draw_line,
-    error_limits,
-    figure_lines,
-    in_lines,
-    name_lines,
-    scale_errors,
-    shade_methods,
-)
+from ..results.panels import SMALL, WIDTH, Line, figure_lines, in_lines, name_lines, shade_methods
 from ..results.rows import ROWS, Row, color_of, run_of
 from ..training.presets import Preset
 from ..training.run import baseline_folder, resolve, stride_of
@@ -199,7 +188,7 @@ def box_table(
 _SMALL_MARKS = {"test": ("|", 8, 1.2), "shifted": ("x", 3.6, 1.0)}  # marker, its size, width of its line
 
 
-def _draw_errors(ax: Axes, here: pd.DataFrame, line: Line, limits: Limits, rows: Sequence[Row]) -> None:
+def _draw_errors(ax: Axes, here: pd.DataFrame, line: Line, limits: panels.Limits, rows: Sequence[Row]) -> None:
     "The three errors of a row and a probe."
     longer = here.split == SPLIT
     for r in here[~longer].itertuples():
@@ -208,7 +197,7 @@ def _draw_errors(ax: Axes, here: pd.DataFrame, line: Line, limits: Limits, rows:
         look = {"color": color_of(line.objective, line.encoder, rows), "ms": size, "mew": width, "zorder": 5}
         ax.plot(np.clip(r.value, *limits), line.y, marker, clip_on=False, **look)
     one = here[longer].reset_index().assign(seeds=1)  # its dots would be taken for other splits
-    draw_line(ax, one, line.y, limits, False, rows)
+    panels.draw_line(ax, one, line.y, limits, False, rows)
 
 
 def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
@@ -216,7 +205,7 @@ def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
     mean = table[table.label == "mean"]
     systems = list(dict.fromkeys(mean.system))
     lines = figure_lines(mean, rows)
-    limits = error_limits([*mean.value, *mean.low[mean.split == SPLIT], *mean.high[mean.split == SPLIT]])
+    limits = panels.error_limits([*mean.value, *mean.low[mean.split == SPLIT], *mean.high[mean.split == SPLIT]])
     with using_style():
         fig = Figure(figsize=(WIDTH, 1.9 + 0.165 * (1 - lines[-1].y)), layout="constrained")
         axes = fig.subplots(1, len(systems), sharey=True, sharex=True, squeeze=False)[0]
@@ -229,7 +218,7 @@ def plot_box(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
             ax.set_title(in_lines(get_system(system).title), fontsize=SMALL + 0.5)
             ax.set_xlabel("z-scored MSE\n(lower is better)", fontsize=SMALL)
         shade_methods(axes, lines)
-        scale_errors(axes[0], limits)
+        panels.scale_errors(axes[0], limits)
         name_lines(axes[0], lines, rows)
         grey = dict(color="#555555", ls="", ms=5.2)
         marks = [

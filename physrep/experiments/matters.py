@@ -27,7 +27,7 @@ from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..physics.systems import get_system
 from ..probing.evaluate import score_run, valid_scores
 from ..probing.reading import FROZEN, probe_splits
-from ..results.archive import remove_unpacked
+from ..results.archive import remove_unpacked, seed_folders
 from ..results.rows import periodic_padding
 from ..results.verify import is_current
 from ..training.cost import cost
@@ -161,8 +161,8 @@ def matters_root(run_dir: str | Path | None = None) -> Path:
 
 def seeds_there(system: str, preset: Preset, run_dir: str | Path | None = None) -> list[int]:
     "The seeds of a system that any cell was trained with, and those of the preset."
-    folders = system_folder(preset, get_system(system), matters_root(run_dir)).glob("*/seed*")
-    return sorted({*preset.seeds, *(int(folder.name.removeprefix("seed")) for folder in folders)})
+    rows = system_folder(preset, get_system(system), matters_root(run_dir)).glob("*/")
+    return sorted({*preset.seeds, *(seed for row in rows for seed in seed_folders(row))})
 
 
 def seeds_elsewhere(name: str, seeds: Sequence[int]) -> Sequence[int]:

@@ -25,6 +25,7 @@ from ..models.pretrained import load_encoder
 from ..probing.evaluate import bootstrap_groups, label_scaler
 from ..probing.frozen import AttentiveRecipe, fit_probe
 from ..probing.reading import features_of, probe_splits
+from ..results.archive import is_unpacked
 from ..results.figures import using_style
 from ..results.panels import SMALL, WIDTH, in_lines, system_title
 from ..results.verify import is_current
@@ -108,7 +109,9 @@ def read_at_lengths(
     known = read_json(folder / FILE) if is_current(folder / FILE, run.preset, windows) else {"read": {}}
     if missing := [epochs for epochs in lengths if str(epochs) not in known["read"]]:
         record = provenance(*run.modules, "probing.evaluate", device=place.device, entries=run.entries)
-        matters.make_room(folder)  # results without an encoder
+        if is_unpacked(folder):  # what was read of another encoder than the one that is trained now
+            known, missing = {"read": {}}, lengths
+        matters.make_room(folder)
         if not place.score(run):
             raise RuntimeError(f"{run.path} diverged, so there is nothing to read")
         new = _read(run, folder, windows, missing, device=place.device, progress=place.progress)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINE_TUNED', 'kept_files', 'read_archive', 'write_archive', 'pack', 'is_unpacked', 'scored_elsewhere',
-           'remove_unpacked', 'unpack', 'check_same_flows', 'with_seeds_there', 'main']
+           'remove_unpacked', 'unpack', 'check_same_flows', 'seed_folders', 'with_seeds_there', 'main']
 
 # %% ../../nbs/results/archive.ipynb #29ddf969
 import argparse
@@ -200,6 +200,11 @@ def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = Non
                 result = Path(room) / run / "result.json"
                 lines = [f"{name}\t{_digest(result.parent / name)}" for name in files]
                 (result.parent / _UNPACKED).write_text("\n".join([_digest(result), *lines]), encoding="utf-8")
+                for score in (result.parent / "curve").glob(
+                    "*.json"
+                ):  # of encoders on the way, with records of their own
+                    if not _of_today(f"curve/{score.name}", score):
+                        score.unlink()
                 try:
                     state[run] = "written" if is_current(result, preset) else "old"
                 except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -227,15 +232,24 @@ def check_same_flows(folder: str | Path, data_dir: str | Path, system: str) -> N
             for split, told in read_json(run / "result.json").get("data", {}).items():
                 here.setdefault(split, fingerprint(find_files(data_dir, system, split)))
                 if here[split] != told:
+                    simulated = (Path(data_dir) / system / "plan.json").is_file()
+                    again = "Delete them, and they are simulated again. Or" * simulated
+                    remove = f"python -m physrep.results.archive remove --preset {run.parents[2].name}"
                     raise ValueError(
                         f"{run} was scored on other flows of split {split!r} (fingerprint {told}) than those in "
                         f"{data_dir} ({here[split]}), so nothing can be paired with it. Are they of "
-                        "another preset, or simulated by another version? Delete them, and they are simulated again. "
-                        "Or `python -m physrep.results.archive remove` takes the results from elsewhere out of runs/, "
-                        "and `make reproduce` trains these rows here"
+                        f"another preset, or of another version? {again} `{remove}` takes the results from elsewhere "
+                        "out of runs/ (a preset of your own: the path of its file), and `make reproduce` trains these "
+                        "rows here"
                     )
 
 # %% ../../nbs/results/archive.ipynb #fba2c309
+def seed_folders(row: str | Path) -> dict[int, Path]:
+    "The folders `seed<k>` of the runs of a row, by seed; not copies such as `seed0.bak`."
+    found = (folder for folder in sorted(Path(row).glob("seed*")) if _SEED.fullmatch(folder.name))
+    return {int(folder.name.removeprefix("seed")): folder for folder in found}
+
+
 def with_seeds_there(
     preset: Preset,
     system: str,
@@ -247,8 +261,8 @@ def with_seeds_there(
     common: set[int] | None = None
     for row in rows:
         if row.kind not in ("baseline", "predictions"):
-            folders = run_of(row, system, preset, 0, data_dir).folder(run_dir).parent.glob("seed*")
-            more = {int(f.name.removeprefix("seed")): f / "result.json" for f in folders if _SEED.fullmatch(f.name)}
+            folders = seed_folders(run_of(row, system, preset, 0, data_dir).folder(run_dir).parent)
+            more = {seed: folder / "result.json" for seed, folder in folders.items()}
             seeds = {k for k in more.keys() - {*preset.seeds} if (common is None or k in common)}
             common = {k for k in seeds if is_current(more[k], preset)}
     return replace(preset, seeds=(*preset.seeds, *sorted(common or ())))

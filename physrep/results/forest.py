@@ -196,7 +196,7 @@ def plot_groups(df: pd.DataFrame, *, label: str = "mean", rows: Sequence[Row] = 
         named = "mean over labels" if label == "mean" else label
         better = "worse" if measured.metric.iloc[0] == "r2" else "better"
         axis = f"difference of {METRIC_AXES[measured.metric.iloc[0]]}, {named}, {measured.split.iloc[0]}"
-        axis = f"{axis} (left of zero is {better})"
+        axis = f"{axis}\n(left of zero is {better})"
         ax.set(ylim=(1 - lines, 1), xlabel=axis)
         ax.spines["left"].set_visible(False)
         _draw_legend(fig, "by_seed" in measured)

@@ -401,7 +401,7 @@ def _judged(df: pd.DataFrame, measured: pd.DataFrame, system: str, metric: str) 
     found = measured[keys].merge(valid, on=keys)
     return found if len(found) == len(measured) else None
 
-
+# %% ../../nbs/results/panels.ipynb #a4d3726b
 def plot_systems(df: pd.DataFrame, metric: str = "mse", rows: Sequence[Row] = ROWS, *, split: str = "test") -> Figure:
     """Every method and probe on one split, mean over labels: a panel for each system of `df`, with the numbers; marks
     as in `plot_table1`.

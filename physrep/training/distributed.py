@@ -189,6 +189,10 @@ def check_share(run: Run, device: str, world: int) -> None:
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", world))  # of this machine; torchrun says so
     check_memory(replace(run, recipe=part), device, available=free)
 
+# %% ../../nbs/training/distributed.ipynb #3f4abfdd
+# what is said of an encoder in the folder of its run, and that it is from elsewhere
+_SCORES = (".unpacked", "*result*.json", "few.json", "question.json", "predictions*.safetensors", "curve/*.json")
+
 
 def train_parsed(asked: argparse.Namespace, group: Group) -> list[Path]:
     "The folders of the runs of a command line, one for each seed. Data that are missing are simulated by rank 0."
@@ -207,7 +211,8 @@ def train_parsed(asked: argparse.Namespace, group: Group) -> list[Path]:
     runs, run_dir = [run.with_seed(seed) for seed in seeds_in(asked.seeds) or [asked.seed]], asked.run_dir or None
     for folder in (one.folder(run_dir) for one in runs if first):
         if not any((folder / name).exists() for name in ("encoder.safetensors", "checkpoint")):
-            (folder / "result.json").unlink(missing_ok=True)  # from elsewhere, and of another encoder
+            for file in (file for pattern in _SCORES for file in folder.glob(pattern)):  # of an encoder from elsewhere
+                file.unlink()
     folders = []
     for one in runs:
         left = minutes - (time.monotonic() - begun) / 60

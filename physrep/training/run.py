@@ -242,16 +242,18 @@ def _recipe(preset: Preset, objective: str, encoder: str, system: str, changes: 
 
 
 def _clip_size(system: System, preset: Preset, data: SimPreset | Stored) -> int | None:
-    """The side that clips are resized to, of published grids and of larger grids of one's own; None: as stored.
-    ValueError for a larger grid of one's own that is not square."""
-    if preset.size is None or dict(system.paper).get("crop"):
+    """The side that clips are resized to, of published grids and of larger grids that are simulated or of one's own;
+    None: as stored. ValueError for such a grid that is not square."""
+    if preset.size is None or isinstance(data, Stored) and dict(system.paper).get("crop"):
         return preset.size
-    if not isinstance(data, Stored) or min(data.grid) <= preset.size:
+    stored = data.grid if isinstance(data, Stored) else data.store_grid
+    grid = (stored, stored) if isinstance(stored, int) else stored
+    if min(grid) <= preset.size:
         return None
-    if len(set(data.grid)) > 1:
+    if len(set(grid)) > 1:
         raise ValueError(
             f"preset {preset.name} resizes clips to {preset.size}x{preset.size}, and the grid of {system.name} is "
-            f"{data.grid[0]}x{data.grid[1]}, which is not square; `size: null` in a preset of your own keeps it"
+            f"{grid[0]}x{grid[1]}, which is not square; `size: null` in a preset of your own keeps it"
         )
     return preset.size
 
