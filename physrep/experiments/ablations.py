@@ -119,7 +119,7 @@ def variant_costs(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/ablations.ipynb #39df936f
-_BEYOND = 2.0  # ratios beyond it, and below its inverse, are triangles at the edge, with their number
+_BEYOND = 2.4  # ratios beyond it, and below its inverse, are triangles at the edge, with their number
 _OF_ROW = {"ha": "right", "va": "center", "fontsize": SMALL, "color": "#555555"}
 
 
@@ -184,6 +184,6 @@ def plot_variants(table: pd.DataFrame, label: str = "mean") -> Figure:
         look = dict(color="#555555", marker="o", ms=4.2, mew=1.0)
         marks = [Line2D([], [], **look), Line2D([], [], mfc="white", **look)]
         texts = ["95 % interval" + (" and every seed" if several else "") + " on one side of 1", "undecided"]
-        title = "error, times that of the row, whose own is the number;\nleft of 1 is better"
+        title = "error on test, times that of the row (left of 1 is better);\nbeside a row: its own error, z-scored"
         fig.legend(marks, texts, title=title, loc="outside lower center", ncol=2, fontsize=SMALL, title_fontsize=SMALL)
     return fig

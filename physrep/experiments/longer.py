@@ -97,7 +97,7 @@ def plot_lengths(table: pd.DataFrame, *, title: str = "") -> Figure:
     )
     places = {factor: place for place, factor in enumerate(factors)}
     with using_style():
-        fig = Figure(figsize=(0.8 + 1.5 * len(probes), 2.9), layout="constrained")
+        fig = Figure(figsize=(0.6 + 1.4 * len(probes), 2.9), layout="constrained")
         axes = fig.subplots(1, len(probes), sharex=True, sharey=True, squeeze=False)[0]
         for ax, probe in zip(axes, probes):
             for i, name in enumerate(rows):

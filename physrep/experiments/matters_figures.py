@@ -267,6 +267,7 @@ def plot_main_effects(tables: Mapping[str, pd.DataFrame]) -> Figure:
             ax.axhline(1.0, color="#555555", lw=0.8)
             ax.grid(axis="y")
             _plain_log(ax.yaxis, (0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3))
-        axes[0].set_ylabel("error, times the mean of all")
+        axes[0].set_ylabel("error, times the mean of all\n(lower is better)")
+        fig.supxlabel("geometric means over cells and probes, 95 % intervals", fontsize=SMALL)
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(tables), fontsize=SMALL)
     return fig

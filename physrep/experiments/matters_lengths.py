@@ -153,7 +153,7 @@ def answers_by_network(places: Mapping[int, OnSystem], *args, **options) -> pd.D
     return pd.concat(parts, names=["network"]).droplevel("factor") if parts else pd.DataFrame()
 
 # %% ../../nbs/experiments/matters_lengths.ipynb #51fd5cfb
-_SHORT = dict(marker="o", ms=4.5, ls="", color="#EDA26B")
+_SHORT = dict(marker="o", ms=4.5, ls="", color="#B3B3B3")
 _LONG = dict(marker="o", ms=4.5, lw=1.2, color="#222222")
 
 
@@ -164,7 +164,8 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, cells: Sequence[str]) -> None:
         y = cells.index(row.cell)
         if row.epochs == ends[-1]:
             ax.plot([row.low, row.high], [y, y], color=_LONG["color"], lw=_LONG["lw"], zorder=3)
-        ax.plot(row.factor, y, zorder=4, **(_LONG if row.epochs == ends[-1] else _SHORT))
+        undecided = dict(mfc="white") if row.low < 1 < row.high else {}
+        ax.plot(row.factor, y, zorder=4, **(_LONG if row.epochs == ends[-1] else _SHORT) | undecided)
     ax.axvline(1.0, color="#555555", lw=0.8)
     ax.grid(axis="x")
     ax.set_xscale("log")
@@ -191,5 +192,6 @@ def plot_cells_by_length(table: pd.DataFrame, system: str = "") -> Figure:
         ends = [table.epochs.min(), table.epochs.max()]
         labels = (f"attentive probe of {ends[0]} epochs", f"{ends[1]} epochs, 95 % interval")
         handles = [Line2D([], [], label=label, **look) for label, look in zip(labels, (_SHORT, _LONG))]
-        fig.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=SMALL)
+        handles.append(Line2D([], [], label="undecided (hollow)", **_LONG | dict(mfc="white", lw=0)))
+        fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=SMALL)
     return fig

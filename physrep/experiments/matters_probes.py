@@ -237,7 +237,10 @@ def draw_ratios(ax: Axes, table: pd.DataFrame, probes: Sequence[str]) -> None:
         y = np.arange(len(one)) + 0.2 * (i - (len(cells) - 1) / 2)
         color, marker = _LOOKS[cell]
         span = np.clip([one.factor - one.low, one.high - one.factor], 0, None)  # rounding may turn a 0 round
-        ax.errorbar(one.factor, y, xerr=span, color=color, marker=marker, ls="")
+        ax.errorbar(one.factor, y, xerr=span, color=color, ls="")
+        decided = ((one.low > 1) | (one.high < 1)).to_numpy()
+        for chosen, face in ((decided, color), (~decided, "white")):
+            ax.plot(one.factor[chosen], y[chosen], marker, color=color, mfc=face, ls="")
     ax.axvline(1.0, color="#555555", lw=0.8)
     ax.set(xscale="log")
     log_ticks(ax.xaxis, table.low.min(), table.high.max())
@@ -256,8 +259,9 @@ def name_probes(ax: Axes, probes: Sequence[str]) -> None:
 
 
 def cell_handles(names: Iterable[str]) -> list[Line2D]:
-    "Entries of a legend for some of NAMES."
-    return [Line2D([], [], color=_LOOKS[n][0], marker=_LOOKS[n][1], ls="", label=n) for n in names]
+    "Entries of a legend for some of NAMES, and for hollow marks."
+    undecided = Line2D([], [], color="#555555", marker="o", mfc="white", ls="", label="undecided (hollow)")
+    return [*(Line2D([], [], color=_LOOKS[n][0], marker=_LOOKS[n][1], ls="", label=n) for n in names), undecided]
 
 # %% ../../nbs/experiments/matters_probes.ipynb #30642400
 def plot_by_probe(table: pd.DataFrame) -> Figure:
@@ -273,7 +277,7 @@ def plot_by_probe(table: pd.DataFrame) -> Figure:
                 draw_ratios(ax, part, probes)
             ax.set_xlabel(f"error, times {word}\n(left is better)", fontsize=SMALL)
         name_probes(axes[0], probes)
-        fig.legend(handles=cell_handles(NAMES.values()), loc="outside lower center", ncols=3, fontsize=SMALL)
+        fig.legend(handles=cell_handles(NAMES.values()), loc="outside lower center", ncols=4, fontsize=SMALL)
     return fig
 
 # %% ../../nbs/experiments/matters_probes.ipynb #2ba20246
@@ -294,5 +298,5 @@ def plot_paper_on_systems(table: pd.DataFrame) -> Figure:
         log_ticks(axes[0].xaxis, 0.95 * table.low.min(), 1.05 * table.high.max())
         name_probes(axes[0], probes)
         fig.supxlabel("error, times VideoMAE's (left is better)", fontsize=SMALL)
-        fig.legend(handles=cell_handles(dict.fromkeys(table.cell)), loc="outside upper center", ncols=2, fontsize=SMALL)
+        fig.legend(handles=cell_handles(dict.fromkeys(table.cell)), loc="outside upper center", ncols=3, fontsize=SMALL)
     return fig

@@ -258,8 +258,8 @@ _WORDS = {
 }
 _MEAN_LOOK = dict(marker="o", ms=4.5, color="#222222", lw=1.2)
 _PROBE_LOOKS = {  # whether it is the paper's
-    True: dict(marker="|", ls="", ms=8, mew=1.6, color="#D55E00", label="attentive probe (the paper's)"),
-    False: dict(marker="|", ls="", ms=6, mew=1.2, color="#9A9A9A", label="another probe"),
+    True: dict(marker="|", ls="", ms=9, mew=1.8, color="#555555", label="attentive probe (the paper's)"),
+    False: dict(marker="|", ls="", ms=5, mew=1.2, color="#ABABAB", label="another probe"),
 }
 
 
@@ -312,9 +312,10 @@ def plot_over_untrained(table: pd.DataFrame) -> Figure:
             ax.set_xscale("log")
             log_ticks(ax.xaxis, *ax.get_xlim())
         name_cells(axes, cells)
-        fig.supxlabel("error, times that of random weights of the same network (left is better)", fontsize=SMALL)
+        about = "error, times that of random weights of the same network (left is better)"
+        fig.supxlabel(f"{about}; each panel has its own range", fontsize=SMALL)
         handles = [
-            Line2D([], [], **_MEAN_LOOK, label="geometric mean of the probes"),
+            Line2D([], [], **_MEAN_LOOK, label="geometric mean of the probes, 95 % interval"),
             Line2D([], [], **_MEAN_LOOK | dict(mfc="white"), label="undecided"),
             *(Line2D([], [], **look) for look in _PROBE_LOOKS.values()),
         ]

@@ -137,7 +137,7 @@ def plot_overview(
             if curves is not None:
                 _draw_training(fig.add_subplot(grid[-1, k]), curves[curves.system == system], rows, named=k == 0)
         _name_rows(axes[0], drawn)
-        _legend(fig, bool(failed))
+        _legend(fig, bool(failed), curves is not None)
     return fig
 
 # %% ../../nbs/experiments/overview.ipynb #5702cf79
@@ -153,16 +153,19 @@ def _name_rows(ax: Axes, rows: Sequence[Row]) -> None:
     for y, (row, label) in enumerate(zip(rows, ax.get_yticklabels())):
         if row.objective in ASKED:
             label.set_verticalalignment("bottom")
-            look = dict(ha="right", va="top", fontsize=6.5, color="0.35")
+            look = dict(ha="right", va="top", fontsize=7.5, color="0.35")
             ax.text(-0.04, y + 0.02, ASKED[row.objective], transform=ax.get_yaxis_transform(), **look)
 
 
-def _legend(fig: Figure, failed: bool) -> None:
-    "What marks, bars and daggers mean, below the panels."
+def _legend(fig: Figure, failed: bool, training: bool) -> None:
+    "What marks, bars and daggers mean, and random weights in the panels of the training, below the panels."
     mark = Line2D([], [], color="black", marker="o", ms=5, lw=1.0, label="error, 95 % interval")
     bar = Line2D([], [], color="#7A7A7A", marker="|", ls="none", ms=9, mew=2.2, label="random weights of the network")
     handles = [mark, bar, Line2D([], [], color="black", ls="--", lw=0.9, label="a constant")]
     if failed:
-        text = "has not beaten the trivial answers to its own question"
+        text = "a training has not beaten the trivial answers to its question"
         handles.append(Line2D([], [], color="black", marker="$\N{DAGGER}$", ls="none", ms=5, label=text))
+    networks = {"--": "ViT", "-.": "ConvNeXt", ":": "periodic ConvNeXt"} if training else {}
+    grey = dict(color="#7A7A7A", lw=1)
+    handles += [Line2D([], [], ls=ls, label=f"random weights, {name}", **grey) for ls, name in networks.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=2)

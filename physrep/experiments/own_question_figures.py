@@ -33,7 +33,7 @@ from ..training.run import Run
 FASTER = 3.0  # times the learning rate of the encoder
 _FEATURES = {  # whose they are -> colour
     "usual predictor": "#0072B2",
-    "faster predictor": "#D55E00",
+    "faster predictor": "#00264D",
     "random weights": "#7A7A7A",
 }
 
@@ -150,7 +150,7 @@ def plot_questions(questions: pd.DataFrame) -> Figure:
         ax.axvline(1, color="k", lw=0.8, ls="--")
         ax.set_yticks(range(len(lines)), [f"{system_title(system)}\n{row}" for system, row in lines])
         ax.invert_yaxis()
-        ax.set(xlabel="error on valid / error of the best trivial answer", xlim=(0, None))
+        ax.set(xlabel="error on valid / error of the best trivial answer (left is better)", xlim=(0, None))
         look = {"ls": "none", "ms": 5}
         items = [(Line2D([], [], color="#333333", marker=m, mew=1.4, **look), text) for m, text in _ANSWERS.values()]
         items += [(Line2D([], [], color=c, marker="s", **look), f"features: {text}") for text, c in _FEATURES.items()]

@@ -184,9 +184,10 @@ def length_ratios(readings: Mapping[str, Sequence[dict]], *, n_bootstrap: int = 
 _LOOKS = {
     PAPER["VideoMAE"]: dict(color="#D55E00", marker="o", label="VideoMAE"),
     ZEROS: dict(color="#0072B2", marker="s", label="JEPA, zero padding"),
-    PERIODIC: dict(color="#00335A", marker="P", label="JEPA, periodic padding"),
+    PERIODIC: dict(color="#0072B2", marker="P", label="JEPA, periodic padding"),
 }
-_LOOKS |= {random_name(CELLS[c][2]): look | dict(ls="--", label="") for c, look in list(_LOOKS.items())}
+_RANDOM = dict(color="#7A7A7A", ls="--", label="random weights of its network")  # with the same mark
+_LOOKS |= {random_name(CELLS[c][2]): look | _RANDOM for c, look in list(_LOOKS.items())}
 
 
 def plot_lengths(table: pd.DataFrame) -> Figure:
@@ -208,6 +209,6 @@ def plot_lengths(table: pd.DataFrame) -> Figure:
         axes[0].set_ylabel("error on test (z-scored)", fontsize=SMALL)
         fig.supxlabel("epochs of the attentive probe", fontsize=SMALL)
         handles = [Line2D([], [], ms=4, **_LOOKS[name]) for name in NAMES]
-        handles.append(Line2D([], [], color="#555555", ls="--", label="random weights of its network"))
+        handles.append(Line2D([], [], **_RANDOM))
         fig.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=SMALL)
     return fig

@@ -44,12 +44,21 @@ def rank_correlations(table: pd.DataFrame) -> pd.Series:
     return pd.Series({probe: one.loss.corr(one.error, method="spearman") for probe, one in trained}, dtype=float)
 
 # %% ../../nbs/experiments/rates.ipynb #2d5bfc18
-COLORS = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#7A7A7A")  # of rates, from the lowest
+COLORS = (
+    "#D5C164",
+    "#A69C75",
+    "#7C7B78",
+    "#575D6D",
+    "#31446B",
+    "#00224E",
+)  # of rates, from the lowest: none is of a row
 
 
 def rate_colors(table: pd.DataFrame) -> dict[float, str]:
     "A colour for each learning rate, from the lowest."
-    return {lr: COLORS[i % len(COLORS)] for i, lr in enumerate(sorted(set(table.lr)))}
+    rates = sorted(set(table.lr))
+    apart = max(1, (len(COLORS) - 1) // max(1, len(rates) - 1))  # few rates have colours that are far from each other
+    return {lr: COLORS[i * apart % len(COLORS)] for i, lr in enumerate(rates)}
 
 
 def plot_losses(curves: pd.DataFrame, *, title: str = "") -> Figure:
@@ -74,7 +83,7 @@ def plot_rates(table: pd.DataFrame, *, title: str = "") -> Figure:
     trained, random = table[table.factor > 0], table[table.factor == 0]
     probes, colors = ordered(trained.probe, PROBE_ORDER), rate_colors(trained)
     with using_style():
-        fig = Figure(figsize=(0.8 + 1.5 * len(probes), 2.9), layout="constrained")
+        fig = Figure(figsize=(0.6 + 1.4 * len(probes), 2.9), layout="constrained")
         axes = fig.subplots(1, len(probes), sharex=True, sharey=True, squeeze=False)[0]
         for ax, probe in zip(axes, probes):
             for one in trained[trained.probe == probe].to_dict("records"):

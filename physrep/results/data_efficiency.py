@@ -163,7 +163,7 @@ _MARKS = {"test": "o", "shifted": "|", "refitted": "x"}
 _MEANING = {
     "test": "test",
     "shifted": "shifted: other initial conditions, same probe",
-    "refitted": "shifted, probe fitted again on half of these flows",
+    "refitted": "shifted, probe fitted again on half of these flows (so on fewer than before)",
 }
 
 
@@ -201,5 +201,7 @@ def plot_shift(df: pd.DataFrame, probe: str = "linear", *, rows: Sequence[Row] =
         for tick, pair in zip(axes[0].get_yticklabels(), pairs):
             tick.set_color(color_of(*pair, rows))
         marks = [axes[0].plot([], [], marker, color="0.35")[0] for marker in _MARKS.values()]
-        fig.legend(marks, [_MEANING[s] for s in _MARKS], loc="outside lower center", ncols=1, fontsize=SMALL)
+        marks += axes[0].plot([], [], color="k", lw=0.8, ls=(0, (4, 3)))
+        names = [*(_MEANING[s] for s in _MARKS), "a constant"]
+        fig.legend(marks, names, loc="outside lower center", ncols=1, fontsize=SMALL)
     return fig
