@@ -24,6 +24,7 @@ def test_further_seeds_are_shown_where_both_sides_have_them(tmp_path, monkeypatc
             file = run.with_seed(seed).folder(tmp_path) / "result.json"
             file.parent.mkdir(parents=True)
             file.write_text("{}")
+    mine.folder(tmp_path).with_name("seed6.bak").mkdir()
     assert seeds_there("noise", "shear_flow", smoke, tmp_path) == [*smoke.seeds, 6]
 
 

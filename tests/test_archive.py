@@ -185,7 +185,7 @@ def test_results_of_other_flows_are_refused_with_what_to_do(tmp_path, smoke_data
         pack(tmp_path / place, tmp_path / f"archives_{place}")
         unpack(tmp_path / f"archives_{place}", tmp_path / f"unpacked_{place}")
     check_same_flows(tmp_path / "unpacked_same", smoke_data, "shear_flow")
-    with pytest.raises(ValueError, match="other flows of split 'test' .*0123456789abcdef.*archive remove"):
+    with pytest.raises(ValueError, match="'test' .*0123456789abcdef.*simulated again.*remove --preset unpacked_other"):
         check_same_flows(tmp_path / "unpacked_other", smoke_data, "shear_flow")
     rounded = tmp_path / "rounded"
     shutil.copytree(smoke_data / "shear_flow", rounded / "shear_flow")
@@ -430,3 +430,12 @@ def test_a_copy_of_a_folder_is_no_seed(tmp_path):
     copy = run.with_seed(7).folder(tmp_path / "more").with_name("seed7.bak")
     copy.mkdir(parents=True)
     assert with_seeds_there(preset, "shear_flow", [Row("mae", "vit")], tmp_path / "more") == preset
+
+
+def test_old_scores_on_the_way_are_not_unpacked_with_a_result_of_today(tmp_path):
+    there = scored(tmp_path / "runs")
+    files = {name: path.read_bytes() for name, path in kept_files(there).items()}
+    files["curve/44.json"] = (there / "curve" / "44.json").read_bytes()  # of other code, as before a change
+    write_archive(tmp_path / "archives" / "seed0.zip", {RUN: files})
+    assert unpack(tmp_path / "archives", tmp_path / "others") == {RUN: "written"}
+    assert [path.name for path in (tmp_path / "others" / RUN / "curve").iterdir()] == ["11.json"]

@@ -382,11 +382,14 @@ def test_one_process_needs_no_launcher_and_leaves_no_result_of_another_encoder(s
     names = ["--objective", "random", "--encoder", "vit", "--preset", "smoke"]
     folder = resolve("shear_flow", "random", "vit", "smoke").folder(tmp_path)
     folder.mkdir(parents=True)
-    (folder / "result.json").write_text("{}")  # as `make unpack` leaves it
+    (folder / "curve").mkdir(exist_ok=True)
+    for name in ("result.json", "result_finetuned.json", "curve/11.json", ".unpacked"):
+        (folder / name).write_text("{}")  # as `make unpack` leaves them
     names += ["--system", "shear_flow", "--data-dir", str(smoke_data), "--run-dir", str(tmp_path)]
     assert distributed.main(names) == 0
     assert (Path(capsys.readouterr().out.strip().splitlines()[-1]) / "encoder.safetensors").is_file()
-    assert not (folder / "result.json").exists()
+    assert not [p for p in folder.rglob("*") if "result" in p.name or p.suffix == ".json" and p.parent.name == "curve"]
+    assert not (folder / ".unpacked").exists()
 
 
 KILLED = """

@@ -237,3 +237,19 @@ def test_the_notebook_draws_what_is_there_and_says_what_is_missing(read_twice, s
     assert len(pd.read_csv(tmp_path / "figures" / "long_probe_curves.csv")) == 6
     done = papermill(*notebook, *given, "", "-p", "run_dir", str(tmp_path), cwd=ROOT)
     assert done.returncode and "no system has results of every row with both probes" in done.stderr
+
+
+def test_an_encoder_of_todays_code_is_not_replaced_by_an_old_one_of_table_1(
+    read_twice, smoke_data, tmp_path, monkeypatch
+):
+    shutil.copytree(read_twice, tmp_path / "runs")
+    (row,) = encoder_rows(SMOKE, "shear_flow", "mae-vit")
+    run = run_of(row, "shear_flow", SMOKE)
+    here, there = (run.folder(root) for root in (long_probe_root(tmp_path / "runs"), tmp_path / "runs"))
+    write_json(there / "provenance.json", read_json(there / "provenance.json") | {"code": "of before"})
+    (here / "result.json").unlink()  # killed while it was read
+    before = (here / "encoder.safetensors").stat().st_mtime_ns
+    said = []
+    monkeypatch.setattr(long_probe, "pretrain", lambda *a, **k: pretrain(*a, **k, say=said.append))
+    assert read_longer(run, smoke_data, tmp_path / "runs", progress=False)
+    assert said == [f"{run.path} is finished"] and (here / "encoder.safetensors").stat().st_mtime_ns == before

@@ -706,6 +706,7 @@ def test_seeds_that_are_there_are_found(tmp_path):
     assert seeds_there("shear_flow", SMOKE, tmp_path) == list(SMOKE.seeds)
     run = cell_run(SOME[0], "shear_flow", SMOKE, steps=1).with_seed(7)
     run.folder(matters_root(tmp_path)).mkdir(parents=True)
+    run.folder(matters_root(tmp_path)).with_name("seed0.bak").mkdir()
     assert seeds_there("shear_flow", SMOKE, tmp_path) == [*SMOKE.seeds, 7]
 
 

@@ -58,10 +58,13 @@ def test_results_from_elsewhere_are_made_again_with_an_encoder(smoke_data, tmp_p
     place = Place("shear_flow", SMOKE, smoke_data, tmp_path, progress=False)
     place.score_untrained()
     folder = run.folder(matters_root(tmp_path))
+    read_at_lengths(run, place, [2])
     (folder / "encoder.safetensors").unlink()
     (folder / ".unpacked").write_text(hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()[:16])
     write_json(folder / matters.SEARCH, {"scores": {"low": 0.5}})
-    assert read_at_lengths(run, place, [1])["read"] and (folder / "encoder.safetensors").is_file()
+    again = read_at_lengths(run, place, [1])["read"]
+    assert list(again) == [str(SMOKE.probe_epochs)], "what was read of the encoder from elsewhere is not beside it"
+    assert (folder / "encoder.safetensors").is_file()
     assert read_json(folder / matters.SEARCH)["scores"] == {"low": 0.5}, "hours of a search are kept"
 
 

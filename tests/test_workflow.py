@@ -86,3 +86,16 @@ def test_another_number_of_cores_is_no_other_command(planned):
     "The number of processes stands in the shell, not in what is compared with the last time."
     command = planned["simulate_shear_flow"]
     assert command.startswith("export SIMULATING=1; ") and '-p workers "$SIMULATING"' in command
+
+
+def test_targets_declare_the_figures_that_there_is_something_to_draw_for(tmp_path):
+    "Of one cell alone, at a preset without learning rates that were found before; and nothing has been scored yet."
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("base: smoke\n")
+    options = dict(preset=str(preset), data=str(tmp_path / "data"), cells="tube-pixels-vit", encoders="yes")
+    done = dry_run("attentive", "matters", "box", "grid", **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    drawn = set(re.findall(r"figures/(\w+)\.csv", done.stdout))
+    assert {"probe_length", "matters", "box", "grid"} <= drawn
+    assert not drawn & {"probe_length_cells", "matters_shares", "matters_probes", "matters_paper", "matters_systems"}
+    assert "probe_shear_flow_random_vit" in done.stdout, "random weights are probed where they have no result yet"

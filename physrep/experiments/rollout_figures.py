@@ -99,14 +99,19 @@ def plot_vrmse(table: pd.DataFrame) -> Figure:
     rows = table[table.metric == "vrmse"]
     cells = {str(s): list(dict.fromkeys(one.field)) for s, one in rows.groupby("system", sort=False)}
     with using_style():
-        fig, panels = _panels(cells, "VRMSE", "predicted frame", sharex=True)
+        fig, panels = _panels(cells, "VRMSE\n(lower is better)", "predicted frame", sharex=True)
         for (system, field), ax in panels.items():
             here = rows[(rows.system == system) & (rows.field == field)]
             _draw_errors(ax, here)
-            finite = here["median"][np.isfinite(here["median"])]
-            ax.set_ylim(max(_RANGE[0], 0.7 * finite.min()), min(_RANGE[1], max(2.0, 1.5 * finite.max())))
+            means = here.groupby(["method", "step"])[["median", "mean"]].mean().to_numpy()
+            finite = means[np.isfinite(means)]
+            low, high = max(_RANGE[0], 0.7 * finite.min()), min(_RANGE[1], max(2.0, 1.2 * finite.max()))
+            ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high]
+            ax.set_ylim(low, high)
+            ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
             ax.yaxis.set_minor_formatter(NullFormatter())
-        _legend(fig, list(dict.fromkeys(rows.method)), {"median": "-", "mean": (0, (3, 1.5))})
+        styles = {"median, 95 % interval": "-", "mean": (0, (3, 1.5))}
+        _legend(fig, list(dict.fromkeys(rows.method)), styles)
     return fig
 
 # %% ../../nbs/experiments/rollout_figures.ipynb #ed75b9a0
@@ -155,7 +160,7 @@ def plot_drift(table: pd.DataFrame) -> Figure:
         raise ValueError("no system of this table has a velocity, so there is no energy to draw")
     cells = {str(s): list(INVARIANTS) for s in dict.fromkeys(rows.system)}
     with using_style():
-        fig, panels = _panels(cells, "drift", "predicted frame", sharex=True)
+        fig, panels = _panels(cells, "drift (from ±1\non logarithmic)", "predicted frame", sharex=True)
         for (system, name), ax in panels.items():
             _draw_drift(ax, rows[(rows.system == system) & (rows.metric == name)])
         _legend(fig, list(dict.fromkeys(rows.method)))
@@ -173,7 +178,7 @@ def _draw_drift(ax: Axes, rows: pd.DataFrame) -> None:
     largest = rows["median"].replace(np.inf, np.nan).abs().max()
     ax.set_yscale("symlog", linthresh=1.0)
     ax.set_ylim(-1.2, 1.2 if not largest > 1 else min(1.5 * largest, 1e3))
-    ticks = [-1, -0.5, 0, 0.5, 1, *(t for t in (10, 100) if t < ax.get_ylim()[1])]
+    ticks = [-1, -0.5, 0, 0.5, *(t for t in (1, 2, 5, 10, 100) if t < ax.get_ylim()[1])]
     ax.yaxis.set_major_locator(FixedLocator(ticks))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
@@ -196,7 +201,8 @@ def plot_frames(
             low, high = np.quantile(np.stack([last[c], rolled[0].frames[c, at]]), (0.005, 0.995))
             for ax, (method, frame) in zip(row, pictures.items()):
                 ax.imshow(frame.T, origin="lower", cmap="RdBu_r", vmin=low, vmax=high, interpolation="nearest")
-                title = method if method in ("last given", "truth") else method_title(method)
+                title = {"truth": f"truth, frame {at + 1}"}.get(method, method)
+                title = title if method in ("last given", "truth") else method_title(method)
                 ax.set_title("\n".join(_halves(title)), fontsize=6.2)
             for ax in row:
                 ax.set(xticks=[], yticks=[])

@@ -234,7 +234,7 @@ def check_same_flows(folder: str | Path, data_dir: str | Path, system: str) -> N
                 if here[split] != told:
                     simulated = (Path(data_dir) / system / "plan.json").is_file()
                     again = "Delete them, and they are simulated again. Or" * simulated
-                    remove = f"python -m physrep.results.archive remove --preset {run.parents[2].name}"
+                    remove = f"python -m physrep.results.archive remove --preset {Path(folder).parent.name}"
                     raise ValueError(
                         f"{run} was scored on other flows of split {split!r} (fingerprint {told}) than those in "
                         f"{data_dir} ({here[split]}), so nothing can be paired with it. Are they of "
