@@ -193,7 +193,8 @@ def _draw_errors(ax: Axes, here: pd.DataFrame, line: Line, limits: panels.Limits
     longer = here.split == SPLIT
     for r in here[~longer].itertuples():
         marker, size, width = _SMALL_MARKS[r.split]
-        marker = "<" if r.value < limits[0] else ">" if r.value > limits[1] else marker
+        if not limits[0] <= r.value <= limits[1]:
+            marker, size = "<" if r.value < limits[0] else ">", 4.5
         look = {"color": color_of(line.objective, line.encoder, rows), "ms": size, "mew": width, "zorder": 5}
         ax.plot(np.clip(r.value, *limits), line.y, marker, clip_on=False, **look)
     one = here[longer].reset_index().assign(seeds=1)  # its dots would be taken for other splits

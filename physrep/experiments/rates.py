@@ -45,12 +45,12 @@ def rank_correlations(table: pd.DataFrame) -> pd.Series:
 
 # %% ../../nbs/experiments/rates.ipynb #2d5bfc18
 COLORS = (
-    "#D5C164",
-    "#A69C75",
-    "#7C7B78",
-    "#575D6D",
-    "#31446B",
-    "#00224E",
+    "#D9C35A",
+    "#A8A06E",
+    "#6F8BB3",
+    "#4A6491",
+    "#2A3F6B",
+    "#00152E",
 )  # of rates, from the lowest: none is of a row
 
 
