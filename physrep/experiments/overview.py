@@ -116,7 +116,7 @@ def plot_overview(
     drawn = [row for row in drawn if row.pair in set(zip(best.objective, best.encoder))]
     systems = ordered(best.system, tuple(SYSTEMS))
     frames = {system: frame for system, frame in (frames or {}).items() if system in systems}
-    width, height = 1.6 + 1.5 * len(systems), 1.2 + 0.26 * len(drawn)
+    width, height = 1.6 + 1.5 * len(systems), 1.2 + 0.31 * len(drawn)
     top, below = 1.0 if frames else 0.0, 0.0 if curves is None else 1.8
     parts = [part for part in (top, height - 0.8, below) if part]
     with using_style():
@@ -163,9 +163,9 @@ def _legend(fig: Figure, failed: bool, training: bool) -> None:
     bar = Line2D([], [], color="#7A7A7A", marker="|", ls="none", ms=9, mew=2.2, label="random weights of the network")
     handles = [mark, bar, Line2D([], [], color="black", ls="--", lw=0.9, label="a constant")]
     if failed:
-        text = "a training has not beaten the trivial answers to its question"
+        text = "a training has not beaten its trivial answers"
         handles.append(Line2D([], [], color="black", marker="$\N{DAGGER}$", ls="none", ms=5, label=text))
     networks = {"--": "ViT", "-.": "ConvNeXt", ":": "periodic ConvNeXt"} if training else {}
     grey = dict(color="#7A7A7A", lw=1)
     handles += [Line2D([], [], ls=ls, label=f"random weights, {name}", **grey) for ls, name in networks.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=2)
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, columnspacing=1.2)
