@@ -200,10 +200,8 @@ def unpack(archives: str | Path, folder: str | Path, preset: Preset | None = Non
                 result = Path(room) / run / "result.json"
                 lines = [f"{name}\t{_digest(result.parent / name)}" for name in files]
                 (result.parent / _UNPACKED).write_text("\n".join([_digest(result), *lines]), encoding="utf-8")
-                for score in (result.parent / "curve").glob(
-                    "*.json"
-                ):  # of encoders on the way, with records of their own
-                    if not _of_today(f"curve/{score.name}", score):
+                for score in (result.parent / "curve").glob("*.json"):
+                    if not _of_today(f"curve/{score.name}", score):  # it has a record of its own
                         score.unlink()
                 try:
                     state[run] = "written" if is_current(result, preset) else "old"
