@@ -24,7 +24,7 @@ from ..probing.reading import FROZEN
 from ..probing.records import read_results
 from ..results.comparison import compare, interval_text
 from ..results.figures import using_style
-from ..results.panels import SMALL, WIDTH
+from ..results.panels import SMALL, WIDTH, error_limits, scale_errors
 from ..results.rows import CONTROLS, PROBE_ORDER, PROBE_TITLES, ROWS, Row, ordered, row_name, run_of
 from ..training.presets import Preset
 from ..training.run import Run, baseline_folder
@@ -199,11 +199,12 @@ def plot_recipes(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
                 _draw_probe(ax, here[here.probe == probe], rows, lower)
                 ax.set_title(PROBE_TITLES.get(probe, probe) if ax in axes[0] else "")
             line[0].set_ylabel(fill(titles[system], 14), fontsize=SMALL)
-            line[0].set_xlim(0, None)
+            errors = here.groupby(["of", "probe", "recipe"]).error.agg(["min", "max"]).to_numpy().ravel()
+            scale_errors(line[0], error_limits(errors))
             line[0].set_yticks(range(len(rows)), names)
         axes[0, 0].invert_yaxis()
         for ax in axes[-1]:
-            ax.set_xlabel("error on test", fontsize=SMALL)
+            ax.set_xlabel("error on test\n(lower is better)", fontsize=SMALL)
         handles = [
             Line2D([], [], color="black", marker="o", ls="none", ms=4.5, label=TUNED),
             Line2D([], [], color="black", marker="|", ls="none", ms=9, mew=1.6, label=BY_HAND),

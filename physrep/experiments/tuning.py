@@ -374,7 +374,7 @@ def plot_tuning(table: pd.DataFrame) -> Figure:
     Right, the same scores against the learning rate."""
     rows = list(dict.fromkeys(zip(table.objective, table.encoder)))
     with using_style():
-        fig = Figure(figsize=(7.2, 0.9 + 0.42 * len(rows)), layout="constrained")
+        fig = Figure(figsize=(6.2, 0.9 + 0.42 * len(rows)), layout="constrained")
         left, right = fig.subplots(1, 2, width_ratios=(3, 2))
         _draw_scores(left, table, rows)
         _draw_rates(right, table, rows)
