@@ -127,10 +127,11 @@ def finished(stamp, there):
     return stamp
 
 
-def definition(run):
-    "What a system of your own is, as a digest; nothing for those that physrep has."
-    text = json.dumps(run.as_dict().get("definition"), sort_keys=True)
-    return "" if text == "null" else hashlib.sha256(text.encode()).hexdigest()[:16]
+def seen_by_baselines(run):
+    "The clip, how labels are scaled, and a system of your own, as a digest: a baseline's folder does not name them."
+    about = run.as_dict()
+    text = json.dumps([about.get(name) for name in ("clip", "paper_labels", "definition")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def row_values(row, system):
@@ -209,7 +210,7 @@ for system, runs_in, about in PLACES:
             name: f"probe_{tag}{system}_baselines".replace("-", "_")
             input: inputs
             output: baselines
-            params: code=code_digest("probing.baselines", entries=(system,)) + PROBING + definition(run_of(ENCODED[system][0], asked, PRESET, 0, DATA)), command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
+            params: code=code_digest("probing.baselines", entries=(system,)) + PROBING + seen_by_baselines(run_of(ENCODED[system][0], asked, PRESET, 0, DATA)), command=papermill("04_probe", f"{tag}{system}-baselines", system=asked, objective="baselines", **about)
             shell: "{params.command}"
 
     for row in PREDICTED if runs_in is None else []:  # someone else's predictions, in a file

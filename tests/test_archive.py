@@ -185,7 +185,9 @@ def test_results_of_other_flows_are_refused_with_what_to_do(tmp_path, smoke_data
         pack(tmp_path / place, tmp_path / f"archives_{place}")
         unpack(tmp_path / f"archives_{place}", tmp_path / f"unpacked_{place}")
     check_same_flows(tmp_path / "unpacked_same", smoke_data, "shear_flow")
-    with pytest.raises(ValueError, match=f"0123456789abcdef.*simulated again.*remove --preset {tmp_path.name}`"):
+    with pytest.raises(
+        ValueError, match=f"0123456789abcdef.*CUDA_VISIBLE_DEVICES= make data.*remove --preset {tmp_path.name}`"
+    ):
         check_same_flows(tmp_path / "unpacked_other", smoke_data, "shear_flow")
     rounded = tmp_path / "rounded"
     shutil.copytree(smoke_data / "shear_flow", rounded / "shear_flow")

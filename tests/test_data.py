@@ -852,3 +852,15 @@ def test_labels_may_be_in_any_unit():
     assert np.allclose([z.mean(), z.std()], [0, 1])
     with pytest.raises(ValueError, match="all labels diffusivity of shear_flow are equal"):
         LabelScaler.fit(system, np.full((3, 1), 1e-9))
+
+
+def test_two_mirror_images_one_after_the_other_are_both_at_once():
+    "Also of a scalar that changes its sign and has a number added along both axes."
+    twice = tuple((axis, "tracer") for axis in (0, 1)), tuple((axis, "tracer", 1.0, 0.0) for axis in (0, 1))
+    system = replace(SHEAR, mirror_axes=(0, 1), odd_scalars=twice[0], mirror_offsets=twice[1])
+    x, still = torch.randn(1, 4, 2, 6, 8, generator=torch.Generator().manual_seed(0)), np.array([[0, 0]])
+    both = apply_symmetry(x, still, np.array([[True, True]]), system)
+    first = apply_symmetry(x, still, np.array([[True, False]]), system)
+    assert torch.allclose(both, apply_symmetry(first, still, np.array([[False, True]]), system))
+    assert torch.allclose(apply_symmetry(both, still, np.array([[False, False]]), system), both)
+    assert torch.allclose(apply_symmetry(first, still, np.array([[True, False]]), system), x, atol=1e-6)

@@ -4,6 +4,7 @@ import csv
 import importlib
 import itertools
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -198,7 +199,7 @@ def test_commands_of_the_guides_are_there(capsys):
     lines = [line for p in GUIDES for block in code_of(p, "bash") for line in block.splitlines() if line.strip()]
     checked = []
     for line in lines:
-        first, *words = itertools.dropwhile(lambda w: re.fullmatch(r"[A-Z_]+=.*", w), line.partition("#")[0].split())
+        first, *words = itertools.dropwhile(lambda w: re.fullmatch(r"[A-Z_]+=.*", w), shlex.split(line, comments=True))
         if first == "make":
             assert {w for w in words if "=" not in w} <= targets, line
             assert {w.partition("=")[0] for w in words if "=" in w} <= variables, line

@@ -466,3 +466,29 @@ def test_a_run_keeps_the_features_of_today_only(smoke_data, tmp_path):
     cached(folder, "valid", {"code": "yesterday"}, Make())
     _drop_others(folder, encoder, windows)
     assert set(folder.iterdir()) == before and len(before) == 2
+
+
+class GrowsLater(torch.nn.Module):
+    "Tokens of which those after the first batch are too large for float16."
+
+    def __init__(self):
+        super().__init__()
+        self.batches = 0
+
+    def forward(self, x):
+        self.batches += 1
+        return x.flatten(1)[:, None, :8] + (1e6 if self.batches != 1 else 0)
+
+
+def test_tokens_that_float16_does_not_hold_are_read_as_float32(smoke_data, monkeypatch):
+    windows = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20)
+    monkeypatch.setattr("physrep.probing.reading._AT_ONCE", 3 * 4 * 16 * 32 * 32)
+    found = features_of(GrowsLater(), windows, LabelScaler.fit(SYSTEM, windows.labels), progress=False)
+    assert found.tokens.dtype == torch.float32 and found.tokens.isfinite().all() and found.tokens.max() > 9e5
+
+
+def test_tokens_that_are_no_numbers_are_refused():
+    clips = [{"fields": torch.full((2, 1, 2, 2, 2), torch.nan)}]
+    with pytest.raises(ValueError, match="tokens are not finite as torch.float.* in batch 0") as error:
+        extract(OnASmallCard(2), clips, progress=False)
+    assert error.type is ValueError, "float32 would not hold them either"

@@ -1,5 +1,6 @@
 """Probes of few labelled flows: which flows, how they are chosen without a validation set, and what is written."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import get_system
 from physrep.probing import few_labels
-from physrep.probing.evaluate import FEW, score_run
+from physrep.probing.evaluate import FEW, score_run, write_few
 from physrep.probing.features import Features
 from physrep.probing.few_labels import draw_flows, fit_attentive_on_few, fit_few, of_flows, score_few, score_refitted
 from physrep.probing.frozen import AttentiveRecipe, fit_probe
+from physrep.probing.reading import probe_splits
 from physrep.probing.records import read_results
 from physrep.results.data_efficiency import PAPER_SHARES, plot_beside_paper, plot_data_efficiency, plot_shift, read_few
 from physrep.training.pretrain import pretrain
@@ -193,3 +195,22 @@ def test_a_run_has_its_rows_of_few_flows(smoke_data, tmp_path):
     assert [tuple(line.get_ydata()) for line in paper.lines[:2]] == [tuple(p.values()) for p in PAPER_SHARES.values()]
     mean = table[(table.probe == "kernel") & (table.split == "test")].groupby("labelled_flows").value.mean()
     assert tuple(here.lines[0].get_xdata()) == (0.5, 1.0) and np.allclose(here.lines[0].get_ydata(), mean)
+
+
+def test_a_label_that_few_flows_share_names_the_draw():
+    features = toy(40)
+    labels = features.labels.copy()
+    labels[:, 1] = np.where(features.groups == 39, 2.0, 1.0)
+    features = replace(features, labels=labels)
+    scaler = LabelScaler.fit(SYSTEM, labels)
+    with pytest.raises(ValueError, match="draw . of 4 labelled flows: .*Schmidt.* are equal .* leave it out"):
+        score_few({"train": features, "test": features}, {"test": features.groups}, scaler, {4: 9}, ABOUT)
+
+
+def test_rows_of_few_flows_of_other_data_do_not_stay(tmp_path, smoke_data):
+    windows = probe_splits(resolve("shear_flow", "random", "vit", "smoke"), smoke_data, ("train", "test"))
+    features = {"train": toy(8), "test": toy(8)}
+    (tmp_path / "few.json").write_text("{}")
+    scaler = LabelScaler.fit(SYSTEM, features["train"].labels)
+    assert write_few(tmp_path, features, windows, scaler, ABOUT, labels_seen=True) == tmp_path
+    assert not (tmp_path / "few.json").exists()

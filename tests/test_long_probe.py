@@ -253,3 +253,14 @@ def test_an_encoder_of_todays_code_is_not_replaced_by_an_old_one_of_table_1(
     monkeypatch.setattr(long_probe, "pretrain", lambda *a, **k: pretrain(*a, **k, say=said.append))
     assert read_longer(run, smoke_data, tmp_path / "runs", progress=False)
     assert said == [f"{run.path} is finished"] and (here / "encoder.safetensors").stat().st_mtime_ns == before
+
+
+def test_results_of_other_code_are_not_compared(read_twice, tmp_path):
+    rows = encoder_rows(SMOKE, "shear_flow", "random-vit")
+    folder = shutil.copytree(read_twice, tmp_path / "runs")
+    assert seeds_read(SMOKE, "shear_flow", rows, folder) == (0,)
+    path = run_of(rows[0], "shear_flow", SMOKE).folder(folder) / "result.json"
+    found = read_json(path)
+    write_json(path, found | {"provenance": found["provenance"] | {"code": "0" * 16}})
+    with pytest.raises(ValueError, match="results of other code than today's in .*random-vit"):
+        seeds_read(SMOKE, "shear_flow", rows, folder)

@@ -1,6 +1,7 @@
 """The notebooks: what papermill and nbdev need, parameters, links, and the stages through papermill at preset smoke."""
 
 import ast
+import hashlib
 import re
 from pathlib import Path
 
@@ -246,3 +247,15 @@ def test_tuning_notebook_goes_on_where_it_was_stopped(smoke_data, tmp_path):
     assert len(list(trials.glob("random-vit-*/seed100/result.json"))) == 3
     table = pd.read_csv(tmp_path / "runs" / "smoke" / "figures" / "tuning.csv")
     assert set(table.number[table.seed == 100]) == {0, 1, 2} and (table.groupby("number").size() == 3).sum() >= 2
+
+
+@pytest.mark.parametrize("stage", ["03_pretrain", "04_probe"])
+def test_a_stage_refuses_to_stand_beside_results_of_other_flows(stage, smoke_data, tmp_path):
+    folder = tmp_path / "runs" / "smoke" / "shear_flow" / "mae-vit-00000000" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"rows": [], "data": {"test": "0123456789abcdef"}}')
+    (folder / ".unpacked").write_text(hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()[:16])
+    given = {"preset": "smoke", "data_dir": smoke_data, "run_dir": tmp_path / "runs", "objective": "random"}
+    words = [word for name, value in given.items() for word in ("-p", name, str(value))]
+    done = papermill(f"nbs/{stage}.ipynb", str(tmp_path / "out.ipynb"), *words, "-p", "encoder", "vit", cwd=ROOT)
+    assert done.returncode != 0 and "was scored on other flows of split 'test'" in done.stderr, done.stderr[-2000:]

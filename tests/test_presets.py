@@ -171,3 +171,17 @@ def test_recipes_of_nothing_are_refused(tmp_path, line, message):
 def test_values_of_a_recipe_are_checked_before_any_work(changes, message):
     with pytest.raises(ValueError, match=f"recipe: {message}"):
         resolve("shear_flow", "mae", "vit", "smoke", recipe=changes)
+
+
+@pytest.mark.parametrize(
+    "system, preset, padding",
+    [
+        ("shear_flow", "laptop", "circular"),  # as it was asked for: the box closes on itself
+        ("rayleigh_benard", "laptop", ["circular", "zeros"]),
+        ("shear_flow", "paper", ["circular", "zeros"]),
+    ],
+)
+def test_a_convolution_does_not_wrap_across_a_wall_or_a_crop(system, preset, padding):
+    for asked in ("circular", ["circular", "circular"]):
+        found = resolve(system, "jepa", "convnext", preset, encoder_config={"padding_mode": asked})
+        assert found.encoder_config["padding_mode"] == (asked if padding == "circular" else padding)

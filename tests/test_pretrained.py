@@ -252,3 +252,14 @@ def test_embed_refuses_another_time_step_and_no_batches(saved):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         encoder.embed(clips(), 0.2, batch_size=0)
     assert np.allclose(encoder.embed(clips(), 0.2, batch_size=2), encoder.embed(clips(), 0.2), atol=1e-6)
+
+
+def test_an_encoder_without_weights_gives_features(tmp_path):
+    class Energy(torch.nn.Module):
+        def forward(self, x):
+            return x.square().mean((3, 4)).transpose(1, 2)
+
+    loaded = load_encoder("shear_flow-forecast-vit")
+    loaded.encoder = Energy()
+    clip = np.random.default_rng(0).normal(size=(2, 4, *loaded.info["shape"]))
+    assert loaded.embed(clip, dt=loaded.info["dt"]).shape == (2, 4)

@@ -170,3 +170,16 @@ def test_a_system_that_was_read_at_more_lengths_than_the_first_is_compared_at_th
     assert (
         read_on_both(ours, theirs) == {12: "a", 96: "c"} and read_on_both(ours) == ours and read_on_both(ours, {}) == {}
     )
+
+
+def test_readings_of_different_flows_are_not_compared(smoke_data, tmp_path):
+    place = Place("shear_flow", SMOKE, smoke_data, tmp_path, progress=False)
+    runs = {encoder: [matters.untrained_run(encoder, "shear_flow", SMOKE)] for encoder in ("vit", "convnext")}
+    for (run,) in runs.values():
+        read_at_lengths(run, place, [1])
+    assert set(kept_readings(runs, tmp_path)) == set(runs)
+    path = runs["vit"][0].folder(matters_root(tmp_path)) / probe_length.FILE
+    found = read_json(path)
+    write_json(path, found | {"data": found["data"] | {"test": {"flows": "others"}}})
+    with pytest.raises(ValueError, match="vit and convnext were read on different test flows"):
+        kept_readings(runs, tmp_path)

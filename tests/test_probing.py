@@ -32,6 +32,7 @@ from physrep.probing.frozen import (
     ProbeKind,
     fit_probe,
     load_probe,
+    new_head,
     ridge_path,
     standardiser,
     token_standardiser,
@@ -623,3 +624,9 @@ def test_the_reading_of_tokens_is_timed_by_command(tmp_path, capsys, monkeypatch
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="gigabytes must hold a window of 301056 bytes, got 0"):
         token_reading.reading_rates(tmp_path, 0)
+
+
+@pytest.mark.parametrize("width, heads", [(16, 8), (12, 4), (9, 1)])
+def test_any_width_has_as_many_heads_as_divide_it(width, heads):
+    assert new_head(width, 2, {}, 0).heads == heads
+    assert new_head(width, 2, {"heads": 1}, 0).heads == 1

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from physrep.models.pretrained import load_encoder, save_encoder
 from physrep.objectives.methods import OBJECTIVES
 from physrep.training import watch
 from physrep.training.loop import TimeUp, TrainingDiverged
+from physrep.training.presets import get_preset
 from physrep.training.pretrain import claim, plot_metrics, pretrain, training_batches, training_windows
 from physrep.training.run import build, ensure_data, label_scaler, resolve
 
@@ -425,3 +427,11 @@ def test_what_was_trained_by_other_code_is_put_aside_and_time_elsewhere_does_not
 def test_a_figure_of_the_loss_needs_no_evaluations(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
     assert len(plot_metrics([tmp_path]).axes[0].lines) == 2
+
+
+def test_two_views_of_the_same_frames_need_symmetries(smoke_data):
+    preset = replace(get_preset("smoke"), augment=False)
+    run = resolve("shear_flow", "invariance", "vit", preset, coefficients={"of": "window"})
+    with pytest.raises(ValueError, match="two views of the same frames .* and preset smoke has none"):
+        training_batches(run, training_windows(run, smoke_data))
+    assert training_batches(replace(run, clip=replace(run.clip, augment=True)), training_windows(run, smoke_data))

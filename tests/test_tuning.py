@@ -1,6 +1,7 @@
 """Tuning is fair: every row gets the same points, the same operations and the same look at `valid`."""
 
 import json
+import math
 
 import pytest
 
@@ -14,7 +15,9 @@ from physrep.experiments.tuning import (
     REPEATED,
     TUNING_SEED,
     best_two,
+    chosen_configurations,
     configuration,
+    plot_tuning,
     points,
     read_trials,
     run_row,
@@ -22,12 +25,15 @@ from physrep.experiments.tuning import (
     trial_record,
     trial_run,
     trial_score,
+    tuning_table,
 )
 from physrep.objectives.methods import objective_class
 from physrep.results.archive import main as archive
 from physrep.results.rows import ROWS
 from physrep.training.cost import cost
+from physrep.training.loop import TrainingDiverged
 from physrep.training.presets import get_preset
+from physrep.training.pretrain import pretrain
 from physrep.training.run import build, resolve
 
 TRAINED = [row for row in OWN if objective_class(row[0]).trains]
@@ -154,3 +160,29 @@ def test_the_best_two_are_run_again_with_two_more_seeds(tmp_path, smoke_data):
 def test_a_row_without_choices_is_refused():
     with pytest.raises(ValueError, match="no choices for disco-vit_code; there are: jepa-convnext"):
         trial_run("shear_flow", ("disco", "vit_code"), "smoke", 1)
+
+
+def test_a_recipe_of_a_system_is_where_its_configurations_start(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: smoke\ntrain: {mae@shear_flow: {lr: 0.0001, batch_size: 2, steps: 4}}\n")
+    preset = get_preset(tmp_path / "mine.yaml")
+    first, *others = (trial_run("shear_flow", ("mae", "vit"), preset, k).recipe for k in range(CONFIGURATIONS))
+    assert (first.lr, first.batch_size) == (0.0001, 2)
+    assert {one.batch_size for one in others} <= {1, 2, 4}
+    assert [one.lr for one in others[FILLING - 1 :]] == [pytest.approx(factor * 0.0001, rel=0.05) for factor in LOWER]
+
+
+def test_a_trial_that_diverges_does_not_end_the_search(tmp_path, smoke_data, monkeypatch):
+    def train(run, data_dir, run_dir, **options):
+        if run.recipe.lr == trial_run("shear_flow", ("mae", "vit"), "smoke", 1).recipe.lr:
+            write_json(run.folder(run_dir) / "provenance.json", {"seconds": 1.0})
+            raise TrainingDiverged("the loss is not finite in update 3")
+        return pretrain(run, data_dir, run_dir, **options)
+
+    monkeypatch.setattr(tuning, "pretrain", train)
+    asked = ("shear_flow", ("mae", "vit"), "smoke")
+    trials = [run_trial(*asked, number, smoke_data, tmp_path) for number in (0, 1, 2)]
+    assert math.isinf(trials[1]["score"]) and "update 3" in trials[1]["diverged"]
+    assert set(best_two(trials)) == {0, 2}
+    table = tuning_table(read_trials("shear_flow", [("mae", "vit")], "smoke", tmp_path))
+    assert table.set_index("number").score.apply(math.isinf).to_dict() == {0: False, 1: True, 2: False}
+    assert chosen_configurations(table).chosen.item() in (0, 2) and plot_tuning(table).axes

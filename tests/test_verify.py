@@ -265,3 +265,19 @@ def test_data_of_a_preset_of_a_file_are_looked_for_by_its_name(tmp_path, smoke_d
         assert line.unchecked == [] and [text[:38] for text in line.why] == why
     (tmp_path / "mine.yaml").unlink()
     assert state(tmp_path / "figures")[0] == "stale" and "no preset file" in state(tmp_path / "figures")[1]
+
+
+def test_a_baseline_of_other_clips_is_not_current(tmp_path):
+    "Its folder does not have them in its name, as that of a run has."
+    run = resolve("shear_flow", "random", "vit", "smoke")
+    made = {"config": run.as_dict(), "probing": run.preset.probing(), "provenance": provenance("results.table")}
+    path, longer = tmp_path / "result.json", replace(run.preset, frames=run.preset.frames + 4)
+    for encoder, current in [("none", False), ("vit", True)]:
+        write_json(path, {"rows": [{"encoder": encoder}], **made})
+        assert is_current(path, run.preset) and is_current(path, longer) == current
+    assert not is_current(path, replace(run.preset, paper_labels=True)), "errors in other units"
+    write_json(
+        path, {"rows": [{"encoder": "none"}], **made, "config": made["config"] | {"clip": {"frames": 8, "size": 16}}}
+    )
+    assert not is_current(path, replace(run.preset, frames=8, size=8))
+    assert is_current(path, replace(run.preset, frames=8, size=16))

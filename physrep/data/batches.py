@@ -65,14 +65,12 @@ def apply_symmetry(
     offsets = _mirror_offsets(system, x.shape[-2:], positions, x.device)
     for i, (shift, mirror) in enumerate(zip(shifts.tolist(), mirrors)):
         sample = x[i].roll((-shift[0], -shift[1]), (2, 3)) if any(shift) else x[i]
-        axes = np.flatnonzero(mirror).tolist()
-        if axes:
-            signs = np.prod([system.mirror_signs(axis) for axis in axes], axis=0, dtype=np.float32)
-            signs = torch.as_tensor(signs, device=x.device).view(-1, 1, 1, 1)
-            sample = sample.flip([2 + axis for axis in axes]).mul_(signs)
+        for axis in np.flatnonzero(mirror).tolist():  # one after the other: the second one mirrors what the first added
+            signs = torch.as_tensor(system.mirror_signs(axis), dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
+            sample = sample.flip([2 + axis]).mul_(signs)
+            if axis in offsets:
+                sample += offsets[axis]
         out[i] = sample
-        for axis in (a for a in axes if a in offsets):
-            out[i] += offsets[axis]
     return out
 
 # %% ../../nbs/data/batches.ipynb #916cf02b

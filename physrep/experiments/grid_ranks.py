@@ -27,8 +27,8 @@ from ..results.rows import PROBE_ORDER, ROWS, Row, color_of, marker_of, ordered,
 # %% ../../nbs/experiments/grid_ranks.ipynb #e5344b37
 COLUMNS: Mapping[tuple[str, str], str] = {  # (way to fit, split that is scored) -> the two in words
     ("drawn", "test"): "drawn\ndrawn",
-    ("grid", "test"): "grid\ndrawn",
     ("grid", "grid_test"): "grid\ngrid",
+    ("grid", "test"): "grid\ndrawn",
     ("drawn", "grid_test"): "drawn\ngrid",
 }
 REFERENCE = ("drawn", "test")
@@ -99,18 +99,18 @@ _LOWEST = 1e-3  # an error below it, such as 0, is a triangle here on the logari
 
 
 def _draw_row(ax: Axes, mine: pd.DataFrame, offset: float, rows: Sequence[Row]) -> None:
-    "The errors of a row in all columns, with intervals."
+    "The errors of a row in all columns, with intervals; beside those of other rows."
     first = mine.iloc[0]
     color = color_of(first.objective, first.encoder, rows)
     mine = mine.set_index(["fit", "split"])
     columns = [column for column in COLUMNS if column in mine.index]
-    places = [list(COLUMNS).index(column) for column in columns]
+    places = [list(COLUMNS).index(column) + offset for column in columns]
     values = [max(mine.value[column], _LOWEST) for column in columns]
     style = ":" if first.objective.startswith("random") else "--" if first.encoder == "none" else "-"
     ax.plot(places, values, style, color=color, lw=1.1, alpha=0.75, zorder=2)
     for x, column in zip(places, columns):
         ends = [max(end, _LOWEST) for end in (mine.low[column], mine.high[column])]
-        ax.plot([x + offset] * 2, ends, color=color, lw=1.0, alpha=0.5, zorder=1)
+        ax.plot([x] * 2, ends, color=color, lw=1.0, alpha=0.5, zorder=1)
         look = dict(color=color, mec="white", mew=0.4, zorder=3)
         marker = "v" if mine.value[column] < _LOWEST else marker_of(first.encoder, first.objective, rows)
         ax.plot(x, max(mine.value[column], _LOWEST), marker, ms=4.5, **look)
@@ -121,7 +121,7 @@ def _draw_constant(ax: Axes, table: pd.DataFrame) -> None:
     for k, (fit, split) in enumerate(COLUMNS):
         here = table[(table.fit == fit) & (table.split == split)]
         if len(here):
-            ax.plot([k - 0.3, k + 0.3], [here.value.iloc[0]] * 2, color="k", lw=0.8, ls=(0, (4, 3)))
+            ax.plot([k - 0.4, k + 0.4], [here.value.iloc[0]] * 2, color="k", lw=0.8, ls=(0, (4, 3)))
 
 # %% ../../nbs/experiments/grid_ranks.ipynb #731db8ef
 def plot_grid(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
@@ -131,7 +131,7 @@ def plot_grid(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> Figure:
     systems = list(dict.fromkeys(mean.system))
     probes = ordered(list(mean.probe), PROBE_ORDER)
     order = row_order(mean, rows)
-    offsets = np.linspace(-0.2, 0.2, len(order)) if len(order) > 1 else [0.0]
+    offsets = np.linspace(-0.3, 0.3, len(order)) if len(order) > 1 else [0.0]
     with using_style():
         fig = Figure(figsize=(WIDTH, 2.1 * len(probes) + 1.4), layout="constrained")
         axes = fig.subplots(len(probes), len(systems), sharex=True, squeeze=False)

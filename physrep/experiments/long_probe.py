@@ -40,7 +40,7 @@ from ..results.comparison import interval_text, summarise
 from ..results.figures import using_style
 from ..results.panels import SMALL, WIDTH, in_lines, system_title
 from ..results.rows import PROBE_ORDER, PROBE_TITLES, Row, ordered, row_folders, run_of
-from ..results.verify import is_current
+from ..results.verify import check_current, is_current
 from ..training.loop import branches
 from ..training.presets import Preset, get_preset
 from ..training.pretrain import pretrain
@@ -128,9 +128,10 @@ def seeds_read(
     found = []
     for one, root in both_probes(preset, run_dir):
         try:
-            row_folders(one, root, [system], rows, data_dir)
+            folders = row_folders(one, root, [system], rows, data_dir)
         except FileNotFoundError:
             return ()
+        check_current(folders, one)
         found.append(with_seeds_there(one, system, rows, root, data_dir).seeds)
     return tuple(seed for seed in found[0] if seed in found[1])
 

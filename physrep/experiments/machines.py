@@ -25,6 +25,7 @@ from ..probing.evaluate import score_run
 from ..probing.reading import FROZEN, probe_splits
 from ..probing.records import read_predictions, read_results
 from ..results.figures import using_style
+from ..results.panels import SMALL, WIDTH
 from ..results.rows import ROWS, color_of, title_of
 from ..results.verify import is_current
 from ..training.pretrain import pretrain
@@ -136,20 +137,21 @@ def _draw_probe(ax: Axes, rows: pd.DataFrame, color: str) -> None:
     y = -rows.index.to_numpy()
     ax.axvline(rows.mse[0], color="0.7", lw=1, zorder=1)
     ax.plot(rows.mse, y, "o", color=color, zorder=2)
-    ax.set_yticks(y, rows.variant)
-    ax.set_xlabel("error on test")
+    ax.set_yticks(y, rows.variant, fontsize=SMALL)
+    ax.tick_params(axis="x", labelsize=SMALL)
+    ax.set_xlabel("error on test", fontsize=SMALL)
     ax.grid(axis="x")
 
 
 def plot_machines(table: pd.DataFrame) -> Figure:
-    "A table of `machine_table`: a panel a probe, a line a variant."
+    "A table of `machine_table`: a panel a probe, a line a variant, one axis for all panels."
     probes = list(dict.fromkeys(table.probe))
     color = color_of(table.objective.iloc[0])
     with using_style():
-        fig = Figure(figsize=(7, 2.6), layout="constrained")
-        for ax, probe in zip(fig.subplots(1, len(probes), sharey=True), probes):
+        fig = Figure(figsize=(WIDTH, 2.2), layout="constrained")
+        for ax, probe in zip(fig.subplots(1, len(probes), sharex=True, sharey=True), probes):
             _draw_probe(ax, table[table.probe == probe].reset_index(drop=True), color)
-            ax.set_title(title_of(probe))
+            ax.set_title(title_of(probe), fontsize=SMALL + 0.5)
     return fig
 
 # %% ../../nbs/experiments/machines.ipynb #2a3c03d8

@@ -91,12 +91,12 @@ def cell_coefficients(task: str, target: str, encoder: str, preset: Preset) -> d
     return {"task": task, "target": target, **found}
 
 # %% ../../nbs/experiments/matters.ipynb #426efea6
-def _recipe(task: str, encoder: str, preset: Preset, rate: str) -> dict:
-    "The recipe of a cell but for its updates; ValueError for an unknown rate."
+def _recipe(task: str, encoder: str, system: str, preset: Preset, rate: str) -> dict:
+    "The recipe of a cell on a system but for its updates; ValueError for an unknown rate."
     if rate not in ALL_RATES:
         raise ValueError(f"unknown rate {rate!r}; valid: {', '.join(ALL_RATES)}")
-    usual = preset.recipe("jepa", "convnext")
-    base = preset.recipe("invariance", encoder) if task == "pair" else usual
+    usual = preset.recipe("jepa", "convnext", system)
+    base = preset.recipe("invariance", encoder, system) if task == "pair" else usual
     return asdict(base) | {"lr": float(f"{ALL_RATES[rate] * usual.lr:.3g}"), "steps": 1}
 
 
@@ -130,7 +130,7 @@ def cell_run(
     task, target, encoder = check_cell(name).values()
     preset = get_preset(preset)
     network, _, circular = encoder.partition("_")
-    options: dict = {"recipe": _recipe(task, network, preset, rate), "tag": f"{task}_{target}"}
+    options: dict = {"recipe": _recipe(task, network, get_system(system).name, preset, rate), "tag": f"{task}_{target}"}
     if task != "pair":
         options["coefficients"] = cell_coefficients(task, target, network, preset)
     if circular:
@@ -151,7 +151,7 @@ def untrained_run(encoder: str, system: str, preset: str | Path | Preset, data_d
 
 def at_rate(run: Run, rate: str) -> Run:
     "The run of a cell at another rate."
-    return replace(run, recipe=replace(run.recipe, lr=_recipe("", "", run.preset, rate)["lr"]))
+    return replace(run, recipe=replace(run.recipe, lr=_recipe("", "", run.system.name, run.preset, rate)["lr"]))
 
 # %% ../../nbs/experiments/matters.ipynb #e034e443
 def matters_root(run_dir: str | Path | None = None) -> Path:

@@ -109,7 +109,7 @@ def _name_paper(ax: Axes, means: pd.DataFrame) -> None:
             x = _TASKS.index(row.task) + 0.09 * (CELL_TARGETS.index(row.target) - 1)
             ax.plot(x, row.error, "o", ms=16, mec="black", mew=1.3, mfc="none", zorder=4)
             beside = (12, -4) if x > 1 else (2, 58)
-            look = dict(fontweight="bold", fontsize=SMALL - 0.5, arrowprops=dict(arrowstyle="-", lw=0.8, shrinkB=8))
+            look = dict(fontweight="bold", fontsize=SMALL, arrowprops=dict(arrowstyle="-", lw=0.8, shrinkB=8))
             ax.annotate(name, (x, row.error), beside, textcoords="offset points", **look)
 
 # %% ../../nbs/experiments/matters_figures.ipynb #40159192
@@ -133,14 +133,13 @@ def plot_cells(errors: Errors, untrained: Mapping[str, float] | None = None, *, 
             if encoder in (untrained or {}):
                 ax.axhline(untrained[encoder], color="#7A7A7A", ls="--", lw=1.2, zorder=0)
                 place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
-                look = dict(color="#555555", fontsize=SMALL - 0.5, linespacing=0.9)
+                look = dict(color="#555555", fontsize=SMALL, linespacing=0.9)
                 beside = mine[mine.task == there[-1]].error / untrained[encoder]
                 below = ((beside > 1) & (beside < 1.12)).any()
                 ax.annotate("before\ntraining", (1.0, untrained[encoder]), (0, -21 if below else 3), **place, **look)
-            size = SMALL - 0.5 * (len(there) > 3)
-            ax.set_xticks([_TASKS.index(t) for t in there], [TITLES[t] for t in there], fontsize=size)
+            ax.set_xticks([_TASKS.index(t) for t in there], [TITLES[t] for t in there], fontsize=SMALL)
             first, last = _TASKS.index(there[0]), _TASKS.index(there[-1])
-            ax.set(yscale="log", xlim=(first - 0.45, last + 0.45))
+            ax.set(yscale="log", xlim=(first - 0.35, last + 0.35))
             ax.set_title(in_lines(TITLES[encoder]), fontweight="bold", fontsize=SMALL + 0.5)
             ax.grid(axis="y")
             _plain_log(ax.yaxis, ticks)

@@ -153,7 +153,7 @@ def _name_rows(ax: Axes, rows: Sequence[Row]) -> None:
     for y, (row, label) in enumerate(zip(rows, ax.get_yticklabels())):
         if row.objective in ASKED:
             label.set_verticalalignment("bottom")
-            look = dict(ha="right", va="top", fontsize=7.5, color="0.35")
+            look = dict(ha="right", va="top", fontsize=8, color="0.35")
             ax.text(-0.04, y + 0.02, ASKED[row.objective], transform=ax.get_yaxis_transform(), **look)
 
 

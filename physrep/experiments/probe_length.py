@@ -128,8 +128,14 @@ def kept_reading(run: Run, run_dir: str | Path | None = None) -> dict | None:
 
 
 def kept_readings(runs: Mapping[str, Sequence[Run]], run_dir: str | Path | None = None) -> dict[str, list[dict]]:
-    "`kept_reading` of these runs, by name; without runs that have none."
+    "`kept_reading` of these runs, by name; without runs that have none. ValueError if they are of different flows."
     found = {name: [one for run in some if (one := kept_reading(run, run_dir))] for name, some in runs.items()}
+    flows = {str(one["data"]["test"]): name for name, some in found.items() for one in some}
+    if len(flows) > 1:
+        raise ValueError(
+            f"{' and '.join(flows.values())} were read on different test flows, so they cannot be compared; "
+            "`make attentive` reads them again"
+        )
     return {name: some for name, some in found.items() if some}
 
 # %% ../../nbs/experiments/probe_length.ipynb #d5441a7d

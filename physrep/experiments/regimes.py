@@ -36,7 +36,7 @@ from ..probing.frozen import fit_probe
 from ..probing.scores import difference_seeds, score_seeds
 from ..results.comparison import interval_text
 from ..results.figures import using_style
-from ..results.panels import SMALL, WIDTH, in_lines
+from ..results.panels import SMALL, WIDTH, Limits, error_limits, in_lines, scale_errors
 from ..results.rows import ROWS, Row, color_of, marker_of, run_of, title_of
 from ..training.presets import Preset
 from ..training.run import label_scaler, resolve
@@ -320,23 +320,24 @@ def regime_differences(answers: Regimes, split: str = "test", rows: Sequence[Row
                     "system": system,
                     "when": when,
                 }
-                lines.append(about | {"text": interval_text(*numbers)})
+                lines.append(about | {"text": interval_text(*numbers, digits=3)})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/experiments/regimes.ipynb #b514f822
-_LIMIT = 1.3  # of the axis; what is beyond is drawn there
-
-
-def _draw_answers(ax: Axes, measured: pd.DataFrame, order: Sequence[tuple[str, str]], rows: Sequence[Row]) -> None:
-    "Errors of all methods for one system: marks now, crosses later, seeds as dots."
+def _draw_answers(
+    ax: Axes, measured: pd.DataFrame, order: Sequence[tuple[str, str]], limits: Limits, rows: Sequence[Row]
+) -> None:
+    "Errors of all methods for one system: marks now, crosses later, seeds as dots, arrowheads beyond the axis."
     for r in measured.itertuples():
         now = r.when == "now"
         y = order.index((r.objective, r.encoder)) + (0.16 if now else -0.2)
         color = color_of(r.objective, r.encoder, rows)
-        ax.plot([r.low, min(r.high, _LIMIT)], [y, y], color=color, lw=1.4, alpha=1 if now else 0.5)
+        ax.plot(np.clip([r.low, r.high], *limits), [y, y], color=color, lw=1.4, alpha=1 if now else 0.5)
         marker = marker_of(r.encoder, r.objective, rows) if now else "x"
-        ax.plot(min(r.value, _LIMIT), y, marker, color=color, ms=5, mew=1.2)
-        seeds = [v for v in r.by_seed if v < _LIMIT] if len(r.by_seed) > 1 else []
+        if not limits[0] <= r.value <= limits[1]:
+            marker = "<" if r.value < limits[0] else ">"
+        ax.plot(np.clip(r.value, *limits), y, marker, color=color, ms=5, mew=1.2, clip_on=False)
+        seeds = np.clip(r.by_seed, *limits) if len(r.by_seed) > 1 else []
         ax.plot(seeds, [y - 0.17] * len(seeds), ".", color=color, ms=2.6, mec="none")
     ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)  # the mean of train scores about 1
     ax.set_xlabel("z-scored MSE\n(lower is better)", fontsize=SMALL)
@@ -350,15 +351,16 @@ def plot_regimes(table: pd.DataFrame, split: str = "test", rows: Sequence[Row] =
     methods = dict.fromkeys(zip(measured.objective, measured.encoder))
     simple = [(name, "none") for name in BASELINES.values()]
     order = [*simple, *(m for m in methods if m not in simple)][::-1]
+    limits = error_limits([*measured.value, *measured.low, *measured.high])
     with using_style():
         fig = Figure(figsize=(WIDTH, 1.6 + 0.24 * len(order)), layout="constrained")
         axes = fig.subplots(1, len(systems), sharey=True, sharex=True, squeeze=False)[0]
         for ax, system in zip(axes, systems):
-            _draw_answers(ax, measured[measured.system == system], order, rows)
+            _draw_answers(ax, measured[measured.system == system], order, limits, rows)
             names = (get_system(system).title, REGIMES[system].description)
             ax.set_title("\n".join(map(in_lines, names)), fontsize=SMALL)
         axes[0].set_yticks(range(len(order)), [title_of(*method, rows=rows) for method in order])
-        axes[0].set_xlim(0, _LIMIT + 0.03)
+        scale_errors(axes[0], limits)
         marks = [Line2D([], [], ls="", marker=marker, color="#555555", ms=5, mew=1.2) for marker in "ox"]
         names = ["now: last frame seen", "later: last frame of the next clip"]
         fig.legend(marks, names, loc="outside lower center", ncol=2, fontsize=SMALL)

@@ -201,9 +201,8 @@ def plot_frames(
             low, high = np.quantile(np.stack([last[c], rolled[0].frames[c, at]]), (0.005, 0.995))
             for ax, (method, frame) in zip(row, pictures.items()):
                 ax.imshow(frame.T, origin="lower", cmap="RdBu_r", vmin=low, vmax=high, interpolation="nearest")
-                title = {"truth": f"truth, frame {at + 1}"}.get(method, method)
-                title = title if method in ("last given", "truth") else method_title(method)
-                ax.set_title("\n".join(_halves(title)), fontsize=6.2)
+                titles = {"last given": ("last", "given"), "truth": ("truth,", f"frame {at + 1}")}
+                ax.set_title("\n".join(titles.get(method) or _halves(method_title(method))), fontsize=_SMALL)
             for ax in row:
                 ax.set(xticks=[], yticks=[])
             row[0].set_ylabel(f"{_short(name)}\n{channel}", fontsize=_SMALL)

@@ -171,15 +171,15 @@ def across_differences(scored: Mapping[tuple[str, str], Sequence[Path]]) -> pd.D
             both = both[(both.label == "mean") & both.probe.isin(FROZEN)]
             about = {"reads": target, "encoder": titles[what], "against": titles[reference]}
             for r in both.itertuples():
-                lines.append({**about, "probe": r.probe, "text": interval_text(r.difference, r.low, r.high)})
+                lines.append({**about, "probe": r.probe, "text": interval_text(r.difference, r.low, r.high, digits=3)})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/experiments/transfer.ipynb #da267a1e
-_MARKS = {  # probe -> marker, whether it is filled, height
-    "attentive": ("o", True, -0.27),
-    "kernel": ("s", True, -0.09),
-    "linear": ("o", False, 0.09),
-    "knn": ("x", True, 0.27),
+_MARKS = {  # probe -> marker, height
+    "attentive": ("o", -0.27),
+    "kernel": ("s", -0.09),
+    "linear": ("^", 0.09),
+    "knn": ("x", 0.27),
 }
 _LIMIT = 1.3  # of the axis; what is beyond is drawn there
 
@@ -187,12 +187,11 @@ _LIMIT = 1.3  # of the axis; what is beyond is drawn there
 def _draw_readers(ax: Axes, rows: pd.DataFrame, order: Sequence[str], objective: str) -> None:
     "Errors with intervals of all readers of a system."
     for r in rows.itertuples():
-        marker, filled, offset = _MARKS[r.probe]
+        marker, offset = _MARKS[r.probe]
         y = -order.index(r.what) - offset
         color = color_of("random" if r.what in ("random", "shared") else objective)
         ax.plot([r.low, min(r.high, _LIMIT)], [y, y], color=color, lw=1.4, solid_capstyle="butt")
-        face = color if filled else "white"
-        ax.plot(min(r.value, _LIMIT), y, marker, color=color, mfc=face, ms=5.5, mew=1.1)
+        ax.plot(min(r.value, _LIMIT), y, marker, color=color, ms=5, mew=1.1)
     ax.axvline(1, color="k", lw=0.8, ls=(0, (4, 3)), zorder=1)  # the mean of train scores about 1
     ax.set_xlabel("z-scored MSE\n(lower is better)", fontsize=SMALL)
     ax.grid(axis="x")
@@ -212,10 +211,7 @@ def plot_across(table: pd.DataFrame, objective: str) -> Figure:
             ax.tick_params(axis="x", labelsize=SMALL)
         axes[0].set_yticks([-i for i in range(len(order))], [titles[name] for name in order], fontsize=SMALL)
         axes[0].set_xlim(0, _LIMIT + 0.03)
-        look = dict(color="#555555", ms=5.5, mew=1.1, ls="")
-        marks = [
-            axes[0].plot([], [], m, mfc="#555555" if filled else "white", **look)[0] for m, filled, _ in _MARKS.values()
-        ]
+        marks = [axes[0].plot([], [], marker, color="#555555", ms=5, mew=1.1)[0] for marker, _ in _MARKS.values()]
         names = [f"{PROBE_TITLES[p]} probe" for p in _MARKS]
         fig.legend(marks, names, loc="outside lower center", ncol=4, fontsize=SMALL)
     return fig

@@ -28,6 +28,7 @@ from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..models.pretrained import load_encoder
 from ..objectives.methods import objective_class
+from ..physics.systems import get_system
 from ..probing.evaluate import ATTENTIVE_ON, FEW
 from ..probing.few_labels import score_few
 from ..probing.reading import probe_encoder, probe_splits
@@ -36,6 +37,7 @@ from ..results.figures import using_style
 from ..results.rows import color_of, title_of
 from ..results.verify import is_current
 from ..training.cost import cost
+from ..training.loop import TrainingDiverged
 from ..training.presets import Preset, get_preset
 from ..training.pretrain import pretrain
 from ..training.run import Run, label_scaler, resolve
@@ -98,14 +100,15 @@ def between(ends: tuple[float, float], place: float) -> float:
     return float(f"{math.exp(low + place * (high - low)):.2g}")
 
 # %% ../../nbs/experiments/tuning.ipynb #ccfbaeb5
-def _before(row: tuple[str, str], preset: Preset, name: str) -> float:
+def _before(row: tuple[str, str], preset: Preset, system: str, name: str) -> float:
     "A number of the recipe of configuration 0."
-    return BEFORE.get(row, {}).get("recipe", {}).get(name, getattr(preset.recipe(*row), name))
+    return BEFORE.get(row, {}).get("recipe", {}).get(name, getattr(preset.recipe(*row, system), name))
 
 
-def configuration(row: tuple[str, str], preset: Preset, number: int) -> dict[str, dict]:
-    """What configuration `number` of a row sets, `{coefficients, encoder_config, recipe}`; nothing for 0. ValueError
-    for a row whose own choices are not known, or are more than a point has room for."""
+def configuration(row: tuple[str, str], preset: Preset, number: int, system: str = "") -> dict[str, dict]:
+    """What configuration `number` of a row sets, `{coefficients, encoder_config, recipe}`; nothing for 0. The preset
+    may have a recipe for the row on this system. ValueError for a row whose own choices are not known, or are more than
+    a point has room for."""
     if row not in OWN:
         raise ValueError(f"no choices for {'-'.join(row)}; there are: {', '.join('-'.join(r) for r in OWN)}")
     room = DIMENSIONS - 3 if objective_class(row[0]).trains else DIMENSIONS  # learning rate, weight decay, batch size
@@ -122,13 +125,13 @@ def configuration(row: tuple[str, str], preset: Preset, number: int) -> dict[str
     if not trains:
         return change | {"encoder_config": {name: pick(v, p) for (name, v), p in zip(OWN[row].items(), place)}}
     if number >= FILLING and not later:
-        lower = _before(row, preset, "lr") * LOWER[number - FILLING]
+        lower = _before(row, preset, system, "lr") * LOWER[number - FILLING]
         return change | {"recipe": {"lr": float(f"{lower:.2g}")}}
     own = {name: pick(values, p) for (name, values), p in zip(OWN[row].items(), place[3:])}
     change["recipe"] = {
         "lr": between(LEARNING_RATE, place[0]),
         "weight_decay": between(WEIGHT_DECAY, place[1]),
-        "batch_size": max(1, round(_before(row, preset, "batch_size") * pick(BATCH, place[2]))),
+        "batch_size": max(1, round(_before(row, preset, system, "batch_size") * pick(BATCH, place[2]))),
     }
     change["recipe"] |= {name: own.pop(name) for name in ("decay",) if name in own}
     return change | {"coefficients": own}
@@ -147,7 +150,7 @@ def trial_run(
 ) -> Run:
     "The run of a configuration of a row, with as many operations of training as configuration 0 takes."
     preset = get_preset(preset)
-    before, change = BEFORE.get(row, {}), configuration(row, preset, number)
+    before, change = BEFORE.get(row, {}), configuration(row, preset, number, get_system(system).name)
     usual = resolve(system, *row, preset, seed=seed, data_dir=data_dir, **before)
     both = {part: {**before.get(part, {}), **change[part]} for part in change}
     run = resolve(system, *row, preset, seed=seed, data_dir=data_dir, **both)
@@ -208,9 +211,11 @@ def trial_record(run: Run, run_dir: str | Path | None = None) -> Path:
 
 
 def _read_trial(path: Path, number: int) -> dict:
-    "The record of a trial as configuration `number`: two numbers may be the same configuration."
+    """The record of a trial as configuration `number`: two numbers may be the same configuration. The score of one
+    that diverged is infinite."""
     found = read_json(path)
-    return found | {"number": number, "score": trial_score(found["all"], found["few"])}
+    score = math.inf if "diverged" in found else trial_score(found["all"], found["few"])
+    return found | {"number": number, "score": score}
 
 # %% ../../nbs/experiments/tuning.ipynb #49ecd5f6
 def run_trial(
@@ -232,9 +237,12 @@ def run_trial(
         return _read_trial(path, number)
     remove_unpacked(path.parent)
     started = time.monotonic()
-    pretrain(run, data_dir, root, progress=progress, say=lambda text: None)
     about = {"system": system, "objective": row[0], "encoder": row[1], "number": number, "seed": seed}
-    about |= trial_scores(run, windows, root, progress=progress)
+    try:
+        pretrain(run, data_dir, root, progress=progress, say=lambda text: None)
+        about |= trial_scores(run, windows, root, progress=progress)
+    except TrainingDiverged as error:  # the other configurations go on
+        about |= {"all": {}, "few": {}, "parameters": None, "diverged": str(error)}
     about["seconds"] = read_json(path.with_name("provenance.json"))["seconds"]
     about["seconds_in_all"] = round(time.monotonic() - started, 1)
     data = {split: one.fingerprint() for split, one in windows.items()}

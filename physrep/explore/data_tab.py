@@ -141,8 +141,12 @@ class DataTab(DataChoices):
         options = dict(arrows=self.arrows.value)
         self.table.value = ""  # of the flow before, should this one not be read
         self.player.show(self.session.picture(self.channel.value, self.start.value, self.flow, **options))
-        fits = on_grid(self.flow, self.session.info["shape"][1:])
-        self.table.value = answers_html(self.session.read(self.start.value, self.flow)) if fits else ""
+        grid, here = self.session.info["shape"][1:], self.flow.fields.shape[2:]
+        if on_grid(self.flow, grid):
+            self.table.value = answers_html(self.session.read(self.start.value, self.flow))
+        else:
+            sizes = (f"{h} x {w}" for h, w in (grid, here))
+            self.table.value = "Nothing: the encoder reads flows on {} points, and this one has {}.".format(*sizes)
 
     def run(self) -> None:
         "Makes a handful of flows in the background."

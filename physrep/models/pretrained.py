@@ -142,7 +142,7 @@ class LoadedEncoder(nn.Module):
         self.check(x, dt, any_grid=any_grid)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        device = next(self.encoder.parameters()).device
+        device = self.mean.device  # an encoder may have no parameters
         clips = x if len(x) else x.new_zeros(1, *x.shape[1:])  # of no clips the number of tokens is still asked for
         tokens = [self.encoder(self.normalise(part.to(device))).float() for part in clips.split(batch_size)]
         features = torch.cat([(part.mean(1) if pool else part).cpu() for part in tokens])[: len(x)]

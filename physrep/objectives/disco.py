@@ -247,8 +247,8 @@ class Disco(Discovery):
 class DiscoFilm(Discovery):
     """One operator for all samples, whose hidden channels are scaled and shifted as the code says: the cheap form.
 
-    The code also sets how fast each field changes, a factor that starts at 0. It needs batches with `views`, see
-    `ViewBatches`, unless `other` is False. FiLM: Perez et al. (2018)."""
+    The code also sets how fast each field changes, a factor whose shared part starts at 0. It needs batches with
+    `views`, see `ViewBatches`, unless `other` is False. FiLM: Perez et al. (2018)."""
 
     def numbers(self) -> int:
         return self.operator.n_modulations + self.operator.channels

@@ -140,8 +140,11 @@ def write_few(
     rows = [] if labels_seen else score_few(features, groups, scaler, FEW, about, **options)
     if SHIFTED in features:
         rows += score_refitted(features[SHIFTED], groups[SHIFTED], scaler, about)
-    data = {s: w.fingerprint() for s, w in windows.items()}
-    return write_result(Path(folder) / "few.json", rows, data=data, **extra) if rows else Path(folder)
+    path = Path(folder) / "few.json"
+    if not rows:
+        path.unlink(missing_ok=True)  # of other data
+        return Path(folder)
+    return write_result(path, rows, data={s: w.fingerprint() for s, w in windows.items()}, **extra)
 
 # %% ../../nbs/probing/evaluate.ipynb #c387227e
 def score_encoder(

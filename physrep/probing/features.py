@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY_LIMIT', 'ABANDONED', 'Features', 'coarser_grid', 'fewer_tokens', 'FewerTokens', 'TokenBuffer', 'check_room',
-           'extract', 'encoder_digest', 'key_text', 'cache_path', 'remove_abandoned', 'cached', 'features_key']
+           'TokensOverflow', 'extract', 'encoder_digest', 'key_text', 'cache_path', 'remove_abandoned', 'cached',
+           'features_key']
 
 # %% ../../nbs/probing/features.ipynb #c0a875da
 import errno
@@ -210,6 +211,10 @@ def check_room(size: int, folders: Iterable[str | Path]) -> None:
 MEMORY_LIMIT = 2**31  # bytes of the tokens of a split
 
 
+class TokensOverflow(ValueError):
+    "Tokens that are finite, and larger than float16 holds."
+
+
 def _in_parts(encoder: nn.Module, x: Tensor) -> Tensor:
     "The tokens of a batch; in halves, and halves of these, where the memory of a GPU is too small."
     try:
@@ -236,7 +241,8 @@ def extract(
     progress: bool = True,
 ) -> Tensor:
     """Tokens `(n, tokens, d)` on the CPU of all windows in `batches`, in their order. The encoder is left in the mode
-    that it was in. ValueError for no batch or an overflow; OSError that names a folder without room."""
+    that it was in. ValueError for no batch and for tokens that are not finite, TokensOverflow if float32 would
+    hold them; OSError that names a folder without room."""
     keep_memory()
     was_training = encoder.training
     encoder.to(device).eval()
@@ -248,9 +254,9 @@ def extract(
                 network = encoder.encoder if isinstance(encoder, LoadedEncoder) else encoder
                 tokens = fewer_tokens(tokens, network, batch["fields"].shape[2:], max_tokens)
                 dtype = dtype or (torch.float16 if _survives_rounding(tokens) else torch.float32)
-                tokens = tokens.to("cpu", dtype)
+                made, tokens = tokens, tokens.to("cpu", dtype)
                 if not torch.isfinite(tokens).all():
-                    raise ValueError(
+                    raise (TokensOverflow if torch.isfinite(made).all() else ValueError)(
                         f"tokens are not finite as {dtype} in batch {i}; float16 ends at 65504: let the "
                         "encoder end in a normalisation, or pass dtype=torch.float32"
                     )

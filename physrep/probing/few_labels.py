@@ -138,6 +138,18 @@ def _rows(prediction: np.ndarray, features: Features, groups: np.ndarray, scaler
     return [{**about, **row} for row in score(prediction, features.labels, groups, scaler.system, scaler)]
 
 
+def _scaler_of_few(few: Features, scaler: LabelScaler, draw: int) -> LabelScaler:
+    "The scaling of the labels of few flows; ValueError that names the draw if all of them have one value of a label."
+    try:
+        return LabelScaler.fit(scaler.system, few.labels)
+    except ValueError as error:
+        flows = len(np.unique(few.groups))
+        raise ValueError(
+            f"draw {draw} of {flows} labelled flows: {error}. A label that nearly all flows of train share cannot be "
+            "read from few of them; leave it out of the labels of the system, or give train more values of it"
+        ) from error
+
+
 def score_few(
     features: Mapping[str, Features],  # by split, with `train`
     groups: Mapping[str, np.ndarray],  # of the bootstrap, by split
@@ -155,7 +167,7 @@ def score_few(
     number_of_flows = len(np.unique(features["train"].groups))
     for number, draw in ((n, k) for n, times in draws.items() if n < number_of_flows for k in range(times)):
         few = of_flows(features["train"], draw_flows(features["train"], scaler, number, draw))
-        own = LabelScaler.fit(scaler.system, few.labels)
+        own = _scaler_of_few(few, scaler, draw)
         fitted = {name: fit_few(name, few, own) for name in probes}
         if attentive and number == attentive_on and draw == 0:
             fitted["attentive"] = attentive(few, own)

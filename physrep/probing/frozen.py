@@ -297,11 +297,11 @@ def _head_outputs(
 
 # %% ../../nbs/probing/frozen.ipynb #c1da2bf3
 def new_head(dim: int, n_labels: int, options: dict, *seed: int | str) -> AttentiveHead:
-    """A head for tokens `(b, n, dim)` with these keyword arguments. Its initial weights follow from the seed; the
-    global generator is left as it was."""
+    """A head for tokens `(b, n, dim)` with these keyword arguments; of up to 8 attention heads as many as divide the
+    width. Its initial weights follow from the seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(*seed))
-        return AttentiveHead(dim, n_labels, **options)
+        return AttentiveHead(dim, n_labels, **{"heads": math.gcd(8, dim), **options})
 
 
 def fitted_head(probe: Probe) -> AttentiveHead:

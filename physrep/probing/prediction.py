@@ -24,7 +24,10 @@ def best_trial(trials: list[dict]) -> dict:
     "The trial with the smallest `valid_mse`, the first of equals; ValueError if none is finite."
     finite = [t for t in trials if math.isfinite(t["valid_mse"])]
     if not finite:
-        raise ValueError(f"no candidate has a finite error on valid: {trials}")
+        raise ValueError(
+            f"no candidate of this probe has a finite error on valid: {trials}; an attentive probe that diverges needs "
+            "a smaller probe_lr in the preset, other probes need finite features"
+        )
     return min(finite, key=lambda t: t["valid_mse"])
 
 # %% ../../nbs/probing/prediction.ipynb #ae3f3d38

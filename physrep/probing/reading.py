@@ -21,7 +21,7 @@ from ..data.generate import SimPreset
 from ..data.scaling import LabelScaler, Normaliser
 from ..data.windows import Windows
 from ..models.pretrained import LoadedEncoder
-from .features import Features, cached, encoder_digest, extract, features_key
+from .features import Features, TokensOverflow, cached, encoder_digest, extract, features_key
 from .frozen import AttentiveRecipe, Probe, fit_probe
 from ..training.presets import Preset
 from ..training.run import Run, load_splits
@@ -97,8 +97,11 @@ def features_of(
 
     def make() -> torch.Tensor:
         options = dict(device=device, scratch=scratch or cache, max_tokens=max_tokens, progress=progress)
-        kept_in = cache if known else None
-        return extract(encoder, batches.evaluation(), expected=len(windows), kept_in=kept_in, **options)
+        options |= dict(expected=len(windows), kept_in=cache if known else None)
+        try:
+            return extract(encoder, batches.evaluation(), **options)
+        except TokensOverflow:  # small in the first batch, and larger than float16 holds later
+            return extract(encoder, batches.evaluation(), dtype=torch.float32, **options)
 
     if cache and known:
         key = features_key(encoder, windows, size=size, max_tokens=max_tokens, device=device)

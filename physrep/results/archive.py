@@ -231,7 +231,10 @@ def check_same_flows(folder: str | Path, data_dir: str | Path, system: str) -> N
                 here.setdefault(split, fingerprint(find_files(data_dir, system, split)))
                 if here[split] != told:
                     simulated = (Path(data_dir) / system / "plan.json").is_file()
-                    again = "Delete them, and they are simulated again. Or" * simulated
+                    again = (
+                        "Delete them, and simulate them again on a CPU (`CUDA_VISIBLE_DEVICES= make data`). Or"
+                        * simulated
+                    )
                     remove = f"python -m physrep.results.archive remove --preset {Path(folder).parent.name}"
                     raise ValueError(
                         f"{run} was scored on other flows of split {split!r} (fingerprint {told}) than those in "

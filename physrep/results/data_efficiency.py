@@ -46,8 +46,8 @@ def beside_labels_alone(df: pd.DataFrame, probe: str = "kernel", *, split: str =
     )
     means = means.value.mean().reset_index()
     supervised = means.objective.str.partition(".")[0] == "supervised"
-    every = means[supervised].groupby("labelled_flows").draw.nunique()
-    own = means[supervised & (means.labelled_flows < every.index.max())].drop(columns="objective")
+    most = means.system.map(means[supervised].groupby("system").labelled_flows.max())  # all labels of the system
+    own = means[supervised & (means.labelled_flows < most)].drop(columns="objective")
     both = means[~supervised].merge(
         own.rename(columns={"value": "alone"}), on=["system", "encoder", "labelled_flows", "draw"]
     )

@@ -209,13 +209,26 @@ def verify(folder: str | Path = "figures", data_dir: str | Path | None = None) -
     return pd.DataFrame([_verify_one(folder, name, data_dir) for name in names])
 
 # %% ../../nbs/results/verify.ipynb #3b6948ea
+def _same_clip(found: Mapping, preset: Preset) -> bool:
+    """Whether clips and labels of a result are those of the preset. A run's folder has them in its name; a baseline's,
+    whose rows have no encoder, does not."""
+    config = found["config"]
+    if bool(config.get("paper_labels")) != preset.paper_labels:
+        return False
+    clip, rows = config.get("clip"), found.get("rows") or [{}]
+    if not clip or rows[0].get("encoder") != "none":
+        return True
+    resized = clip["size"] is None or clip["size"] == preset.size  # a smaller grid stays as it is
+    return clip["frames"] == preset.frames and resized
+
+
 def _same_probing(found: Mapping, preset: Preset | None) -> bool:
     "Whether the preset of a result probes as it did; True for one that is not given and has no name here."
     try:
         preset = preset or get_preset(found["config"]["preset"])
     except (ValueError, FileNotFoundError):
         return True
-    return found.get("probing") == json.loads(json.dumps(preset.probing()))
+    return found.get("probing") == json.loads(json.dumps(preset.probing())) and _same_clip(found, preset)
 
 
 def is_current(

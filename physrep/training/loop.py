@@ -58,7 +58,8 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, learning rate, batches, counted in updates. Defaults are the paper's where it gives them.
+    """How to train: AdamW, learning rate, batches, counted in updates. Its own recipes (a cosine, 256 windows) are in
+    preset `paper`.
 
     Raises ValueError for values that cannot be trained with. `evaluations` and `checkpoint_seconds` decide no number of
     the encoder: `decisive` leaves them out."""
@@ -334,7 +335,8 @@ def train(
     progress: bool = True,
 ) -> pd.DataFrame:
     """Trains `objective` in place and returns the metrics. `resume` goes on from a checkpoint in `folder`; on the CPU
-    the result is bit for bit that of an undisturbed run. TrainingDiverged, or TimeUp when `minutes` are over."""
+    the result is bit for bit that of an undisturbed run, unless modules draw random numbers of their own, such as
+    dropout. TrainingDiverged, or TimeUp when `minutes` are over."""
     folder = Path(folder)
     device = torch.device(device)
     started = time.monotonic()

@@ -96,6 +96,12 @@ def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cp
     parts = run.recipe.accumulate if run.recipe else 1
     changed = dict(augment=run.clip.augment, noise=run.clip.noise)
     changed["labels"] = run.reads_labels or "unlabelled" not in windows["train"].split  # those nobody is to learn from
+    fixed = [view.start for view in run.views if view.start is not None]
+    if len(set(fixed)) < len(fixed) and not run.clip.augment:
+        raise ValueError(
+            "two views of the same frames differ by their symmetries alone, and preset "
+            f"{run.preset.name} has none: set `augment: true` in a preset of your own, or take other frames"
+        )
     make = partial(ViewBatches, views=run.views) if run.views else Batches
     return {
         "train": make(windows["train"], batch_size=size, accumulate=parts, **changed, **options),

@@ -291,9 +291,9 @@ def resolve(
     recipe: Mapping | None = None,  # of the training recipe, over the preset's
     data_dir: str | Path | None = None,  # only for a system whose grid nothing but its files can tell
 ) -> Run:
-    """Every parameter of a run. A convolution that pads circularly (`padding_mode`, one for each axis) pads with zeros
-    where the paper's crop cuts an axis. Raises ValueError for unknown names and impossible values; the message lists
-    the valid ones."""
+    """Every parameter of a run. A convolution that pads circularly (`padding_mode`, one for all axes or for each) pads
+    with zeros at walls, and where the paper's crop cuts an axis. Raises ValueError for unknown names and impossible
+    values; the message lists the valid ones."""
     preset = get_preset(preset)
     encoder = check_pair(objective, encoder)
     if objective == "frozen" and ":" not in encoder:
@@ -326,11 +326,12 @@ def resolve(
         ),
         data=data,
     )
-    padding = run.encoder_config.get("padding_mode")
-    if run.crop is None or not isinstance(padding, list):
+    asked = run.encoder_config.get("padding_mode")
+    modes = [asked, asked] if isinstance(asked, str) else asked
+    if modes is None:
         return run
-    padding = [mode if edge == "periodic" else "zeros" for mode, edge in zip(padding, seen_system(run).boundary)]
-    return replace(run, encoder_config={**run.encoder_config, "padding_mode": padding})
+    padding = [mode if edge == "periodic" else "zeros" for mode, edge in zip(modes, seen_system(run).boundary)]
+    return run if padding == modes else replace(run, encoder_config={**run.encoder_config, "padding_mode": padding})
 
 # %% ../../nbs/training/run.ipynb #0910b326
 def _json(value: Mapping) -> dict:

@@ -149,7 +149,7 @@ class Watch:
     def __call__(self, objective: nn.Module, step: int) -> None:
         "Measures an objective after `step` updates; it must be in evaluation mode."
         clip = getattr(objective.encoder, "in_channels", 1) * math.prod(objective.shape)
-        at_once = max(1, min(self.at_once, MOST_NUMBERS // clip))
+        at_once = max(2, min(self.at_once, MOST_NUMBERS // clip))  # gates compare a window with others
         train, valid = (
             pooled(objective.encoder, self.plain[split].evaluation(at_once, limit=n), objective.shape[0])
             for split, n in zip(("train", "valid"), self.windows)
