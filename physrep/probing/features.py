@@ -224,7 +224,7 @@ def _in_parts(encoder: nn.Module, x: Tensor) -> Tensor:
             raise
     return torch.cat([_in_parts(encoder, part) for part in x.split((len(x) + 1) // 2)])
 
-
+# %% ../../nbs/probing/features.ipynb #2929eb38
 @fast_products()
 def extract(
     encoder: nn.Module,  # `(b, c, t, h, w) -> (b, tokens, d)`

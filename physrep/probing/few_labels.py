@@ -149,7 +149,7 @@ def _scaler_of_few(few: Features, scaler: LabelScaler, draw: int) -> LabelScaler
             "read from few of them; leave it out of the labels of the system, or give train more values of it"
         ) from error
 
-
+# %% ../../nbs/probing/few_labels.ipynb #bb564a09
 def score_few(
     features: Mapping[str, Features],  # by split, with `train`
     groups: Mapping[str, np.ndarray],  # of the bootstrap, by split

@@ -230,7 +230,7 @@ def _same_probing(found: Mapping, preset: Preset | None) -> bool:
         return True
     return found.get("probing") == json.loads(json.dumps(preset.probing())) and _same_clip(found, preset)
 
-
+# %% ../../nbs/results/verify.ipynb #435193eb
 def is_current(
     result: str | Path,
     preset: Preset | None = None,  # of the run: one from a file cannot be found by its name

@@ -335,8 +335,7 @@ def train(
     progress: bool = True,
 ) -> pd.DataFrame:
     """Trains `objective` in place and returns the metrics. `resume` goes on from a checkpoint in `folder`; on the CPU
-    the result is bit for bit that of an undisturbed run, unless modules draw random numbers of their own, such as
-    dropout. TrainingDiverged, or TimeUp when `minutes` are over."""
+    the result is that of an undisturbed run to the bit, but for dropout. TrainingDiverged; TimeUp after `minutes`."""
     folder = Path(folder)
     device = torch.device(device)
     started = time.monotonic()
