@@ -275,7 +275,7 @@ class PooledVICReg(Regulariser):
     ) -> dict[str, torch.Tensor]:
         check_sides(features, other, self.weights["invariance"])
         if len(features) < 2:
-            raise ValueError("a spread needs at least two rows, got one: a larger batch_size or less accumulate")
+            raise ValueError("a spread needs at least two rows, got one: more batch_size or less accumulate")
         sides = [rows_of(self.projector(f)) for f in (features, other) if f is not None]
         with torch.autocast(features.device.type, enabled=False):
             parts = spread(sides)

@@ -330,7 +330,8 @@ def resolve(
     modes = [asked, asked] if isinstance(asked, str) else asked
     if modes is None:
         return run
-    padding = [mode if edge == "periodic" else "zeros" for mode, edge in zip(modes, seen_system(run).boundary)]
+    edges = zip(modes, seen_system(run).boundary)
+    padding = ["zeros" if mode == "circular" and edge != "periodic" else mode for mode, edge in edges]
     return run if padding == modes else replace(run, encoder_config={**run.encoder_config, "padding_mode": padding})
 
 # %% ../../nbs/training/run.ipynb #0910b326
