@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,7 +17,14 @@ from physrep.probing.few_labels import draw_flows, fit_attentive_on_few, fit_few
 from physrep.probing.frozen import AttentiveRecipe, fit_probe
 from physrep.probing.reading import probe_splits
 from physrep.probing.records import read_results
-from physrep.results.data_efficiency import PAPER_SHARES, plot_beside_paper, plot_data_efficiency, plot_shift, read_few
+from physrep.results.data_efficiency import (
+    PAPER_SHARES,
+    beside_labels_alone,
+    plot_beside_paper,
+    plot_data_efficiency,
+    plot_shift,
+    read_few,
+)
 from physrep.training.pretrain import pretrain
 from physrep.training.run import resolve
 
@@ -214,3 +222,16 @@ def test_rows_of_few_flows_of_other_data_do_not_stay(tmp_path, smoke_data):
     scaler = LabelScaler.fit(SYSTEM, features["train"].labels)
     assert write_few(tmp_path, features, windows, scaler, ABOUT, labels_seen=True) == tmp_path
     assert not (tmp_path / "few.json").exists()
+
+
+def test_all_labels_of_a_small_system_are_no_few_labels():
+    about = dict(encoder="vit", draw=0, split="test", probe="kernel", value=0.5)
+    flows = {"shear_flow": 896, "active_matter": 175}
+    rows = [
+        {**about, "system": s, "objective": o, "labelled_flows": n}
+        for s, n in flows.items()
+        for o in ("supervised", "mae")
+    ]
+    assert beside_labels_alone(pd.DataFrame(rows)).empty
+    few = [{**row, "labelled_flows": 16} for row in rows if row["system"] == "active_matter"]
+    assert set(beside_labels_alone(pd.DataFrame(rows + few)).system) == {"active_matter"}

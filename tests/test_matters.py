@@ -19,6 +19,7 @@ from physrep.core.paths import project_root
 from physrep.data.scaling import LabelScaler
 from physrep.experiments import matters, matters_probes, matters_systems
 from physrep.experiments.matters import (
+    ALL_RATES,
     BUDGET,
     CELL_ENCODERS,
     CELLS,
@@ -715,3 +716,11 @@ def test_random_weights_have_the_padding_of_their_network():
         mine = untrained_run(encoder, "shear_flow", "laptop")
         cell = cell_run(f"tube-pixels-{encoder}", "shear_flow", "laptop", steps=1)
         assert mine.objective == "random" and mine.encoder_config == cell.encoder_config
+
+
+def test_a_cell_takes_the_recipe_of_its_system(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: smoke\ntrain: {jepa@shear_flow: {lr: 0.004, steps: 4}}\n")
+    preset = get_preset(tmp_path / "mine.yaml")
+    run = cell_run("window-shared-convnext", "shear_flow", preset, rate="middle", steps=1)
+    assert run.recipe.lr == pytest.approx(0.004 * ALL_RATES["middle"])
+    assert at_rate(run, "low").recipe.lr == pytest.approx(0.004 * ALL_RATES["low"])
