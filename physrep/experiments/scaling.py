@@ -8,10 +8,12 @@ __all__ = ['FACTORS', 'READERS', 'reading_file', 'readers', 'time_readers', 'tim
 
 # %% ../../nbs/experiments/scaling.ipynb #3e9643ee
 import importlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,30 +110,45 @@ def _middle(sim: SimPreset, system: str) -> dict[str, float]:
     return middle
 
 
+def _median_seconds(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    "Median over calls, without the first one, which plans transforms."
+    seconds = []
+    for _ in range(repeats + 1):
+        started = clock()
+        call()
+        seconds.append(clock() - started)
+    return float(np.median(seconds[1:]))
+
+
 def time_solvers(
     preset: Preset,
     systems: Sequence[str],
     batches: Sequence[int] = (1, 4, 16, 64),
+    threads: Sequence[int] = (1,),  # torch threads
     *,
     frames: int = 3,  # that are simulated; a flow of the preset takes as many times as long as it has more
     repeats: int = 3,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> pd.DataFrame:
-    "Flows a second by system and batch (median over rounds), with the grid, frames and time step of a preset."
-    rows = []
-    for system in systems:
+    """Flows a second by system, threads and batch (median over rounds), with grid, frames and time step of a preset.
+
+    `per_thread` is that number over the threads, which is what a core makes. With `OMP_NUM_THREADS=1` in the
+    environment more threads wait for each other and are many times slower."""
+    rows, before = [], torch.get_num_threads()
+    for system, some in itertools.product(systems, threads):
         sim, solver = preset.sim(system), importlib.import_module(f"physrep.{SOLVERS[system]}")
         same = dict(grid=sim.grid, box=sim.box, frame_dt=sim.frame_dt, dt=sim.dt, store_grid=sim.store_grid)
         for n in batches:
-            seconds = []
-            for _ in range(repeats + 1):
-                started = clock()
-                numbers = {name: [value] * n for name, value in _middle(sim, system).items()}
-                solver.simulate(**numbers, seeds=range(n), n_frames=frames, batch=n, device=device, **same)
-                seconds.append(clock() - started)
-            whole = np.median(seconds[1:]) * (sim.n_frames - 1) / (frames - 1)  # the first call plans transforms
-            rows.append({"system": system, "batch": n, "flows_per_second": n / whole})
+            numbers = {name: [value] * n for name, value in _middle(sim, system).items()}
+            solve = partial(solver.simulate, **numbers, seeds=range(n), n_frames=frames, batch=n, device=device, **same)
+            torch.set_num_threads(some)
+            try:
+                whole = _median_seconds(solve, repeats, clock) * (sim.n_frames - 1) / (frames - 1)
+            finally:
+                torch.set_num_threads(before)
+            speed = {"flows_per_second": n / whole, "per_thread": n / whole / some}
+            rows.append({"system": system, "threads": some, "batch": n, **speed})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/scaling.ipynb #3592dbef
@@ -277,7 +294,8 @@ READERS = {"the_well": "The Well's reader", "copy": "copy in memory"}  # what a 
 
 
 def plot_sources(reading: pd.DataFrame, solving: pd.DataFrame) -> Figure:
-    "Tables of `time_readers` and `time_solvers`: windows a second of each reader, flows a second by batch."
+    """Tables of `time_readers` and `time_solvers`: windows a second of each reader, flows a second of a thread by
+    batch, dashed with more than the fewest threads."""
     with using_style():
         fig = Figure(figsize=(WIDTH, 2.5), layout="constrained")
         left, right = fig.subplots(1, 2)
@@ -286,13 +304,15 @@ def plot_sources(reading: pd.DataFrame, solving: pd.DataFrame) -> Figure:
         left.bar_label(bars, [f"{n:.1f}x" for n in reading.times_the_well[::-1]], padding=3, fontsize=SMALL)
         left.set_xlabel("windows a second", fontsize=SMALL)
         left.set_xlim(0, 1.3 * reading.windows_per_second.max())
-        for (system, one), color in zip(solving.groupby("system", sort=False), ("#4477AA", "#EE6677", "#228833")):
-            name = get_system(system).title
-            right.plot(one.batch, one.flows_per_second, "o-", ms=4, label=name, color=color)
+        for (system, some), color in zip(solving.groupby("system", sort=False), ("#4477AA", "#EE6677", "#228833")):
+            for threads, one in some.groupby("threads"):
+                first = threads == some.threads.min()
+                look = dict(label=get_system(system).title) if first else dict(ls="--", mfc="white")
+                right.plot(one.batch, one.per_thread, marker="o", ms=4, color=color, **look)
         right.set_xscale("log", base=2)
         right.set_xticks(sorted(set(solving.batch)), [str(n) for n in sorted(set(solving.batch))])
         right.set_xlabel("flows stepped together", fontsize=SMALL)
-        right.set_ylabel("flows a second", fontsize=SMALL)
+        right.set_ylabel("flows a second of a thread", fontsize=SMALL)
         right.set_ylim(0, None)
         right.grid(axis="y")
         fig.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=SMALL)
