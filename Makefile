@@ -56,6 +56,10 @@ help:  ## list the targets
 	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>   SEEDS=<further ones, e.g. \"1 2\">   CELLS=<all, or cells, for make matters>   NOTEBOOKS=<names, for make notebooks>"
 	@echo "  PROFILE=tools/slurm GPUS=1   jobs of a cluster (CORES: of a job that can use several)"
 
+# Every Python of the environment starts with this line. A second of each stage went into searches for garbage among all
+# that torch has loaded, half of them when the process ends anyway.
+FEW_SEARCHES := import atexit, gc; gc.set_threshold(10_000, 50, 100); atexit.register(gc.freeze)
+
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
 
 # The stamp is written last: an installation that was interrupted is done again.
@@ -66,6 +70,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@$(BIN)/python -m pip check
 	@$(BIN)/python tools/git_hooks.py || true
+	@echo '$(FEW_SEARCHES)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/physrep_few_searches.pth"
 	@touch $@
 
 reproduce: $(READY)  ## simulate, pretrain, probe, draw Table 1 and the main figures, and compare them with the committed ones
@@ -225,7 +230,7 @@ bench: $(READY)  ## time the pieces of a training update of every objective, by 
 
 scaling: $(READY)  ## time reading, solvers, and updates by grid, frames, batch and width; some minutes, on a machine that does nothing else
 	@mkdir -p runs/$(NAME)/notebooks
-	@$(BIN)/python -m papermill nbs/10a_scaling.ipynb runs/$(NAME)/notebooks/scaling.ipynb --no-progress-bar -p preset $(PRESET) \
+	@env -u OMP_NUM_THREADS -u MKL_NUM_THREADS $(BIN)/python -m papermill nbs/10a_scaling.ipynb runs/$(NAME)/notebooks/scaling.ipynb --no-progress-bar -p preset $(PRESET) \
 	  $(if $(SYSTEM),-p system $(SYSTEM)) $(if $(ONLY),-p rows "$(ONLY)") < /dev/null
 
 peer: $(READY)  ## time the shear flow solver beside Dedalus, if that is installed; some minutes, on a machine that does nothing else

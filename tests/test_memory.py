@@ -92,6 +92,7 @@ def test_operations_of_large_batches_are_counted_on_a_few_windows(row, monkeypat
     seen, make = [], cost.example_batch
     monkeypatch.setattr(cost, "example_batch", lambda *args: seen.append(args[2]) or make(*args))
     monkeypatch.setattr(cost, "_MANY", 0)
+    monkeypatch.setattr(cost, "_COUNTED", {})
     few = cost.cost(run)
     assert max(seen) < run.recipe.batch_size and few["encode"] == whole["encode"]
     assert few["train"] == pytest.approx(whole["train"], rel=1e-3)

@@ -136,6 +136,15 @@ def test_make_help_lists_the_targets():
         assert f"make {target} " in text
 
 
+def test_pythons_of_the_environment_search_less_for_garbage(tmp_path):
+    "The line of the Makefile is one that Python runs as it starts, without a word."
+    (line,) = re.findall(r"^FEW_SEARCHES := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    (tmp_path / "few.pth").write_text(line + "\n")
+    code = f"import gc, site; site.addsitedir({str(tmp_path)!r}); print(gc.get_threshold()[0])"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and int(done.stdout) == 10_000
+
+
 def ignored_variables() -> list[tuple[str, str]]:
     "Targets of make and a variable that each of them refuses."
     text = (ROOT / "Makefile").read_text(encoding="utf-8")

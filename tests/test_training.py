@@ -231,7 +231,7 @@ def test_a_run_is_all_that_decides_numbers():
     assert run.hash == resolve("shear_flow", "mae", preset="smoke", seed=3).hash
     others = [
         dict(lr=2e-3),
-        dict(coefficients={"ratio": 0.5}),
+        dict(coefficients={"ratio": 0.25}),
         dict(encoder_config={"depth": 2}),
         dict(recipe={"warmup": 0.3}),
         dict(tag="x"),
@@ -348,6 +348,24 @@ def test_the_cost_of_an_objective_with_views_is_counted(objective):
     assert [len(x) for x in batch["views"]] == [3] * len(model.views)
     assert [x.shape[2] for x in batch["views"]] == [view.frames for view in model.views]
     assert cost(run)["train"] > cost(run)["encode"] > 0
+
+
+def test_operations_are_counted_once_for_all_seeds_and_lengths(monkeypatch):
+    from physrep.training import cost as module
+
+    sizes, count = [], module._count
+    monkeypatch.setattr(module, "_COUNTED", {})
+    monkeypatch.setattr(module, "_count", lambda run, size: sizes.append(size) or count(run, size))
+    runs = [
+        resolve("shear_flow", "mae", "vit", "smoke", seed=seed, recipe={"steps": steps, "batch_size": size})
+        for seed, steps, size in ((0, 2, 4), (1, 6, 4), (0, 2, 8))
+    ]
+    first, longer, larger = map(module.cost, runs)
+    assert sizes == [4, 8] and longer["total"] == 3 * first["total"] == 1.5 * larger["total"]
+    module.cost(replace(runs[0], encoder_config={**runs[0].encoder_config, "depth": 1}))
+    module.cost(replace(runs[0], coefficients={**runs[0].coefficients, "ratio": 0.25}))
+    assert sizes == [4, 8, 4, 4], "another network or question is counted anew"
+    assert module.cost(replace(runs[0], recipe=None))["train"] == 0 and sizes[-1] == 0
 
 
 class Twice(torch.nn.Module):

@@ -20,20 +20,18 @@ def cost_table(runs: Sequence[Run], run_dir: str | Path | None = None) -> pd.Dat
     """Mean over seeds of what each row has cost, by (objective, encoder, system): operations in MFLOP and TFLOP, time
     in seconds. Runs without a record of training (rows that are only probed) are left out. FileNotFoundError for a run
     that is not probed."""
-    flops: dict[str, dict] = {}
     rows = []
     for run in runs:
         folder = run.folder(run_dir)
         if not (folder / "provenance.json").is_file():
             continue
         result = read_json(folder / "result.json")
-        key = f"{run.system.name}/{run.name}"
-        flops[key] = flops.get(key) or cost(run)
+        flops = cost(run)
         row: dict[str, object] = {"system": run.system.name, "objective": run.row[0], "encoder": run.row[1]}
         row |= {"parameters": result["parameters"]}
-        row |= {"MFLOP a clip": flops[key]["encode"] / 1e6, "MFLOP a window": flops[key]["train"] / 1e6}
+        row |= {"MFLOP a clip": flops["encode"] / 1e6, "MFLOP a window": flops["train"] / 1e6}
         row |= {"windows seen": run.recipe.steps * run.recipe.batch_size if run.recipe else 0}
-        row |= {"training, TFLOP": flops[key]["total"] / 1e12}
+        row |= {"training, TFLOP": flops["total"] / 1e12}
         row |= {"training, s": read_json(folder / "provenance.json")["seconds"], "probing, s": result["seconds"]}
         rows.append(row)
     return pd.DataFrame(rows).groupby(["objective", "encoder", "system"], sort=False).mean()

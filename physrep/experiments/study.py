@@ -196,12 +196,13 @@ def study_table(
 ) -> pd.DataFrame:
     """A row for each training: command, row, system, seed, `network_of` the run, whether it is done, and how many
     operations it takes."""
-    operations: dict[str, int] = {}
+    of_cells: dict[str, int] = {}  # all cells of a system take the same number of operations
     rows = []
     for command, run in planned or planned_runs(preset, systems, run_dir, seeds, data_dir):
-        cell = command == "matters"  # all cells take the same number of operations
-        key = f"{run.system.name}/{command if cell else run.name}"
-        operations[key] = operations.get(key) or cost(run)["total"]
+        cell = command == "matters"
+        if cell and run.system.name not in of_cells:
+            of_cells[run.system.name] = cost(run)["total"]
+        total = of_cells[run.system.name] if cell else cost(run)["total"]
         network = " periodic" if cell and "padding_mode" in run.encoder_config else ""
         row = "-".join(run.row) + network + (f" at {run.recipe.lr:g}" if cell else "")
         about = {"make": command, "row": row, **_about(run)}
@@ -211,9 +212,9 @@ def study_table(
         of_results |= command == "question" and (folder / "question.json").is_file()
         unpacked = of_results and scored_elsewhere(folder, preset)
         done = (folder / "encoder.safetensors").is_file() or unpacked
-        rows.append(about | {"done": done, "operations": operations[key]})
+        rows.append(about | {"done": done, "operations": total})
     for name, run, done in _few_labels(preset, systems, run_dir, data_dir):
-        total = operations.get(f"{run.system.name}/{run.name}") or cost(run)["total"]
+        total = cost(run)["total"]
         rows.append({"make": "few", "row": name, **_about(run), "done": done, "operations": total})
     for name, run, done, total in _fine_tunings(preset, systems, run_dir, data_dir, seeds):
         rows.append({"make": "finetune", "row": name, **_about(run), "done": done, "operations": total})

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .run import Run, build
+from ..core.devices import products_are_fast
+from .run import Run, build, network_key
 
 # %% ../../nbs/training/cost.ipynb #9d973c34
 def _convolution_backward(
@@ -91,18 +92,30 @@ def in_one_chunk(run: Run) -> Run:
 _MANY = 2**24  # numbers in the windows of a batch, beyond which a few windows are counted to save memory
 
 
-def cost(run: Run) -> dict[str, int]:
-    "`{encode, train, total}`: operations to embed a clip, to train on a window, and of the whole training of a run."
-    recipe = run.recipe
+_COUNTED: dict[tuple, tuple[int, float]] = {}  # what `_count` has found before, by all that decides it
+
+
+def _count(run: Run, size: int) -> tuple[int, float]:
+    "Operations to embed a clip, and to train on a window in batches of `size`; 0 for a size of 0."
     objective = build(run).train()
-    size = recipe.batch_size // recipe.accumulate if recipe else 1  # VICReg needs the batch; divided out below
     if size * run.system.n_channels * math.prod(run.clip_shape) > _MANY:
         objective = build(in_one_chunk(run)).train()
         size = smallest_batch(run, objective, size)
-    batch = example_batch(run, objective, size)
+    batch = example_batch(run, objective, max(1, size))
     with torch.no_grad():
         encode = count_flops(lambda: objective.encoder(batch["fields"][:1, :, : run.clip.frames]))
-    if recipe is None:
-        return {"encode": encode, "train": 0, "total": 0}
-    train = count_flops(lambda: objective(batch)["loss"].backward()) / size
-    return {"encode": encode, "train": round(train), "total": round(train * recipe.batch_size * recipe.steps)}
+    return encode, count_flops(lambda: objective(batch)["loss"].backward()) / size if size else 0.0
+
+
+def cost(run: Run) -> dict[str, int]:
+    """`{encode, train, total}`: operations to embed a clip, to train on a window, and of the whole training of a run.
+
+    They are counted once for all seeds and lengths of a training."""
+    recipe = run.recipe
+    size = recipe.batch_size // recipe.accumulate if recipe else 0  # VICReg needs the whole batch
+    key = (*network_key(run), size, products_are_fast())
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(run, size)
+    encode, train = _COUNTED[key]
+    total = train * recipe.batch_size * recipe.steps if recipe else 0
+    return {"encode": encode, "train": round(train), "total": round(total)}
