@@ -362,7 +362,7 @@ def test_operations_are_counted_once_for_all_seeds_and_lengths(monkeypatch):
     ]
     first, longer, larger = map(module.cost, runs)
     assert sizes == [4, 8] and longer["total"] == 3 * first["total"] == 1.5 * larger["total"]
-    module.cost(replace(runs[0], encoder_config={**runs[0].encoder_config, "depth": 1}))
+    module.cost(replace(runs[0], encoder_config={**runs[0].encoder_config, "depth": 2}))
     module.cost(replace(runs[0], coefficients={**runs[0].coefficients, "ratio": 0.25}))
     assert sizes == [4, 8, 4, 4], "another network or question is counted anew"
     assert module.cost(replace(runs[0], recipe=None))["train"] == 0 and sizes[-1] == 0

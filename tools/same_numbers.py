@@ -21,6 +21,11 @@ rows, is made from the results in `figures/results`, by both codes, and only def
 
     python tools/same_numbers.py --tables --redrawn panel --against HEAD~1 --why "panels have a logarithmic axis"
 
+    python tools/same_numbers.py --operations --against HEAD~1 --why "operations are counted once for all seeds"
+
+With `--operations` nothing is trained either. The operations of all rows on all systems, and of all cells of
+`make matters`, are counted by both codes, and only definitions of `training.cost` are declared equal.
+
 With `--redrawn` the pictures of a kind may look different, while all tables must be equal. The figures that show such
 pictures are drawn again for the same commit, as nothing else will say that theirs are old."""
 
@@ -168,6 +173,29 @@ def used_in_tables() -> dict[str, list[str]]:
     return {name: sorted(digests) for name, digests in provenance._used(COMPARISONS, ()).items()}
 
 
+def operations() -> dict:
+    "The operations of all rows and cells that the code that is imported counts, by name."
+    from physrep.experiments.matters import cell_run, cells_of
+    from physrep.results.rows import ROWS, run_of
+    from physrep.training.cost import cost
+    from physrep.training.presets import get_preset
+
+    preset = get_preset("laptop")
+    rows = [row for row in ROWS if row.kind in ("trained", "random")]
+    found = {f"{s}, {'-'.join(row.pair)}": cost(run_of(row, s, preset)) for s in preset.systems for row in rows}
+    first = preset.systems[0]
+    return found | {f"{first}, {name}": cost(cell_run(name, first, preset)) for name in cells_of(first, preset)}
+
+
+def used_in_operations() -> dict[str, list[str]]:
+    "The digests of the definitions of `training.cost`, by name."
+    from physrep.core import provenance
+
+    full = "physrep.training.cost"
+    parts = provenance._module(full, provenance._source(full))[0]
+    return {name: [provenance._same_numbers(name, digest)] for name, _, digest in parts}
+
+
 def weights_differ(old: Path, new: Path) -> float:
     "The difference of the weights of two encoders, relative to those of the first."
     from safetensors.numpy import load_file
@@ -242,7 +270,14 @@ def differing(old: dict[str, list[str]], new: dict[str, list[str]]) -> dict[str,
     return found
 
 
-ASKED = {"numbers": numbers, "used": used, "tables": tables, "used_in_tables": used_in_tables}
+ASKED = {
+    "numbers": numbers,
+    "used": used,
+    "tables": tables,
+    "used_in_tables": used_in_tables,
+    "operations": operations,
+    "used_in_operations": used_in_operations,
+}
 
 
 def main() -> int:
@@ -251,6 +286,7 @@ def main() -> int:
     parser.add_argument("--why", help="what changed, in a few words")
     parser.add_argument("--rounding", action="store_true", help="the last digits may differ")
     parser.add_argument("--tables", action="store_true", help="of comparisons alone, from the committed results")
+    parser.add_argument("--operations", action="store_true", help="of operations alone, which are counted")
     redrawn = "pictures of this kind may differ; several times for several kinds"
     parser.add_argument("--redrawn", action="append", choices=PICTURES, default=[], help=redrawn)
     parser.add_argument("--ask", choices=list(ASKED), help=argparse.SUPPRESS)
@@ -261,9 +297,12 @@ def main() -> int:
         takes_folder = asked.ask in ("numbers", "tables")
         asked.into.write_text(json.dumps(ASKED[asked.ask](*([asked.folder] if takes_folder else []))))
         return 0
-    what, definitions = ("tables", "used_in_tables") if asked.tables else ("numbers", "used")
-    if asked.tables and asked.rounding:
-        parser.error("tables are compared bit by bit: leave out --rounding")
+    what = "tables" if asked.tables else "operations" if asked.operations else "numbers"
+    definitions = "used" if what == "numbers" else f"used_in_{what}"
+    if asked.tables and asked.operations:
+        parser.error("--tables and --operations are two calls, one after the other")
+    if what != "numbers" and asked.rounding:
+        parser.error(f"{what} are compared bit by bit: leave out --rounding")
     if asked.redrawn and not asked.tables:
         parser.error("--redrawn is for pictures of tables: add --tables")
     if not (asked.against and asked.why):
