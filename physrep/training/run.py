@@ -143,7 +143,7 @@ def build(run: Setup) -> torch.nn.Module:
         asked = dict(system=seen_system(run), shape=run.clip_shape)
         return build_objective(run.objective, encoder, **asked, **run.coefficients)
 
-
+# %% ../../nbs/training/run.ipynb #bae65e57
 def network_key(run: Setup) -> tuple:
     "What decides the layers of a run and their input: the same for all its seeds and recipes."
     parts = (objective_class(run.objective), load_object(run.encoder, ENCODERS))
