@@ -58,7 +58,7 @@ help:  ## list the targets
 
 # Every Python of the environment starts with this line. A second of each stage went into searches for garbage among all
 # that torch has loaded, half of them when the process ends anyway.
-FEW_SEARCHES := import atexit, gc; gc.set_threshold(10_000, 50, 100); atexit.register(gc.freeze)
+FEW_SEARCHES := import atexit, gc; gc.set_threshold(10_000, 10, 10); atexit.register(gc.freeze)
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
 

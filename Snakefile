@@ -108,6 +108,8 @@ def papermill(name, out, folder=OUT, **parameters):
 def simulated(system):
     "The file that is written last when a system is simulated; for data that are read as they are, those files."
     if system in PRESET.sims:
+        if is_address(DATA):
+            raise ValueError(f"preset {PRESET.name} simulates {system}, which needs a folder on this machine, not {DATA}; PRESET=paper or native reads")
         return [DATA / system / "stats.yaml"]
     if is_address(DATA):  # nothing that the workflow could look at
         return []
@@ -171,7 +173,7 @@ for system, asked in SYSTEMS.items():
         rule:
             name: f"simulate_{system}"
             output: simulated(system)
-            params: code=solver, command=papermill("00_simulate", f"{system}-simulate", system=system, workers=SIMULATING)
+            params: code=solver, flows=repr(PRESET.sims[system]), command=papermill("00_simulate", f"{system}-simulate", system=system, workers=SIMULATING)
             threads: CORES if torch.cuda.is_available() else SIM_WORKERS
             resources: simulating=SIM_WORKERS  # not a parameter: another number of cores changes no flow
             priority: FIRST_SYSTEMS[system] + 9
@@ -182,7 +184,7 @@ for system, asked in SYSTEMS.items():
         rule:
             name: f"refine_{system}"
             output: REFINED[-1]
-            params: code=solver, command=papermill("00_simulate", f"{system}-refine", system=system, refined=True, workers=1)
+            params: code=solver, flows=f"{PRESET.sims[system]} {PRESET.refined}", command=papermill("00_simulate", f"{system}-refine", system=system, refined=True, workers=1)
             shell: "{params.command}"
 
 # The rows of a system: once on its data; The Well's shear flow once more on splits without leaks, with runs of its own.

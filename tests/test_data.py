@@ -35,6 +35,7 @@ from physrep.physics.oracle import equation_oracle
 from physrep.physics.shear_flow import simulate
 from physrep.physics.systems import SYSTEMS, Label, get_system
 from physrep.training.presets import get_preset
+from physrep.training.run import load_splits, resolve
 
 SHEAR = get_system("shear_flow")
 SIM = get_preset("smoke").sim("shear_flow")
@@ -733,6 +734,17 @@ def stretch(file, name):
 def test_files_of_a_split_are_of_one_kind(tmp_path, smoke_data, change, message):
     with pytest.raises(WellFormatError, match=f"{message}.*put them in sets of their own"):
         Windows(grown(tmp_path, smoke_data, change), SHEAR, "train", frames=2)
+
+
+def test_splits_of_a_set_are_of_one_kind(tmp_path, smoke_data):
+    shutil.copytree(smoke_data / "shear_flow", tmp_path / "shear_flow")
+    for path in (tmp_path / "shear_flow" / "data" / "test").iterdir():
+        with h5py.File(path, "r+") as file:
+            stretch(file, "time")
+    run = resolve("shear_flow", "mae", "vit", "smoke")
+    load_splits(run, tmp_path, ("train", "valid"), frames=4, stride=4)
+    with pytest.raises(WellFormatError, match="test/.* has frames 0.4 .*train/.* frames 0.2 "):
+        load_splits(run, tmp_path, ("train", "valid", "test"), frames=4, stride=4)
 
 
 def test_a_split_of_two_grids_names_both(tmp_path, smoke_data):

@@ -153,6 +153,20 @@ def test_a_recipe_of_ones_own_replaces_those_for_one_system(tmp_path):
         ("train: {jeppa: {steps: 5, batch_size: 4, lr: 1.0e-4}}", "train has unknown objective jeppa; valid: jepa"),
         ("objectives: {jeppa: {horizon: 4}}", "objectives has unknown objective jeppa"),
         ("train: {mae@shear: {steps: 5, batch_size: 4, lr: 1.0e-4}}", "train.mae@shear: unknown system 'shear'"),
+        (
+            "train: {mae-vti: {steps: 5, batch_size: 4, lr: 1.0e-4}}",
+            "train.mae-vti: unknown encoder 'vti'; valid",
+        ),
+        (
+            "objectives: {mae@shear_flow: {ratio: 0.5}}",
+            "objectives.mae@shear_flow: only recipes .* leave out @",
+        ),
+        ("encoders: {vitt: {dim: 32}}", "encoders has unknown vitt; valid: convnext, vit"),
+        (
+            "sims: {shear-flow: {ranges: {Reynolds: [400.0, 500.0], Schmidt: [1.0, 2.0]}, grid: 8, store_grid: 8, "
+            "n_frames: 4, frame_dt: 0.1, dt: 0.1, draws: {train: [2, 1]}}}",
+            "sims.shear-flow: no solver of that name; valid: active_matter",
+        ),
     ],
 )
 def test_recipes_of_nothing_are_refused(tmp_path, line, message):

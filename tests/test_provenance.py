@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -454,3 +455,21 @@ def test_rounding_is_told_from_another_number(tmp_path):
     assert tool.rounding(old, renamed, folders)[1] == ["mae, result.json by inf"]
     save_file({"w": weights * np.float32(1.1)}, folders["new"] / "e.safetensors")
     assert "e.safetensors by 0.1" in tool.rounding(old, new, folders)[1][0]
+
+
+def test_records_are_of_the_code_that_runs_even_if_it_is_edited_meanwhile(tmp_path):
+    source, folder = physrep.core.provenance._PACKAGE, tmp_path / "physrep"
+    shutil.copytree(source, folder, ignore=lambda _, names: [n for n in names if n == "weights" or "__pycache__" in n])
+    code = f"""
+import pathlib
+from physrep.core.provenance import code_digest
+before, file = code_digest("core.files"), pathlib.Path({str(folder / "core" / "files.py")!r})
+file.write_text(file.read_text() + "\\nNEW = 1\\n")
+assert code_digest("core.files") == before
+print(before)
+"""
+    command = [sys.executable, "-c", code]
+    options = dict(cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    first, second = (subprocess.run(command, **options) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout != second.stdout, "a process that starts later runs the other code"

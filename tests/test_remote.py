@@ -295,6 +295,8 @@ def test_nothing_is_simulated_into_an_address():
             ValueError, match="smoke simulates shear_flow, which needs a folder on this machine, not mem"
         ):
             ensure_data(run, place)
+    done = dry_run(preset="smoke", data="memory://sets", systems="shear_flow")
+    assert done.returncode == 1 and "smoke simulates shear_flow, which needs a folder on this machine" in done.stdout
 
 
 @pytest.mark.long

@@ -1,10 +1,12 @@
 """The smoke preset twice, as `make reproduce` runs it: the same to the byte. Few rows; the whole in `make test-all`."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -178,7 +180,7 @@ def test_a_job_that_runs_again_does_not_cost_the_encoder(few_rows_twice):
 
 
 def test_what_a_change_makes_run_again(few_rows_twice):
-    "A picture of a stage nothing, a colour of a row the table, fine-tuning of a row its probe."
+    "A picture of a stage nothing, a colour of a row the table, fine-tuning of a row its probe, more flows the flows."
     root = few_rows_twice[0].parent
     pretrain = root / "nbs" / "03_pretrain.ipynb"
     text = pretrain.read_text(encoding="utf-8")
@@ -194,6 +196,11 @@ def test_what_a_change_makes_run_again(few_rows_twice):
     assert "probe_shear_flow_MeanField_vit" in said and "pretrain" not in said and "forecast" not in said
     rows.write_text(OWN_ROWS)
     pretrain.write_text(text, encoding="utf-8")
+    usual, flows = (root / "few.yaml").read_text(), asdict(get_preset("smoke").sim("shear_flow"))
+    flows["draws"]["test"] = (6, 2)
+    (root / "few.yaml").write_text(usual + json.dumps({"sims": {"shear_flow": flows}})[1:-1] + "\n")
+    assert "simulate_shear_flow" in made_by(snakemake(root, "--dry-run", **FEW)), "more flows to test on"
+    (root / "few.yaml").write_text(usual)
 
 
 def made_by(plan: str) -> set[str]:

@@ -158,6 +158,20 @@ def test_finished_run_is_kept_and_changed_data_are_noticed(smoke_data, tmp_path)
     assert "anew: its data changed" in said[1]
 
 
+def test_an_encoder_of_other_code_is_not_probed_as_one_of_today(smoke_data, tmp_path):
+    from physrep.probing.evaluate import score_run
+
+    run = resolve("shear_flow", "random", "vit", preset="smoke")
+    folder = pretrain(run, smoke_data, tmp_path, **quiet)
+    record = read_json(folder / "provenance.json")
+    write_json(folder / "provenance.json", record | {"code": "0123456789abcdef"})
+    with pytest.raises(ValueError, match="seed0 was trained by other code than today's; train it again"):
+        score_run(run, smoke_data, tmp_path, probes=["linear"], progress=False)
+    assert not (folder / "result-linear.json").exists()
+    pretrain(run, smoke_data, tmp_path, **quiet)
+    assert score_run(run, smoke_data, tmp_path, probes=["linear"], progress=False).rows
+
+
 def test_run_folder_is_complete(smoke_data, tmp_path):
     run = resolve("shear_flow", "jepa", preset="smoke", steps=4)
     folder = pretrain(run, smoke_data, tmp_path, **quiet)

@@ -215,10 +215,15 @@ def _read(
     return tuple(part for s in statements for part in _parts(s, tables)), tuple(sorted(imports))
 
 # %% ../../nbs/core/provenance.ipynb #92b33862
+# the code of physrep that this process runs: files may be edited while it trains, and records are of what has run
+_AT_START = {file: file.read_bytes() for file in _PACKAGE.rglob("*.py")}
+
+
 def _module(full: str, file: Path) -> tuple[tuple[_Part, ...], tuple[tuple[int, str, str], ...]]:
     "Definitions and imports of a module. Functions that draw count where drawing is the work of the module."
     pictures = full.startswith(("physrep.results.", "physrep.experiments."))
-    return _read(file.read_bytes(), str(file), pictures, full.split(".")[0] in TABLES_OF)
+    source = _AT_START.get(file) or file.read_bytes()
+    return _read(source, str(file), pictures, full.split(".")[0] in TABLES_OF)
 
 # %% ../../nbs/core/provenance.ipynb #aa990b81
 def _is_installed(file: Path) -> bool:

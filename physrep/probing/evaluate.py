@@ -22,8 +22,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.files import read_json
 from ..core.places import load_object
-from ..core.provenance import provenance
+from ..core.provenance import code_digest, provenance
 from ..data.batches import Batches
 from ..data.leakage import find_flows
 from ..data.scaling import LabelScaler
@@ -278,6 +279,16 @@ def _encoder_of(run: Run, run_dir: str | Path | None, device: str) -> torch.nn.M
     "The trained encoder of a finished run, or the user's own of a row that is only probed."
     return own_encoder(run, device) if run.objective == "frozen" else load_encoder(run.folder(run_dir), device)
 
+
+def _check_trained(run: Run, folder: Path) -> None:
+    "ValueError for an encoder that other code has trained: its errors would count as those of today's code."
+    path = folder / "provenance.json"
+    if path.is_file() and read_json(path).get("code") != code_digest(*run.modules, entries=run.entries):
+        raise ValueError(
+            f"the encoder in {folder} was trained by other code than today's; train it again (physrep pretrain, or "
+            "make), which puts it aside, or go back to the commit in provenance.json"
+        )
+
 # %% ../../nbs/probing/evaluate.ipynb #46f9790c
 def score_run(
     run: Run,  # from `resolve`
@@ -291,7 +302,8 @@ def score_run(
     progress: bool = True,
 ) -> Scored:
     """Probes the finished run; writes `result.json` (`result-<probes>.json` for some of the frozen probes), `few.json`,
-    predictions and probes into its folder. FileNotFoundError if it is not finished, ValueError for an unknown probe."""
+    predictions and probes into its folder. FileNotFoundError if it is not finished, ValueError for an unknown probe, or
+    an encoder that other code has trained."""
     if unknown := sorted(set(probes) - set(PROBES)):
         raise ValueError(f"unknown probe {', '.join(map(repr, unknown))}; valid: {', '.join(PROBES)}")
     if "finetune" in probes and "attentive" not in probes:
@@ -300,6 +312,7 @@ def score_run(
     record = provenance(*run.modules, "probing.evaluate", device=device, entries=run.entries)  # of the code that runs
     folder = run.folder(run_dir)
     encoder = _encoder_of(run, run_dir, device)
+    _check_trained(run, folder)
     windows = windows or probe_splits(run, data_dir)
     if run.objective == "frozen" and isinstance(encoder, LoadedEncoder):
         _check_windows(encoder, windows["train"], run.clip.size)

@@ -16,7 +16,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..data.generate import SimPreset
+from ..data.generate import SOLVERS, SimPreset
+from ..models.encoders import ENCODERS
 from ..physics.systems import SYSTEMS, get_system
 from .loop import Recipe
 from .preset_tables import PRESETS, Preset
@@ -133,11 +134,21 @@ def _check_names(preset: Preset, path: Path) -> None:
             row, at, system = key.partition("@")
             if ":" not in row and row.partition("-")[0] not in known:
                 raise ValueError(f"{path}: {part} has unknown objective {key}; valid: {', '.join(known)}")
+            if ":" not in row and (encoder := row.partition("-")[2]) and encoder not in ENCODERS:
+                raise ValueError(f"{path}: {part}.{key}: unknown encoder {encoder!r}; valid: {', '.join(ENCODERS)}")
+            if at and part == "objectives":
+                raise ValueError(
+                    f"{path}: objectives.{key}: only recipes (train) are of one system; leave out @{system}"
+                )
             if at and system not in systems:
                 raise ValueError(
                     f"{path}: {part}.{key}: unknown system {system!r}; valid: {', '.join(sorted(systems))}"
                 )
+    if unknown := [name for name in preset.encoders if ":" not in name and name not in ENCODERS]:
+        raise ValueError(f"{path}: encoders has unknown {', '.join(unknown)}; valid: {', '.join(ENCODERS)}")
     for system, sim in preset.sims.items():
+        if system not in SOLVERS:
+            raise ValueError(f"{path}: sims.{system}: no solver of that name; valid: {', '.join(SOLVERS)}")
         for name in ("grid", "store_grid", "n_frames", "frame_dt", "dt", "box"):
             value = getattr(sim, name)
             if not all(0 < v <= sys.float_info.max for v in (value if isinstance(value, tuple) else (value,))):

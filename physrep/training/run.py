@@ -25,7 +25,7 @@ from ..data.remote import as_path, is_address
 from ..data.scaling import LabelScaler
 from ..data.sets import find_files
 from ..data.well import WellFile
-from ..data.windows import Windows, check_disjoint
+from ..data.windows import Windows, check_alike, check_disjoint
 from ..models.encoders import ENCODERS, build_encoder, encoder_module
 from ..objectives.methods import build_objective, check_pair, objective_class, objective_module
 from ..physics.systems import SYSTEMS, System, get_system
@@ -370,9 +370,11 @@ def load_splits(
     run: Run, data_dir: str | Path, splits: tuple[str, ...], *, frames: int, stride: int | None
 ) -> dict[str, Windows]:
     """Windows of these splits of a run's data. Raises ValueError if two of them share an initial condition, where the
-    files record them, as ours do (`physrep.data.leakage` looks for twins in others)."""
+    files record them, as ours do (`physrep.data.leakage` looks for twins in others), WellFormatError if they have
+    another grid, time between frames or distance of points."""
     stride = stride_of(run.system, stride, default=frames)
     windows = {s: Windows(data_dir, run.system, s, frames=frames, stride=stride, crop=run.crop) for s in splits}
+    check_alike(*windows.values())
     check_disjoint(*windows.values())
     return windows
 
