@@ -224,7 +224,7 @@ def test_the_stage_draws_the_figure_and_the_command_prints_its_table(smoke_data,
 @pytest.mark.long
 def test_the_stage_of_scaling_draws_both_figures(tmp_path):
     options = ["-p", "preset", "smoke", "-p", "rows", "mae-vit", "-p", "repeats", "1", "-p", "run_dir", str(tmp_path)]
-    options += ["-p", "solver_threads", "1"]  # two threads would wait for each other with OMP_NUM_THREADS=1
+    options += ["-r", "solver_threads", "1"]  # two threads would wait for each other with OMP_NUM_THREADS=1
     command = [sys.executable, "-m", "papermill", "nbs/10a_scaling.ipynb", str(tmp_path / "s.ipynb"), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
