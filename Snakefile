@@ -68,7 +68,8 @@ TABLE_ROWS = {system: table_rows(PRESET, asked, ONLY, config.get("rows") or "") 
 # what a system of your own has no entry for is left out: twins, a regime's measure, more resolution, transfer
 BUILT_IN = all(system in SOLVERS for system in SYSTEMS)
 READS = any(system not in PRESET.sims for system in SYSTEMS)  # files that nobody simulates
-PROBING = str(PRESET.probing())
+# what all results rest on besides code and runs: how encoders are probed, and on which flows
+PROBING = str(PRESET.probing()) + hashlib.sha256(f"{PRESET.sims} {PRESET.refined}".encode()).hexdigest()[:16]
 
 
 def stage(name, *modules, entries=()):
