@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'CURVE', 'Finished', 'warmup_cosine', 'warmup_constant_decay', 'Recipe', 'learning_rate', 'decay_steps',
-           'branches', 'make_optimizer', 'save_checkpoint', 'load_checkpoint', 'TrainingDiverged', 'update', 'TimeUp',
-           'read_metrics', 'MetricsLog', 'evaluation_steps', 'finish_branch', 'train']
+           'branches', 'make_optimizer', 'save_checkpoint', 'load_checkpoint', 'TrainingDiverged', 'Alone', 'update',
+           'TimeUp', 'read_metrics', 'MetricsLog', 'evaluation_steps', 'finish_branch', 'train']
 
 # %% ../../nbs/training/loop.ipynb #517bbe67
 import copy
@@ -191,6 +191,29 @@ class TrainingDiverged(RuntimeError):
     "The loss, its gradient or the weights are not finite."
 
 
+class Alone:
+    "A training in a single process; that of several is in [distributed](distributed.ipynb)."
+
+    leads = True  # whether this process evaluates, saves and writes
+
+    def share(self, batches: Callable, objective: nn.Module) -> Callable:
+        "The training batches of this process, of an objective that is prepared for them."
+        return batches
+
+    def tell(self, said: object = None) -> object:
+        "What the process that leads says, in every process."
+        return said
+
+    def forward(self, objective: nn.Module) -> Callable[[dict], dict]:
+        "What is called with a batch to train an objective."
+        return objective
+
+    def mean(self, parts: dict[str, float]) -> dict[str, float]:
+        "The parts of a loss, as means over the processes."
+        return parts
+
+
+
 def update(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -200,6 +223,8 @@ def update(
     step: int,
     device: torch.device,
     end: int | None = None,  # as in `learning_rate`
+    group: Alone = Alone(),
+    forward: Callable[[dict], dict] | None = None,  # of the group, if it was made before
 ) -> dict[str, float]:
     """One update: accumulate the gradients of the micro-batches, clip, step. Returns loss, its parts and the gradient
     norm."""
@@ -207,16 +232,18 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("times", 1.0)
     optimizer.zero_grad(set_to_none=True)
+    forward = forward or group.forward(objective)
     sums: dict[str, float] = {}
     for batch in micro_batches:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            parts = objective(batch)
+            parts = forward(batch)
         (parts["loss"] / recipe.accumulate).backward()
         for key, value in parts.items():
             number = float(value.detach() if isinstance(value, torch.Tensor) else value)
             sums[key] = sums.get(key, 0.0) + number / recipe.accumulate
-        if not math.isfinite(sums["loss"]):
-            raise TrainingDiverged(_diverged("loss", sums["loss"], step, lr, batch))
+    sums = group.mean(sums)
+    if not math.isfinite(sums["loss"]):
+        raise TrainingDiverged(_diverged("loss", sums["loss"], step, lr, batch))
     norm = float(nn.utils.clip_grad_norm_(objective.parameters(), recipe.clip_norm))
     if not math.isfinite(norm):
         raise TrainingDiverged(_diverged("gradient norm", norm, step, lr, batch))
@@ -303,13 +330,15 @@ def finish_branch(
     start: int,
     end: int,
     device: torch.device,
+    group: Alone = Alone(),
 ) -> nn.Module:
     "A copy of the objective after `start` updates, trained until `end` while the learning rate falls to 0."
     twin = copy.deepcopy(objective)
     own = make_optimizer(twin, recipe)
     own.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it would share the moments, and change them
+    forward = group.forward(twin)
     for step in range(start, end):
-        update(twin, own, batches(step), recipe, step=step, device=device, end=end)
+        update(twin, own, batches(step), recipe, step=step, device=device, end=end, group=group, forward=forward)
     return twin
 
 
@@ -333,6 +362,7 @@ def train(
     device: str | torch.device = "cpu",
     resume: bool = True,
     progress: bool = True,
+    group: Alone = Alone(),  # the processes that train together
 ) -> pd.DataFrame:
     """Trains `objective` in place and returns the metrics. `resume` goes on from a checkpoint in `folder`; on the CPU
     the result is that of an undisturbed run to the bit, but for dropout. TrainingDiverged; TimeUp after `minutes`."""
@@ -347,27 +377,34 @@ def train(
     if resume and checkpoint.is_file():
         step = load_checkpoint(checkpoint, objective, optimizer)
         log.restore(step)
-    looks = evaluation_steps(recipe)
+    if (there := group.tell(step)) != step:
+        raise ValueError(f"{checkpoint} is of update {step} here and of {there} elsewhere: all need the same run_dir")
+    looks = evaluation_steps(recipe) if group.leads else set()
     ends = branches(recipe) if finished else {}
+    shown = finished if group.leads else None
+    forward = group.forward(objective)
     if step == 0:
-        _show(finished, objective, 0, recipe, device)
+        _show(shown, objective, 0, recipe, device)
     saved = time.monotonic()
-    with tqdm(total=recipe.steps, initial=step, desc="train", unit="update", disable=not progress) as bar:
+    hidden = not (progress and group.leads)
+    with tqdm(total=recipe.steps, initial=step, desc="train", unit="update", disable=hidden) as bar:
         while step < recipe.steps:
             for end in (end for end, start in ends.items() if start == step):
                 bar.set_description(f"finish at {end}")
-                twin = finish_branch(objective, optimizer, batches, recipe, start=step, end=end, device=device)
-                _show(finished, twin, end, recipe, device)
+                about = dict(start=step, end=end, device=device, group=group)
+                _show(shown, finish_branch(objective, optimizer, batches, recipe, **about), end, recipe, device)
                 bar.set_description("train")
-            parts = update(objective, optimizer, batches(step), recipe, step=step, device=device)
+            about = dict(step=step, device=device, group=group, forward=forward)
+            parts = update(objective, optimizer, batches(step), recipe, **about)
             step += 1
             bar.update()
             if step % log_every == 0 or step in looks:
                 measures = _evaluated(objective, evaluate, recipe, device) if evaluate and step in looks else {}
                 log.add({"step": step, **parts, **measures})
                 bar.set_postfix(loss=f"{parts['loss']:.4g}", refresh=False)
-            late = time.monotonic() - started > 60 * minutes and step < recipe.steps
-            if late or step == recipe.steps or time.monotonic() - saved > recipe.checkpoint_seconds:
+            late = bool(group.tell(time.monotonic() - started > 60 * minutes)) and step < recipe.steps
+            due = late or step == recipe.steps or time.monotonic() - saved > recipe.checkpoint_seconds
+            if due and group.leads:
                 log.write()
                 save_checkpoint(checkpoint, objective, optimizer, step)
                 saved = time.monotonic()
@@ -376,5 +413,5 @@ def train(
                     f"{minutes:g} minutes are over at update {step} of {recipe.steps}; the checkpoint is saved, "
                     "run the same command again to go on"
                 )
-    _show(finished, objective, step, recipe, device)
+    _show(shown, objective, step, recipe, device)
     return pd.DataFrame(log.rows)

@@ -10,6 +10,7 @@ __all__ = ['claim', 'Session', 'training_windows', 'training_batches', 'pretrain
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,47 +22,54 @@ from matplotlib.figure import Figure
 
 from ..core.devices import fast_products, keep_memory
 from ..core.files import atomic_path, read_json, write_json
-from ..core.provenance import provenance
+from ..core.provenance import changed, provenance
 from ..data.batches import Batches
 from ..data.scaling import Normaliser
 from ..data.views import ViewBatches
 from ..data.windows import Windows
 from ..models.pretrained import save_encoder
-from .loop import Recipe, load_checkpoint, make_optimizer, read_metrics, train
+from .loop import Alone, Recipe, load_checkpoint, make_optimizer, read_metrics, train
 from .run import Run, build, label_scaler, load_splits
 from .watch import Watch, evaluate_objective
 
 # %% ../../nbs/training/pretrain.ipynb #d6efcdbd
-def claim(folder: Path, config: dict, record: dict, resume: bool, say: Callable[[str], None]) -> bool:
-    """Prepares a run folder; True if it holds the finished run already. An encoder, or a
-    checkpoint, of other code or data is put aside.
-    Raises ValueError if the folder holds another configuration."""
+def _stale(folder: Path, record: dict) -> list[str]:
+    "Why the encoder or checkpoint in a folder is not of today's code and data, in words."
+    trained = (folder / "encoder.safetensors").is_file() or (folder / "checkpoint").is_dir()
+    path = folder / "provenance.json"
+    if not trained or not path.is_file():
+        return []
+    old = read_json(path)
+    why = changed(old, "PHYSICS", "TRAINING")
+    return why + (["its data changed"] if old.get("data") != record["data"] else [])
+
+
+def claim(run: Run, record: dict, resume: bool, say: Callable[[str], None] = print) -> bool:
+    """Prepares a run's folder; True if it holds the finished run already. An encoder, or a checkpoint, of other code or
+    data is put aside. ValueError if the folder holds another configuration."""
+    folder, config = run.folder, run.as_dict()
     if (folder / "config.json").is_file():
-        _check_same(folder, read_json(folder / "config.json"), config)
-    trained = (folder / "encoder.safetensors").is_file() or (folder / "checkpoint").is_dir()  # here, not elsewhere
-    old = read_json(folder / "provenance.json") if trained and (folder / "provenance.json").is_file() else {}
-    stale = [k for k in ("code", "data") if old and old.get(k) != record[k]]
-    if resume and not stale and (folder / "encoder.safetensors").is_file():
-        say(f"{folder.parent.name}/{folder.name} is finished")
+        found = read_json(folder / "config.json")
+        different = sorted(k for k in config.keys() | found.keys() if found.get(k) != config.get(k))
+        if different:
+            text = "; ".join(f"{k}: there {found.get(k)!r}, asked for {config.get(k)!r}" for k in different)
+            raise ValueError(f"{folder} holds another run ({text}); name another run_dir or tag")
+    stale = _stale(folder, record)
+    if not resume and (folder / "metrics.csv").is_file():
+        stale = ["resume is off"]
+    if not stale and (folder / "encoder.safetensors").is_file():
+        say(f"{run.path} is finished")
         return True
-    if old and (stale or not resume):
-        why = f"its {' and '.join(stale)} changed" if stale else "resume is off"
-        say(f"training {folder.parent.name}/{folder.name} anew: {why}")
+    if stale:
+        say(f"training {run.path} anew: {', '.join(stale)}")
         for name in ("encoder.safetensors", "metrics.csv", "curve.csv", "checkpoint/last.safetensors"):
             if (path := folder / name).is_file():  # it may have cost days: what was there before stays
                 path.replace(path.with_name(f"old-{path.name}"))
-        old = {}
+    path = folder / "provenance.json"
+    before = read_json(path).get("seconds", 0.0) if path.is_file() and not stale else 0.0
     write_json(folder / "config.json", config)
-    write_json(folder / "provenance.json", {**record, "seconds": old.get("seconds", 0.0)})
+    write_json(path, {**record, "seconds": before})
     return False
-
-
-def _check_same(folder: Path, found: dict, config: dict) -> None:
-    "ValueError, with the differences, if a folder holds another configuration."
-    different = sorted(k for k in config.keys() | found.keys() if found.get(k) != config.get(k))
-    if different:
-        text = "; ".join(f"{k}: there {found.get(k)!r}, asked for {config.get(k)!r}" for k in different)
-        raise ValueError(f"{folder} holds another run ({text}); name another run_dir or tag")
 
 # %% ../../nbs/training/pretrain.ipynb #a6a737b6
 @dataclass(frozen=True)
@@ -73,12 +81,12 @@ class Session:
     minutes: float = math.inf  # raise TimeUp after this time; the same call goes on
     progress: bool = True
     on_metrics: Callable[[dict], None] | None = None  # gets every row of the metrics as it is made
+    group: Alone = Alone()  # the processes that train together
 
 # %% ../../nbs/training/pretrain.ipynb #6fe52dac
-def training_windows(run: Run, data_dir: str | Path) -> dict[str, Windows]:
+def training_windows(run: Run) -> dict[str, Windows]:
     "The windows that a run is trained on, called `train`, and evaluated with, called `valid`; see `Run.trained_on`."
-    options = dict(frames=run.window_frames, stride=run.clip.stride)
-    found = load_splits(run, data_dir, (run.trained_on, "valid"), **options)
+    found = load_splits(run, (run.trained_on, "valid"), frames=run.window_frames, stride=run.clip.stride)
     return {"train": found[run.trained_on], "valid": found["valid"]}
 
 
@@ -94,8 +102,8 @@ def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cp
     )
     size = run.recipe.batch_size if run.recipe else 1
     parts = run.recipe.accumulate if run.recipe else 1
-    changed = dict(augment=run.clip.augment, noise=run.clip.noise)
-    changed["labels"] = run.reads_labels or "unlabelled" not in windows["train"].split  # those nobody is to learn from
+    changes = dict(augment=run.clip.augment, noise=run.clip.noise)
+    changes["labels"] = run.reads_labels or "unlabelled" not in windows["train"].split  # those nobody is to learn from
     fixed = [view.start for view in run.views if view.start is not None]
     if len(set(fixed)) < len(fixed) and not run.clip.augment:
         raise ValueError(
@@ -104,103 +112,69 @@ def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cp
         )
     make = partial(ViewBatches, views=run.views) if run.views else Batches
     return {
-        "train": make(windows["train"], batch_size=size, accumulate=parts, **changed, **options),
+        "train": make(windows["train"], batch_size=size, accumulate=parts, **changes, **options),
         "valid": make(windows["valid"], batch_size=size // parts, **options),
     }
 
 # %% ../../nbs/training/pretrain.ipynb #afcd4c3b
+@fast_products()
 def pretrain(
-    run: Run,  # from `resolve`
-    data_dir: str | Path,  # from `ensure_data`
-    run_dir: str | Path | None = None,
+    run: Run,  # from `resolve`, with its data there (`ensure_data`)
     *,
     windows: Mapping[str, Windows] | None = None,  # `training_windows`, for several runs on the same data
-    checkpoint_seconds: float | None = None,  # default: the recipe's
     say: Callable[[str], None] = print,
     **session,  # of `Session`: device, resume, minutes, progress, on_metrics
 ) -> Path:
     """Trains the encoder of a run and returns its folder. Of two processes that want the same run, the second waits and
     finds it finished. Raises ValueError (folder of another run, data that do not fit), TrainingDiverged, TimeUp."""
-    session = Session(**session)
-    if checkpoint_seconds is not None and run.recipe:
-        run = replace(run, recipe=replace(run.recipe, checkpoint_seconds=checkpoint_seconds))
-    folder = run.folder(run_dir)
+    asked = Session(**session)
+    windows = windows or training_windows(run)
+    record = provenance(device=asked.device, data="-".join(w.fingerprint() for w in windows.values()))
+    group = asked.group
+    with filelock.FileLock(_made(run.folder) / ".lock") if group.leads else nullcontext():
+        if not group.tell(claim(run, record, asked.resume, say) if group.leads else None):
+            train_claimed(run, windows, record, asked)
+        group.tell()  # until the encoder is saved
+    return run.folder
+
+
+def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    windows = windows or training_windows(run, data_dir)
-    data = "-".join(w.fingerprint() for w in windows.values())
-    with filelock.FileLock(folder / ".lock"):
-        record = provenance(*run.modules, device=session.device, entries=run.entries, data=data)
-        if not claim(folder, run.as_dict(), record, session.resume, say):
-            options = dict(frames=run.clip.frames, stride=run.preset.probe_stride)
-            probed = load_splits(run, data_dir, ("train", "valid"), **options)
-            _pretrain(run, windows, probed, folder, record, session)
     return folder
 
-# %% ../../nbs/training/pretrain.ipynb #e32e24ef
-@fast_products()
-def _pretrain(
-    run: Run,
-    windows: Mapping[str, Windows],
-    probed: Mapping[str, Windows],  # of the online probe, the same for every objective
-    folder: Path,
-    record: dict,
-    session: Session,
-) -> None:
-    "Trains and saves the encoder of a claimed folder."
-    keep_memory()
-    batches = training_batches(run, windows, session.device)
-    objective = build(run).to(session.device)
-    train_claimed(run, objective, batches, probed, folder, record, session, fit)
 
-
-def train_claimed(
-    run: Run,
-    objective: torch.nn.Module,
-    batches: Mapping,
-    probed: Mapping[str, Windows],  # of the online probe, the same for every objective
-    folder: Path,
-    record: dict,  # of `provenance`
-    session: Session,
-    fit: Callable[..., None],  # as `fit` below
-) -> None:
+def train_claimed(run: Run, windows: Mapping[str, Windows], record: dict, session: Session) -> None:
     "Trains and saves the encoder of a claimed folder; the time is recorded even if it fails."
-    record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
-    before = read_json(folder / "provenance.json")["seconds"]
-    started = time.monotonic()
-    single = replace(run, objective="random", coefficients={}, recipe=None)  # it asks for nothing but clips
-    plain = training_batches(single, probed, session.device)
-    save = partial(_save, run, plain["train"].normaliser, float(probed["train"].files[0].dt))
+    keep_memory()
+    folder, leads = run.folder, session.group.leads
+    batches: dict = dict(training_batches(run, windows, session.device))
+    objective = build(run).to(session.device)
+    if run.recipe is not None:
+        batches["train"] = session.group.share(batches["train"], objective)
+    probed = load_splits(run, ("train", "valid"), frames=run.clip.frames, stride=run.preset.probe_stride)
+    # of the online probe, the same for every objective: one that asks for nothing but clips
+    plain = training_batches(replace(run, objective="random", coefficients={}, recipe=None), probed, session.device)
+    about = dict(system=run.system, mean=plain["train"].normaliser.mean, std=plain["train"].normaliser.std)
+    about |= dict(shape=run.clip_shape, dt=float(probed["train"].files[0].dt))
+    about |= dict(objective=run.objective, preset=run.preset.name, seed=run.seed)
+
+    def save(encoder: torch.nn.Module, step: int | None = None) -> None:
+        "Writes the encoder with all that is needed to use it: the finished one, or one of the learning curve."
+        path = folder / "encoder.safetensors" if step is None else folder / "curve" / f"{step}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_encoder(path, encoder, run.encoder, **about)
+
     last = run.recipe.steps if run.recipe else 0
-    keep = partial(_keep, save, folder)
-    watch = Watch(plain, batches["valid"], folder, run.system.label_names, last=last, keep=keep)
+    watch = Watch(plain, batches["valid"], folder, run.system.label_names, last=last, keep=save)
+    record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
+    before, started = read_json(folder / "provenance.json").get("seconds", 0.0) if leads else 0.0, time.monotonic()
     try:
         fit(objective, run.recipe, batches, folder, session, watch=watch)
     finally:
-        write_json(folder / "provenance.json", {**record, "seconds": round(before + time.monotonic() - started, 1)})
-    save(folder / "encoder.safetensors", objective.encoder)
-
-# %% ../../nbs/training/pretrain.ipynb #829593fe
-def _save(run: Run, normaliser: Normaliser, dt: float, path: Path, encoder: torch.nn.Module) -> None:
-    "Writes an encoder of a run with all that is needed to use it."
-    path.parent.mkdir(exist_ok=True)
-    save_encoder(
-        path,
-        encoder,
-        run.encoder,
-        system=run.system,
-        mean=normaliser.mean,
-        std=normaliser.std,
-        shape=run.clip_shape,
-        dt=dt,
-        objective=run.objective,
-        preset=run.preset.name,
-        seed=run.seed,
-    )
-
-
-def _keep(save: Callable[[Path, torch.nn.Module], None], folder: Path, encoder: torch.nn.Module, step: int) -> None:
-    "Saves an encoder of the learning curve."
-    save(folder / "curve" / f"{step}.safetensors", encoder)
+        if leads:
+            write_json(folder / "provenance.json", {**record, "seconds": round(before + time.monotonic() - started, 1)})
+    if leads:
+        save(objective.encoder)
 
 # %% ../../nbs/training/pretrain.ipynb #bfbcbf07
 def fit(
@@ -217,11 +191,12 @@ def fit(
     checkpoints and, with a `watch`, the learning curve into the folder."""
     valid = batches["valid"]
     if recipe is None:
-        measures = evaluate_objective(objective.eval(), valid.evaluation(32, limit=128))
-        if watch:
-            watch(objective, 0)
-        with atomic_path(folder / "metrics.csv") as temporary:
-            pd.DataFrame([{"step": 0, **measures}]).to_csv(temporary, index=False)
+        if session.group.leads:
+            measures = evaluate_objective(objective.eval(), valid.evaluation(32, limit=128))
+            if watch:
+                watch(objective, 0)
+            with atomic_path(folder / "metrics.csv") as temporary:
+                pd.DataFrame([{"step": 0, **measures}]).to_csv(temporary, index=False)
         return
     train(
         objective,
@@ -235,15 +210,16 @@ def fit(
         minutes=session.minutes,
         progress=session.progress,
         on_metrics=session.on_metrics,
+        group=session.group,
     )
 
 # %% ../../nbs/training/pretrain.ipynb #65ed6e44
-def restore(run: Run, run_dir: str | Path | None = None, device: str = "cpu") -> torch.nn.Module:
+def restore(run: Run, device: str = "cpu") -> torch.nn.Module:
     """The objective of a finished run with its trained weights, predictor and decoder too. ValueError for a damaged
     checkpoint."""
     objective = build(run)
     if run.recipe:
-        path = run.folder(run_dir) / "checkpoint" / "last.safetensors"
+        path = run.folder / "checkpoint" / "last.safetensors"
         load_checkpoint(path, objective, make_optimizer(objective, run.recipe))
     return objective.to(device).eval()
 
