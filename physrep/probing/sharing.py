@@ -44,11 +44,7 @@ def _front_matter(name: str, info: Mapping, parameters: int, rows: Sequence[Mapp
     "The YAML block of a card: what the Hub reads, with one metric for each squared error of a probe."
     results = []
     for row in (row for row in rows if row["metric"] == "mse"):
-        metric: dict = {
-            "type": "mse",
-            "name": f"squared error of z-scored {row['label']}",
-            "value": float(row["value"]),
-        }
+        metric: dict = {"type": "mse", "name": f"squared error of z-scored {row['label']}", "value": row["value"]}
         metric["args"] = {k: row[k] for k in ("low", "high", "n") if row[k] is not None and row[k] == row[k]}
         task = {"type": "feature-extraction", "name": f"{row['probe']} probe of frozen features"}
         data = {"type": row["system"], "name": row["system"], "split": row["split"]}
@@ -97,7 +93,9 @@ features = encoder.embed(fields, dt={dt})
 
 ## Input and limits
 
-Clips `(b, {n_channels}, {frames}, {height}, {width})` in the units of the simulation, channels {channels} in this order, {time}. `embed` refuses anything else. Other grids are taken with `any_grid=True`, for which there are no scores here.
+Clips `(b, {n_channels}, {frames}, {height}, {width})` in the units of the simulation, channels {channels} in this
+order, {time}. `embed` refuses anything else. Other grids are taken with `any_grid=True`, for which there are no scores
+here.
 
 ## Training data
 
