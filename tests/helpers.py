@@ -2,8 +2,10 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -59,12 +61,41 @@ def papermill(*arguments: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-def dry_run(*options: str, preset: str, data: str, **config: str) -> subprocess.CompletedProcess:
-    "What `make reproduce PRESET=preset DATA=data` would run; `options` are Snakemake's, `config` is of the Snakefile."
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", *options]
-    command += ["--quiet", "host", "--config", f"preset={preset}", f"data={data}"]
-    command += [f"{name}={value}" for name, value in config.items()]
-    return subprocess.run(command, cwd=project_root(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def copied(folder: Path) -> Path:
+    "A folder with a copy of what the workflow needs."
+    folder.mkdir()
+    for name in ("nbs", "Snakefile", "settings.ini"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    return folder
+
+
+def started(folder: Path, *options: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> subprocess.Popen:
+    "Starts the workflow at preset smoke (or that of `config`) in such a folder."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = [f"{k}={v}" for k, v in {"preset": "smoke", **config}.items()]
+    options = (*options, "--cores", str(cores), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}"}
+    environment.pop("PHYSREP_ROOT", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "snakemake", *options, "--quiet", *quiet, "--config", *given],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def snakemake(folder: Path, *options: str, quiet: tuple[str, ...] = ("rules", "host"), **config: str) -> str:
+    "Runs the workflow in such a folder; what it said."
+    process = started(folder, *options, quiet=quiet, **config)
+    try:
+        said, _ = process.communicate(timeout=1800)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said[-5000:]
+    return said
 
 
 def losses_in_training(objective: torch.nn.Module, batches, steps: int = 12) -> list[float]:

@@ -1,196 +1,141 @@
-"""The results table: schema, whole files, seeds put together, Table 1 with gaps, the paper's numbers."""
+"""The results of a table: their schema, what makes them stale, tables with gaps, figures and their records."""
 
 import json
 import math
-import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import gappy, row
+from matplotlib.figure import Figure
 
-from physrep.probing.records import SCHEMA, read_results, write_result
-from physrep.results.table import PAPER, over_seeds, table1, two_digits, with_all_flows
+import physrep.core.provenance
+from physrep.core.files import write_json
+from physrep.core.provenance import provenance
+from physrep.data.sets import find_files, fingerprint
+from physrep.probing.records import SCHEMA, is_current, read_results, stale, write_result
+from physrep.results.comparison import spread
+from physrep.results.figures import figure_record, save_figure
+from physrep.results.panels import interval_is_clear, plot_marks
+from physrep.results.table import PAPER, mean_errors, table1
+from physrep.results.verify import main, verify
+from physrep.training.presets import get_preset
+
+SMOKE = get_preset("smoke")
 
 
 def test_what_is_written_is_read_back_with_its_types(tmp_path):
-    rows = [
-        row(),
-        row(label="Reynolds", low=math.nan, high=None, value=np.float32(1), n=np.int64(7)),
-        row(metric="r2", value=math.nan),
-        row(metric="relative_error", value=math.nan, low=math.nan, high=math.nan),  # of a label that is 0 somewhere
-    ]
+    rows = [row(), row(label="Reynolds", low=math.nan, high=None, n=np.int64(7)), row(metric="r2", value=math.nan)]
     path = write_result(tmp_path / "a" / "seed0" / "result.json", rows, config={"lr": 0.1})
-    content = json.loads(path.read_text())
-    assert content["config"] == {"lr": 0.1} and content["rows"][1]["low"] is None and "NaN" not in path.read_text()
-    df = read_results(tmp_path)
-    assert list(df) == list(SCHEMA) and df.value[:2].tolist() == [0.5, 1.0] and df.value[2:].isna().all()
-    assert df.low.isna().tolist() == [False, True, False, True] and df.seed.dtype.kind == df.n.dtype.kind == "i"
-    pd.testing.assert_frame_equal(df, read_results([path, tmp_path, str(path)]))  # a file is read once
+    assert json.loads(path.read_text())["config"] == {"lr": 0.1} and "NaN" not in path.read_text()
+    found = read_results([path, tmp_path])  # a file is read once
+    assert list(found) == list(SCHEMA) and found.low.isna().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row(value=None), "'value' of mse must be finite, got nan"),
-        (row(value=math.inf), "'value' of mse must be finite, got inf"),
-        (row(value=True), "'value' must be float, got True"),
-        (row(value=-0.1), "'value' of mse cannot be negative"),
         (row(seed=0.5), "'seed' must be int, got 0.5"),
         (row(split=""), "'split' must be a non-empty str, got ''"),
-        (row(draw=-1), "'draw' must be at least 0, got -1"),
-        (row(label="Prandtl"), "'label' is 'Prandtl'; valid: Reynolds, Schmidt, mean"),
-        (row(metric="rmse"), "'metric' is 'rmse'; valid: mse"),
-        (row(labelled_flows=0), "'labelled_flows' must be at least 1, got 0"),
-        (row(labelled_flows=1.0), "'labelled_flows' must be int, got 1.0"),
-        (row(share=1.0), "'share' unknown"),
-        (row(n=0), "'n' must be at least 1"),
-        (row(low=0.7), "'low' and 'high' must be an interval"),
-        (row(high=None), "'low' and 'high' must be an interval"),
-        (row(accuracy=1.0), "'accuracy' unknown"),
-        ({k: v for k, v in row().items() if k not in ("n", "run")}, "'n', 'run' missing"),
-        ([1], "a row must be a dict"),
+        (row(accuracy=1.0), "'accuracy' missing or unknown"),
+        ({k: v for k, v in row().items() if k != "run"}, "'run' missing or unknown"),
+        (row(label="Schmidt"), "same as row 0"),
     ],
 )
 def test_rows_outside_the_schema_are_refused_on_writing_and_on_reading(tmp_path, bad, message):
-    path = tmp_path / "result.json"
+    path, rows = tmp_path / "result.json", [row(label="Schmidt"), bad]
     with pytest.raises(ValueError, match=f"result.json is not written: row 1: {message}"):
-        write_result(path, [row(label="Schmidt"), bad])
+        write_result(path, rows)
     assert list(tmp_path.iterdir()) == []
-    path.write_text(json.dumps({"rows": [bad]}))
-    with pytest.raises(ValueError, match=f"result.json is not a result: row 0: {message}"):
+    path.write_text(json.dumps({"rows": rows}))
+    with pytest.raises(ValueError, match=f"result.json is not a result: .*row 1: {message}"):
         read_results(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "'rows' must be a list"),
-        ('{"loss": 1}', "'rows' must be a list"),
-        ('{"rows": []}', "at least one row"),
-    ],
-)
-def test_broken_and_foreign_files_are_errors_that_name_the_file(tmp_path, text, message):
-    write_result(tmp_path / "good" / "result.json", [row()])
-    bad = tmp_path / "bad" / "result.json"
-    bad.parent.mkdir()
-    bad.write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
-        read_results(tmp_path)
-    assert str(bad) in str(error.value)
+def test_a_result_is_stale_by_its_configuration_its_data_or_an_integer(tmp_path):
+    path, config, probing = tmp_path / "result.json", {"preset": "smoke", "lr": 0.1, "seed": 0}, SMOKE.probing()
+    assert stale(path) == ["missing"]
+    asked = dict(config=config, probing=probing)
+    write_json(path, {"rows": [], **asked, "provenance": provenance()})
+    assert is_current(path, **asked) and is_current(path, config=config | {"seed": 1})
+    assert stale(path, config=config | {"lr": 0.2}) == ["config has another lr"]
+    assert stale(path, probing=replace(SMOKE, probe_epochs=99).probing()) == ["probing has another epochs"]
+    for kind in ("PHYSICS", "TRAINING", "PROBING"):
+        write_json(path, {"rows": [], **asked, "provenance": provenance() | {"numbers": physrep.core.provenance.numbers() | {kind: 0}}})
+        assert stale(path, **asked) == [f"{kind} was 0, is {physrep.core.provenance.numbers(kind)[kind]}"]
 
 
-def test_nothing_there_is_not_an_empty_table(tmp_path):
-    for where in (tmp_path, [], [tmp_path], tmp_path / "none"):
-        with pytest.raises(FileNotFoundError):
-            read_results(where)
-
-
-def test_a_row_is_there_once(tmp_path):
-    with pytest.raises(ValueError, match="row 1: same as row 0"):
-        write_result(tmp_path / "result.json", [row(), row(value=0.1)])
-    for name in "ab":
-        write_result(tmp_path / name / "result.json", [row(), row(label="Schmidt")])
-    with pytest.raises(ValueError, match="both have the row") as error:
-        read_results(tmp_path)
-    assert all(str(tmp_path / name / "result.json") in str(error.value) for name in "ab")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = write_result(tmp_path / "result.json", [row()])
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        write_result(path, [row(value=0.1)], config={"what": object()})  # no JSON
-    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_result(path, [row(value=0.1)])
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_seeds_are_averaged_and_two_runs_of_one_seed_are_not():
-    df = pd.DataFrame([row(), row(seed=1, value=0.7, low=0.6, high=0.8, run="jepa-convnext/seed1")])
-    s = over_seeds(df).iloc[0]
-    assert (s.value, s.low, s.high, s.seeds) == pytest.approx((0.6, 0.5, 0.7, 2)) and s.spread == pytest.approx(
-        math.sqrt(0.02)
-    )
-    with pytest.raises(ValueError, match="jepa-convnext/seed0, other/seed0"):
-        over_seeds(pd.concat([df, pd.DataFrame([row(run="other/seed0")])]))
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(seeds=1, spread=math.nan, by_seed=[(v,) for v in rows.value])
 
 
 def test_table1_with_missing_rows():
-    table = table1(gappy(), "shear_flow")
-    order = [
-        ("jepa", "convnext", "linear"),
-        ("jepa", "convnext", "attentive"),
-        ("mine", "own", "knn"),
-        ("constant", "none", "constant"),
-    ]
-    assert list(table.index) == order, "fixed order, unknown names before the baselines; 25 flows are left out"
-    jepa, attentive, mine, constant = (table.loc[name] for name in table.index)
-    assert [jepa["mean", split] for split in ("valid", "test")] == [0.45, 0.5]
-    assert (
-        jepa["Reynolds", "test"] == 0.3 and np.isnan(jepa["Schmidt", "test"]) and np.isnan(attentive["mean", "valid"])
-    )
-    assert (
-        attentive["paper", "The Well, valid"] == 0.38
-        and np.isnan(jepa["paper", "The Well, valid"])
-        and constant["mean", "test"] == 1
-        and mine["mean", "test"] == 2.5
-    )
-    text = two_digits(table)
-    assert (
-        text.loc[order[0], ("mean", "test")] == "0.50"
-        and text.loc[order[1], ("Schmidt", "test")] == "–"
-        and text["", "seeds"].tolist() == ["1"] * 4
-    )
-    with pytest.raises(ValueError, match="no rows of system 'rayleigh_benard' .*active_matter, shear_flow"):
-        table1(gappy(), "rayleigh_benard")
-    with pytest.raises(ValueError, match="shear"):
-        table1(gappy(), "shear")
-    summary = over_seeds(gappy())
-    with pytest.raises(ValueError, match="several variants have the same .*: jepa-convnext, jepa-convnext-long"):
-        table1(pd.concat([summary, summary.assign(run=summary.run + "-long")]), "shear_flow")
+    table = table1(summary(gappy()), "linear")
+    assert table.index.tolist()[0] == "JEPA ConvNeXt" and "constant" in table.index[-1]
+    assert table.loc["JEPA ConvNeXt", "shear flow"] == 0.5 and table.loc["JEPA ConvNeXt", "active matter"] == 0.01
+    assert math.isnan(table.loc[table.index[-1], "active matter"])
+    few = mean_errors(summary(gappy()))
+    assert set(few.labelled_flows) == {256}, "25 labelled flows are another table"
+    paper = PAPER.set_index(["objective", "system"]).mse
+    assert len(paper) == 12 and paper["jepa", "active_matter"] == 0.079 and paper["mae", "shear_flow"] == 0.67
+    assert math.isnan(spread([0.5])) and spread([0.5, 0.7]) == pytest.approx(math.sqrt(0.02))
 
 
-def test_papers_numbers():
-    mse = PAPER.set_index(["objective", "system"]).mse
-    assert (
-        len(mse) == 12
-        and mse["jepa", "active_matter"] == 0.079
-        and mse["mae", "shear_flow"] == 0.67
-        and mse["disco", "rayleigh_benard"] == 0.01
-    )
-    assert (
-        mse["mpp", "active_matter"] == 0.23
-        and set(PAPER.data) == {"The Well"}
-        and set(PAPER.split) == {"valid"}
-        and PAPER.source.str.contains("2603.13227").all()
-    )
+def test_a_difference_is_clear_if_the_interval_and_every_seed_are_on_one_side():
+    for low, high, seeds, clear in [(-2, -1, "-3 -1", True), (-2, -1, "-3 1", False), (-1, 1, "1 1", False)]:
+        one = pd.Series({"low": low, "high": high, "by_seed": seeds})
+        assert interval_is_clear(one) == clear
+        assert interval_is_clear(pd.Series({"low": low, "high": high, "by_seed": tuple(map(float, seeds.split()))})) == clear
 
 
-def test_rows_of_a_system_of_ones_own_are_a_table():
-    df = pd.DataFrame([row(system="pendulum", label=name) for name in ("length", "drag", "mean")])
-    table = table1(df, "pendulum")
-    assert list(table) == [
-        ("mean", "test"),
-        ("length", "test"),
-        ("drag", "test"),
-        ("paper", "The Well, valid"),
-        ("", "seeds"),
-    ]
+def drawn(folder, **options) -> None:
+    fig = plot_marks(pd.DataFrame({"panel": ["a", "a"], "line": ["x", "y"], "value": [1.0, 2.0]}))
+    table = pd.DataFrame({"x": [1.0, 2.0], "by_seed": [(1.0, 2.0), (3.0,)]})
+    save_figure(fig, folder, "one", table, figure_record("05_table1", SMOKE, **options))
 
 
-def test_results_of_the_first_version_are_refused_by_name(tmp_path):
-    old = {k: v for k, v in row().items() if k not in ("labelled_flows", "draw")} | {"share": 1.0}
-    (tmp_path / "result.json").write_text(json.dumps({"rows": [old]}))
-    with pytest.raises(
-        ValueError, match="result.json is not a result: row 0: 'share' is a column of physrep 0.1; probe"
-    ):
-        read_results(tmp_path)
+def state(folder, **options) -> tuple[str, list[str]]:
+    [line] = verify(folder, **options).itertuples()
+    return line.state, line.why
 
 
-def test_all_flows_are_those_of_each_system():
-    df = pd.DataFrame([row(), row(labelled_flows=16), row(system="active_matter", labelled_flows=64)])
-    found = with_all_flows(df)
-    assert found.labelled_flows.tolist() == [256, 64] and len(with_all_flows(df.assign(draw=1))) == 0
+def test_the_same_figure_is_the_same_bytes_and_current(tmp_path, capsys):
+    drawn(tmp_path / "a")
+    drawn(tmp_path / "b")
+    for kind in ("png", "svg", "csv"):
+        assert (tmp_path / "a" / f"one.{kind}").read_bytes() == (tmp_path / "b" / f"one.{kind}").read_bytes()
+    assert (tmp_path / "a" / "one.csv").read_text() == "x,by_seed\n1,1 2\n2,3\n"
+    assert state(tmp_path / "a") == ("current", []) and main([str(tmp_path / "a")]) == 0
+    with pytest.raises(ValueError, match="the table of its numbers is empty"):
+        save_figure(Figure(), tmp_path, "two", pd.DataFrame(), {})
+    with pytest.raises(FileNotFoundError, match="no figures in"):
+        verify(tmp_path)
+
+
+def test_what_changed_since_a_figure_was_drawn_is_named(tmp_path, smoke_data, monkeypatch):
+    [of] = ({s: fingerprint(find_files(smoke_data, "shear_flow", s)) for s in ("train", "test")},)
+    drawn(tmp_path, data={"shear_flow": of}, runs={"shear_flow": ["mae-vit-00000000/seed0", "mine-vit-00000000/seed0"]})
+    why = ["shear_flow: run mae-vit-00000000 is mae-vit-"]
+    assert state(tmp_path)[0] == "stale" and [text[:44] for text in state(tmp_path)[1]] == why, "another configuration"
+    drawn(tmp_path, data={"shear_flow": of | {"test": "0123456789abcdef"}})
+    assert state(tmp_path) == ("stale", ["data of shear_flow, split test, are not those that were used"])
+    drawn(tmp_path, kinds=("TRAINING",))
+    monkeypatch.setattr(physrep.core.provenance, "PROBING", 2)
+    assert state(tmp_path)[0] == "current", "this figure does not depend on probes"
+    monkeypatch.setattr(physrep.core.provenance, "TRAINING", 2)
+    assert state(tmp_path) == ("stale", ["TRAINING was 1, is 2"])
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "csv", "json"])
+def test_a_file_of_a_figure_that_is_not_its_own_is_named(tmp_path, kind, capsys):
+    drawn(tmp_path)
+    (tmp_path / f"one.{kind}").write_text("{}")
+    assert state(tmp_path)[0] == "broken" and main([str(tmp_path)]) == 1
+    assert f"one.{kind} is not the file" in capsys.readouterr().out or kind == "json"
+
+
+def test_committed_figures_are_the_files_that_were_written_with_their_records():
+    "Stale is for `make verify` to say: a change of code may come before its figures. Broken never is."
+    found = verify()
+    assert found[found.state == "broken"].why.tolist() == []

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT, copied
 
-ROOT = Path(__file__).resolve().parent.parent
 PROFILE = ROOT / "tools" / "slurm" / "config.yaml"
 DAEMONS, COMMANDS = (
     ("munged", "slurmctld", "slurmd"),
@@ -104,7 +104,7 @@ def snakemake(folder: Path, environment: dict, *options: str) -> list[str]:
     # this Slurm keeps no accounts, so the queue says how jobs are
     fast = ["--slurm-init-seconds-before-status-checks", "2", "--slurm-no-account", "--slurm-status-command", "squeue"]
     profile = ["--workflow-profile", str(PROFILE.parent), "--latency-wait", "5"]
-    return [sys.executable, "-m", "snakemake", *profile, *fast, "--nolock", *options, "--config", *config]
+    return [sys.executable, "-m", "snakemake", *profile, *fast, "--nolock", "--rerun-triggers", "mtime", *options, "--config", *config]
 
 
 def jobs(environment: dict) -> list[str]:
@@ -120,15 +120,12 @@ def test_the_profile_is_one_of_snakemake():
 
 @pytest.mark.long
 def test_table_1_is_made_by_the_jobs_of_a_cluster(cluster, tmp_path):
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    for name in ("nbs", "Snakefile", "settings.ini"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    folder = copied(tmp_path / "shared")
     environment = {**cluster, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}"}
     environment.pop("PHYSREP_ROOT", None)
     about = dict(cwd=folder, env=environment, stdin=subprocess.DEVNULL, text=True)
     # interrupted when the first job runs: its jobs are cancelled, and the next call goes on
-    first = subprocess.Popen(snakemake(folder, environment, "table1"), **about, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(snakemake(folder, environment), **about, stderr=subprocess.DEVNULL)
     for _ in range(300):
         time.sleep(0.2)
         if jobs(environment):
@@ -141,12 +138,12 @@ def test_table_1_is_made_by_the_jobs_of_a_cluster(cluster, tmp_path):
         time.sleep(0.2)
     assert not jobs(environment) and not list((folder / "runs").rglob("table1.csv"))
     done = subprocess.run(
-        snakemake(folder, environment, "table1"), **about, timeout=900, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        snakemake(folder, environment), **about, timeout=900, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "SLURM jobid" in done.stdout and (folder / "runs/smoke/figures/table1.csv").is_file()
     # what every job has recorded is what the next call wants: nothing is to be done
     again = subprocess.run(
-        snakemake(folder, environment, "table1", "--dry-run"), **about, timeout=300, capture_output=True
+        snakemake(folder, environment, "--dry-run"), **about, timeout=300, capture_output=True
     )
     assert "Nothing to be done" in again.stdout + again.stderr, again.stdout[-3000:] + again.stderr[-3000:]

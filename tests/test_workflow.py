@@ -1,29 +1,207 @@
-"""Two workflows on the same runs: the second says so and waits; what was killed holds nothing."""
+"""The workflow as `make` runs it: the same to the byte twice, only what is missing, killed and finished, one at a time."""
 
+import contextlib
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
+import pandas as pd
+import psutil
 import pytest
-from helpers import ROOT, dry_run
+from helpers import ROOT, copied, snakemake, started
 
-CODE = """
-import sys
-from pathlib import Path
-from workflow import main
-sys.exit(main("few", "--version", root=Path(sys.argv[1])))
+from physrep.experiments.plan import plan_jobs, read_experiments
+from physrep.results.archive import pack, unpack
+from physrep.results.rows import make_study
+from physrep.training.presets import get_preset, read_preset
+
+# a preset of a user's own: one seed, and a recipe with a rate that JSON would write 5e-05
+FEW_SEEDS = "base: smoke\nseeds: [0]\ntrain: {forecast-vit: {lr: 0.00005}}\n"
+FEW = {"preset": "few.yaml", "systems": "shear_flow", "only": "forecast-vit,random-vit", "rows": "rows.yaml"}
+OWN_ROWS = """
+rows:
+  - {objective: frozen, encoder: "own_package:make_bands", title: bands}
+  - {objective: "own_package:MeanField", encoder: vit, coefficients: {scale: 2.0}, recipe: {lr: 0.002}, color: "#E69F00"}
 """
-HOLD = """
-import sys, time
-import filelock
-filelock.FileLock(sys.argv[1]).acquire()
-print("held", flush=True)
-time.sleep(60)
+OWN_PACKAGE = """
+import torch
+
+
+class Bands(torch.nn.Module):
+    "Mean energy of each field in each frame: a token a frame."
+
+    def forward(self, x):
+        return torch.cat([x.mean((3, 4)), x.square().mean((3, 4))], 1).transpose(1, 2)
+
+
+def make_bands():
+    return Bands()
+
+
+class MeanField(torch.nn.Module):
+    "Predicts the mean of each field from the first half of the clip."
+
+    def __init__(self, encoder, *, system, shape, scale=1.0):
+        super().__init__()
+        self.encoder, self.scale = encoder, scale
+        self.head = torch.nn.Linear(encoder.dim, system.n_channels)
+
+    def forward(self, batch):
+        x = batch["fields"]
+        prediction = self.head(self.encoder(x).mean(1))
+        return {"loss": self.scale * (prediction - x.mean((2, 3, 4))).square().mean()}
 """
+
+
+def own_folder(folder: Path) -> Path:
+    "What the workflow needs, and rows, a package and a preset of a user's own."
+    copied(folder)
+    for name, text in {"own_package.py": OWN_PACKAGE, "rows.yaml": OWN_ROWS, "few.yaml": FEW_SEEDS}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def same_files(roots: tuple[Path, Path], pattern: str) -> list[Path]:
+    "The files of that name below the second, after checking that they are the same to the byte below the first."
+    first, second = ({p.relative_to(root): p.read_bytes() for p in sorted(root.rglob(pattern))} for root in roots)
+    assert second.keys() <= first.keys()
+    assert [str(p) for p in second if first[p] != second[p]] == []
+    return list(second)
+
+
+def made_by(plan: str) -> set[str]:
+    "The jobs of a dry run that simulate, train or probe."
+    return set(re.findall(r"^(\w+(?:_simulate|_pretrain|_probe|_baselines)) +\d", plan, re.M))
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory) -> tuple[Path, Path]:
+    "One system and seed, two rows of the table and two of a user's own, in two folders."
+    folder = tmp_path_factory.mktemp("few")
+    for name in ("first", "second"):
+        snakemake(own_folder(folder / name), **FEW)
+    return folder / "first" / "runs", folder / "second" / "runs"
+
+
+def test_few_rows_are_the_same_to_the_byte(twice):
+    assert {"table1.csv", "over_random.csv", "metrics.csv"} <= {p.name for p in same_files(twice, "*.csv")}
+    assert len(same_files(twice, "encoder.safetensors")) == 3, "all rows but bands, which has no weights"
+    for name in ("predictions.safetensors", "probe-attentive.safetensors", "*.png"):
+        assert len(same_files(twice, name)) >= 4, name
+
+
+def test_rows_of_ones_own_stand_in_the_table(twice):
+    table = pd.read_csv(twice[0] / "few" / "figures" / "table1.csv")
+    probes = table[table.split == "test"].groupby(["objective", "encoder"]).probe.agg(set)
+    assert probes["frozen", "make_bands"] == probes["MeanField", "vit"] == {"linear", "knn", "kernel", "attentive"}
+    assert {("forecast", "vit"), ("random", "vit"), ("statistics", "none")} <= set(probes.index)
+    picture = (twice[0] / "few" / "figures" / "table1.svg").read_text()
+    assert "#e69f00" in picture, "the colour that the file asks for"
+
+
+def test_only_what_is_missing_is_made(twice):
+    "Nothing the second time; a further seed its own jobs; another recipe its row; other flows everything."
+    root = twice[0].parent
+    assert "Nothing to be done" in snakemake(root, "--dry-run", **FEW)
+    more = made_by(snakemake(root, "--dry-run", seeds="3", **FEW))
+    assert {"shear_flow_forecast_vit_seed3_pretrain", "shear_flow_random_vit_seed3_probe"} <= more
+    assert all("seed3" in job for job in more)
+    rows = root / "rows.yaml"
+    rows.write_text(OWN_ROWS.replace("0.002", "0.003"))
+    jobs = {"shear_flow_MeanField_vit_pretrain", "shear_flow_MeanField_vit_probe"}
+    assert made_by(snakemake(root, "--dry-run", **FEW)) == jobs
+    rows.write_text(OWN_ROWS)
+    (root / "few.yaml").write_text(FEW_SEEDS + "sims: {shear_flow: {resolution: [24, 48]}}\n")
+    jobs = made_by(snakemake(root, "--dry-run", **FEW))
+    assert {"shear_flow_simulate", "shear_flow_baselines", "shear_flow_random_vit_probe"} <= jobs
+    (root / "few.yaml").write_text(FEW_SEEDS)
+
+
+def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(twice, tmp_path):
+    "On a machine with archives, without encoders and data: the figures of before."
+    first, folder = twice[0].parent, copied(tmp_path / "elsewhere")
+    shutil.copy(first / "few.yaml", folder)
+    place, preset = Path("runs") / "few" / "shear_flow", read_preset(first / "few.yaml")
+    pack(first / place, tmp_path / "archives", preset)
+    assert set(unpack(tmp_path / "archives", folder / place, preset).values()) == {"written"}
+    table = {name: value for name, value in FEW.items() if name != "rows"}
+    jobs = made_by(snakemake(folder, "--dry-run", seeds="3", **table))
+    assert "shear_flow_simulate" in jobs and not [job for job in jobs if "seed3" not in job and "simulate" not in job]
+    jobs = made_by(snakemake(folder, "--dry-run", target="12_other_flows", **table))
+    assert "shear_flow_simulate" in jobs or jobs == set(), "encoders are asked for by the parts of the experiment"
+    snakemake(folder, **table)
+    assert not (folder / "data").exists() and not list((folder / "runs").rglob("encoder.safetensors"))
+    for name in ("table1.csv", "over_random.csv"):
+        drawn, before = (pd.read_csv(root / "runs" / "few" / "figures" / name) for root in (folder, first))
+        rows = before[~before.objective.isin(["frozen", "MeanField"])]
+        pd.testing.assert_frame_equal(drawn, rows.reset_index(drop=True))
+
+
+def test_commands_take_text_that_looks_like_a_number_and_folders_with_spaces(tmp_path):
+    folder = copied(tmp_path / "my folder")
+    (folder / "two.yaml").write_text('rows: [{objective: jepa, encoder: vit, tag: "2"}]')
+    said = snakemake(folder, "--dry-run", "--printshellcmds", quiet=("host",), systems="shear_flow", rows="two.yaml")
+    assert "-r tag 2" in said and '-p workers "$SIMULATING"' in said
+    command = next(line for line in said.splitlines() if "03_pretrain.ipynb" in line)
+    words = subprocess.run(["bash", "-c", f"set -- {command.partition('papermill ')[2].partition(' <')[0]}; echo $1"],
+                           capture_output=True, text=True).stdout  # fmt: skip
+    assert words.strip() == str(folder / "nbs" / "03_pretrain.ipynb")
+
+
+def test_every_target_of_every_preset_can_be_planned(tmp_path):
+    for preset in ("smoke", "laptop", "gpu"):
+        study = make_study(preset, data_dir=tmp_path, run_dir=tmp_path)
+        for target in ("simulate", "reproduce", "study", *read_experiments()):
+            names = [job.name for job in plan_jobs(study, target)]
+            assert names and len(names) == len(set(names)), f"{target} at {preset}"
+    with pytest.raises(ValueError, match="unknown target 'tabel'; valid: simulate, reproduce, study, 05_table1"):
+        plan_jobs(study, "tabel")
+    waits = {job.name: job.after for job in plan_jobs(replace(study, preset=get_preset("smoke")), "reproduce")}
+    assert "shear_flow-mae-vit-pretrain" in waits["shear_flow-mae-vit-probe"]
+    assert waits["shear_flow-mae-vit-pretrain"] == ("shear_flow-simulate",)
+    assert set(waits) - {"05_table1"} <= {*waits["05_table1"], "06_few_labels"}
+
+
+@pytest.mark.long
+def test_a_workflow_that_is_killed_is_finished_as_if_nothing_was(twice, tmp_path):
+    "SIGKILL for the workflow, its stages and their kernels, again and again."
+    folder, deaths = own_folder(tmp_path / "killed"), 0
+    for seconds in (15, 20, 30):
+        process = started(folder, **FEW)
+        try:
+            said, _ = process.communicate(timeout=seconds)
+            assert process.returncode == 0, said[-5000:]
+            break
+        except subprocess.TimeoutExpired:
+            for one in (process, *psutil.Process(process.pid).children(recursive=True)):  # it first: it starts no more
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
+                    one.kill()
+            process.communicate()
+            deaths += 1
+    assert deaths >= 2
+    snakemake(folder, **FEW)
+    for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors", "table1.csv"):
+        assert same_files((twice[0], folder / "runs"), name), name
+
+
+@pytest.mark.long
+def test_the_whole_smoke_preset_is_reproduced(tmp_path):
+    snakemake(copied(tmp_path / "whole"))
+    table = pd.read_csv(tmp_path / "whole" / "runs" / "smoke" / "figures" / "table1.csv")
+    study = make_study("smoke")
+    assert set(table.system) == set(study.systems)
+    assert {row.pair for row in study.rows} == set(zip(table.objective, table.encoder))
+
+
+CODE = "import sys; from pathlib import Path; from workflow import main; sys.exit(main('few', '--version', root=Path(sys.argv[1])))"
+HOLD = "import sys, time, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(60)"
 
 
 def start(root: Path) -> subprocess.Popen:
@@ -48,54 +226,6 @@ def test_a_killed_workflow_keeps_nobody_waiting(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "runs" / "few" / ".workflow.lock")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
-    first.send_signal(signal.SIGKILL)
+    os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert "waiting" not in start(tmp_path).communicate(timeout=60)[0]
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory) -> dict[str, str]:
-    "The command of each job at preset smoke with rows of one's own, by rule."
-    folder = tmp_path_factory.mktemp("rows of my own")
-    (folder / "rival.csv").write_text("")
-    rows = ("{objective: rival, predictions: {shear_flow: rival.csv}}", "{objective: jepa, encoder: vit, tag: near}")
-    (folder / "rows.yaml").write_text("".join(["rows:\n", *(f"  - {row}\n" for row in rows)]))
-    (folder / "mine.yaml").write_text("base: smoke\n")  # nothing of it is there yet
-    options = dict(preset=str(folder / "mine.yaml"), data=str(folder / "data"))
-    done = dry_run("--printshellcmds", **options, rows=str(folder / "rows.yaml"), systems="shear_flow")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return dict(re.findall(r"^(?:local)?rule (\S+):$.*?^Shell command: (.*?)$", done.stdout, re.M | re.S))
-
-
-def test_a_file_of_rows_is_told_to_jobs_of_these_rows_alone(planned):
-    "A job that is told something else runs again."
-    told = {name for name, command in planned.items() if name.startswith("probe_") and "rows.yaml" in command}
-    assert told == {"probe_shear_flow_jepa.near_vit"}
-    assert sum(name.startswith("probe_") for name in planned) > 8
-
-
-def test_commands_take_folders_with_spaces(planned):
-    rest = planned["compare_shear_flow_rival"].partition(" compare ")[2].replace(str(ROOT), "'/a folder'")
-    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {rest}"], capture_output=True, text=True).stdout.splitlines()
-    assert words[0].endswith("/rival.csv") and "rows of my own" in words[0]
-    assert words[1::2] == ["--reference", "--into"]
-    assert words[2::2] == [f"/a folder/runs/mine/shear_flow/{name}" for name in ("constant", "rival")]
-
-
-def test_another_number_of_cores_is_no_other_command(planned):
-    "The number of processes stands in the shell, not in what is compared with the last time."
-    command = planned["simulate_shear_flow"]
-    assert command.startswith("export SIMULATING=1; ") and '-p workers "$SIMULATING"' in command
-
-
-def test_targets_declare_the_figures_that_there_is_something_to_draw_for(tmp_path):
-    "Of one cell alone, at a preset without learning rates that were found before; and nothing has been scored yet."
-    preset = tmp_path / "mine.yaml"
-    preset.write_text("base: smoke\n")
-    options = dict(preset=str(preset), data=str(tmp_path / "data"), cells="tube-pixels-vit", encoders="yes")
-    done = dry_run("attentive", "matters", "box", "grid", **options)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    drawn = set(re.findall(r"figures/(\w+)\.csv", done.stdout))
-    assert {"probe_length", "matters", "box", "grid"} <= drawn
-    assert not drawn & {"probe_length_cells", "matters_shares", "matters_probes", "matters_paper", "matters_systems"}
-    assert "probe_shear_flow_random_vit" in done.stdout, "random weights are probed where they have no result yet"

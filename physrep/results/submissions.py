@@ -5,208 +5,98 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'OPTIONAL', 'write_windows_csv', 'predictions_from_csv', 'write_csv_row', 'reference_for', 'compare_csv']
 
-# %% ../../nbs/results/submissions.ipynb #7811d845
-import csv
-import io
-import math
+# %% ../../nbs/results/submissions.ipynb #8b9bd327
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core.files import atomic_path, read_json
-from ..physics.systems import System
 from ..probing.records import Predictions, write_predictions, write_result
 from ..probing.scores import score
 from .comparison import check_metric, compare, interval_text, predictions_in, read_methods, summarise
 
-# %% ../../nbs/results/submissions.ipynb #18bab726
+# %% ../../nbs/results/submissions.ipynb #b16f643e
 COLUMNS = ("window", "label", "value")
 OPTIONAL = ("split", "seed", "probe", "flow")
 
 
-def _fingerprint(reference: Predictions, split: str) -> str:
-    "The fingerprint of a split of our predictions; ValueError if there is no such split or no fingerprint."
-    if split not in reference.truth:
-        raise ValueError(f"{reference.path} has no split {split!r}; it has {', '.join(reference.truth)}")
-    if split not in reference.data:
-        raise ValueError(f"{reference.path} has no fingerprint of split {split!r}; probe the run again")
-    return reference.data[split]
-
-
 def write_windows_csv(reference: Predictions, path: str | Path, split: str = "test") -> Path:
-    """Writes a CSV of all windows and labels of a split, with empty values. FileExistsError if the file is there, which
-    may hold values; ValueError for a split that is not there."""
+    "Writes a CSV of all windows and labels of a split, with empty values. FileExistsError if the file is there."
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} is there already, and may hold predictions: delete it, or name another file")
-    system = reference.scaler.system
-    text = io.StringIO()
-    text.write(f"# physrep benchmark {_fingerprint(reference, split)} system {system.name} split {split}\n")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*COLUMNS, "flow"])
-    for window, flow in enumerate(reference.groups[split]):
-        for label in system.label_names:
-            table.writerow([window, label, "", flow])
+    if split not in reference.truth or split not in reference.data:
+        raise ValueError(f"{reference.path} has no split {split!r} with a fingerprint; it has {', '.join(reference.data)}")
+    labels, groups = reference.scaler.system.label_names, reference.groups[split]
+    table = pd.DataFrame({"window": np.repeat(np.arange(len(groups)), len(labels)), "label": labels * len(groups)})
+    table = table.assign(value="", flow=np.repeat(groups, len(labels)))
+    head = f"# physrep benchmark {reference.data[split]} system {reference.scaler.system.name} split {split}\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+        temporary.write_text(head + table.to_csv(index=False, lineterminator="\n"), encoding="utf-8")
     return path
 
-# %% ../../nbs/results/submissions.ipynb #6d2c17b7
-@dataclass(frozen=True)
-class _Header:
-    "What the first lines of a CSV say of its data."
-
-    system: str | None
-    versions: dict[str, str]  # split -> fingerprint
-
-    @property
-    def split(self) -> str:
-        "The split of lines that name none."
-        return next(iter(self.versions), "test")
+# %% ../../nbs/results/submissions.ipynb #1dd4fb08
+_HEADER = re.compile(r"#\s*physrep benchmark\s+(\S+)(?:\s+system\s+(\S+))?(?:\s+split\s+(\S+))?[\s,]*")
 
 
-_HEADER = re.compile(r"#\s*physrep benchmark\s+(\S+)(?:\s+system\s+(\S+))?(?:\s+split\s+(\S+))?\s*")
-
-
-def _read_header(path: Path, lines: Sequence[str]) -> _Header:
-    "What the comments of a CSV say of its data; ValueError if they name several systems."
-    found = [match.groups() for line in lines if (match := _HEADER.fullmatch(line.strip().rstrip(",")))]
-    systems = sorted({system for _, system, _ in found if system})
-    if len(systems) > 1:
-        raise ValueError(f"{path} is of several systems, {', '.join(systems)}; write a file for each")
-    return _Header(systems[0] if systems else None, {split or "test": version for version, _, split in found})
-
-
-def _read_table(path: Path) -> tuple[_Header, list[tuple[int, dict[str, str]]]]:
-    "Header and (line number, column -> text) of all lines; ValueError for columns that are missing or unknown."
+def _header(path: Path) -> tuple[str | None, dict[str, str]]:
+    "The system that a CSV names, and the fingerprint of each split."
     if not path.is_file():
         raise FileNotFoundError(
-            f"no file {path}; `physrep compare {path} --template --reference RUN` (`write_windows_csv`) writes one to"
-            " be filled in"
+            f"no file {path}; `physrep compare {path} --template --reference RUN` writes one to be filled in"
         )
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    found = [match.groups() for line in lines if (match := _HEADER.fullmatch(line.strip()))]
+    systems = {system for _, system, _ in found if system}
+    if len(systems) > 1:
+        raise ValueError(f"{path} is of several systems, {', '.join(sorted(systems))}; write a file for each")
+    return next(iter(systems), None), {split or "test": version for version, _, split in found}
+
+
+def _table(path: Path, reference: Predictions, split: str) -> pd.DataFrame:
+    "The lines of a CSV with numbers; ValueError that names the first line that is wrong."
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
+        table = pd.read_csv(path, comment="#", dtype=str, skipinitialspace=True, encoding="utf-8-sig").fillna("")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV: {error}") from error
-    kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    try:
-        rows = list(csv.reader([line for _, line in kept]))
-    except csv.Error as error:  # a quotation mark that is not closed takes all the lines that follow
-        raise ValueError(f"{path} is no CSV: {error}; is there a quotation mark that is not closed?") from error
-    names = [name.strip() for name in rows[0]] if rows else []
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path} has the column {', '.join(twice)} twice; leave one out")
-    if missing := [name for name in COLUMNS if name not in names]:
+    if missing := [name for name in COLUMNS if name not in table]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; its first line names {', '.join(COLUMNS)}")
-    if unknown := [name for name in names if name not in (*COLUMNS, *OPTIONAL)]:
+    if unknown := [name for name in table if name not in (*COLUMNS, *OPTIONAL)]:
         raise ValueError(f"{path} has unknown columns {', '.join(unknown)}; valid: {', '.join((*COLUMNS, *OPTIONAL))}")
-    table = []
-    for (number, _), row in zip(kept[1:], rows[1:]):
-        if len(row) != len(names):
-            raise ValueError(f"{path}, line {number}: {len(row)} fields; {','.join(names)} are {len(names)}")
-        table.append((number, dict(zip(names, (text.strip() for text in row)))))
-    return _read_header(path, lines), table
-
-# %% ../../nbs/results/submissions.ipynb #ae6a9055
-def _count(text: str, below: int | None = None) -> int:
-    "A number from 0; ValueError that says what is right."
-    if not re.fullmatch(r"\d+", text) or (below is not None and int(text) >= below):
-        raise ValueError(f"write a whole number from 0{'' if below is None else f' to {below - 1}'}")
-    return int(text)
-
-
-def _label(text: str, system: System) -> int:
-    "The index of a label; ValueError with the valid names."
-    if text not in system.label_names:
-        raise ValueError(f"{system.name} has {', '.join(system.label_names)}")
-    return system.label_names.index(text)
-
-# %% ../../nbs/results/submissions.ipynb #5daa5013
-def _value(text: str, label: int, system: System) -> float:
-    "A physical value; ValueError for what cannot be one."
-    about = system.labels[label]
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"write the predicted {about.name} in physical units")
-    if about.log and value <= 0:
-        raise ValueError(f"{about.name} must be positive, its logarithm is scored")
-    return value
-
-
-def _plain_name(text: str) -> str:
-    "A name of a probe; ValueError for an empty one or one with a '/'."
-    if not text or "/" in text:
-        raise ValueError("write a name without '/'")
-    return text
-
-# %% ../../nbs/results/submissions.ipynb #57fb4345
-_Key = tuple[int, str, str]  # seed, probe, split
-
-
-def _parse(
-    path: Path, table: Sequence[tuple[int, dict[str, str]]], split: str, reference: Predictions
-) -> dict[_Key, np.ndarray]:
-    "(seed, probe, split) -> predictions (n, n_labels), NaN where there is none; ValueError that names line and column."
+    for name, usual in (("split", split), ("seed", "0"), ("probe", "submitted")):
+        given = table[name] if name in table else pd.Series("", table.index)
+        table[name] = given.where(given != "", usual)
     system = reference.scaler.system
-    found: dict[_Key, np.ndarray] = {}
-    for number, row in table:
-        column = "split"
-        try:
-            where = row.get("split") or split
-            if where not in reference.truth:
-                raise ValueError(f"our predictions have {', '.join(reference.truth)}")
-            n = len(reference.truth[where])
-            column = "seed"
-            seed = _count(row.get("seed") or "0")
-            column = "probe"
-            probe = _plain_name(row.get("probe") or "submitted")
-            column = "window"
-            window = _count(row["window"], n)
-            column = "label"
-            label = _label(row["label"], system)
-            column = "value"
-            value = _value(row["value"], label, system)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, column {column}: got {row.get(column, '')!r}; {error}") from None
-        values = found.setdefault((seed, probe, where), np.full((n, len(system.labels)), np.nan))
-        if not np.isnan(values[window, label]):
-            name = system.label_names[label]
-            raise ValueError(f"{path}, line {number}: window {window} has a second {name}; keep one of them")
-        values[window, label] = value
-    return found
+    value = pd.to_numeric(table.value, errors="coerce")
+    counts = table.split.map({s: len(t) for s, t in reference.truth.items()}).fillna(-1)
+    window = pd.to_numeric(table.window, errors="coerce")
+    positive = table.label.map({label.name: label.log for label in system.labels}).fillna(False).astype(bool)
+    wrong = {
+        f"split must be one of {', '.join(reference.truth)}": counts < 0,
+        f"label must be one of {', '.join(system.label_names)}": ~table.label.isin(system.label_names),
+        "window must be a whole number below the number of windows": ~((window >= 0) & (window < counts))
+        | (window % 1 != 0),
+        "seed must be a whole number": ~table.seed.str.fullmatch(r"\d+"),
+        "probe must be a name without '/'": table.probe.str.contains("/"),
+        "value must be a number in physical units": ~np.isfinite(value),
+        "value must be positive, its logarithm is scored": positive & (value <= 0),
+        "this window has this label twice": table.duplicated(["split", "seed", "probe", "window", "label"]),
+    }
+    for why, bad in wrong.items():
+        if bad.any():
+            line = table[bad].iloc[0]
+            at = 1 + path.read_text(encoding="utf-8-sig").splitlines().index(_raw(path, int(bad.to_numpy().argmax())))
+            raise ValueError(f"{path}, line {at}: {why}, got {dict(line[[c for c in table if c != 'flow']])}")
+    return table.assign(window=window.astype(int), value=value, seed=table.seed.astype(int))
 
 
-def _check_complete(path: Path, found: dict[_Key, np.ndarray]) -> None:
-    "ValueError if windows are missing, with their count."
-    if not found:
-        raise ValueError(f"{path} has no predictions; `write_windows_csv` writes a file to be filled in")
-    for (seed, probe, split), values in found.items():
-        missing = np.flatnonzero(np.isnan(values).any(axis=1))
-        if len(missing):
-            first = ", ".join(map(str, missing[:5]))
-            raise ValueError(
-                f"{path}: {len(missing)} of {len(values)} windows of split {split!r} (seed {seed}, probe {probe!r}) "
-                f"have no value or not all labels, the first are {first}; every window is scored"
-            )
-
-# %% ../../nbs/results/submissions.ipynb #7fca308a
-def _check_version(path: Path, version: str | None, split: str, reference: Predictions) -> None:
-    "ValueError if the predictions are of other data than ours, or do not say of which."
-    ours = _fingerprint(reference, split)
-    if version is None:
-        raise ValueError(
-            f"{path} does not say which data it is of; ours are {ours}. If it is of the same, "
-            f"write `# physrep benchmark {ours} split {split}` in its first line, or pass version"
-        )
-    if version != ours:
-        raise ValueError(f"{path} is of data {version}, {reference.path} of {ours} (split {split!r}): not comparable")
+def _raw(path: Path, number: int) -> str:
+    "Line `number` of the data of a CSV, as it stands in the file."
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")][number + 1]
 
 
 def predictions_from_csv(
@@ -217,55 +107,49 @@ def predictions_from_csv(
     split: str | None = None,  # of lines that name none; default: the header's, or test
     version: str | None = None,  # fingerprint of the split; default: the header's
     any_version: bool = False,  # do not compare fingerprints
-    labelled_flows: int | None = None,  # that the method was shown; default: as many as the reference
 ) -> list[Predictions]:
-    """The predictions in a CSV, one `Predictions` for each seed.
-
-    ValueError that names line, column and value for what is wrong with a line; for windows that are missing (with their
-    count) or there twice; for another system; and for other data, or data unknown, unless `any_version`.
-    FileNotFoundError if there is no such file.
-    """
+    """The predictions in a CSV, one `Predictions` for each seed. ValueError that names the line for what is wrong with
+    it; for windows that are missing; for another system; and for other data, or data unknown, unless `any_version`."""
     path = Path(path)
     name = name or re.sub(r"[^\w.]+", "_", path.stem)
-    header, table = _read_table(path)
-    system = reference.scaler.system
-    if header.system not in (None, system.name):
-        raise ValueError(f"{path} is of system {header.system}, {reference.path} of {system.name}: nothing to compare")
-    split = split or header.split
-    found = _parse(path, table, split, reference)
-    _check_complete(path, found)
-    splits = sorted({where for _, _, where in found})
-    if not any_version:
-        versions = header.versions | ({split: version} if version else {})
-        for where in splits:
-            _check_version(path, versions.get(where), where, reference)
-    data = {} if any_version else {where: reference.data[where] for where in splits}
-    flows = labelled_flows or reference.info["labelled_flows"]
-    about = {"system": system.name, "objective": name, "encoder": "none", "labelled_flows": flows, "draw": 0}
-    seeds = sorted({seed for seed, *_ in found})
-    return [_of_seed(path, found, k, reference, about | {"data": data, "run": f"{name}/seed{k}"}) for k in seeds]
+    system, versions = _header(path)
+    if system not in (None, reference.scaler.system.name):
+        raise ValueError(f"{path} is of system {system}, {reference.path} of {reference.scaler.system.name}")
+    split = split or next(iter(versions), "test")
+    table = _table(path, reference, split)
+    versions |= {split: version} if version else {}
+    for where in () if any_version else sorted(set(table.split)):
+        ours, theirs = reference.data.get(where), versions.get(where)
+        if ours is None or ours != theirs:
+            raise ValueError(
+                f"{path} is of data {theirs or 'that it does not name'}, {reference.path} of {ours} (split {where!r}). "
+                f"If it is of the same, write `# physrep benchmark {ours} split {where}` in its first line"
+            )
+    found = []
+    for seed, part in table.groupby("seed"):
+        predictions = {}
+        for (probe, where), one in part.groupby(["probe", "split"]):
+            values = one.pivot(index="window", columns="label", values="value")
+            values = values.reindex(index=range(len(reference.truth[where])), columns=reference.scaler.system.label_names)
+            if missing := int(values.isna().any(axis=1).sum()):
+                raise ValueError(
+                    f"{path}: {missing} of {len(values)} windows of split {where!r} (seed {seed}, probe {probe!r}) have "
+                    "no value or not all labels; every window is scored"
+                )
+            predictions[probe, where] = values.to_numpy()
+        splits = {where for _, where in predictions}
+        about = {"system": reference.scaler.system.name, "objective": name, "encoder": "none", "draw": 0}
+        about |= {"labelled_flows": reference.info["labelled_flows"], "seed": int(seed), "run": f"{name}/seed{seed}"}
+        data = {} if any_version else {where: reference.data[where] for where in splits}
+        truth, groups = ({s: getattr(reference, part)[s] for s in splits} for part in ("truth", "groups"))
+        found.append(Predictions(path, about | {"data": data}, reference.scaler, predictions, truth, groups))
+    return found
 
-# %% ../../nbs/results/submissions.ipynb #e1ec079e
-def _of_seed(path: Path, found: dict[_Key, np.ndarray], seed: int, reference: Predictions, about: dict) -> Predictions:
-    "The predictions of one seed, as one of our runs would have them."
-    predictions = {(probe, split): values for (k, probe, split), values in found.items() if k == seed}
-    splits = {split for _, split in predictions}
-    return Predictions(
-        path=path,
-        info=about | {"seed": seed},
-        scaler=reference.scaler,
-        predictions=predictions,
-        truth={split: reference.truth[split] for split in splits},
-        groups={split: reference.groups[split] for split in splits},
-    )
-
-# %% ../../nbs/results/submissions.ipynb #b96f2f5a
-def write_csv_row(
-    path: str | Path, reference: Predictions, folder: str | Path, *, n_bootstrap: int = 1000, **options: object
-) -> Path:
+# %% ../../nbs/results/submissions.ipynb #3853a848
+def write_csv_row(path: str | Path, reference: Predictions, folder: str | Path, **options: object) -> Path:
     """Writes `<folder>/result.json`, and `<folder>/seed<k>/predictions.safetensors` for each seed of a CSV; returns the
-    first. The row is named after the folder. Seeds of an earlier CSV are removed. `options` are those of
-    `predictions_from_csv`; raises what it raises, and ValueError for a folder with results of something else."""
+    first. The row is named after the folder. `options` are those of `predictions_from_csv`. ValueError for a folder with
+    results of something else."""
     folder = Path(folder)
     result = folder / "result.json"
     if (result.is_file() and "source" not in read_json(result)) or any(folder.glob("**/config.json")):
@@ -276,75 +160,59 @@ def write_csv_row(
     for old in folder.glob("seed*/predictions.safetensors"):
         old.unlink()
     for p in seeds:
-        names = ("system", "objective", "encoder", "seed", "labelled_flows", "draw", "run")
-        about = {name: p.info[name] for name in names}
+        about = {k: v for k, v in p.info.items() if k != "data"}
         for (probe, split), values in p.predictions.items():
             where = (p.truth[split], p.groups[split], p.scaler.system, p.scaler)
-            for row in score(values, *where, n_bootstrap=n_bootstrap):
-                rows.append({**about, "probe": probe, "split": split, **row})
+            rows += [{**about, "probe": probe, "split": split, **row} for row in score(values, *where)]
         file = folder / f"seed{p.info['seed']}" / "predictions.safetensors"
         arrays = (p.predictions, p.truth, p.groups)
         write_predictions(file, *arrays, scaler=p.scaler, data=p.data or None, source=Path(path).name, **about)
     return write_result(result, rows, source=Path(path).name)
 
-# %% ../../nbs/results/submissions.ipynb #edae69d7
+
 def reference_for(
     runs: Sequence[str | Path | Predictions],  # folders or files
     path: str | Path | None = None,  # the CSV; None for one that is still to be written
     *,
     split: str | None = None,  # default: the CSV's, or test
 ) -> Predictions:
-    """Our predictions that a CSV is held against: of its system and split, with a fingerprint if any has one.
-    ValueError if there are none, or if they are of several systems and the CSV names none."""
-    header = _read_table(Path(path))[0] if path else _Header(None, {})
-    files, system, split = predictions_in(runs), header.system, split or header.split
+    "Our predictions that a CSV is held against: of its system and split, with a fingerprint if any has one."
+    system, versions = _header(Path(path)) if path else (None, {})
+    files, split = predictions_in(runs), split or next(iter(versions), "test")
     fits = [p for p in files if system in (None, p.info["system"]) and split in p.truth]
-    if not fits:
-        there = ", ".join(sorted({f"{p.info['system']} ({', '.join(sorted(p.truth))})" for p in files}))
-        raise ValueError(f"no run of {system or 'any system'} with split {split!r} to compare with; there are {there}")
-    if len(systems := sorted({p.info["system"] for p in fits})) > 1:
+    systems = sorted({p.info["system"] for p in fits})
+    if len(systems) != 1:
         raise ValueError(
-            f"there are runs of {', '.join(systems)}; give those of one, or name it in the first line of the CSV, "
-            "e.g. `# physrep benchmark <fingerprint> system shear_flow split test`"
+            f"{'runs of ' + ', '.join(systems) if systems else 'no run'} of {system or 'any system'} with split "
+            f"{split!r} to compare with: give runs of one system, or name it in the first line of the CSV"
         )
     return next((p for p in fits if split in p.data), fits[0])
 
-
-def _with_text(df: pd.DataFrame, value: str) -> pd.DataFrame:
-    "The table with a column of text, value and interval."
-    numbers = zip(df[value], df.low, df.high)
-    return df.assign(text=[interval_text(*three) for three in numbers]).reset_index(drop=True)
-
-# %% ../../nbs/results/submissions.ipynb #a46de298
+# %% ../../nbs/results/submissions.ipynb #77f3dad3
 def compare_csv(
     path: str | Path,
     *runs: str | Path | Predictions,  # ours: folders or files, of as many methods as there are
     split: str | None = None,  # default: the CSV's, or test
     metric: str = "mse",
     n_bootstrap: int = 1000,
-    seed: int = 0,
-    **options: object,  # name, version, any_version, labelled_flows: of `predictions_from_csv`
+    **options: object,  # name, version, any_version: of `predictions_from_csv`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What a CSV of predictions scores, and by how much it differs from our runs on the same windows.
-
-    Two tables with 95 % intervals: scores (probe, label, value, low, high, text), and paired differences, file minus
-    run (second, probe, label, a, b, difference, low, high, by_seed, text). Raises what `predictions_from_csv` raises,
-    and ValueError if no run has the system and the split.
-    """
+    """Two tables with 95 % intervals: what a CSV scores (probe, label, value, low, high, text), and its paired
+    differences from our runs on the same windows (second, probe, label, a, b, difference, low, high, by_seed, text)."""
     check_metric(metric)
-    split = split or _read_table(Path(path))[0].split
+    split = split or next(iter(_header(Path(path))[1]), "test")
     files = predictions_in(runs)
     reference = reference_for(files, path, split=split)
     [method] = read_methods(predictions_from_csv(path, reference, split=split, **options))
-    if not method.probes(split):
-        there = ", ".join(sorted({s for _, s in method.predictions}))
-        raise ValueError(f"{path} has no predictions of split {split!r}; it has {there}: pass split")
-    scores = summarise(method, n_bootstrap=n_bootstrap, seed=seed).query("metric == @metric and split == @split")
+    scores = summarise(method, n_bootstrap=n_bootstrap).query("metric == @metric and split == @split")
+    if scores.empty:
+        raise ValueError(f"{path} has no predictions of split {split!r}; pass split")
     rows = []
     for other in read_methods([p for p in files if p.info["system"] == method.system.name and split in p.truth]):
         for pair in [(a, b) for a in method.probes(split) for b in other.probes(split)]:
-            rows.append(
-                compare(method, other, split=split, probe=pair, metric=metric, n_bootstrap=n_bootstrap, seed=seed)
-            )
+            rows.append(compare(method, other, split=split, probe=pair, metric=metric, n_bootstrap=n_bootstrap))
+    apart = pd.concat(rows)
+    for table, value in ((scores, "value"), (apart, "difference")):
+        table["text"] = [interval_text(*three) for three in zip(table[value], table.low, table.high)]
     names = ["probe", "label", "value", "low", "high", "seeds", "n", "text"]
-    return _with_text(scores, "value")[names], _with_text(pd.concat(rows), "difference")
+    return scores[names].reset_index(drop=True), apart.reset_index(drop=True)

@@ -1,0 +1,258 @@
+"""Every experiment on small runs of preset smoke, and what the committed numbers of one rest on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import ROOT
+
+from physrep.core.files import read_json
+from physrep.data.scaling import Normaliser
+from physrep.data.windows import Windows
+from physrep.experiments import few_labels, other_flows, rollout, tuning
+from physrep.experiments.benchmarks import plainly, reading_file, time_readers, time_updates
+from physrep.experiments.factorial import CELLS, PAPER, cell_ratios, cell_run, plot_factorial, train_cell
+from physrep.experiments.jobs import is_trained, train_and_score
+from physrep.experiments.learning_curves import learning_curves, ranks, score_snapshots, snapshot_files
+from physrep.experiments.table1 import over_random, paper_order, plot_paper_order, plot_table1, study_errors
+from physrep.experiments.variants import VARIANTS, plot_variants, train_variant, variant_ratios
+from physrep.objectives.emulators import Emulator, persistence_emulator
+from physrep.physics.measures import vrmse
+from physrep.physics.systems import SYSTEMS, get_system
+from physrep.probing.records import read_results
+from physrep.results.rows import ROWS, make_study, variant_run
+from physrep.results.table import mean_errors
+from physrep.training.cost import cost
+from physrep.training.loop import TrainingDiverged
+from physrep.training.presets import get_preset
+from physrep.training.pretrain import pretrain
+
+LAPTOP = make_study("laptop")
+SYSTEM = "shear_flow"
+ONLY = "mae-vit,forecast-vit,supervised-vit,random-vit"
+
+
+@pytest.fixture(scope="module")
+def study(smoke_data, tmp_path_factory):
+    "Four rows of one system and seed, trained and probed."
+    preset = replace(get_preset("smoke"), seeds=(0,))
+    made = make_study(preset, systems=SYSTEM, only=ONLY, data_dir=smoke_data, run_dir=tmp_path_factory.mktemp("runs"))
+    for row in made.kind("trained", "random"):
+        train_and_score(made.run(row, SYSTEM), progress=False)
+    return replace(made, rows=made.kind("trained", "random"))
+
+
+def test_what_is_done_is_not_done_again_and_other_flows_are_not_taken_for_it(study, tmp_path):
+    run = study.run(study.rows[0], SYSTEM)
+    before = (run.folder / "result.json").stat().st_mtime_ns
+    train_and_score(run, encoder=True, progress=False)
+    assert (run.folder / "result.json").stat().st_mtime_ns == before and is_trained(run)
+    record = read_json(run.folder / "provenance.json")
+    assert record["numbers"].keys() == {"PHYSICS", "TRAINING", "PROBING"} and record["seconds"] > 0
+
+
+def test_table_and_differences(study):
+    errors = mean_errors(study_errors(study), "attentive")
+    assert set(zip(errors.objective, errors.encoder)) == {row.pair for row in study.rows}
+    assert plot_table1(errors, study.rows).axes
+    apart = over_random(study)
+    assert set(apart.objective) == {"mae", "forecast"}, "trained without labels"
+    assert np.allclose(apart.a - apart.b, apart.difference)
+
+
+def test_the_papers_order_is_jepa_minus_mae():
+    table = pd.read_csv(ROOT / "figures" / "paper_order.csv")
+    errors = pd.read_csv(ROOT / "figures" / "table1.csv")
+    errors = errors[(errors.split == "test") & (errors.label == "mean") & (errors.metric == "mse")]
+    value = errors.set_index(["system", "objective", "encoder", "probe"]).value
+    for line in table.itertuples():
+        ours = value[line.system, "jepa", "convnext", line.probe] - value[line.system, "mae", "vit", line.probe]
+        assert line.difference == pytest.approx(ours, abs=2e-4)
+    assert plot_paper_order(table).axes and paper_order.__doc__
+
+
+def test_curves_are_read_from_encoders_on_the_way(study):
+    row = next(row for row in study.rows if row.name == "mae-vit")
+    run = study.run(row, SYSTEM)
+    assert len(snapshot_files(run)) == 3
+    files = score_snapshots(run, progress=False)
+    stamps = [file.stat().st_mtime_ns for file in files]
+    assert [file.stat().st_mtime_ns for file in score_snapshots(run, progress=False)] == stamps, "current ones are kept"
+    curves = learning_curves(replace(study, rows=(row,)))
+    assert len(curves) == 4 and set(curves.probe) == {"kernel"}, "the last one too"
+    assert ranks(curves).shape == (1, 4)
+
+
+def test_few_labels_of_probes_and_of_a_supervised_row(study):
+    row = next(row for row in study.rows if row.reads_labels)
+    run = study.run(row, SYSTEM)
+    path = few_labels.train_on_few(run, numbers=(2,), progress=False)
+    found = read_results(path)
+    assert set(found.labelled_flows) == {2} and {"head", "kernel"} <= set(found.probe)
+    table = few_labels.few_table(study)
+    assert set(table[table.objective == "supervised"].probe) == {"head"}
+    with pytest.raises(ValueError, match="reads no labels"):
+        few_labels.train_on_few(study.run(study.rows[0], SYSTEM))
+
+
+def test_every_cell_takes_as_many_operations_as_mae():
+    usual = cost(cell_run(LAPTOP, PAPER["VideoMAE"], SYSTEM))["total"]
+    for cell in CELLS:
+        assert cost(cell_run(LAPTOP, cell, SYSTEM))["total"] == pytest.approx(usual, rel=0.05), cell
+    with pytest.raises(ValueError, match="unknown cell 'tube-pixel-vit'; valid: tube-pixels-vit"):
+        cell_run(LAPTOP, "tube-pixel-vit", SYSTEM)
+
+
+def test_a_cell_over_random_weights(study):
+    train_cell(study, PAPER["VideoMAE"], SYSTEM, [0], progress=False)
+    cells, levels = cell_ratios(study, SYSTEM)
+    [line] = cells.itertuples()
+    assert line.low < line.value < line.high and set(levels.level) == {"tube", "pixels", "vit"}
+    assert np.allclose(levels.value, line.value), "means over a single cell"
+    assert plot_factorial(levels, cells).axes
+
+
+def test_every_variant_costs_what_its_row_costs():
+    for name, variant in VARIANTS.items():
+        run, usual = variant_run(LAPTOP, name, variant, SYSTEM)
+        assert run.hash != usual.hash, f"{name} changes nothing"
+        if variant.recipe.get("unlabelled") is not False:
+            assert cost(run)["total"] == pytest.approx(cost(usual)["total"], rel=0.05), name
+
+
+def test_a_variant_over_its_row(study):
+    train_variant(study, "more_hidden", [0], progress=False)
+    [line] = variant_ratios(study).itertuples()
+    assert line.row == "mae-vit" and line.low <= line.value <= line.high
+    assert plot_variants(variant_ratios(study)).axes
+
+
+def test_every_trial_of_a_row_starts_from_its_recipe_by_hand():
+    for row in tuning.OWN:
+        found = [str(tuning.configuration(LAPTOP, row, k)) for k in range(tuning.CONFIGURATIONS)]
+        assert found[0] == str({"coefficients": {}, "encoder_config": {}, "recipe": {}}) and len(set(found)) == len(found)
+    with pytest.raises(ValueError, match="no choices for disco-vit_code; there are: jepa-convnext"):
+        tuning.trial_run(LAPTOP, ("disco", "vit_code"), 1)
+
+
+def test_recipes_of_the_laptop_preset_are_by_hand_or_those_that_the_committed_trials_choose():
+    found = tuning.chosen_configurations(pd.read_csv(ROOT / "figures" / "tuning.csv"))
+    chosen = {(one.objective, one.encoder): one.chosen for one in found.itertuples()}
+    rows = [row for row in LAPTOP.kind("trained") if not row.tag]
+    assert {row.pair for row in rows} <= set(chosen)
+    for row in rows:
+        hand, trial = (tuning.trial_run(LAPTOP, row.pair, k) for k in (0, chosen[row.pair]))
+        for system in LAPTOP.systems:
+            run = LAPTOP.run(row, system)
+            lr = run.recipe.lr
+            assert lr in (hand.recipe.lr, trial.recipe.lr), f"{row.name} of {system} has learning rate {lr}"
+
+
+def test_a_search_ranks_its_trials_and_a_diverged_one_does_not_end_it(study, monkeypatch):
+    row, worst = ("mae", "vit"), tuning.trial_run(study, ("mae", "vit"), 1).recipe.lr
+
+    def train(run, **options):
+        if run.recipe.lr == worst:
+            raise TrainingDiverged("the loss is not finite in update 3")
+        return pretrain(run, **options)
+
+    monkeypatch.setattr(tuning, "pretrain", train)
+    trials = tuning.run_row(study, row, configurations=3)
+    monkeypatch.setattr(tuning, "pretrain", lambda *args, **options: pytest.fail("trained again"))
+    assert tuning.run_row(study, row, configurations=3) == trials
+    table = tuning.tuning_table(study)
+    assert len(table) == 3 + 2 * len(tuning.REPEATED) and np.isinf(table.score).sum() == 1
+    best = tuning.chosen_configurations(table)
+    assert best.chosen.item() in (0, 2) and tuning.plot_tuning(table).axes
+
+
+@pytest.fixture(scope="module")
+def flows(study) -> rollout.RolloutFlows:
+    row = next(row for row in study.rows if row.objective == "forecast")
+    return rollout.flows_of(study.run(row, SYSTEM), steps=6)
+
+
+class Truth:
+    "Hands out true frames."
+
+    def __init__(self, frames):
+        self.frames, self.at = frames, 0
+
+    def __call__(self, window):
+        self.at += 1
+        return self.frames[:, :, self.at - 1 : self.at]
+
+
+def test_a_perfect_model_makes_no_error_and_persistence_repeats_the_last_frame(flows):
+    fields = flows.read(np.arange(len(flows)))
+    start = flows.start
+    perfect = rollout.roll_out("perfect", Emulator(1, 1, lambda context: Truth(fields[:, :, start:])), flows)
+    assert all((error == 0).all() for error in perfect.errors.values())
+    still = rollout.roll_out(rollout.PERSISTENCE, persistence_emulator(), flows)
+    true = fields[:, 0, start:].double().numpy()
+    last = fields[:, 0, start - 1 : start].double().numpy().repeat(true.shape[1], 1)
+    assert np.allclose(still.errors["vrmse"][:, 0], vrmse(last, true, floor=rollout.FLOOR * flows.variance[0]))
+    table = rollout.rollout_table([still], flows)
+    assert set(table.step) == set(range(1, true.shape[1] + 1)) and (table.low <= table["median"]).all()
+
+
+def test_a_forecaster_is_rolled_out_beside_its_probe(study):
+    rows = rollout.emulator_rows("forecast-vit")
+    run = study.run(rows[0], SYSTEM)
+    flows = rollout.flows_of(run, steps=4)
+    table = rollout.rollout_table(rollout.roll_out_all(study, rows, SYSTEM, flows), flows)
+    assert {"forecast", "persistence"} <= set(table.objective) and np.isfinite(table["median"]).all()
+    both = rollout.beside_probe(table, study, rows, step=2, probe="linear")
+    assert len(both) == 1 and rollout.plot_probes(both, rows).axes and rollout.plot_vrmse(table, rows).axes
+    x = Windows(study.data_dir, SYSTEM, "test", frames=16, stride=16).read([0, 1])
+    emulator = rollout.load_emulator(run)
+    norm = Normaliser.load(run.data_folder, run.system)
+    assert emulator.context < 16 and norm(x).shape == x.shape
+    with pytest.raises(ValueError, match="unknown row"):
+        rollout.emulator_rows("nothing")
+
+
+def test_the_same_encoders_are_asked_about_other_flows(study):
+    parts = other_flows.parts(study)
+    other_flows.do_part(study, [SYSTEM], device="cpu")
+    table = other_flows.other_flows_table(study)
+    assert {"test", "shifted"} <= set(table.flows) and {"parameters", "state"} == set(table.asked)
+    assert {"random", "mae"} <= set(table.objective) and (table.value > 0).all()
+    done = {part for part in parts if part not in other_flows.parts(study)}
+    assert SYSTEM in done and other_flows.plot_other_flows(table, ROWS).axes
+
+
+def test_channels_of_another_system_are_given_by_what_they_mean():
+    for name, system in SYSTEMS.items():
+        shared = other_flows.shared_names(system)
+        assert len(shared) == system.n_channels and {"velocity_x", "velocity_y"} <= set(shared), name
+    seen = []
+    encoder = torch.nn.Identity()
+    encoder.dim = 1
+    encoder.forward = lambda x: seen.append(x) or x
+    there, here = get_system("shear_flow"), get_system("rayleigh_benard")
+    x = torch.randn(1, here.n_channels, 2, 4, 4)
+    other_flows.Translated(encoder, there, here)(x)
+    place = other_flows.shared_names(there).index("velocity_x")
+    assert torch.equal(seen[0][:, place], x[:, other_flows.shared_names(here).index("velocity_x")])
+
+
+def test_an_update_in_plain_pytorch_computes_the_same(study):
+    run = study.run(study.rows[0], SYSTEM)
+    from physrep.training.pretrain import build
+
+    objective = build(run)
+    batch = {"fields": torch.randn(2, *((run.system.n_channels,) + tuple(run.clip_shape))), "seeds": torch.arange(2)}
+    ours = float(objective(batch)["loss"].detach())
+    with plainly():
+        assert float(objective(batch)["loss"].detach()) == pytest.approx(ours, rel=1e-5)
+
+
+def test_updates_and_readers_are_timed(study, tmp_path):
+    rows = [row for row in study.rows if row.name == "mae-vit"]
+    updates = time_updates(study, rows, [2], repeats=1)
+    assert (updates.seconds > 0).all() and updates.times_plain.notna().all()
+    reading = time_readers(reading_file(tmp_path), windows=2, repeats=1)
+    assert {"physrep", "copy in memory"} <= set(reading.reader) and (reading.windows_per_second > 0).all()
