@@ -12,7 +12,7 @@ from physrep.models.elsewhere import load_conv_predictor, load_convnext, load_vi
 from physrep.models.pretrained import load_encoder, save_encoder
 from physrep.models.vit import ViT
 from physrep.probing.evaluate import own_encoder, score_run
-from physrep.probing.reading import normaliser_for, probe_splits
+from physrep.probing.features import normaliser_for, probe_splits
 from physrep.training.run import resolve
 
 DIMS, DEPTHS = (4, 6, 8), (1, 2, 1)

@@ -26,7 +26,7 @@ from physrep.core.files import read_json
 from physrep.data.generate import make_dataset
 from physrep.models.pretrained import load_encoder
 from physrep.probing.evaluate import score_run
-from physrep.probing.reading import features_of, probe_splits
+from physrep.probing.features import features_of, probe_splits
 from physrep.results.figures import save_figure
 from physrep.training.presets import get_preset
 from physrep.training.pretrain import pretrain

@@ -15,7 +15,7 @@ from physrep.data.write import write_well
 from physrep.physics.systems import get_system
 from physrep.probing import evaluate
 from physrep.probing.evaluate import bootstrap_groups, window_flows, write_scores
-from physrep.probing.reading import probe_splits
+from physrep.probing.features import probe_splits
 from physrep.probing.records import read_predictions
 from physrep.training.run import resolve
 
