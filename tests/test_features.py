@@ -23,7 +23,6 @@ from physrep.probing import features as module
 from physrep.probing.features import (
     ABANDONED,
     Features,
-    FewerTokens,
     cache_path,
     cached,
     coarser_grid,
@@ -117,15 +116,8 @@ def test_tokens_are_averaged_over_neighbours_in_the_grid_of_the_encoder():
     ]:
         assert coarser_grid(grid, most) == coarser
     tokens = torch.randn(3, 4 * 6 * 4, 24)  # the grid of clips of 8 frames of 48 x 32
-
-    class Grid(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return tokens
-
-        def grid(self, shape) -> tuple[int, int, int]:
-            return shape[0] // 2, shape[1] // 8, shape[2] // 8
-
-    few = FewerTokens(Grid(), 24)(torch.zeros(3, 4, 8, 48, 32))
+    vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(2, 8, 8))
+    few = fewer_tokens(tokens, vit, (8, 48, 32), 24)
     by_hand = torch.nn.functional.avg_pool3d(tokens.mT.unflatten(2, (4, 6, 4)), (1, 2, 2)).flatten(2).mT
     assert few.shape == (3, 24, 24) and torch.allclose(few, by_hand, atol=1e-6)
     assert torch.allclose(few.mean(1), tokens.mean(1), atol=1e-6), "probes of the mean token read the same"

@@ -6,7 +6,7 @@
 __all__ = ['ENOUGH', 'MEASURES', 'BASELINES', 'Scored', 'bootstrap_groups', 'window_flows', 'write_scores', 'write_few',
            'score_encoder', 'Reader', 'own_encoder', 'made_of', 'score_run', 'coverage', 'valid_scores',
            'predict_windows', 'measure', 'statistics_and_spectra', 'measured_features', 'baselines_for',
-           'baseline_folder', 'baseline_config', 'predict_baseline', 'score_baseline']
+           'baseline_folder', 'baseline_config', 'score_baseline']
 
 # %% ../../nbs/probing/evaluate.ipynb #0ea896f0
 import inspect
@@ -369,15 +369,6 @@ def baseline_config(run: Run) -> dict:
     parts = ("system", "preset", "clip", "definition", "paper_labels")
     return {name: value for name, value in run.as_dict().items() if name in parts}
 
-
-def predict_baseline(name: str, windows: Mapping[str, Windows], scaler: LabelScaler) -> dict:
-    "Predictions `{(probe, split): (n, n_labels)}` of a baseline that is fitted to nothing: constant or equations."
-    if name == "constant":
-        mean = scaler.inverse(np.zeros((1, len(scaler.mean))))
-        return {("constant", s): np.repeat(mean, len(w), axis=0) for s, w in windows.items()}
-    estimates = {s: scaler.transform(measure(w, equation_oracle)) for s, w in windows.items()}
-    return {("oracle", s): scaler.inverse(scaler.clip(z)) for s, z in estimates.items()}
-
 # %% ../../nbs/probing/evaluate.ipynb #5ecf444c
 def score_baseline(
     name: str,
@@ -392,14 +383,18 @@ def score_baseline(
     windows = windows or probe_splits(run)
     scaler = label_scaler(run, windows["train"])
     folder = baseline_folder(name, run)
-    scored = {split: w for split, w in windows.items() if split != "train"}
+    scored = [split for split in windows if split != "train"]
     probes: dict[str, Probe] = {}
-    if name in MEASURES:
+    if name == "constant":
+        mean = scaler.inverse(np.zeros((1, len(scaler.mean))))
+        predictions = {("constant", split): np.repeat(mean, len(windows[split]), axis=0) for split in scored}
+    elif name == "equations":
+        estimates = {split: scaler.transform(measure(windows[split], equation_oracle)) for split in scored}
+        predictions = {("oracle", split): scaler.inverse(scaler.clip(z)) for split, z in estimates.items()}
+    else:
         features = measured_features(windows, MEASURES[name])
         probes = {p: fit_probe(p, features["train"], features["valid"], scaler) for p in ONE_TOKEN}
         predictions = {(p, split): probe.predict(features[split]) for p, probe in probes.items() for split in scored}
         row = {"objective": name, "encoder": "none", "seed": 0, "run": name}
         write_few(folder, features, windows, scaler, row, **made)
-    else:
-        predictions = predict_baseline(name, scored, scaler)
     return write_scores(folder, predictions, windows, scaler, objective=name, encoder="none", probes=probes, **made)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY_LIMIT', 'ABANDONED', 'SPLITS', 'SHIFTED', 'IN_ANY_ORDER', 'BLOCK', 'BLOCKS_TOGETHER', 'Features',
-           'coarser_grid', 'fewer_tokens', 'FewerTokens', 'TokensOverflow', 'extract', 'encoder_digest', 'cache_path',
-           'cached', 'features_key', 'probe_splits', 'normaliser_for', 'windows_at_once', 'features_of', 'shuffled']
+           'coarser_grid', 'fewer_tokens', 'TokensOverflow', 'extract', 'encoder_digest', 'cache_path', 'cached',
+           'features_key', 'probe_splits', 'normaliser_for', 'windows_at_once', 'features_of', 'shuffled']
 
 # %% ../../nbs/probing/features.ipynb #c0a875da
 import errno
@@ -123,17 +123,6 @@ def fewer_tokens(tokens: Tensor, encoder: nn.Module, shape: Sequence[int], most:
     return reduce(
         tokens.float(), "b (t i h j w k) d -> b (t h w) d", "mean", t=t, h=h, w=w, i=full[0] // t, j=full[1] // h
     )
-
-
-class FewerTokens(nn.Module):
-    "An encoder `(b, c, t, h, w) -> (b, n, d)` whose tokens are averaged as `fewer_tokens` does."
-
-    def __init__(self, encoder: nn.Module, most: int):
-        super().__init__()
-        self.encoder, self.most = encoder, most
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fewer_tokens(self.encoder(x), self.encoder, x.shape[2:], self.most)
 
 # %% ../../nbs/probing/features.ipynb #113f2bab
 MEMORY_LIMIT = 2**31  # bytes of the tokens of a split

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from ..data.scaling import LabelScaler
 from ..data.windows import Windows
 from ..models.pretrained import LoadedEncoder, load_encoder
 from .evaluate import made_of, write_scores
-from .features import FewerTokens, encoder_digest, normaliser_for, probe_splits
+from .features import encoder_digest, fewer_tokens, normaliser_for, probe_splits
 from .frozen import AttentiveRecipe, Probe, best_trial, fitted_head, load_probe, squared_error
 from .records import is_current
 from ..training.run import Run, label_scaler
@@ -37,8 +36,7 @@ from ..training.run import Run, label_scaler
 class Finetuned:
     "A fine-tuned encoder with its head."
 
-    # normalised fields (b, c, t, h, w) -> z-scored labels: nn.Sequential(encoder, standardiser, head)
-    network: nn.Module
+    network: nn.Module  # normalised fields (b, c, t, h, w) -> z-scored labels; has `encoder` and `head`
     scaler: LabelScaler
     chosen: dict
     trials: list[dict]
@@ -54,29 +52,18 @@ class Finetuned:
         return self.scaler.inverse(self.scaler.clip(self.predict_z(batches)))
 
 
-class _Standardise(nn.Module):
-    "Tokens `(b, n, d)` as the attentive probe sees them."
+class _Network(nn.Module):
+    "Normalised fields `(b, c, t, h, w)` to z-scored labels: an encoder, and the head of an attentive probe of it."
 
-    def __init__(self, mean: np.ndarray, scale: np.ndarray):
+    def __init__(self, encoder: nn.Module, probe: Probe):
         super().__init__()
-        self.register_buffer("mean", torch.from_numpy(mean.copy()))
-        self.register_buffer("scale", torch.from_numpy(scale.copy()))
+        self.encoder, self.head, self.most = encoder, fitted_head(probe), probe.info.get("max_tokens")
+        for name in ("mean", "scale"):
+            self.register_buffer(name, torch.from_numpy(probe.arrays[name].copy()))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return (tokens - self.mean) * self.scale
-
-
-def _starting_network(encoder: LoadedEncoder, start: Probe) -> nn.Module:
-    "A copy of the encoder and the fitted head; ValueError for another probe, or one of another encoder."
-    if start.name != "attentive" or start.info.get("encoder") not in (None, encoder_digest(encoder)):
-        raise ValueError(
-            "fine-tuning starts from an attentive probe of the same encoder, "
-            f"got a {start.name} probe of {start.info.get('encoder')}"
-        )
-    copied = copy.deepcopy(encoder.encoder).requires_grad_(True)
-    if start.info.get("max_tokens"):  # the head goes on with what it was fitted on
-        copied = FewerTokens(copied, start.info["max_tokens"])
-    return nn.Sequential(copied, _Standardise(start.arrays["mean"], start.arrays["scale"]), fitted_head(start))
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = fewer_tokens(self.encoder(x), self.encoder, x.shape[2:], self.most)
+        return self.head((tokens - self.mean) * self.scale)
 
 # %% ../../nbs/probing/finetune.ipynb #86d20c7d
 WEIGHT_DECAY = 0.05
@@ -102,7 +89,10 @@ def fit_finetune(
                 "the batches do not normalise fields as those were that the encoder was trained with; "
                 "give Batches normaliser=Normaliser(encoder.mean, encoder.std)"
             )
-    network = _starting_network(encoder, start).to(train.device)
+    if start.name != "attentive" or start.info.get("encoder") not in (None, encoder_digest(encoder)):
+        of = f"{start.name} probe of {start.info.get('encoder')}"
+        raise ValueError(f"fine-tuning starts from an attentive probe of the same encoder, got a {of}")
+    network = _Network(copy.deepcopy(encoder.encoder).requires_grad_(True), start).to(train.device)
     labels = valid.windows.targets(np.arange(len(valid.windows)))
     tuned = Finetuned(network, train.scaler, chosen={}, trials=[])
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
