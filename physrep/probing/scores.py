@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from ..core.randomness import seed_for
 from ..data.scaling import LabelScaler
@@ -26,6 +26,9 @@ def bootstrap_weights(groups: np.ndarray, n_bootstrap: int, seed: int = 0) -> tu
     rng = np.random.default_rng(seed_for("bootstrap", seed))
     draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_bootstrap)
     return np.concatenate([np.ones((1, len(names)), dtype=draws.dtype), draws]), index
+
+
+
 
 # %% ../../nbs/probing/scores.ipynb #a282d59a
 def _weighted_medians(values: np.ndarray, weights: np.ndarray, index: np.ndarray, chunk: int = 64) -> np.ndarray:
@@ -190,6 +193,16 @@ def _spread(x: np.ndarray, y: np.ndarray, *, bins: int = 10, max_values: int = 2
     quantiles = [np.quantile(y[p] if few else y[p] - x[p] + m, (0.1, 0.5, 0.9)) for p, m in zip(parts, where)]
     return where, np.array(quantiles).T
 
+
+def _short(value: float, _: object = None) -> str:
+    "0.25, 300, 20k, 3e6: a number for a tick."
+    if value >= 1e6:
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value / 1000:g}k" if value >= 1e4 else f"{value:g}"
+
+
+
+
 # %% ../../nbs/probing/scores.ipynb #d1b5019f
 _COLOR = "#0072B2"
 _POINTS = 2000  # that are drawn, evenly spaced among the windows
@@ -207,7 +220,7 @@ def _draw_panel(ax: Axes, truth: np.ndarray, prediction: np.ndarray, label: Labe
         subs = (1, 2, 5) if np.ptp(ends) < 1.2 else (1, 3) if np.ptp(ends) < 2.5 else (1,)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(LogLocator(subs=subs))
-            axis.set_major_formatter("{x:g}")
+            axis.set_major_formatter(FuncFormatter(_short))
     ends += np.array([-0.04, 0.04]) * np.ptp(ends)
     edges = label.inverse(ends)
     ax.plot(edges, edges, color="0.5", lw=1, zorder=1)
