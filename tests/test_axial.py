@@ -20,7 +20,9 @@ from physrep.objectives.composite import Composite
 from physrep.objectives.next_frame import NextFrame, NormalisedPixels, normalised_error
 from physrep.objectives.tasks import Blocks, Future, Next, Nothing, Pair, Tube, Window
 from physrep.physics.systems import get_system
-from physrep.probing.finetune import FinetuneRecipe, fit_finetune
+from physrep.probing.features import features_of
+from physrep.probing.finetune import fit_finetune
+from physrep.probing.frozen import AttentiveRecipe, fit_probe
 from physrep.training.cost import cost
 from physrep.training.run import build, resolve
 
@@ -303,9 +305,9 @@ def test_it_trains_from_files_and_is_finetuned(smoke_data):
     info = facts | dict(mean=normaliser.mean.tolist(), std=normaliser.std.tolist(), config=objective.encoder.config)
     loaded = LoadedEncoder(objective.encoder, info)
     clips = {s: Windows(smoke_data, SHEAR, s, frames=8, stride=28) for s in ("train", "valid")}
-    tuned = fit_finetune(
-        loaded, *(Batches(w, batch_size=8, **scaling) for w in clips.values()),
-        recipe=FinetuneRecipe(epochs=1, head={"heads": 2}),
-    )  # fmt: skip
-    changed = [not torch.equal(a, b) for a, b in zip(tuned.network[0].parameters(), loaded.encoder.parameters())]
+    features = [features_of(loaded, w, scaling["scaler"], progress=False) for w in clips.values()]
+    start = fit_probe("attentive", *features, scaling["scaler"], recipe=AttentiveRecipe(epochs=1, head={"heads": 2}))
+    batches = (Batches(w, batch_size=8, **scaling) for w in clips.values())
+    tuned = fit_finetune(loaded, *batches, start=start, epochs=1)
+    changed = [not torch.equal(a, b) for a, b in zip(tuned.network.encoder.parameters(), loaded.encoder.parameters())]
     assert len(tuned.trials) == 2 and (all(changed) or tuned.chosen["epoch"] == 0)

@@ -16,7 +16,7 @@ from physrep.data.write import write_stats, write_well
 from physrep.experiments.command import main, notebook_parameters, stage_path
 from physrep.physics.systems import Field, Label, System, get_system
 from physrep.probing.evaluate import score_run
-from physrep.probing.reading import probe_splits
+from physrep.probing.features import probe_splits
 from physrep.training.presets import PRESETS
 from physrep.training.pretrain import pretrain
 from physrep.training.run import resolve

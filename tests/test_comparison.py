@@ -7,7 +7,7 @@ import pytest
 from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import Label, System, get_system
 from physrep.probing.records import read_predictions, write_predictions
-from physrep.probing.scores import score, score_difference
+from physrep.probing.scores import difference_seeds, score
 from physrep.results.comparison import SUMMARY, compare, differences, error_ratio, read_methods, summarise
 
 SHEAR = get_system("shear_flow")
@@ -56,11 +56,14 @@ def test_summary_of_one_seed_is_its_score_and_of_several_is_wider_where_they_dif
 
 
 def test_difference_of_single_seeds_is_the_paired_difference(tmp_path):
-    a, b = run(tmp_path, probes=("linear", "attentive")), run(tmp_path, "mae", "vit", error=0.8, probes=("linear", "knn"))
+    a, b = (
+        run(tmp_path, probes=("linear", "attentive")),
+        run(tmp_path, "mae", "vit", error=0.8, probes=("linear", "knn")),
+    )
     found = compare(a, b)
     assert set(found.probe) == {"linear"}, "what both have"
-    both = [read_predictions(r).predictions["linear", "test"] for r in (a, b)]
-    expected = score_difference(*both, TRUTH, GROUPS, SHEAR, SCALER)
+    both = [[read_predictions(r).predictions["linear", "test"]] for r in (a, b)]
+    expected = difference_seeds(*both, TRUTH, GROUPS, SHEAR, SCALER)
     assert found.difference.tolist() == [row["value"] for row in expected]
     assert found.low.tolist() == [row["low"] for row in expected]
     assert np.allclose(found.a - found.b, found.difference)

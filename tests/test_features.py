@@ -1,5 +1,6 @@
-"""Features: extraction, digests, and a cache that is never wrong."""
+"""Features: extraction, digests, a cache that is never wrong, and the order of windows."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -11,309 +12,213 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.core.files import read_tensors, tensors_digest, weights_digest, write_tensors
-from physrep.core.provenance import code_digest
+from physrep.core.files import tensors_digest, weights_digest, write_tensors
+from physrep.core.randomness import generator
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import LoadedEncoder, load_encoder, save_encoder
 from physrep.physics.systems import get_system
-from physrep.probing.evaluate import Reader, _drop_others
+from physrep.probing import features as module
 from physrep.probing.features import (
     ABANDONED,
     Features,
-    FewerTokens,
     cache_path,
     cached,
     coarser_grid,
     encoder_digest,
     extract,
     features_key,
+    features_of,
     fewer_tokens,
-    key_text,
+    shuffled,
+    windows_at_once,
 )
-from physrep.probing.reading import features_of
 
 SYSTEM = get_system("shear_flow")
 KEY = {"encoder": "abc", "split": "train", "crop": ((0, 8), (0, 8)), "mean": [0.1, 0.2]}
 TOKENS = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).half()
 
 
-def save(path, encoder: torch.nn.Module, *, std: float = 1.0, shape: tuple[int, int, int] = (4, 16, 16)) -> None:
-    "A small ViT as a file, with the same normalisation for all channels."
+def saved(path, *, seed: int = 0, std: float = 1.0, shape=(16, 32, 32), **config) -> LoadedEncoder:
+    "A small ViT from its file, with the same normalisation for all channels."
+    torch.manual_seed(seed)
+    encoder = build_encoder("vit", **dict(in_channels=4, dim=24, depth=1, heads=2, tubelet=(4, 8, 8)) | config)
     scale = {"mean": torch.zeros(4), "std": torch.full((4,), std)}
     save_encoder(path, encoder, "vit", system="shear_flow", **scale, shape=shape, dt=0.2)
-
-
-class Grid(torch.nn.Module):
-    "An encoder with given tokens on the grid of a ViT with tubelets of 2 x 8 x 8."
-
-    def __init__(self, tokens: torch.Tensor):
-        super().__init__()
-        self.tokens = tokens
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tokens
-
-    def grid(self, shape) -> tuple[int, int, int]:
-        return shape[0] // 2, shape[1] // 8, shape[2] // 8
+    return load_encoder(path)
 
 
 class Make:
     "Counts how often it is called."
 
     def __init__(self, tokens: torch.Tensor = TOKENS):
-        self.tokens = tokens
-        self.calls = 0
-        self.said: list[str] = []
+        self.tokens, self.calls = tokens, 0
 
     def __call__(self) -> torch.Tensor:
         self.calls += 1
         return self.tokens
 
-    def ask(self, folder, key=KEY, name="train") -> torch.Tensor:
-        return cached(folder, name, key, self, report=self.said.append)
-
-
-def test_extract_takes_no_gradient_and_uses_evaluation_mode():
-    class Encoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop = torch.nn.Dropout(0.5)
-            self.scale = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert not torch.is_grad_enabled()
-            return self.drop(x.flatten(2).transpose(1, 2)) * self.scale
-
-    encoder, x = Encoder().train(), torch.randn(4, 3, 2, 2, 2)
-    tokens = extract(encoder, ({"fields": part} for part in x.split(3)), dtype=torch.float32, progress=False)
-    assert torch.equal(tokens, x.flatten(2).transpose(1, 2)) and encoder.training and not tokens.requires_grad
-
 
 class OnASmallCard(torch.nn.Module):
-    "Means over space of at most `room` clips at once."
+    "Means over space of at most `room` clips at once, with dropout."
 
     def __init__(self, room: int):
         super().__init__()
-        self.room = room
+        self.room, self.drop = room, torch.nn.Dropout(0.5)
         self.sizes: list[int] = []
 
     def forward(self, x):
+        assert not torch.is_grad_enabled()
         self.sizes.append(len(x))
         if len(x) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return x.mean((-1, -2)).transpose(1, 2)
+        return self.drop(x.mean((-1, -2)).transpose(1, 2))
 
 
-def test_a_batch_that_a_card_cannot_hold_is_read_in_parts():
+def test_extraction_takes_no_gradient_evaluation_mode_and_parts_of_what_a_card_cannot_hold():
     clips = torch.randn(7, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    small = OnASmallCard(2)
+    small = OnASmallCard(2).train()
     found = extract(small, [{"fields": clips}], dtype=torch.float32, progress=False)
     assert torch.allclose(found, clips.mean((-1, -2)).transpose(1, 2)) and small.sizes == [7, 4, 2, 2, 3, 2, 1]
+    assert small.training and not found.requires_grad
     with pytest.raises(torch.OutOfMemoryError):
         extract(OnASmallCard(0), [{"fields": clips}], progress=False)
 
 
-def test_features_and_batches_that_are_not_right_are_named():
+def test_what_is_not_right_is_named(tmp_path):
     labels, groups = np.ones((5, 2)), np.arange(5)
-    with pytest.raises(ValueError, match="tokens of 1 of 5 windows are not finite, first at window 3"):
-        bad = TOKENS.clone()
-        bad[3, 0, 0] = torch.inf
-        Features(bad, labels, groups)
-    with pytest.raises(ValueError, match="labels of 5 of 5 windows are not finite"):
-        Features(TOKENS, labels * np.nan, groups)
-    with pytest.raises(ValueError, match="no batches"):
-        extract(torch.nn.Identity(), [], progress=False)
+    bad = TOKENS.clone()
+    bad[3, 0, 0] = torch.inf
+    nan = [{"fields": torch.full((2, 1, 2, 2, 2), torch.nan)}]
+    cases = [
+        (lambda: Features(bad, labels, groups), "tokens of 1 of 5 windows are not finite, first at window 3"),
+        (lambda: Features(TOKENS, labels * np.nan, groups), "labels of 5 of 5 windows are not finite"),
+        (lambda: Features(TOKENS, labels[:3], groups), r"of the same windows, at least one; got \(5, 3, 8\), \(3, 2\)"),
+        (lambda: extract(torch.nn.Identity(), [], progress=False), "no batches"),
+        (lambda: extract(OnASmallCard(2), nan, progress=False), "tokens are not finite as torch.float"),
+        (lambda: fewer_tokens(torch.randn(2, 97, 3), torch.nn.Identity(), (8, 48, 32), 96), "97 tokens .* cannot be"),
+        (lambda: fewer_tokens(TOKENS, torch.nn.Identity(), (8, 48, 32), 0), "at least one token"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert error.type is ValueError, "float32 would not hold them either"
+
+
+def test_tokens_are_averaged_over_neighbours_in_the_grid_of_the_encoder():
+    for grid, most, coarser in [
+        ((8, 14, 14), 1568, (8, 14, 14)),
+        ((8, 14, 14), 1567, (8, 14, 7)),
+        ((8, 14, 14), 391, (4, 7, 7)),
+        ((8, 32, 8), 392, (8, 8, 4)),
+        ((1, 1, 35), 7, (1, 1, 7)),
+    ]:
+        assert coarser_grid(grid, most) == coarser
+    tokens = torch.randn(3, 4 * 6 * 4, 24)  # the grid of clips of 8 frames of 48 x 32
+    vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(2, 8, 8))
+    few = fewer_tokens(tokens, vit, (8, 48, 32), 24)
+    by_hand = torch.nn.functional.avg_pool3d(tokens.mT.unflatten(2, (4, 6, 4)), (1, 2, 2)).flatten(2).mT
+    assert few.shape == (3, 24, 24) and torch.allclose(few, by_hand, atol=1e-6)
+    assert torch.allclose(few.mean(1), tokens.mean(1), atol=1e-6), "probes of the mean token read the same"
+    in_order = fewer_tokens(tokens, torch.nn.Identity(), (8, 48, 32), 48)  # an encoder that says no grid
+    assert torch.allclose(in_order, tokens.unflatten(1, (48, 2)).mean(2), atol=1e-6)
 
 
 # --- the cache
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
-def test_a_hit_gives_identical_tokens_without_making_them(tmp_path, dtype):
-    make = Make(TOKENS.to(dtype))
-    first, second = make.ask(tmp_path / "new" / "folder"), make.ask(tmp_path / "new" / "folder")
-    assert torch.equal(first, second) and second.dtype == dtype and make.calls == 1 and not make.said
-    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == [cache_path("", "train", KEY).name]
+def test_a_hit_gives_identical_tokens_without_making_them(tmp_path, dtype, capsys):
+    make, folder = Make(TOKENS.to(dtype)), tmp_path / "new" / "folder"
+    first = cached(folder, "train", KEY, make)
+    second = cached(folder, "train", dict(reversed(KEY.items())) | {"crop": [[0, 8], [0, 8]]}, make)
+    assert torch.equal(first, second) and second.dtype == dtype and make.calls == 1 and not capsys.readouterr().out
+    other = cached(folder, "test", KEY | {"split": "test"}, Make(TOKENS + 1))
+    assert torch.equal(other, TOKENS + 1) and len(list(folder.iterdir())) == 2
 
 
-def test_a_key_is_equal_whatever_its_order_and_two_keys_do_not_collide(tmp_path):
-    make, other = Make(), Make(TOKENS + 1)
-    make.ask(tmp_path)
-    make.ask(tmp_path, dict(reversed(KEY.items())) | {"crop": [[0, 8], [0, 8]]})
-    assert make.calls == 1
-    assert torch.equal(other.ask(tmp_path, KEY | {"split": "test"}), TOKENS + 1) and torch.equal(
-        make.ask(tmp_path), TOKENS
-    )
-    assert other.calls == 1 and make.calls == 1 and len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize(
-    "damage", ["truncated", "header cut", "empty", "text", "flipped byte", "foreign key", "foreign tensors", "encoder"]
-)
-def test_a_file_that_cannot_be_used_is_said_and_made_again(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped byte", "foreign key", "foreign tensors"])
+def test_a_file_that_cannot_be_used_is_said_and_made_again(tmp_path, damage, capsys):
     make = Make()
-    make.ask(tmp_path)
+    cached(tmp_path, "train", KEY, make)
     path = cache_path(tmp_path, "train", KEY)
     whole = path.read_bytes()
-    content = {
-        "truncated": whole[:-1], "header cut": whole[:20], "empty": b"", "text": b"a note to myself",
-        "flipped byte": whole[:-30] + bytes([whole[-30] ^ 16]) + whole[-29:],
-    }  # fmt: skip
+    content = {"truncated": whole[:-1], "empty": b"", "text": b"a note to myself"}
+    content["flipped byte"] = whole[:-30] + bytes([whole[-30] ^ 16]) + whole[-29:]
     path.unlink()
     if damage in content:
         path.write_bytes(content[damage])
     elif damage == "foreign key":  # a sound file under the wrong name
         write_tensors(path, {"tokens": TOKENS + 1}, KEY | {"split": "test"})
-    elif damage == "foreign tensors":
-        write_tensors(path, {"other": TOKENS + 1}, KEY)
     else:
-        encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
-        save(path, encoder)
-    assert torch.equal(make.ask(tmp_path), TOKENS) and make.calls == 2
-    assert len(make.said) == 1 and make.said[0].startswith(path.name) and str(tmp_path) not in make.said[0]
-    if damage == "foreign key":
-        assert "(split)" in make.said[0]
-    assert torch.equal(make.ask(tmp_path), TOKENS) and make.calls == 2 and len(make.said) == 1  # sound again
+        write_tensors(path, {"other": TOKENS + 1}, KEY)
+    assert torch.equal(cached(tmp_path, "train", KEY, make), TOKENS) and make.calls == 2
+    assert path.name in capsys.readouterr().out
+    assert torch.equal(cached(tmp_path, "train", KEY, make), TOKENS) and make.calls == 2, "sound again"
 
 
-def test_no_flipped_bit_goes_unnoticed(tmp_path):
-    path = tmp_path / "t.safetensors"
-    write_tensors(path, {"tokens": TOKENS[:1, :1]}, {"split": "train"})
-    whole = path.read_bytes()
-    for i in range(len(whole)):
-        for bit in (1, 32, 128):
-            bad = tmp_path / f"{i}-{bit}.safetensors"
-            bad.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :])
-            with pytest.raises(ValueError, match=bad.name):
-                read_tensors(bad)
-
-
-def test_a_failed_make_or_write_leaves_nothing_and_a_half_written_leftover_does_not_matter(tmp_path):
+def test_tokens_of_another_key_and_leftovers_of_killed_processes_make_way(tmp_path):
     def fails() -> torch.Tensor:
         raise RuntimeError("no power")
 
     with pytest.raises(RuntimeError, match="no power"):
         cached(tmp_path, "train", KEY, fails)
     assert not list(tmp_path.iterdir())
-    path = cache_path(tmp_path, "train", KEY)
-    leftover = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of a killed run that had our process id
-    leftover.write_bytes(b"half")
-    path.with_name(f".{path.name}.1.tmp").write_bytes(b"half of another process")
-    make = Make()
-    assert (
-        torch.equal(make.ask(tmp_path), TOKENS)
-        and torch.equal(make.ask(tmp_path), TOKENS)
-        and make.calls == 1
-        and not make.said
-    )
+    cached(tmp_path, "train", KEY | {"numbers": "yesterday's"}, Make())
+    cached(tmp_path, "test", KEY, Make())
+    old, new = (tmp_path / f".train-{i}.safetensors.1.tmp" for i in (0, 1))
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (0, time.time() - ABANDONED - 60))
+    assert torch.equal(cached(tmp_path, "train", KEY, Make()), TOKENS)
+    kept = {cache_path(tmp_path, name, KEY) for name in ("train", "test")}
+    assert set(tmp_path.iterdir()) == kept | {new}
 
 
-def test_keys_must_be_json(tmp_path):
-    for key in ({"dtype": torch.float16}, {"mean": float("nan")}):
-        with pytest.raises(ValueError, match="a key must be JSON"):
-            cached(tmp_path, "train", key, Make())
-
-
-def test_memory_stays_flat(tmp_path):
-    "Writing and reading 100 MB takes no second copy in memory; mapped pages do not count, since they can be dropped."
-    code = f"""
-import torch
-from physrep.probing.features import cached
-torch.set_num_threads(1)
-def anonymous():
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-import threading, time
-seen = []
-def watch():
-    while True:
-        seen.append(anonymous())
-        time.sleep(0.002)
-before = anonymous()
-threading.Thread(target=watch, daemon=True).start()
-tokens = cached({str(tmp_path)!r}, "t", {{}}, lambda: torch.full((400, 128, 1024), 0.5, dtype=torch.float16))
-print(max(seen) - before)
-del tokens
-time.sleep(0.1)  # what was looked at before that is in `seen` by then
-before, start = anonymous(), len(seen)
-tokens = cached({str(tmp_path)!r}, "t", {{}}, None)
-assert float(tokens[-1, -1, -1]) == 0.5
-time.sleep(0.02)
-print(max(seen[start:]) - before)
-"""
-    if not os.path.exists("/proc/self/status"):
-        pytest.skip("needs Linux's account of memory")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    writing, reading = map(float, done.stdout.split())
-    assert writing < 160 and reading < 50
-
-
-# --- digests
-
-
-def test_digests_tell_names_types_shapes_and_bytes_apart():
+def test_digests_and_keys_change_with_anything_that_matters(tmp_path, smoke_data):
     base = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
     same = {"b": torch.ones(8)[::2], "a": torch.zeros(3, 2).t()}  # another order, other strides
     others = [
         {"a": torch.zeros(3, 2), "b": torch.ones(4)},
         {"a": torch.zeros(2, 3), "c": torch.ones(4)},
-        {"a": torch.zeros(2, 3)},
         {"a": torch.zeros(2, 3).int(), "b": torch.ones(4)},
         {"a": torch.zeros(2, 3), "b": torch.ones(4).nextafter(torch.tensor(2.0))},
     ]
     assert tensors_digest(base) == tensors_digest(same)
     assert len({tensors_digest(t) for t in [base, *others]}) == 1 + len(others)
-    assert tensors_digest({"s": torch.tensor(1.0), "e": torch.zeros(0)}) != tensors_digest(
-        {"s": torch.tensor(2.0), "e": torch.zeros(0)}
-    )
-
-
-def test_an_encoder_keeps_its_digest_through_a_file_and_changes_it_with_anything_that_matters(tmp_path):
-    def saved(name: str, seed: int = 0, std: float = 1.0, **config) -> LoadedEncoder:
-        torch.manual_seed(seed)
-        encoder = build_encoder("vit", **dict(in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8)) | config)
-        save(tmp_path / name, encoder, std=std)
-        return load_encoder(tmp_path / name)
-
-    first, again = saved("a"), saved("b")
+    first, again, heads = saved(tmp_path / "a"), saved(tmp_path / "b"), saved(tmp_path / "c", heads=4)
     assert encoder_digest(first) == encoder_digest(again) == encoder_digest(load_encoder(tmp_path / "a"))
-    heads = saved("c", heads=4)  # the same weights, read by four heads
-    assert weights_digest(heads) == weights_digest(first)
-    assert len({encoder_digest(e) for e in (first, heads, saved("d", seed=1), saved("e", std=2.0))}) == 4
-
-
-def test_the_key_of_real_windows_changes_with_what_the_tokens_depend_on(smoke_data, tmp_path):
-    torch.manual_seed(0)
-    encoder = build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8))
-    save(tmp_path / "e", encoder, shape=(4, 32, 32))
-    encoder, root = load_encoder(tmp_path / "e"), smoke_data / "shear_flow"
+    assert weights_digest(heads) == weights_digest(first), "the same weights, read by four heads"
+    different = [first, heads, saved(tmp_path / "d", seed=1), saved(tmp_path / "e", std=2.0)]
+    assert len({encoder_digest(e) for e in different}) == 4
 
     def windows(split: str = "valid", **options) -> Windows:
-        return Windows(root, "shear_flow", split, **{"frames": 4, "stride": 16} | options)
+        return Windows(smoke_data, SYSTEM, split, **{"frames": 4, "stride": 16} | options)
 
-    keys = [
-        features_key(encoder, w)
-        for w in (windows(), windows("test"), windows(stride=8), windows(frames=8), windows(crop=((0, 16), (0, 16))))
+    some = [windows(), windows("test"), windows(stride=8), windows(frames=8), windows(crop=((0, 16), (0, 16)))]
+    keys = [features_key(e, some[0]) for e in different] + [
+        features_key(first, w, size=s) for w in some for s in (8, 9)
     ]
-    keys += [
-        features_key(encoder, windows(), **o)
-        for o in ({"size": 16}, {"amp": True}, {"dtype": torch.float32}, {"device": "cuda:1"})
-    ]
-    assert len({key_text(k) for k in keys}) == len(keys)
-    assert key_text(features_key(encoder, windows(), device="cpu")) == key_text(keys[0])
+    assert len({cache_path("", "a", key) for key in keys}) == len(keys)
 
 
-def test_the_key_covers_the_modules_that_put_an_encoder_together_and_no_entry_of_another(smoke_data, tmp_path):
-    save(tmp_path / "e", build_encoder("vit", in_channels=4, dim=16, depth=1, heads=2, tubelet=(2, 8, 8)))
-    encoder, windows = load_encoder(tmp_path / "e"), Windows(smoke_data, SYSTEM, "valid", frames=4, stride=16)
-    plain = features_key(encoder, windows)
-    entries = ("shear_flow", "vit")
-    assert plain["code"] == code_digest("models.vit", "probing.features", "data.batches", entries=entries)
-    encoder.info["modules"] = ["experiments.across"]
-    joint = features_key(encoder, windows)
-    assert {k for k in plain if plain[k] != joint[k]} == {"code"}
+def test_large_clips_come_in_small_batches_and_tokens_beyond_float16_as_float32(smoke_data, monkeypatch):
+    windows, seen = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20), []
+    numbers = 4 * 16 * 32 * 32
+    monkeypatch.setattr(module, "memory_available", lambda: 3 * 200 * numbers)
 
+    class GrowsLater(torch.nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x.flatten(1)[:, None, :8] + (1e6 if len(seen) > 1 else 0)
+
+    found = features_of(GrowsLater(), windows, LabelScaler.fit(SYSTEM, windows.labels), progress=False)
+    assert found.tokens.dtype == torch.float32 and found.tokens.isfinite().all() and found.tokens.max() > 9e5
+    assert seen[0] == 3 and windows_at_once(numbers, "cuda") == 64 and windows_at_once(2**30) == 1
+
+
+# --- what does not fit memory or disk
 
 LARGE = """
 import resource, sys
@@ -327,7 +232,8 @@ folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 encoder, clips = torch.nn.Identity(), ({"fields": torch.full((8, 1024, 256), float(i))} for i in range(100))
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (1024 * (used + 150_000),) * 2)
-first = cached(folder, "train", {}, lambda: extract(encoder, clips, memory_limit=limit, scratch=folder, progress=False))
+options = dict(expected=800, memory_limit=limit, scratch=folder, kept=True, progress=False)
+first = cached(folder, "train", {}, lambda: extract(encoder, clips, **options))
 tokens = cached(folder, "train", {}, None)
 features = Features(tokens, np.ones((800, 2)), np.arange(800))
 assert tokens.shape == (800, 1024, 256) and tokens.dtype == torch.float16
@@ -341,154 +247,41 @@ assert [p.suffix for p in folder.iterdir()] == [".safetensors"], "the file of ex
 def test_tokens_larger_than_memory(tmp_path):
     "With room for 150 MB, 400 MB of tokens are extracted, kept, pooled and taken in any order, but not without a file."
     for limit, fits in ((2**24, True), (2**40, False)):
-        done = subprocess.run(
-            [sys.executable, "-c", LARGE, str(tmp_path / str(limit)), str(limit)], capture_output=True, text=True
-        )
+        call = [sys.executable, "-c", LARGE, str(tmp_path / str(limit)), str(limit)]
+        done = subprocess.run(call, capture_output=True, text=True)
         assert (done.returncode == 0) == fits, done.stderr
     assert "memory" in done.stderr.lower()
 
 
-@pytest.mark.parametrize(
-    ("grid", "most", "coarser"),
-    [
-        ((8, 14, 14), 1568, (8, 14, 14)),
-        ((8, 14, 14), 1567, (8, 14, 7)),
-        ((8, 14, 14), 392, (8, 7, 7)),
-        ((8, 14, 14), 391, (4, 7, 7)),
-        ((8, 32, 8), 392, (8, 8, 4)),
-        ((1, 1, 35), 7, (1, 1, 7)),
-        ((8, 14, 14), 1, (1, 1, 1)),
-    ],
-)
-def test_the_longest_axis_of_a_grid_of_tokens_gets_coarser_first(grid, most, coarser):
-    assert coarser_grid(grid, most) == coarser
-
-
-def test_tokens_are_averaged_over_neighbours_in_the_grid_of_the_encoder():
-    vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(2, 8, 8))
-    tokens = torch.randn(3, 4 * 6 * 4, 24)  # the grid of clips of 8 frames of 48 x 32
-    few = fewer_tokens(tokens, vit, (8, 48, 32), 24)
-    by_hand = torch.nn.functional.avg_pool3d(tokens.mT.unflatten(2, (4, 6, 4)), (1, 2, 2)).flatten(2).mT
-    assert few.shape == (3, 24, 24) and torch.allclose(few, by_hand, atol=1e-6)
-    assert torch.allclose(few.mean(1), tokens.mean(1), atol=1e-6), "probes of the mean token read the same"
-    in_order = fewer_tokens(tokens, torch.nn.Identity(), (8, 48, 32), 48)  # an encoder that says no grid
-    assert torch.allclose(in_order, tokens.unflatten(1, (48, 2)).mean(2), atol=1e-6)
-    with pytest.raises(
-        ValueError, match=r"97 tokens on a grid \(1, 1, 97\) cannot be averaged to about 96, only to 1; set"
-    ):
-        fewer_tokens(torch.randn(2, 97, 3), torch.nn.Identity(), (8, 48, 32), 96)
-    assert torch.equal(FewerTokens(Grid(tokens), 24)(torch.zeros(3, 4, 8, 48, 32)), few)
-    assert torch.equal(FewerTokens(Reader(Grid(tokens), "of mine"), 24)(torch.zeros(3, 4, 8, 48, 32)), few)
-    with pytest.raises(ValueError, match="at least one token of a window must be kept, got 0"):
-        fewer_tokens(tokens, vit, (8, 48, 32), 0)
-
-
-def test_fewer_tokens_are_kept_under_a_key_of_their_own_and_fill_less_of_the_disk(smoke_data, tmp_path):
-    vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(4, 8, 8))
-    save(tmp_path / "e", vit, shape=(16, 32, 32))
-    windows = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20)
-    options = dict(cache=tmp_path / "features", progress=False)
-    scaler = LabelScaler.fit(SYSTEM, windows.labels)
-    whole = features_of(load_encoder(tmp_path / "e"), windows, scaler, **options)
-    few = features_of(load_encoder(tmp_path / "e"), windows, scaler, max_tokens=16, **options)
-    assert (whole.tokens.shape[1], few.tokens.shape[1]) == (64, 16) and few.info["max_tokens"] == 16
-    assert "max_tokens" not in whole.info and torch.allclose(few.pooled, whole.pooled, atol=1e-3)
-    small, large = sorted(path.stat().st_size for path in options["cache"].iterdir())
-    assert small < 0.3 * large
-
-
-def test_large_clips_come_in_small_batches(smoke_data, monkeypatch):
-    windows, seen = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20), []
-    monkeypatch.setattr("physrep.probing.reading._AT_ONCE", 3 * 4 * 16 * 32 * 32)
-
-    class Watched(torch.nn.Module):
-        def forward(self, x):
-            seen.append(len(x))
-            return x.flatten(1)[:, None, :8]
-
-    features_of(Watched(), windows, LabelScaler.fit(SYSTEM, windows.labels), progress=False)
-    assert sum(seen) == len(windows) > 3 and set(seen[:-1]) == {3}
-
-
-def test_a_buffer_has_one_shape_and_a_place(tmp_path):
-    def clips(*counts):
-        return [{"fields": torch.zeros(2, n, 4)} for n in counts]
-
-    for limit in (0, 2**31):
-        with pytest.raises(ValueError, match=r"same shape in every batch, got \(3, 4\) and then \(2, 4\)"):
-            extract(torch.nn.Identity(), clips(3, 2), memory_limit=limit, progress=False)
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(OSError, match="tokens so far, in .*file"):
-        extract(torch.nn.Identity(), clips(3), memory_limit=0, scratch=tmp_path / "file", progress=False)
-    assert extract(
-        torch.nn.Identity(), clips(3, 3), memory_limit=0, scratch=tmp_path / "new" / "folder", progress=False
-    ).shape == (4, 3, 4)
-    assert not list((tmp_path / "new" / "folder").iterdir())
-
-
 def test_a_disk_that_is_too_small_is_named_before_the_work(tmp_path, monkeypatch):
-    seen = []
-
-    class Counted(torch.nn.Identity):
-        def forward(self, x):
-            seen.append(len(x))
-            return x
-
-    clips = [{"fields": torch.zeros(2, 3, 4)}] * 5
+    small = OnASmallCard(2)
+    clips = [{"fields": torch.zeros(2, 4, 3, 2, 2)}] * 5
     free = 10 * 3 * 4 * 2  # bytes of ten windows as float16
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-    enough = dict(memory_limit=0, scratch=tmp_path / "new", progress=False)
-    assert extract(Counted(), clips, expected=10, **enough).shape == (10, 3, 4)
-    seen.clear()
+    options = dict(expected=10, memory_limit=0, scratch=tmp_path / "new", progress=False)
+    assert extract(small, clips, **options).shape == (10, 3, 4)
+    small.sizes.clear()
     with pytest.raises(OSError, match=f"would go to {tmp_path}.*, where .* are free; what helps: another folder"):
-        extract(Counted(), clips, expected=10, kept_in=tmp_path, **enough)
-    assert seen == [2], "the tokens would be there twice while they are copied"
-    assert len(extract(Counted(), clips, expected=11, progress=False)) == 10, "what fits memory needs no disk"
+        extract(small, clips, kept=True, **options)
+    assert small.sizes == [2], "the tokens would be there twice while they are copied"
+    assert len(extract(small, clips, expected=11, progress=False)) == 10, "what fits memory needs no disk"
 
 
-def test_files_of_a_killed_process_are_removed_after_a_day(tmp_path):
-    old, new = (tmp_path / f".train-{i}.safetensors.1.tmp" for i in (0, 1))
-    for file in (old, new):
-        file.write_bytes(b"half")
-    os.utime(old, (0, time.time() - ABANDONED - 60))
-    cached(tmp_path, "train", KEY, Make())
-    assert not old.exists() and new.exists()
-
-
-def test_a_run_keeps_the_features_of_today_only(smoke_data, tmp_path):
-    vit = build_encoder("vit", in_channels=4, dim=24, depth=1, heads=2, tubelet=(4, 8, 8))
-    save(tmp_path / "e", vit, shape=(16, 32, 32))
-    encoder, folder = load_encoder(tmp_path / "e"), tmp_path / "features"
-    windows = {s: Windows(smoke_data, SYSTEM, s, frames=16, stride=20) for s in ("valid", "test")}
-    for w in windows.values():
-        features_of(encoder, w, LabelScaler.fit(SYSTEM, w.labels), cache=folder, progress=False)
-    before = set(folder.iterdir())
-    cached(folder, "valid", {"code": "yesterday"}, Make())
-    _drop_others(folder, encoder, windows)
-    assert set(folder.iterdir()) == before and len(before) == 2
-
-
-class GrowsLater(torch.nn.Module):
-    "Tokens of which those after the first batch are too large for float16."
-
-    def __init__(self):
-        super().__init__()
-        self.batches = 0
-
-    def forward(self, x):
-        self.batches += 1
-        return x.flatten(1)[:, None, :8] + (1e6 if self.batches != 1 else 0)
-
-
-def test_tokens_that_float16_does_not_hold_are_read_as_float32(smoke_data, monkeypatch):
-    windows = Windows(smoke_data, SYSTEM, "valid", frames=16, stride=20)
-    monkeypatch.setattr("physrep.probing.reading._AT_ONCE", 3 * 4 * 16 * 32 * 32)
-    found = features_of(GrowsLater(), windows, LabelScaler.fit(SYSTEM, windows.labels), progress=False)
-    assert found.tokens.dtype == torch.float32 and found.tokens.isfinite().all() and found.tokens.max() > 9e5
-
-
-def test_tokens_that_are_no_numbers_are_refused():
-    clips = [{"fields": torch.full((2, 1, 2, 2, 2), torch.nan)}]
-    with pytest.raises(ValueError, match="tokens are not finite as torch.float.* in batch 0") as error:
-        extract(OnASmallCard(2), clips, progress=False)
-    assert error.type is ValueError, "float32 would not hold them either"
+@pytest.mark.parametrize("count", [1, 37, 1000])
+def test_windows_beyond_memory_are_shuffled_in_blocks(monkeypatch, count):
+    tokens = torch.arange(count)[:, None, None].expand(-1, 4, 8).half().contiguous()  # 64 bytes a window
+    in_memory = list(shuffled(tokens, 32, "some", 0))
+    assert torch.equal(torch.cat(in_memory), torch.randperm(count, generator=generator("some", 0)))
+    monkeypatch.setattr(module, "BLOCK", 64 * 10)
+    monkeypatch.setattr(module, "BLOCKS_TOGETHER", 5)
+    read = []
+    monkeypatch.setattr(module, "_read_through", lambda block: read.append(block[:, 0, 0].int().tolist()))
+    seen = []
+    for index in shuffled(tokens, 32, "some", 0, in_any_order=63):
+        assert set(index.tolist()) <= {window for block in read for window in block}, "read before it is asked for"
+        seen.append(index)
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(count))
+    assert [len(index) for index in seen] == [len(index) for index in in_memory]
+    assert all(block == list(range(block[0], block[-1] + 1)) for block in read) and len(read) == math.ceil(count / 10)
+    if count == 1000:
+        assert read != sorted(read) and len(set((seen[0] // 10).tolist())) == 5, "a batch has windows of several blocks"

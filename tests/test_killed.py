@@ -26,7 +26,7 @@ from physrep.core.files import read_json
 from physrep.data.generate import make_dataset
 from physrep.models.pretrained import load_encoder
 from physrep.probing.evaluate import score_run
-from physrep.probing.reading import features_of, probe_splits
+from physrep.probing.features import features_of, probe_splits
 from physrep.results.figures import save_figure
 from physrep.training.presets import get_preset
 from physrep.training.pretrain import pretrain
@@ -43,7 +43,9 @@ def quiet(_: object) -> None:
 
 
 def run_in(folder: Path) -> Run:
-    return resolve("shear_flow", "mae", "vit", tiny_preset(folder))
+    places = dict(data_dir=folder / "data", run_dir=folder / "runs")
+    often = {"checkpoint_seconds": 0}
+    return resolve("shear_flow", "mae", "vit", tiny_preset(folder), recipe=often, **places)
 
 
 def simulate(folder: Path) -> None:
@@ -53,21 +55,20 @@ def simulate(folder: Path) -> None:
 
 def train(folder: Path, **options: object) -> None:
     run = run_in(folder)
-    options = dict(checkpoint_seconds=0, progress=False, say=quiet) | options
-    pretrain(run, folder / "data", folder / "runs", **options)
+    options = dict(progress=False, say=quiet) | options
+    pretrain(run, **options)
 
 
 def extract(folder: Path) -> None:
     run = run_in(folder)
-    place = run.folder(folder / "runs")
-    windows = probe_splits(run, folder / "data")
-    options = dict(cache=place / "features", progress=False)
+    windows = probe_splits(run)
+    options = dict(cache=run.folder / "features", progress=False)
     for part in windows.values():
-        features_of(load_encoder(place), part, label_scaler(run, windows["train"]), **options)
+        features_of(load_encoder(run.folder), part, label_scaler(run, windows["train"]), **options)
 
 
 def probe(folder: Path) -> None:
-    score_run(run_in(folder), folder / "data", folder / "runs", probes=("linear", "knn"), progress=False)
+    score_run(run_in(folder), probes=("linear", "knn"), progress=False)
 
 
 def figure(folder: Path) -> None:

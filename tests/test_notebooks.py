@@ -185,8 +185,7 @@ def test_pretrain_refuses_what_it_does_not_know(parameters, message, tmp_path):
 
 def test_probe_and_table_from_smoke_runs(smoke_data, tmp_path):
     "Three rows of Table 1 at preset smoke, one seed of one row missing, through the library; then the notebooks."
-    from physrep.probing.baselines import BASELINES, score_baseline
-    from physrep.probing.evaluate import score_run
+    from physrep.probing.evaluate import BASELINES, score_baseline, score_run
     from physrep.results.rows import chosen_rows, run_of
     from physrep.training.presets import get_preset
     from physrep.training.pretrain import pretrain

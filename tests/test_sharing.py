@@ -74,14 +74,7 @@ def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
     assert metrics[0]["args"] == {"low": 0.4, "high": 0.6, "n": 100}
     assert "| linear | test | mean | 0.500 (0.400 to 0.600) | 0.600 |  | 100 |" in text
     assert "| linear | valid | Reynolds | 0.450 (0.400 to 0.600) |" in text
-    for part in (
-        'load_encoder("hf:me/mae")',
-        "Reynolds from 400 to 3200, Schmidt from 0.25 to 2",
-        "512 for training",
-        "Clips `(b, 4, 16, 32, 32)`",
-        "0.2 between frames",
-        "attentive, linear",
-    ):
+    for part in ('load_encoder("hf:me/mae")', "Reynolds from 400 to 3200", "`(b, 4, 16, 32, 32)`", "attentive, linear"):
         assert part in text
 
 
@@ -115,7 +108,7 @@ def test_names_that_are_none_and_a_missing_client(tmp_path, hub, monkeypatch):
     for name in ("hf:me", "hf:me/../mae", "hf:me/mae/more", "hf:"):
         with pytest.raises(ValueError, match="a name on the Hub is hf:user/name, got"):
             physrep.load_encoder(name)
-    with pytest.raises(ValueError, match="have a revision; got revision='v1'"):
+    with pytest.raises(ValueError, match="have a revision; got 'v1'"):
         physrep.load_encoder(NAME, revision="v1")
     (tmp_path / "hub" / "me" / "empty").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="hf:me/empty holds no encoder of physrep"):

@@ -27,7 +27,7 @@ from physrep.data.write import write_stats, write_well
 from physrep.physics.spectra import spectra
 from physrep.physics.statistics import summary_statistics
 from physrep.physics.systems import SYSTEMS, Field, Label, System, get_system
-from physrep.probing.baselines import measure
+from physrep.probing.evaluate import measure
 
 SHEAR = get_system("shear_flow")
 NX, NY, FRAMES = 12, 10, 9

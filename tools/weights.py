@@ -8,9 +8,10 @@ import shutil
 from physrep.core.paths import default_data_dir
 from physrep.explore.readers import measured_errors, write_statistics
 from physrep.models.pretrained import SHIPPED, load_encoder
+from physrep.probing.evaluate import baseline_folder
+from physrep.probing.features import probe_splits
 from physrep.probing.frozen import load_probe
-from physrep.probing.reading import probe_splits
-from physrep.training.run import baseline_folder, resolve
+from physrep.training.run import resolve
 
 SHIPPED_ROWS = [
     ("active_matter", "mae", "vit"),
@@ -32,7 +33,7 @@ if __name__ == "__main__":
         load_encoder(target)
         for name in FILES[1:]:
             load_probe(target / name)
-        baselines = {name: baseline_folder(name, run.system, run.preset) for name in BASELINES}
+        baselines = {name: baseline_folder(name, run) for name in BASELINES}
         errors = measured_errors({target.name: folder}, baselines)
         write_statistics(target, probe_splits(run, default_data_dir("laptop")), errors)
         size = sum(path.stat().st_size for path in target.iterdir())

@@ -21,11 +21,10 @@ from ..core.provenance import provenance
 from ..data.windows import of_flows
 from .jobs import is_scored, train_and_score
 from ..models.pretrained import load_encoder
-from ..probing.evaluate import FEW, bootstrap_groups
-from ..probing.features import Features
-from ..probing.few_labels import draw_flows, score_few
+from ..probing.evaluate import bootstrap_groups
+from ..probing.features import Features, features_of, probe_splits
+from ..probing.few_labels import FEW, draw_flows, score_few
 from ..probing.finetune import FINE_TUNED, fine_tune
-from ..probing.reading import features_of, probe_splits
 from ..probing.records import is_current, read_results, write_result
 from ..probing.scores import score
 from ..results.panels import ERROR, plot_curves, plot_marks, with_looks

@@ -13,7 +13,7 @@ from ..core.files import read_json
 from ..core.provenance import changed
 from ..data.windows import Windows
 from ..probing.evaluate import score_run
-from ..probing.reading import probe_splits
+from ..probing.features import probe_splits
 from ..probing.records import is_current
 from ..results.archive import remove_unpacked
 from ..training.pretrain import pretrain, training_windows

@@ -17,7 +17,8 @@ from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..models.pretrained import load_encoder
 from ..probing.evaluate import bootstrap_groups
-from ..probing.reading import probe_encoder, probe_splits
+from ..probing.features import probe_splits
+from ..probing.frozen import probe_encoder
 from ..probing.records import is_current, read_results, write_result
 from ..probing.scores import score
 from ..results.rows import Study

@@ -27,11 +27,9 @@ from .jobs import is_scored, is_trained, train_and_score
 from ..models.pretrained import load_encoder
 from ..physics.regimes import defect_count, wall_nusselt, wave_energy
 from ..physics.systems import Field, Label, System, get_system
-from ..probing.baselines import MEASURES, measured_features
-from ..probing.evaluate import bootstrap_groups
-from ..probing.features import Features
+from ..probing.evaluate import MEASURES, bootstrap_groups, measured_features
+from ..probing.features import Features, features_of, probe_splits
 from ..probing.frozen import fit_probe
-from ..probing.reading import features_of, probe_splits
 from ..probing.records import read_predictions
 from ..probing.scores import score_seeds
 from ..results.panels import ERROR, plot_marks, with_looks

@@ -25,8 +25,8 @@ from ..data.windows import Windows
 from .jobs import is_scored, is_trained
 from .learning_curves import snapshot_files
 from ..physics.systems import get_system
-from ..probing.baselines import baselines_for
-from ..probing.reading import probe_splits
+from ..probing.evaluate import baselines_for
+from ..probing.features import probe_splits
 from ..probing.records import is_current
 from ..results.archive import with_seeds_there
 from ..results.rows import Row, Study, make_study

@@ -26,9 +26,9 @@ from ..data.windows import Windows
 from ..models.pretrained import load_encoder
 from ..objectives.methods import objective_class
 from ..physics.systems import get_system
-from ..probing.evaluate import ATTENTIVE_ON, FEW
-from ..probing.few_labels import score_few
-from ..probing.reading import probe_encoder, probe_splits
+from ..probing.features import probe_splits
+from ..probing.few_labels import ATTENTIVE_ON, FEW, score_few
+from ..probing.frozen import probe_encoder
 from ..probing.records import is_current
 from ..results.archive import remove_unpacked
 from ..results.figures import using_style

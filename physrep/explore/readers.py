@@ -28,7 +28,7 @@ from ..models.pretrained import SHIPPED, LoadedEncoder, load_encoder
 from ..physics.oracle import equation_oracle, has_oracle
 from ..physics.statistics import summary_statistics
 from ..physics.systems import System
-from ..probing.baselines import measured_features
+from ..probing.evaluate import measured_features
 from ..probing.features import Features
 from ..probing.frozen import Probe, fit_probe, load_probe
 from ..results.rows import title_of

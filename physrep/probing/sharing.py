@@ -27,48 +27,33 @@ from .frozen import Probe
 from .records import check_rows
 
 # %% ../../nbs/probing/sharing.ipynb #a99b79aa
-def _interval(row: Mapping) -> str:
-    "A value with its interval, three decimals: `0.412 (0.380 to 0.450)`."
-    if row["low"] is None or math.isnan(row["low"]):
-        return f"{row['value']:.3f}"
-    return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-
-
 def _score_table(rows: Sequence[Mapping]) -> str:
-    "Rows of results as a Markdown table: a line for each probe, split and label."
+    "Rows of results as a Markdown table: a line for each probe, split and label, with intervals where there are any."
     lines: dict[tuple, dict] = {}
     for row in rows:
-        lines.setdefault((row["probe"], row["split"], row["label"]), {"n": row["n"]})[row["metric"]] = _interval(row)
+        text = f"{row['value']:.3f}"
+        if row["low"] is not None and not math.isnan(row["low"]):
+            text += f" ({row['low']:.3f} to {row['high']:.3f})"
+        lines.setdefault((row["probe"], row["split"], row["label"]), {"n": str(row["n"])})[row["metric"]] = text
     head = "| probe | split | label | squared error | R2 | relative error | windows |\n|---|---|---|---|---|---|---|\n"
-    metrics = ("mse", "r2", "relative_error")
-    body = [[*key, *(found.get(m, "") for m in metrics), str(found["n"])] for key, found in lines.items()]
-    return head + "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+    columns = ("mse", "r2", "relative_error", "n")
+    return head + "\n".join(f"| {' | '.join([*k, *(v.get(c, '') for c in columns)])} |" for k, v in lines.items())
 
 # %% ../../nbs/probing/sharing.ipynb #a73ecff0
 def _front_matter(name: str, info: Mapping, parameters: int, rows: Sequence[Mapping], license: str | None) -> str:
     "The YAML block of a card: what the Hub reads, with one metric for each squared error of a probe."
+    results = []
+    for row in (row for row in rows if row["metric"] == "mse"):
+        metric: dict = {"type": "mse", "name": f"squared error of z-scored {row['label']}", "value": row["value"]}
+        metric["args"] = {k: row[k] for k in ("low", "high", "n") if row[k] is not None and row[k] == row[k]}
+        task = {"type": "feature-extraction", "name": f"{row['probe']} probe of frozen features"}
+        data = {"type": row["system"], "name": row["system"], "split": row["split"]}
+        results.append({"task": task, "dataset": data, "metrics": [metric]})
     facts = {k: info[k] for k in ("system", "objective", "preset", "seed", "channels", "shape", "dt") if k in info}
-    results = [
-        {
-            "task": {"type": "feature-extraction", "name": f"{row['probe']} probe of frozen features"},
-            "dataset": {"type": row["system"], "name": row["system"], "split": row["split"]},
-            "metrics": [
-                {
-                    "type": row["metric"],
-                    "name": f"squared error of z-scored {row['label']}",
-                    "value": float(row["value"]),
-                    "args": {k: row[k] for k in ("low", "high", "n") if row[k] is not None and row[k] == row[k]},
-                }
-            ],
-        }
-        for row in rows
-        if row["metric"] == "mse"
-    ]
     card: dict[str, Any] = {"library_name": "physrep", "tags": ["physrep", "physics", "simulation", info["system"]]}
     card |= {"license": license} if license else {}
     card["physrep"] = facts | {"encoder": info["name"], "parameters": parameters}
-    if results:
-        card["model-index"] = [{"name": name, "results": results}]
+    card |= {"model-index": [{"name": name, "results": results}]} if results else {}
     return f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n"
 
 # %% ../../nbs/probing/sharing.ipynb #df379201
@@ -85,20 +70,8 @@ def _data_text(info: Mapping, config: Mapping) -> str:
             " these ranges."
         )
     if "grid" in data:
-        h, w = data["grid"]
-        return f"Files of `{info['system']}` on a grid of {h}x{w} that physrep did not simulate."
+        return "Files of `{}` on a grid of {}x{} that physrep did not simulate.".format(info["system"], *data["grid"])
     return f"Flows of `{info['system']}`. Their parameters are not recorded in this folder."
-
-
-def _limits_text(info: Mapping) -> str:
-    "What the encoder takes."
-    frames, height, width = info["shape"]
-    time = "any time between frames" if info["dt"] is None else f"{info['dt']:g} between frames, within 1 %"
-    return (
-        f"Clips `(b, {len(info['channels'])}, {frames}, {height}, {width})` in the units of the simulation, channels"
-        f" {', '.join(f'`{c}`' for c in info['channels'])} in this order, {time}. `embed` refuses anything else."
-        " Other grids are taken with `any_grid=True`, for which there are no scores here."
-    )
 
 # %% ../../nbs/probing/sharing.ipynb #14b8e060
 _CARD = """{front}# {name}
@@ -120,7 +93,9 @@ features = encoder.embed(fields, dt={dt})
 
 ## Input and limits
 
-{limits}
+Clips `(b, {n_channels}, {frames}, {height}, {width})` in the units of the simulation, channels {channels} in this
+order, {time}. `embed` refuses anything else. Other grids are taken with `any_grid=True`, for which there are no scores
+here.
 
 ## Training data
 
@@ -149,42 +124,22 @@ def model_card(
     "The README of a published encoder: YAML for the Hub, then text for people."
     info = {"objective": "unknown", "preset": "unknown", "seed": "unknown"} | encoder.info
     parameters = sum(p.numel() for p in encoder.encoder.parameters())
+    dt = info["dt"]
+    facts = {k: info[k] for k in ("system", "objective", "preset", "seed")}
+    facts |= dict(zip(("frames", "height", "width"), info["shape"]), n_channels=len(info["channels"]))
+    facts |= dict(name=name, where=where, dim=encoder.dim, encoder=info["name"], parameters=parameters)
     return _CARD.format(
         front=_front_matter(name, encoder.info, parameters, rows, license),
-        name=name,
-        **{k: info[k] for k in ("system", "objective", "preset", "seed")},
-        dim=encoder.dim,
-        encoder=info["name"],
-        parameters=parameters,
         probes=", ".join(probes) or "none",
-        where=where,
-        dt="..." if info["dt"] is None else f"{info['dt']:g}",
-        limits=_limits_text(info),
+        dt="..." if dt is None else f"{dt:g}",
+        time="any time between frames" if dt is None else f"{dt:g} between frames, within 1 %",
+        channels=", ".join(f"`{channel}`" for channel in info["channels"]),
         data=_data_text(info, config or {}),
         scores=_SCORED + _score_table(rows) if rows else "No scores are recorded in this folder.",
+        **facts,
     )
 
 # %% ../../nbs/probing/sharing.ipynb #80833605
-def _probes_of(source: Path, encoder: LoadedEncoder) -> dict[str, Path]:
-    "Probe files of a folder by name. ValueError for one that was fitted on another encoder."
-    found = {}
-    for path in sorted(source.glob("probe-*.safetensors")):
-        probe = frozen.load_probe(path)
-        if probe.info.get("encoder") != encoder_digest(encoder):
-            raise ValueError(f"{path} was fitted on another encoder than the one beside it; probe the run again")
-        found[probe.name] = path
-    return found
-
-
-def _write_encoder(path: Path, encoder: LoadedEncoder) -> None:
-    "Writes a loaded encoder with all that came with it."
-    own = ("name", "config", "system", "channels", "definition", "mean", "std", "shape", "dt")
-    extra = {k: v for k, v in encoder.info.items() if k not in own}
-    shape, dt = encoder.info["shape"], encoder.info["dt"]
-    facts: dict[str, Any] = {"system": encoder.system, "mean": encoder.mean, "std": encoder.std}
-    save_encoder(path, encoder.encoder, encoder.info["name"], **facts, shape=tuple(shape), dt=dt, **extra)
-
-# %% ../../nbs/probing/sharing.ipynb #56c382c4
 def save_pretrained(
     source: str | Path | LoadedEncoder,  # a finished run folder, the name of a shipped encoder, or an encoder
     folder: str | Path,  # new or empty
@@ -195,28 +150,32 @@ def save_pretrained(
 ) -> Path:
     """Writes a folder for `hf upload`: `encoder.safetensors`, the probes and a model card; returns the folder.
 
-    Probes and scores are those of a run folder, where there are any. Raises FileExistsError for a folder that is not
-    empty, FileNotFoundError without an encoder, and ValueError for a probe of another encoder or a broken result."""
+    Probes and scores are those of a run folder, where there are any. FileExistsError for a folder that is not empty,
+    ValueError for a probe of another encoder or a broken result."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder; give a new one")
-    place = None if isinstance(source, LoadedEncoder) else model_folder(source)
-    encoder = source if isinstance(source, LoadedEncoder) else pretrained.load_encoder(source)
-    probes = _probes_of(place, encoder) if place else {}
-    result = read_json(place / "result.json") if place and (place / "result.json").is_file() else {}
-    rows = check_rows(result.get("rows")) if result else []
-    if config is None and place and (place / "config.json").is_file():
-        config = read_json(place / "config.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, path in probes.items():
-        shutil.copyfile(path, folder / f"probe-{name}.safetensors")
-    if place:
-        shutil.copyfile(place / "encoder.safetensors", folder / "encoder.safetensors")
+    if isinstance(source, LoadedEncoder):
+        encoder, files, records = source, [], {}
     else:
-        _write_encoder(folder / "encoder.safetensors", encoder)
-    where = f"{HUB}{repository}"
-    card = model_card(folder.name, encoder, where=where, rows=rows, config=config, probes=list(probes), license=license)
+        encoder, place = pretrained.load_encoder(source), model_folder(source)
+        files = sorted(place.glob("probe-*.safetensors"))
+        records = {f.name: read_json(f) for f in (place / "result.json", place / "config.json") if f.is_file()}
+    probes = {path: frozen.load_probe(path) for path in files}
+    for path, probe in probes.items():
+        if probe.info.get("encoder") != encoder_digest(encoder):
+            raise ValueError(f"{path} was fitted on another encoder than the one beside it; probe the run again")
+    rows = check_rows(records["result.json"].get("rows")) if "result.json" in records else []
+    about: dict = dict(rows=rows, config=config or records.get("config.json"), license=license)
+    about["probes"] = [probe.name for probe in probes.values()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, probe in probes.items():
+        shutil.copyfile(path, folder / f"probe-{probe.name}.safetensors")
+    facts = {k: v for k, v in encoder.info.items() if k not in ("name", "config", "channels", "definition")}
+    facts |= {"system": encoder.system, "mean": encoder.mean, "std": encoder.std, "shape": tuple(facts["shape"])}
+    save_encoder(folder / "encoder.safetensors", encoder.encoder, encoder.info["name"], **facts)
     with atomic_path(folder / "README.md") as temporary:
+        card = model_card(folder.name, encoder, where=f"{HUB}{repository}", **about)
         temporary.write_text(card, encoding="utf-8")
     return folder
 
@@ -243,20 +202,33 @@ def hub_folder(name: str, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"{name} holds no encoder of physrep: there is no encoder.safetensors")
     return folder
 
-# %% ../../nbs/probing/sharing.ipynb #13715fd7
+
 def _local(path: str | Path, revision: str | None) -> str | Path:
     "The folder behind a name of the Hub, anything else as it is; ValueError for a revision of what is not on the Hub."
     if str(path).startswith(HUB):
         return hub_folder(str(path), revision)
     if revision is not None:
-        raise ValueError(
-            f"only encoders of the Hub (hf:user/name) have a revision; got revision={revision!r} of {path}"
-        )
+        raise ValueError(f"only encoders of the Hub (hf:user/name) have a revision; got {revision!r} of {path}")
     return path
 
-
-def _built(folder: str | Path, device: str | torch.device) -> LoadedEncoder:
-    "The encoder of a file; ValueError that names it if its arguments build none, or if weights are not finite."
+# %% ../../nbs/probing/sharing.ipynb #13715fd7
+def load_encoder(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,  # of the Hub: branch, tag or commit
+    trust_code: bool = False,  # True: the file may name code outside of physrep that builds its encoder
+) -> LoadedEncoder:
+    """The frozen encoder at `path`: a run folder, its `encoder.safetensors`, the name of one that comes with physrep,
+    or `hf:user/name`. ValueError for a damaged file, and for an encoder that code outside of physrep builds, unless you
+    trust it."""
+    folder = _local(path, revision)
+    if not trust_code:
+        file = Path(folder) if Path(folder).is_file() else model_folder(folder) / "encoder.safetensors"
+        builder = read_description(file)[0].get("name", BUILDERS[0])
+        if ":" in str(builder) and builder not in BUILDERS:
+            raise ValueError(f"{path} is built by {builder!r:.80}, which is not physrep's; trust_code=True runs it")
+        check_metadata(file)
     try:
         encoder = pretrained.load_encoder(folder, device)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
@@ -268,32 +240,10 @@ def _built(folder: str | Path, device: str | torch.device) -> LoadedEncoder:
         raise ValueError(f"{folder}: weights of {', '.join(bad[:3])} are not finite, so the file is damaged")
     return encoder
 
-# %% ../../nbs/probing/sharing.ipynb #258db11d
-def load_encoder(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    revision: str | None = None,  # of the Hub: branch, tag or commit
-    trust_code: bool = False,  # True: the file may name code outside of physrep that builds its encoder
-) -> LoadedEncoder:
-    """The frozen encoder at `path`: a run folder, its `encoder.safetensors`, the name of one that comes with physrep,
-    or `hf:user/name`.
-
-    Errors as for `check_metadata`, `physrep.models.pretrained.load_encoder` and `hub_folder`; ValueError for an encoder
-    that code outside of physrep builds, unless you trust it."""
-    folder = _local(path, revision)
-    if not trust_code:
-        file = Path(folder) if Path(folder).is_file() else model_folder(folder) / "encoder.safetensors"
-        builder = read_description(file)[0].get("name", BUILDERS[0])
-        if ":" in str(builder) and builder not in BUILDERS:
-            raise ValueError(f"{path} is built by {builder!r:.80}, which is not physrep's; trust_code=True runs it")
-        check_metadata(file)
-    return _built(folder, device)
-
 
 def load_probe(
     path: str | Path, name: str = "", *, device: str | torch.device = "cpu", revision: str | None = None
 ) -> Probe:
     """The probe of that `name` (linear, attentive, ...) beside an encoder, at `path` as for `load_encoder`; or the
-    probe in a file. Errors as for `physrep.probing.frozen.load_probe` and `hub_folder`."""
+    probe in a file."""
     return frozen.load_probe(_local(path, revision), name, device=device)
