@@ -205,9 +205,9 @@ class LatentTab(Tab):
 
         def finish(cloud: Cloud) -> None:
             self.cloud, self.map.layout.display = cloud, None
-            png, places = map_picture(cloud, self.label.value)
-            self.image.value = png
+            places = map_picture(cloud, self.label.value)[1]
             self.map.children = [self.image, *(self.point_button(k, place) for k, place in enumerate(places))]
+            self.click(0)
             self.runner.say(f"{len(cloud.index)} windows. Click a point.", "good")
 
         self.runner.run(work, finish, saying="embedding windows …")

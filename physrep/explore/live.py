@@ -132,8 +132,6 @@ class LiveTab(Tab):
 
     def run(self) -> None:
         "Solves the flow of the sliders in the background, shows its frames as they come, and reads it."
-        if not self.runner.free_for(self.run):
-            return
         session, frames, physics = self.session, self.session.length(self.frames), self.physics
         values, seed, strength = physics
         stream = session.picture(self.channel.value, self.start.value, session.blank(frames), arrows=self.arrows.value)
@@ -169,15 +167,12 @@ class LiveTab(Tab):
         began = time.perf_counter()
         session.choose(self.encoders.value)
         table = session.read(self.start.value)
-        seconds = time.perf_counter() - began
+        read = f"read by {len(session.readers)} readers in {time.perf_counter() - began:.2f} s"
         show_image(self.answers, answers_png(table, session.ranges))
         self.table.value = answers_html(table)
-        if self.solved != self.physics:
+        if self.solved == self.physics:
+            steps = (session.flow.n_frames - 1) * round(session.sim.frame_dt / session.sim.dt)
+            solved = f"Solved {session.flow.n_frames} frames ({steps} time steps or more) in {self.seconds:.2f} s"
+            self.runner.say(f"{solved}; {read}.", "good")
+        else:
             self.runner.say("This is still the flow that was solved before: the sliders ask for another one.", "warn")
-            return
-        steps = (session.flow.n_frames - 1) * round(session.sim.frame_dt / session.sim.dt)
-        self.runner.say(
-            f"Solved {session.flow.n_frames} frames ({steps} time steps or more) in {self.seconds:.2f} s; read by"
-            f" {len(session.readers)} readers in {seconds:.2f} s.",
-            "good",
-        )

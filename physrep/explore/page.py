@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'WIDE', 'COLUMNS', 'paragraph', 'table_html', 'readers_html', 'answers_html', 'control', 'slider', 'refill',
-           'hidden_image', 'show_image', 'hide', 'Player', 'Cancelled', 'Runner', 'Tab', 'Page', 'make_page', 'explore']
+           'hidden_image', 'show_image', 'hide', 'Player', 'Cancelled', 'Runner', 'Tab', 'Page', 'explore']
 
 # %% ../../nbs/explore/page.ipynb #458e3bea
 import html
@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import ipywidgets as widgets
 import numpy as np
@@ -33,7 +34,7 @@ STYLE = """<style>
 .physrep-table {border-collapse: collapse; font-size: 13px; line-height: 1.35}
 .physrep-table th {text-align: left; font-weight: 600; border-bottom: 1px solid #999; padding: 3px 12px 3px 0}
 .physrep-table td {border-bottom: 1px solid #e3e3e3; padding: 3px 12px 3px 0; white-space: nowrap}
-.physrep-numbers td + td, .physrep-numbers th + th {text-align: right; font-variant-numeric: tabular-nums}
+.physrep-numbers td + td, .physrep-table.physrep-numbers th + th {text-align: right; font-variant-numeric: tabular-nums}
 .physrep-panel {padding: 4px 18px 8px 2px}
 .physrep-page .physrep-range .widget-readout {min-width: 92px}
 .physrep-map {position: relative; overflow: hidden; aspect-ratio: 620 / 460}
@@ -51,16 +52,14 @@ def paragraph(content: str, kind: str = "note") -> str:
     return f'<div class="physrep-{kind}"{role}>{content}</div>' if content else ""
 
 
-def table_html(head: Sequence[str], rows: Iterable[Sequence[object]], look: str = "") -> str:
+def table_html(head: Sequence[str], rows: Sequence[Sequence[object]], look: str = "") -> str:
     "A table, whose text is escaped. With `look` physrep-numbers all columns but the first are aligned to the right."
-    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in row)  # noqa: E731
-    lines = [cells("th", head), *(cells("td", row) for row in rows)]
-    return f'<table class="physrep-table {look}">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
+    return pd.DataFrame(rows, columns=head).to_html(index=False, border=0, classes=f"physrep-table {look}")
 
 # %% ../../nbs/explore/page.ipynb #d7553510
 def readers_html(table: pd.DataFrame, columns: Sequence[str], cells: Callable, first: Sequence[Sequence] = ()) -> str:
-    """A table of `Session.read` as HTML: a row for each reader, and for each parameter `columns`, in which {} stands
-    for its symbol, filled by `cells(row)`. `first` are rows above."""
+    """A table of `Session.read` as HTML: a row for each reader, and for each parameter `columns`, whose {} is its
+    symbol, filled by `cells(row)`; `first` are rows above."""
     symbols = [label_word(name).split()[-1] for name in dict.fromkeys(table.label)]
     head = ["who reads", *(column.format(symbol) for symbol in symbols for column in columns)]
     groups = table.groupby("reader", sort=False)
@@ -161,7 +160,7 @@ class Cancelled(Exception):
 
 
 class Runner:
-    "Starts long work, one at a time, and calls what widgets ask for; shows how far it is, how it ended, and errors."
+    "Does long work, one at a time, and calls what widgets ask for; shows how far it is, how it ended, and errors."
 
     def __init__(self, buttons: Sequence[widgets.Button] = (), locked: Sequence[widgets.Widget] = ()):
         self.locked = [*buttons, *locked]  # while something goes on
@@ -170,9 +169,8 @@ class Runner:
         self.line = widgets.HTML(layout=WIDE).add_class("physrep-status")
         row = widgets.HBox([*buttons, self.stop], layout={"flex_flow": "row wrap"})
         self.box = widgets.VBox([row, self.bar, self.line])
-        self.working, self.lock, self.cancelled = False, threading.Lock(), threading.Event()
-        self.waiting: Callable[[], None] | None = None
-        self.thread: threading.Thread | None = None
+        self.pool, self.job = ThreadPoolExecutor(1), Future()
+        self.cancelled = threading.Event()  # of the newest work
         self.acting: set[int] = set()  # threads that call something for a widget
         self.stop.on_click(lambda _: self.cancelled.set())
 
@@ -203,14 +201,6 @@ class Runner:
             else:
                 source.observe(lambda _: self.act(call), "value")
 
-    def free_for(self, start: Callable[[], None]) -> bool:
-        "Whether nothing is going on; what is going on is cancelled otherwise, and then `start` is called."
-        with self.lock:
-            if self.working:
-                self.waiting = start
-                self.cancelled.set()
-            return not self.working
-
     def run(
         self,
         work: Callable[[Callable], object],  # is given report(done, total, what)
@@ -219,21 +209,21 @@ class Runner:
         progress: Callable[[int, int, object], None] = lambda *_: None,  # with what is reported, now and then
         saying: str = "working",
     ) -> None:
-        "Starts work in a thread unless some is going on; `done` and `progress` are called there."
-        if self.working:
-            return
-        cancelled, shown = threading.Event(), 0.0
+        "Starts work in a thread, in place of what goes on; `done` and `progress` are called there."
+        self.cancelled.set()
+        self.job.cancel()  # should it still wait
+        self.cancelled = cancelled = threading.Event()
+        pause = 0.0
 
         def report(count: int, total: int, what: object = None) -> None:
-            nonlocal shown
+            nonlocal pause
             if cancelled.is_set():
                 raise Cancelled
-            began = time.monotonic()
-            if began >= shown or count >= total:
+            if (began := time.monotonic()) >= pause or count >= total:
                 self.bar.max, self.bar.value = max(total, 1), count
                 progress(count, total, what)
-                spent = time.monotonic() - began
-                shown = began + spent + max(0.08, 2 * spent)  # to show takes a third of the time at most
+                shown = time.monotonic()
+                pause = shown + max(0.08, 2 * (shown - began))  # to show takes a third of the time at most
 
         def go_on() -> None:
             try:
@@ -242,35 +232,26 @@ class Runner:
                     raise Cancelled
                 self.act(lambda: done(result))
             except Cancelled:
-                self.say("Cancelled.")
+                self.say("Cancelled." if self.cancelled is cancelled else saying)
             except Exception as error:  # whatever it is, it is shown where the user looks
                 self.fail(error)
-            with self.lock:
-                self._set_working(False)
-                start, self.waiting = self.waiting, None
-            if start is not None:
-                self.act(start)
+            if self.cancelled is cancelled:  # nothing has taken its place
+                self._show_working(False)
 
-        self.bar.value, self.cancelled = 0, cancelled
-        self._set_working(True)
+        self.bar.value = 0
+        self._show_working(True)
         self.say(saying)
-        self.thread = threading.Thread(target=go_on, daemon=True)
-        self.thread.start()
+        self.job = self.pool.submit(go_on)
 
-    def _set_working(self, working: bool) -> None:
-        self.working = working
+    def _show_working(self, working: bool) -> None:
         self.bar.layout.visibility = "visible" if working else "hidden"
         self.stop.disabled = not working
         for widget in self.locked:
             widget.disabled = working
 
     def wait(self, seconds: float) -> bool:
-        "Waits for the end of what goes on and of what waits for it; False if it has not come in time."
-        joined = None
-        while self.thread is not joined:
-            joined = self.thread
-            joined.join(seconds)
-        return not self.working
+        "Waits for the end of the newest work; False if it has not come in time."
+        return not wait([self.job], seconds).not_done
 
 # %% ../../nbs/explore/page.ipynb #e9d27baa
 class Tab:
@@ -307,37 +288,46 @@ class Tab:
         self.box = widgets.VBox([widgets.HTML(paragraph(intro, "intro")), widgets.Box(boxes, layout=layout)])
 
 # %% ../../nbs/explore/page.ipynb #f33f18c5
-class Page:
+class Page(widgets.VBox):
     "The tabs of the page; `made` holds those that were looked at, by title."
 
-    def __init__(self, tabs: Mapping[str, Callable[[], object]], first: str):
-        self.tabs, self.made = tabs, {}
-        self.places = {title: widgets.VBox([widgets.HTML(paragraph("One moment …"))]) for title in tabs}
-        self.tab = widgets.Tab(list(self.places.values()), titles=list(tabs)).add_class("physrep-page")
-        self.box = widgets.VBox([widgets.HTML(STYLE), self.tab])
-        self.tab.selected_index = list(tabs).index(first)
-        self.tab.observe(lambda change: self.open(list(tabs)[change["new"]]), "selected_index")
-        self.open(first)
+    def __init__(self, makers: Mapping[str, Callable[[], object]], first: str):
+        titles = list(makers)
+        self.makers, self.made = makers, {}
+        self.places = {title: widgets.VBox([widgets.HTML(paragraph("One moment …"))]) for title in titles}
+        self.tab = widgets.Tab(list(self.places.values()), titles=titles).add_class("physrep-page")
+        super().__init__([widgets.HTML(STYLE), self.tab])
+        self.tab.selected_index = titles.index(first)
+        self.tab.observe(lambda change: self.look_at(titles[change["new"]]), "selected_index")
+        self.look_at(first)
 
-    def open(self, title: str) -> None:
+    def look_at(self, title: str) -> None:
         "Makes a tab unless it is there."
         if title in self.made:
             return
         try:
-            self.made[title] = self.tabs[title]()
+            self.made[title] = self.makers[title]()
             self.places[title].children = [self.made[title].box]
         except Exception as error:  # the page stands, and the tab says what went wrong
             self.places[title].children = [widgets.HTML(paragraph(html.escape(str(error)), "bad"))]
 
 # %% ../../nbs/explore/page.ipynb #0f372948
-def make_page(systems: str = "", data_dir: str = "", frames: int = 0, flows: int = 24) -> Page:
-    "The page with its five tabs; arguments are those of `explore`."
+def explore(
+    systems: str = "",  # comma-separated; default: all that can be simulated and have an encoder in the package
+    data_dir: str = "",  # folder that holds data sets; default: data/ of the project
+    frames: int = 0,  # of a simulated flow; default: as many as the encoders were trained on
+    flows: int = 24,  # that are made where there is no data set
+) -> Page:
+    "The page, to be shown in a notebook."
+    import torch
+
     from physrep.explore.latent import LatentTab
     from physrep.explore.live import LiveTab
     from physrep.explore.perturb import SawTab
     from physrep.explore.sets import DataTab
     from physrep.explore.your_flow import YoursTab
 
+    torch.set_num_threads(1)  # on grids this small two threads are slower than one
     names = systems.split(",") if systems else None
     tabs = {
         "1 Data": lambda: DataTab(names, parent=data_dir or None, flows=flows),
@@ -347,16 +337,3 @@ def make_page(systems: str = "", data_dir: str = "", frames: int = 0, flows: int
         "5 Your flow": lambda: YoursTab(names),
     }
     return Page(tabs, "2 Live probe")
-
-
-def explore(
-    systems: str = "",  # comma-separated; default: all that can be simulated and have an encoder in the package
-    data_dir: str = "",  # folder that holds data sets; default: data/ of the project
-    frames: int = 0,  # of a simulated flow; default: as many as the encoders were trained on
-    flows: int = 24,  # that are made where there is no data set
-) -> widgets.Widget:
-    "The page, to be shown in a notebook."
-    import torch
-
-    torch.set_num_threads(1)  # on grids this small two threads are slower than one
-    return make_page(systems, data_dir, frames, flows).box

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HEADS', 'STATISTICS_HEADS', 'encoder_info', 'shipped_folders', 'explorable_systems', 'encoder_folders', 'Reader',
            'read_window', 'cached_encoder', 'errors_of', 'encoder_reader', 'statistics_reader', 'readers_for',
-           'Session', 'write_statistics']
+           'Session']
 
 # %% ../../nbs/explore/readers.ipynb #2d4ab631
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,17 +20,14 @@ import torch
 
 from ..core.files import open_tensors, read_json
 from ..core.paths import project_root
-from ..data.scaling import LabelScaler
-from ..data.windows import Windows
 from .pictures import FlowPicture, fixed_scale
 from .solve import Flow, parameter_ranges, solve
 from ..models.pretrained import SHIPPED, LoadedEncoder, load_encoder
 from ..physics.oracle import equation_oracle, has_oracle
 from ..physics.statistics import summary_statistics
 from ..physics.systems import System, get_system
-from ..probing.baselines import measured_features
 from ..probing.features import Features
-from ..probing.frozen import Probe, fit_probe, load_probe
+from ..probing.frozen import Probe, load_probe
 from ..results.rows import title_of
 from ..training.presets import get_preset
 
@@ -208,13 +205,3 @@ class Session:
         "A flow of zeros, for a picture of frames that are still to come."
         shape = (self.system.n_channels, frames or self.sim.n_frames, *self.info["shape"][1:])
         return Flow.in_box(self.system, np.zeros(shape, dtype=np.float32), self.sim.frame_dt, self.sim.box)
-
-# %% ../../nbs/explore/readers.ipynb #49fd28dd
-def write_statistics(folder: Path, windows: Mapping[str, Windows], errors: Mapping[str, Mapping[str, float]]) -> None:
-    "Fits the heads of summary statistics on `train` and `valid` and writes them, with the errors of all readers."
-    scaler = LabelScaler.fit(windows["train"].system, windows["train"].labels)
-    features = measured_features({s: windows[s] for s in ("train", "valid")}, summary_statistics)
-    for head in STATISTICS_HEADS:
-        probe = fit_probe(head, features["train"], features["valid"], scaler)
-        small = replace(probe, trials=[])  # the list of trials is longer than the parameters
-        small.save(folder / f"statistics-{head}.safetensors", info={"test_errors": dict(errors)})
