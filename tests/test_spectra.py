@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from physrep.data.batches import apply_symmetry
-from physrep.physics.spectra import (
+from physrep.physics.statistics import (
     SHELLS,
     SMALLEST_POWER,
     SPECTRA,
