@@ -17,7 +17,7 @@ from physrep.experiments.regimes import (
     state_parameters,
     state_statistics,
 )
-from physrep.physics.regimes import defect_charges, defect_count, wall_nusselt, wave_energy
+from physrep.physics.measures import defect_charges, defect_count, wall_nusselt, wave_energy
 from physrep.physics.systems import SYSTEMS, get_system
 from physrep.probing.features import Features
 

@@ -35,7 +35,7 @@ from physrep.objectives.disco import Disco, DiscoFilm
 from physrep.objectives.emulators import CODES, Emulator, emulator_of, persistence_emulator, rollout
 from physrep.objectives.forecast import Forecast
 from physrep.objectives.next_frame import NextFrame
-from physrep.physics.emulation import energy_enstrophy, shell_spectrum, spectral_errors, vrmse
+from physrep.physics.measures import energy_enstrophy, shell_spectrum, spectral_errors, vrmse
 from physrep.physics.systems import SYSTEMS, get_system
 from physrep.training.presets import get_preset
 from physrep.training.pretrain import pretrain, restore

@@ -26,7 +26,7 @@ from ..data.windows import Windows
 from .overview import random_of
 from .table1 import shown_rows, table_rows
 from ..models.pretrained import load_encoder
-from ..physics.regimes import defect_count, wall_nusselt, wave_energy
+from ..physics.measures import defect_count, wall_nusselt, wave_energy
 from ..physics.statistics import summary_statistics
 from ..physics.systems import Label, System, get_system
 from ..probing.baselines import measure

@@ -25,7 +25,7 @@ from ..data.scaling import Normaliser
 from ..data.windows import Trajectories, Windows
 from ..models.pretrained import load_encoder
 from ..objectives.emulators import Emulator, Predict, emulator_of, persistence_emulator, rollout
-from ..physics.emulation import energy_enstrophy, shell_spectrum, spectral_errors, vrmse
+from ..physics.measures import energy_enstrophy, shell_spectrum, spectral_errors, vrmse
 from ..physics.systems import System
 from ..probing.evaluate import bootstrap_groups
 from ..probing.records import read_results

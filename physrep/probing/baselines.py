@@ -18,8 +18,7 @@ from ..core.provenance import provenance
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
 from ..physics.oracle import equation_oracle, has_oracle
-from ..physics.spectra import spectra
-from ..physics.statistics import summary_statistics
+from ..physics.statistics import spectra, summary_statistics
 from ..physics.systems import System
 from .evaluate import Scored, write_few, write_scores
 from .features import Features
