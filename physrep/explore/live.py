@@ -141,8 +141,8 @@ class LiveTab(Tab):
             session.simulate(values, frames=frames, seed=seed, strength=strength, progress=report)
             return time.perf_counter() - began
 
-        def advance(done: int, total: int, fields: np.ndarray) -> None:
-            self.player.image.value = stream.draw(fields[:, done - 1], done - 1)
+        def advance(done: int, total: int, frame: np.ndarray) -> None:
+            self.player.image.value = stream.draw(frame, done - 1)
             self.player.box.layout.display = None
             self.runner.say(f"solving frame {done} of {total} …")
 

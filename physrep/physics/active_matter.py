@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BETA', 'D_T', 'D_R', 'VISCOSITY', 'CLOSURE', 'FAMILIES', 'RESOLVED', 'BLEW_UP', 'closure', 'growth_rate',
            'MatterGrid', 'matter_grid', 'initial_condition', 'shifted_initial_condition', 'align', 'flow_spectrum',
-           'tendency', 'settle', 'rk4_step', 'core_size', 'smallest_grid', 'limit_order', 'simulate']
+           'tendency', 'settle', 'rk4_step', 'core_size', 'smallest_grid', 'limit_order', 'frame_by_frame', 'simulate']
 
 # %% ../../nbs/physics/active_matter.ipynb #cd6d85cd
 from collections.abc import Callable, Mapping, Sequence
@@ -305,7 +305,7 @@ def _custom_state(initial: tuple, n: int, grid: MatterGrid) -> torch.Tensor:
     return state
 
 # %% ../../nbs/physics/active_matter.ipynb #8b0339b5
-def _integrate(state, alpha, zeta, grid: MatterGrid, frames: spectral.Schedule, stored: tuple[int, int]):
+def frame_by_frame(state, alpha, zeta, grid: MatterGrid, frames: spectral.Schedule, stored: tuple[int, int]):
     """Yield the frames `(b, 7, x, y)` of one batch, which trajectories are alive, and the fastest rate: `save_frames`.
 
     The channels of a frame are c, u, v, E11, E12, D11 - D22, 2 D12.
@@ -383,7 +383,7 @@ def simulate(
 
     def integrate(rows: slice):
         a, z = (torch.from_numpy(p[rows]).to(device) for p in (alpha, zeta))
-        return _integrate(state[rows].to(g.flux), a, z, g, frames, stored)
+        return frame_by_frame(state[rows].to(g.flux), a, z, g, frames, stored)
 
     runs = spectral.run_names(seeds, alpha=alpha, zeta=zeta)
     options = dict(dtype=dtype, batch=batch, blew_up=BLEW_UP, progress=progress)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'BLEW_UP', 'draw_parameters', 'initial_condition', 'shifted_initial_condition', 'node_fields', 'tendency',
            'ImplicitFactors', 'implicit_factors', 'implicit_solve', 'march', 'Output', 'output', 'saved_fields',
-           'resolution', 'simulate']
+           'resolution', 'frame_by_frame', 'simulate']
 
 # %% ../../nbs/physics/rayleigh_benard.ipynb #47c2e867
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -299,7 +299,7 @@ def _custom_state(initial: tuple, n: int, grid: LayerGrid) -> torch.Tensor:
     return torch.view_as_real(state).flatten(-2)
 
 # %% ../../nbs/physics/rayleigh_benard.ipynb #b001cc90
-def _integrate(
+def frame_by_frame(
     state, diffusivity: np.ndarray, grid: LayerGrid, out: Output, height: torch.Tensor, frames: spectral.Schedule
 ):
     "Yield the frames `(b, 4, sx, sy)` of one batch, which trajectories are alive, and twice the fastest rate."
@@ -357,7 +357,7 @@ def simulate(
     diffusivity = np.stack([(rayleigh / prandtl) ** -0.5, (rayleigh * prandtl) ** -0.5], axis=1)
 
     def integrate(rows: slice):
-        return _integrate(state[rows].to(g.inverse_laplacian), diffusivity[rows], g, out, height, frames)
+        return frame_by_frame(state[rows].to(g.inverse_laplacian), diffusivity[rows], g, out, height, frames)
 
     runs = spectral.run_names(seeds, Rayleigh=rayleigh, Prandtl=prandtl)
     options = dict(dtype=dtype, batch=batch, blew_up=BLEW_UP, progress=progress)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'BLEW_UP', 'draw_parameters', 'initial_condition', 'shifted_initial_condition', 'tendency',
-           'saved_spectra', 'decay_factor', 'rk4_step', 'simulate']
+           'saved_spectra', 'decay_factor', 'rk4_step', 'frame_by_frame', 'simulate']
 
 # %% ../../nbs/physics/shear_flow.ipynb #aecc38f6
 from collections.abc import Callable, Mapping, Sequence
@@ -182,7 +182,7 @@ def _custom_state(initial: tuple, n: int, grid: SpectralGrid) -> torch.Tensor:
     return state
 
 
-def _integrate(state, diffusivity, grid: SpectralGrid, frames: spectral.Schedule, stored: tuple[int, int]):
+def frame_by_frame(state, diffusivity, grid: SpectralGrid, frames: spectral.Schedule, stored: tuple[int, int]):
     "Yield the frames `(b, 4, x, y)` of one batch, which trajectories are alive, and the fastest rate: `save_frames`."
     decay = decay_factor(diffusivity, grid, frames.dt / 2)
     half_flux = grid.flux_factor * (frames.dt / 2)
@@ -234,7 +234,7 @@ def simulate(
     diffusivity = torch.from_numpy(np.stack([1 / reynolds, 1 / (reynolds * schmidt)], axis=1))
 
     def integrate(rows: slice):
-        return _integrate(state[rows].to(g.flux_factor), diffusivity[rows].to(device), g, frames, stored)
+        return frame_by_frame(state[rows].to(g.flux_factor), diffusivity[rows].to(device), g, frames, stored)
 
     runs = spectral.run_names(seeds, Reynolds=reynolds, Schmidt=schmidt)
     options = dict(dtype=dtype, batch=batch, blew_up=BLEW_UP, progress=progress)
