@@ -231,7 +231,7 @@ class Files:
         if kind == "well":
             return Windows(path.parents[3], "shear_flow", "train", frames=2).read([0]).numpy()
         if kind == "upload":
-            return flow_from_bytes(path.name, path.read_bytes(), SYSTEM, 0.2, (1.0, 1.0), patience=0).fields
+            return flow_from_bytes(path.name, path.read_bytes(), SYSTEM, 0.2, (1.0, 1.0)).fields
         if kind == "checkpoint":
             return load_checkpoint(path, self.model, self.optimizer())
         readers: dict[str, Callable] = {

@@ -38,7 +38,7 @@ from physrep.data.sets import read_stats
 from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows
 from physrep.experiments.command import main, output_path
-from physrep.explore.your_flow import flow_from_array, flow_from_bytes
+from physrep.explore.your_flow import flow_from_bytes
 from physrep.models.encoders import ENCODERS, build_encoder
 from physrep.models.metadata import FRACTIONS
 from physrep.models.pretrained import save_encoder
@@ -540,17 +540,12 @@ UPLOADS = [
     ("a.npy", bytes(8_000_001), "8.0 MB; at most 8 MB can be uploaded"),
     ("a.npy", b"", "no whole .npy file"),
     ("a.npy", PICKLE, "no whole .npy file"),
-    (
-        "a.npy",
-        npy(np.array([print], dtype=object), allow_pickle=True),
-        "it holds a pickle of Python objects, which is not read",
-    ),
-    ("a.npy", npy(zeros(4, 2, 8, 8))[:-4], "bytes are no array (4, 2, 8, 8) of float32"),
-    ("a.npy", LONG, "bytes are no array (4, 9, 8, 8)"),
+    ("a.npy", npy(np.array([print], dtype=object), allow_pickle=True), "no whole .npy file"),
+    ("a.npy", npy(zeros(4, 2, 8, 8))[:-4], "no whole .npy file"),
+    ("a.npy", LONG, "no whole .npy file"),
     ("a.npy", ABSURD, "no whole .npy file"),
     ("a.npy", npy(zeros(3, 2, 8, 8)), "wanted is (4, time, x, y), with the channels tracer"),
-    ("a.npy", npy(zeros(4, 1, 8, 8)), "it needs two frames"),
-    ("a.npy", npy(zeros(4, 2, 8, 8) + np.inf), "512 values of the array are not finite"),
+    ("a.npy", npy(zeros(4, 2, 8, 8) + np.inf), "512 values of the file are not finite"),
     ("a.npy", npy(np.full((4, 2, 8, 8), "x")), "real numbers are wanted"),
     ("a.hdf5", b"", "an empty file"),
     ("a.hdf5", PICKLE, "not an HDF5 file"),
@@ -581,9 +576,6 @@ def doors() -> list[Case]:
     for edit, *says in UPLOADED:
         do = lambda f, s, edit=edit: own(change(well_file(f / "a.h5"), edit).read_bytes(), "a.h5", f, s)  # noqa: E731
         found.append(Case(f"uploaded {says[0]}", do, ValueError, tuple(says)))
-    for dt, box in ((0.0, (1.0, 1.0)), (float("nan"), (1.0, 1.0)), (0.1, (1.0, -1.0))):
-        do = lambda f, s, a=(dt, box): flow_from_array(zeros(4, 2, 8, 8), SYSTEM, *a)  # noqa: E731
-        found.append(Case(f"flow of {dt} in {box}", do, ValueError, ("must be positive", f"{dt:g}")))
     return found
 
 

@@ -207,7 +207,7 @@ class LatentTab(Tab):
             self.cloud, self.map.layout.display = cloud, None
             places = map_picture(cloud, self.label.value)[1]
             self.map.children = [self.image, *(self.point_button(k, place) for k, place in enumerate(places))]
-            self.click(0)
+            self.show(0)
             self.runner.say(f"{len(cloud.index)} windows. Click a point.", "good")
 
         self.runner.run(work, finish, saying="embedding windows …")
@@ -217,19 +217,15 @@ class LatentTab(Tab):
         left, top = (f"calc({share:.2f}% - 7px)" for share in place)
         title = "; ".join(map(number, self.cloud.labels[point]))
         button = widgets.Button(tooltip=title, layout={"left": left, "top": top}).add_class("physrep-point")
-        self.runner.when(lambda: self.click(point), button)
+        self.runner.when(lambda: self.show(point), button)
         return button
 
-    def click(self, point: int) -> None:
-        "Takes a point."
-        self.point = point
-        self.show()
-
-    def show(self) -> None:
-        "Shows the map with what lies behind the point: its window beside its neighbours, and its tokens."
+    def show(self, point: int | None = None) -> None:
+        "Shows the map with what lies behind a point (default: the last): its window, its neighbours and its tokens."
         if self.cloud is None:
             return
-        cloud, point, session = self.cloud, self.point, self.session
+        self.point = point = self.point if point is None else point
+        cloud, session = self.cloud, self.session
         box, scale = session.blank(1).box, session.scales[self.channel.value]
         channel, window = session.system.channels.index(self.channel.value), cloud.fields(point)
         self.image.value = map_picture(cloud, self.label.value, point)[0]

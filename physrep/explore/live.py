@@ -13,17 +13,7 @@ from collections.abc import Sequence
 import ipywidgets as widgets
 import numpy as np
 
-from physrep.explore.page import (
-    WIDE,
-    Runner,
-    Tab,
-    answers_html,
-    hidden_image,
-    hide,
-    paragraph,
-    show_image,
-    slider,
-)
+from .page import WIDE, Runner, Tab, answers_html, hidden_image, hide, paragraph, show_image, slider
 from .pictures import answers_png, label_word, number
 from .readers import Session
 from .solve import ParameterRange

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from importlib import import_module
 
 import ipywidgets as widgets
 import numpy as np
@@ -321,19 +323,18 @@ def explore(
     "The page, to be shown in a notebook."
     import torch
 
-    from physrep.explore.latent import LatentTab
-    from physrep.explore.live import LiveTab
-    from physrep.explore.perturb import SawTab
-    from physrep.explore.sets import DataTab
-    from physrep.explore.your_flow import YoursTab
-
     torch.set_num_threads(1)  # on grids this small two threads are slower than one
-    names = systems.split(",") if systems else None
-    tabs = {
-        "1 Data": lambda: DataTab(names, parent=data_dir or None, flows=flows),
-        "2 Live probe": lambda: LiveTab(names, frames=frames or None),
-        "3 Latent space": lambda: LatentTab(names, parent=data_dir or None, flows=flows),
-        "4 What it saw": lambda: SawTab(names, frames=frames or None),
-        "5 Your flow": lambda: YoursTab(names),
+    of_sets, of_flows = dict(parent=data_dir or None, flows=flows), dict(frames=frames or None)
+    tabs = {  # title -> module, class, options
+        "1 Data": ("sets", "DataTab", of_sets),
+        "2 Live probe": ("live", "LiveTab", of_flows),
+        "3 Latent space": ("latent", "LatentTab", of_sets),
+        "4 What it saw": ("perturb", "SawTab", of_flows),
+        "5 Your flow": ("your_flow", "YoursTab", {}),
     }
-    return Page(tabs, "2 Live probe")
+
+    def make(module: str, name: str, options: dict) -> Tab:
+        kind = getattr(import_module(f"physrep.explore.{module}"), name)
+        return kind(systems.split(",") if systems else None, **options)
+
+    return Page({title: partial(make, *place) for title, place in tabs.items()}, "2 Live probe")

@@ -11,8 +11,9 @@ import io
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import ipywidgets as widgets
@@ -105,8 +106,7 @@ READ_ALL_THE_SAME = {  # what may not fit -> what is said with the answers then
 }
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     "One thing that an encoder asks of a flow."
 
     what: str
@@ -253,8 +253,7 @@ class YoursTab(Tab):
     def take(self, flow: Flow, fits: str = "All fits.") -> None:
         "Shows what fits of a flow, and reads it if all does."
         checks = check_flow(flow, self.session.info, self.session.sim.box)
-        rows = [(c.what, c.wanted, c.found, c.state) for c in checks]
-        self.checks.value = table_html(["what", "an encoder wants", "the flow has", ""], rows)
+        self.checks.value = table_html(["what", "an encoder wants", "the flow has", ""], checks)
         self.loaded = flow
         other = [c.what for c in checks if c.state == "does not fit"]
         hard = [what for what in other if what not in READ_ALL_THE_SAME]
