@@ -16,7 +16,7 @@ import torch
 from ..data.generate import SimPreset
 from ..physics import active_matter, rayleigh_benard, shear_flow
 from ..physics.spectral import Schedule, SimulationBlewUp, check_grid, schedule, spectral_grid
-from ..physics.systems import System, get_system
+from ..physics.systems import System
 
 # %% ../../nbs/explore/solve.ipynb #3f58144e
 def cell_centres(n: int) -> np.ndarray:
