@@ -1,8 +1,10 @@
 """A Chromium without a network, and what tests of the page of nbs/09_explore read from it."""
 
+import html
 import os
 import re
 import shutil
+import socket
 from contextlib import contextmanager
 
 import pytest
@@ -13,7 +15,6 @@ QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 QUIET += " --disable-component-update --disable-sync"
 LOCAL = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"  # the page needs nothing from elsewhere
 FRAMES = 24
-LONG = 60_000  # ms; seconds on a machine that does nothing else
 
 if BROWSER is None:
     pytest.skip(
@@ -30,28 +31,27 @@ def open_browser(width: int, height: int):
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=[*QUIET.split(), LOCAL])
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(LONG)
+        page.set_default_timeout(60_000)  # seconds on a machine that does nothing else
         yield page
         browser.close()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def answers(page, inside: str) -> list[list[str]]:
-    "The rows of the table of answers in a part of the page."
-    rows = page.locator(f"{inside} .physrep-table tr").all()
-    return [[cell.inner_text() for cell in row.locator("td").all()] for row in rows[1:]]
+    "The rows of the table in a part of the page."
+    rows = page.locator(f"{inside} .physrep-table tbody tr").all()
+    return [[cell.inner_text() for cell in row.locator("td").all()] for row in rows]
 
 
-def rows_of(html: str) -> list[list[str]]:
+def rows_of(table: str) -> list[list[str]]:
     "The same rows from a table of the library."
-    lines = re.findall(r"<tr>(.*?)</tr>", html)
-    return [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines[1:]]
-
-
-def expected(table) -> list[list[str]]:
-    "The rows of a table of `Session.read`."
-    from physrep.explore.live_tab import answers_html
-
-    return rows_of(answers_html(table))
+    lines = re.findall(r"<tr>(.*?)</tr>", html.unescape(table), re.S)
+    return [re.findall(r"<td>(.*?)</td>", line) for line in lines]
 
 
 def enter(page, inside: str, value: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,26 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from browser import FRAMES, answers, enter, expected, open_browser, wait_for
+from browser import FRAMES, answers, enter, free_port, open_browser, rows_of, wait_for
 
-from physrep.explore.live import Session
-from physrep.explore.page import TABS
+from physrep.explore.page import answers_html
+from physrep.explore.readers import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {"JupyterLab": "lab/tree/lab.ipynb?reset", "Notebook 7": "notebooks/notebook.ipynb"}
 NEWS = "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
 if missing := [name for name in ("jupyterlab", "notebook", "playwright") if find_spec(name) is None]:
     pytest.skip(f"Jupyter was not tested: {', '.join(missing)} missing; make setup", allow_module_level=True)
-
-
-def copies_of_the_notebook(folder: Path) -> None:
-    "The notebook for one system and short flows, once for each place, so that each has a kernel of its own."
-    from papermill import execute_notebook
-
-    values = {"systems": "shear_flow", "frames": FRAMES, "flows": 3, "data_dir": str(folder / "data")}
-    for name in ("lab", "notebook"):
-        made = str(folder / f"{name}.ipynb")
-        execute_notebook(str(ROOT / "nbs" / "09_explore.ipynb"), made, values, prepare_only=True, progress_bar=False)
 
 
 def soon(holds, seconds: float = 60) -> bool:
@@ -42,32 +31,39 @@ def soon(holds, seconds: float = 60) -> bool:
     return bool(held)
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as knock:
-        return knock.connect_ex(("127.0.0.1", port)) == 0
+def sessions(address: str) -> list[dict] | None:
+    "The notebooks that are open, as Jupyter tells them; None if it does not answer yet."
+    try:
+        with urllib.request.urlopen(f"{address}api/sessions", timeout=5) as answer:
+            return json.load(answer)
+    except OSError:
+        return None
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     "A server of JupyterLab, which also serves Notebook 7, with settings and files of its own."
+    from papermill import execute_notebook
+
     folder, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
-    copies_of_the_notebook(folder)
+    values = {"systems": "shear_flow", "frames": FRAMES, "flows": 3, "data_dir": str(folder / "data")}
+    for name in ("lab", "notebook"):  # each place has a kernel of its own
+        made = str(folder / f"{name}.ipynb")
+        execute_notebook(str(ROOT / "nbs" / "09_explore.ipynb"), made, values, prepare_only=True, progress_bar=False)
     (home / "settings" / NEWS).parent.mkdir(parents=True)
     (home / "settings" / NEWS).write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
     own = {f"JUPYTER_{name}_DIR": str(home / name) for name in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{name.upper()}_DIR": str(home / name) for name in ("settings", "workspaces")}
     own |= {"IPYTHONDIR": str(home / "ipython"), "PHYSREP_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = f"--no-browser --allow-root --ip 127.0.0.1 --port {port} --ServerApp.port_retries=0"
     command = [sys.executable, "-m", "jupyterlab", *options.split(), "--IdentityProvider.token="]
     with (home / "log").open("w") as log:
         streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         server = subprocess.Popen([*command, f"--ServerApp.root_dir={folder}"], env=os.environ | own, **streams)
-    assert soon(lambda: listens(port) or server.poll() is not None), "the server has not started"
-    assert server.poll() is None, (home / "log").read_text()[-3000:]
-    yield f"http://127.0.0.1:{port}/"
+    address = f"http://127.0.0.1:{port}/"
+    assert soon(lambda: sessions(address) is not None), (home / "log").read_text()[-3000:]
+    yield address
     server.terminate()
     server.wait(30)
 
@@ -90,19 +86,16 @@ def cut_off(page) -> list[str]:
     )
 
 
-def has_kernel(address: str, name: str) -> bool:
-    "Whether the notebook in the browser has its kernel; Jupyter asks for one if cells are run before."
-    with urllib.request.urlopen(f"{address}api/sessions", timeout=5) as answer:
-        sessions = json.load(answer)
-    kernels = [session["kernel"] for session in sessions if session["path"] in PLACES[name]]
-    return any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels)
-
-
 @pytest.mark.parametrize("name", ["JupyterLab", pytest.param("Notebook 7", marks=pytest.mark.long)])
 def test_the_notebook_runs_and_says_what_the_library_says(name, address, page):
     page.goto(address + PLACES[name])
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-    assert soon(lambda: has_kernel(address, name)), "no kernel"
+
+    def has_kernel() -> bool:  # Jupyter asks for one if cells are run before
+        kernels = [s["kernel"] for s in sessions(address) if s["path"] in PLACES[name]]
+        return any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels)
+
+    assert soon(has_kernel), "no kernel"
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-item", has_text=re.compile("^Run All Cells$")).click()
     wait_for(page, "1,130")
@@ -112,9 +105,9 @@ def test_the_notebook_runs_and_says_what_the_library_says(name, address, page):
     wait_for(page, "700")
     session = Session("shear_flow")
     session.simulate({"Reynolds": 700.0, "Schmidt": session.ranges["Schmidt"].middle}, frames=FRAMES, seed=1)
-    assert answers(page, ".physrep-answers") == expected(session.read(FRAMES - 16))
-    for title in TABS:
-        page.get_by_role("tab", name=title).click()
+    assert answers(page, ".physrep-answers") == rows_of(answers_html(session.read(FRAMES - 16)))
+    for tab in page.locator(".physrep-page").get_by_role("tab").all():
+        tab.click()
         page.locator(".physrep-intro:visible").wait_for()
         assert cut_off(page) == []
         assert page.locator(".physrep-bad:visible").count() == 0

@@ -24,8 +24,8 @@ OPTIONAL = {
     "experiments/scaling.py": {"the_well"},
     "experiments/peer_solver.py": {"dedalus"},
 }
-WIDGETS = ("parts", "live_tab", "data_tab", "latent_tab", "saw_tab", "yours_tab", "page")  # of explore: the thin layer
-OPTIONAL |= {f"explore/{name}.py": {"ipywidgets", "IPython"} for name in WIDGETS}
+WIDGETS = ("page", "live", "sets", "latent", "perturb", "your_flow")  # of explore
+OPTIONAL |= {f"explore/{name}.py": {"ipywidgets"} for name in WIDGETS}
 
 
 def settings() -> dict:

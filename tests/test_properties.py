@@ -1,4 +1,4 @@
-"""Properties that hold for every input of a kind: windows, splits, label transforms, files, presets."""
+"""Properties that hold for every input of a kind: windows, splits, plans, label transforms, files."""
 
 import math
 from dataclasses import replace
@@ -6,18 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from physrep.core.parameters import seeds_in
 from physrep.data.generate import draw_parameters, plan
 from physrep.data.scaling import LabelScaler
 from physrep.data.well import WellFile
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_well
 from physrep.physics.systems import SYSTEMS, get_system
-from physrep.training.presets import PRESETS, read_preset
+from physrep.training.presets import PRESETS
 
 # the same inputs in every run, and no file of a database of examples
 few = settings(
@@ -155,41 +153,3 @@ def test_what_is_written_is_read(tmp_path, system, shape, compression, data):
     for f in about.fields:
         whole = fields[f.name][trajectory, start:, x0:, y0:].reshape(t - start, h - x0, w - y0, -1)
         assert np.array_equal(window[about.channel_slice(f.name)], np.moveaxis(whole, -1, 0))
-
-
-rates = st.floats(1e-6, 1.0)
-own_fields = st.fixed_dictionaries(
-    {},
-    optional={
-        "frames": st.integers(1, 64),
-        "size": st.none() | st.integers(1, 512),
-        "probe_lr": rates,
-        "noise": st.just(0.0) | rates,
-        "augment": st.booleans(),
-        "seeds": st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True),
-        "systems": st.lists(systems, min_size=1, max_size=3, unique=True),
-        "train": st.fixed_dictionaries({"mae": st.fixed_dictionaries({"steps": st.integers(1, 99), "lr": rates})}),
-    },
-)
-
-
-@few
-@given(base=st.sampled_from(sorted(PRESETS)), own=own_fields)
-def test_a_preset_from_yaml_has_what_the_file_says_and_else_what_its_base_says(tmp_path, base, own):
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({"base": base, **own}))
-    found, usual = read_preset(path), PRESETS[base]
-    for name in ("frames", "size", "probe_lr", "noise", "augment", "seeds", "systems"):
-        given_ = own.get(name, getattr(usual, name))
-        assert getattr(found, name) == (tuple(given_) if isinstance(given_, list) else given_), name
-    if "train" in own:
-        assert found.recipe("mae", "vit").steps == own["train"]["mae"]["steps"]
-        assert found.recipe("mae", "vit").lr == own["train"]["mae"]["lr"]
-    assert found.sims == usual.sims and found.recipe("jepa", "vit") == usual.recipe("jepa", "vit")
-    assert found.name == "mine"
-
-
-@few
-@given(seeds=st.lists(st.integers(0, 10**6), unique=True, max_size=5), gap=st.sampled_from([" ", "  ", "\n"]))
-def test_seeds_in_a_text_come_back(seeds, gap):
-    assert seeds_in(gap.join(map(str, seeds))) == seeds

@@ -24,8 +24,7 @@ from physrep.data.sets import STATS, find_files, find_folder, fingerprint, read_
 from physrep.data.well import UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_stats, write_well
-from physrep.physics.spectra import spectra
-from physrep.physics.statistics import summary_statistics
+from physrep.physics.statistics import spectra, summary_statistics
 from physrep.physics.systems import SYSTEMS, Field, Label, System, get_system
 from physrep.probing.evaluate import measure
 

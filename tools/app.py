@@ -1,20 +1,20 @@
 """Serves the widgets of nbs/09_explore.ipynb as a page, on this machine only.
 
-    python tools/app.py [--port 8866] [--no-browser] [-p NAME VALUE ...]     with parameters of the notebook
+    python tools/app.py [--port 8866] [--no-browser] [--systems NAMES] [--data-dir FOLDER] [--frames N] [--flows N]
 
 A kernel is started in advance, so that the page opens at once. Kernels end ten minutes after their page was closed.
 The page shows no source and runs no text of a user.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
+
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "nbs" / "09_explore.ipynb"
 OPTIONS = [
     "--Voila.ip=127.0.0.1",
     "--strip_sources=True",
@@ -31,29 +31,15 @@ OPTIONS = [
 # a larger upload than the page takes reaches it, so that it can say so: 10 MiB end the connection otherwise
 SETTINGS = {"websocket_max_message_size": 64 * 2**20}
 
-
-def page(notebook: dict, values: dict[str, str]) -> dict:
-    "The notebook's code cells, with other parameters: what is around the widgets is for those who read the notebook."
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    for cell in cells:
-        if "parameters" in cell["metadata"].get("tags", []):
-            known = {line.split(":")[0]: line for line in "".join(cell["source"]).splitlines()}
-            if unknown := sorted(set(values) - set(known)):
-                raise SystemExit(f"unknown parameter {', '.join(unknown)}; there are {', '.join(known)}")
-            kinds = {name: line.split(":")[1].split("=")[0].strip() for name, line in known.items()}
-            # the page runs in another folder
-            values = {n: os.path.abspath(v) if n.endswith("_dir") and v else v for n, v in values.items()}
-            told = {name: repr(int(v) if kinds[name] == "int" else v) for name, v in values.items()}
-            lines = [f"{name}: {kinds[name]} = {told[name]}" if name in told else line for name, line in known.items()]
-            cell["source"] = "\n".join(lines)
-    return notebook | {"cells": cells}
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8866)
     parser.add_argument("--no-browser", action="store_true")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--systems", default="", help="comma-separated; default: all with an encoder in the package")
+    # the page runs in another folder, in which a relative path would be another place
+    parser.add_argument("--data-dir", type=os.path.abspath, help="of data sets; default: data/")
+    parser.add_argument("--frames", type=int, default=0, help="of a simulated flow; default: as in the training")
+    parser.add_argument("--flows", type=int, default=24, help="that the page makes where there is no data set")
     asked = parser.parse_args()
     os.environ.setdefault("PHYSREP_ROOT", str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,6 +47,10 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "physrep.ipynb"
-        path.write_text(json.dumps(page(json.loads(NOTEBOOK.read_text(encoding="utf-8")), dict(asked.p))))
+        options = dict(systems=asked.systems, data_dir=asked.data_dir or "", frames=asked.frames, flows=asked.flows)
+        code = f"from physrep.explore.page import explore\n\nexplore(**{options})"
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        cells = [nbformat.v4.new_code_cell(code)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
         sys.argv = ["voila", str(path), f"--port={asked.port}", *OPTIONS, *(["--no-browser"] * asked.no_browser)]
         Voila.launch_instance(tornado_settings=SETTINGS)

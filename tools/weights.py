@@ -4,14 +4,20 @@ Beside them it writes the heads of summary statistics, with the errors of all re
 them."""
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 from physrep.core.paths import default_data_dir
-from physrep.explore.readers import measured_errors, write_statistics
+from physrep.data.scaling import LabelScaler
+from physrep.data.windows import Windows
+from physrep.explore.readers import HEADS, STATISTICS_HEADS, errors_of
 from physrep.models.pretrained import SHIPPED, load_encoder
-from physrep.probing.evaluate import baseline_folder
-from physrep.probing.features import probe_splits
-from physrep.probing.frozen import load_probe
-from physrep.training.run import resolve
+from physrep.physics.statistics import summary_statistics
+from physrep.probing.baselines import measured_features
+from physrep.probing.frozen import fit_probe, load_probe
+from physrep.probing.reading import probe_splits
+from physrep.training.run import baseline_folder, resolve
 
 SHIPPED_ROWS = [
     ("active_matter", "mae", "vit"),
@@ -19,7 +25,17 @@ SHIPPED_ROWS = [
     ("shear_flow", "forecast", "vit"),
 ]
 FILES = ("encoder.safetensors", "probe-linear.safetensors", "probe-attentive.safetensors")
-BASELINES = ("statistics", "equations")
+
+
+def write_statistics(folder: Path, windows: Mapping[str, Windows], errors: Mapping[str, Mapping[str, float]]) -> None:
+    "Fits the heads of summary statistics and writes them, with the errors of all readers."
+    scaler = LabelScaler.fit(windows["train"].system, windows["train"].labels)
+    features = measured_features({s: windows[s] for s in ("train", "valid")}, summary_statistics)
+    for head in STATISTICS_HEADS:
+        probe = fit_probe(head, features["train"], features["valid"], scaler)
+        small = replace(probe, trials=[])  # the list of trials is longer than the parameters
+        small.save(folder / f"statistics-{head}.safetensors", info={"test_errors": errors})
+
 
 if __name__ == "__main__":
     for row in SHIPPED_ROWS:
@@ -33,8 +49,11 @@ if __name__ == "__main__":
         load_encoder(target)
         for name in FILES[1:]:
             load_probe(target / name)
-        baselines = {name: baseline_folder(name, run) for name in BASELINES}
-        errors = measured_errors({target.name: folder}, baselines)
+        statistics, equations = (baseline_folder(n, run.system, run.preset) for n in ("statistics", "equations"))
+        sources = {f"{target.name}/{head}": (folder, head) for head in HEADS}
+        sources |= {f"statistics/{head}": (statistics, head) for head in STATISTICS_HEADS}
+        sources |= {"equations/oracle": (equations, "oracle")}
+        errors = {name: errors_of(place / "result.json", probe) for name, (place, probe) in sources.items()}
         write_statistics(target, probe_splits(run, default_data_dir("laptop")), errors)
         size = sum(path.stat().st_size for path in target.iterdir())
         print(f"{target.name}: {size / 1e6:.1f} MB")

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHANNEL_WORDS', 'LABEL_WORDS', 'TIME_WORDS', 'SEEN', 'WIDTH', 'KIND_COLOURS', 'KIND_MARKERS', 'channel_word',
-           'number', 'Scale', 'fixed_scale', 'scales_for', 'scales_of', 'png_of', 'at_even_heights', 'FlowPicture',
-           'answers_png']
+           'label_word', 'number', 'Scale', 'fixed_scale', 'draw_field', 'canvas_png', 'png_of', 'at_even_heights',
+           'FlowPicture', 'answers_png']
 
 # %% ../../nbs/explore/pictures.ipynb #13f3e215
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
+from matplotlib.image import AxesImage, imsave
 from matplotlib.patches import Rectangle
 from matplotlib.quiver import Quiver
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .solve import Flow
-from ..physics.systems import System
+from .solve import Flow, ParameterRange, cell_centres
 
 # %% ../../nbs/explore/pictures.ipynb #e9f677c5
 CHANNEL_WORDS = {
@@ -57,6 +56,11 @@ def channel_word(channel: str) -> str:
     return CHANNEL_WORDS.get(channel) or (f"{tensors[name]}, {index}" if name in tensors else channel.replace("_", " "))
 
 
+def label_word(label: str) -> str:
+    "What a parameter is called on the page; its last word is the symbol."
+    return LABEL_WORDS.get(label, label)
+
+
 def number(value: float) -> str:
     "Three digits: 1.23, 45.6, 789, 12,300, 1.20e+07; a dash for NaN."
     if not math.isfinite(value):
@@ -69,34 +73,49 @@ def number(value: float) -> str:
 # %% ../../nbs/explore/pictures.ipynb #367cb558
 @dataclass(frozen=True)
 class Scale:
-    "Colours of one channel: from `low` to `high`."
+    "Colours from `low` to `high`."
 
     low: float
     high: float
-    signed: bool
-
-    @property
-    def colours(self) -> str:
-        return "RdBu_r" if self.signed else "cividis"
+    colours: str = "cividis"
 
 
 def fixed_scale(mean: float, std: float) -> Scale:
     "The scale of a channel with that mean and standard deviation."
-    std = std if std > 0 else 1.0
     signed = abs(mean) < 0.5 * std
     middle = 0.0 if signed else mean
-    return Scale(middle - 2.5 * std, middle + 2.5 * std, signed)
+    return Scale(middle - 2.5 * std, middle + 2.5 * std, "RdBu_r" if signed else "cividis")
 
 # %% ../../nbs/explore/pictures.ipynb #509fc703
-def scales_for(system: System, mean: Sequence[float], std: Sequence[float]) -> dict[str, Scale]:
-    "A scale for each channel of a system, from the numbers that an encoder normalises with."
-    return {name: fixed_scale(m, s) for name, m, s in zip(system.channels, mean, std)}
+def draw_field(ax: Axes, values: np.ndarray, box: tuple[float, float], scale: Scale | None = None, **look) -> AxesImage:
+    "Draws values `(h, w)`, or colours `(h, w, 3)`, in a box of these lengths."
+    if scale:
+        look |= dict(cmap=scale.colours, vmin=scale.low, vmax=scale.high)
+    ax.set(xticks=[], yticks=[])
+    return ax.imshow(values.swapaxes(0, 1), origin="lower", extent=(0, box[0], 0, box[1]), **look)
 
 
-def scales_of(flow: Flow) -> dict[str, Scale]:
-    "A scale for each channel, from the flow itself."
-    values = flow.fields.reshape(len(flow.fields), -1)
-    return scales_for(flow.system, values.mean(1).tolist(), values.std(1).tolist())
+def canvas_png(canvas: FigureCanvasAgg) -> bytes:
+    "What is drawn on a canvas as PNG, quickly."
+    buffer = io.BytesIO()
+    options = dict(pil_kwargs={"compress_level": 1}, metadata={"Software": None})
+    imsave(buffer, np.asarray(canvas.buffer_rgba())[..., :3], format="png", **options)
+    return buffer.getvalue()
+
+
+def png_of(fig: Figure) -> bytes:
+    "A figure as PNG."
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return canvas_png(canvas)
+
+
+def at_even_heights(x: np.ndarray, heights: np.ndarray | None) -> np.ndarray:
+    "Fields `(..., w)` of a layer between walls at the centres of cells of equal height, as pictures show them."
+    if heights is None or np.allclose(heights, cell_centres(len(heights)), atol=1e-3):
+        return x
+    between = lambda column: np.interp(cell_centres(len(heights)), heights, column)  # noqa: E731
+    return np.apply_along_axis(between, -1, x).astype(x.dtype)
 
 # %% ../../nbs/explore/pictures.ipynb #9e499f04
 SEEN = "#E69F00"  # what the encoder sees
@@ -122,52 +141,21 @@ def _draw_timeline(ax: Axes, flow: Flow, window: tuple[int, int] | None):
         ax.text(left + width / 2, 0.5, f"{count} frames", ha="center", va="center", fontsize=8)
     return ax.axvline(0, color="black", lw=2)
 
-# %% ../../nbs/explore/pictures.ipynb #50185453
-def png_of(canvas: FigureCanvasAgg) -> bytes:
-    "What is drawn on a canvas as PNG, quickly."
-    buffer = io.BytesIO()
-    options = dict(pil_kwargs={"compress_level": 1}, metadata={"Software": None})
-    imsave(buffer, np.asarray(canvas.buffer_rgba())[..., :3], format="png", **options)
-    return buffer.getvalue()
 
-# %% ../../nbs/explore/pictures.ipynb #95af71be
-def _layout(flow: Flow) -> tuple[Figure, Axes, Axes, Axes]:
-    "A figure with axes for a frame, its colour bar and the bar of time."
-    lx, ly = flow.box
-    height = min((WIDTH - 1.3) * ly / lx, 4.3)
-    width = height * lx / ly
-    left = (WIDTH - 0.9 - width) / 2 + 0.15
-    fig = Figure(figsize=(WIDTH, height + 1.5), dpi=100)
-    places = (left, 1.0, width, height), (left + width + 0.12, 1.0, 0.13, height), (left, 0.5, width, 0.2)
-    return fig, *(_add_axes(fig, *place) for place in places)
-
-
-def _draw_arrows(ax: Axes, flow: Flow, speed: float | None) -> tuple[Quiver, tuple[slice, slice]]:
+def _draw_arrows(ax: Axes, flow: Flow, speed: float) -> tuple[Quiver, tuple[slice, slice]]:
     "Arrows of the velocity on every few points, still without length, and these points."
-    u, v = flow.fields[flow.system.channel_slice("velocity")]
-    (n, m), (lx, ly) = u.shape[1:], flow.box
+    (n, m), (lx, ly) = flow.fields.shape[2:], flow.box
     every = max(1, n // 12)
     points = np.s_[every // 2 :: every, every // 2 :: every]
     x, y = (np.arange(n) + 0.5) * lx / n, (np.arange(m) + 0.5) * ly / m
     if flow.heights is not None:
         y = flow.heights
     x, y = x[points[0]], y[points[1]]
-    fastest = max(float(np.sqrt(u**2 + v**2).max()), 1e-9) if speed is None else speed
-    options = dict(angles="xy", scale_units="xy", scale=fastest * 12 / lx, width=0.004, color="0.1")
+    options = dict(angles="xy", scale_units="xy", scale=speed * 12 / lx, width=0.004, color="0.1")
     zeros = np.zeros((len(y), len(x)))
     return ax.quiver(x, y, zeros, zeros, **options), points
 
-# %% ../../nbs/explore/pictures.ipynb #e6818679
-def at_even_heights(x: np.ndarray, heights: np.ndarray | None) -> np.ndarray:
-    "Fields `(..., w)` of a layer between walls at the centres of cells of equal height, as pictures show them."
-    if heights is None:
-        return x
-    centres = (np.arange(len(heights)) + 0.5) / len(heights)
-    if np.allclose(heights, centres, atol=1e-3):
-        return x
-    return np.apply_along_axis(lambda column: np.interp(centres, heights, column), -1, x).astype(x.dtype)
-
-# %% ../../nbs/explore/pictures.ipynb #18eb2c27
+# %% ../../nbs/explore/pictures.ipynb #50185453
 class FlowPicture:
     "Frames of one channel of a flow as PNG: colours with a fixed scale, arrows of the velocity, the window marked."
 
@@ -175,33 +163,34 @@ class FlowPicture:
         self,
         flow: Flow,
         channel: str,
-        scale: Scale,
+        scales: Mapping[str, Scale],  # of the channels; that of the velocity is the length of the longest arrow
         *,
         arrows: bool = True,
-        speed: float | None = None,  # of the longest arrow; default: the fastest of the flow
         window: tuple[int, int] | None = None,  # first frame and number of frames that the encoder sees
         title: str = "",
     ):
-        if channel not in flow.system.channels:
-            raise ValueError(f"{flow.system.name} has no channel {channel!r}; it has {', '.join(flow.system.channels)}")
-        self.flow, self.window = flow, window
-        self.channel = flow.system.channels.index(channel)
-        fig, self.ax, bar, timeline = _layout(flow)
-        self.canvas = FigureCanvasAgg(fig)
-        look = dict(cmap=scale.colours, vmin=scale.low, vmax=scale.high, origin="lower")
-        extent = (0, flow.box[0], 0, flow.box[1])
+        self.flow, self.window, self.channel = flow, window, flow.system.channels.index(channel)
+        lx, ly = flow.box
+        height = min((WIDTH - 1.3) * ly / lx, 4.3)
+        width = height * lx / ly
+        left = (WIDTH - 0.9 - width) / 2 + 0.15
+        fig = Figure(figsize=(WIDTH, height + 1.5), dpi=100)
+        self.ax = _add_axes(fig, left, 1.0, width, height)
         first = at_even_heights(flow.fields[self.channel, 0], flow.heights)
-        self.image = self.ax.imshow(first.T, interpolation="bicubic", extent=extent, **look)
-        self.ax.set(xticks=[], yticks=[])
+        self.image = draw_field(self.ax, first, flow.box, scales[channel], interpolation="bicubic")
         self.ax.set_title(title or channel_word(channel), fontsize=10)
         self.ax.spines[:].set_linewidth(3)
+        bar = _add_axes(fig, left + width + 0.12, 1.0, 0.13, height)
         fig.colorbar(self.image, cax=bar, extend="both").ax.tick_params(labelsize=8)
-        self.line = _draw_timeline(timeline, flow, window)
-        moves = arrows and "velocity" in [f.name for f in flow.system.fields]
-        self.quiver, self.points = _draw_arrows(self.ax, flow, speed) if moves else (None, None)
-        self.moving = [self.image, *([self.quiver] if moves else []), *self.ax.spines.values(), self.line]
+        self.line = _draw_timeline(_add_axes(fig, left, 0.5, width, 0.2), flow, window)
+        self.moving = [self.image, *self.ax.spines.values(), self.line]
+        self.quiver = None
+        if arrows:
+            self.quiver, self.points = _draw_arrows(self.ax, flow, scales["velocity_x"].high)
+            self.moving.insert(1, self.quiver)
         for artist in self.moving:
             artist.set_animated(True)
+        self.canvas = FigureCanvasAgg(fig)
         self.canvas.draw()
         self.still = self.canvas.copy_from_bbox(fig.bbox)  # everything else, drawn once
 
@@ -217,12 +206,10 @@ class FlowPicture:
         self.canvas.restore_region(self.still)
         for artist in self.moving:
             artist.axes.draw_artist(artist)
-        return png_of(self.canvas)
+        return canvas_png(self.canvas)
 
     def png(self, frame: int) -> bytes:
-        "The picture of a frame of the flow; ValueError where there is none."
-        if not 0 <= frame < self.flow.n_frames:
-            raise ValueError(f"the flow has frames 0 to {self.flow.n_frames - 1}, not {frame}")
+        "The picture of a frame of the flow."
         return self.draw(self.flow.fields[:, frame], frame)
 
 # %% ../../nbs/explore/pictures.ipynb #bf1751f3
@@ -230,15 +217,19 @@ KIND_COLOURS = {"encoder": "#0072B2", "statistics": "#D55E00", "equations": "#00
 KIND_MARKERS = {"encoder": "o", "statistics": "s", "equations": "D"}
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    "Powers of ten between two numbers, with 2 and 5 times these where there are few."
-    steps = (1,) if high / low > 300 else (1, 2, 5)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [m * 10.0**k for k in powers for m in steps if low <= m * 10.0**k <= high]
+def _use_log_axis(ax: Axes, low: float, high: float) -> None:
+    "A logarithmic axis with powers of ten, and 2 and 5 times these where there are few."
+    power = lambda v, _: f"{v:g}" if v < 1e4 else f"$10^{{{round(math.log10(v))}}}$"  # noqa: E731
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 300 else (1, 2, 5), numticks=20))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(power))
 
 
-def _draw_answers(ax: Axes, rows: pd.DataFrame, span: tuple[float, float], trained: tuple[float, float], log: bool):
+def _draw_answers(ax: Axes, rows: pd.DataFrame, about: ParameterRange) -> None:
     "The answers about one parameter."
+    margin = 0.08 * (about.high - about.low)
+    span = (about.low / 1.15, about.high * 1.15) if about.log else (about.low - margin, about.high + margin)
     for y, row in enumerate(rows.itertuples()):
         colour = KIND_COLOURS[row.kind]
         if math.isfinite(row.low):
@@ -247,38 +238,29 @@ def _draw_answers(ax: Axes, rows: pd.DataFrame, span: tuple[float, float], train
         ax.plot(shown, y, KIND_MARKERS[row.kind], color=colour, ms=7, clip_on=False)
     if math.isfinite(truth := rows["true"].iloc[0]):
         ax.axvline(truth, color="black", ls="--", lw=1.2)
-    if log:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(FixedLocator(_log_ticks(*span)))
-        ax.xaxis.set_minor_locator(NullLocator())
-        power = lambda v, _: f"{v:g}" if v < 1e4 else f"$10^{{{round(math.log10(v))}}}$"  # noqa: E731
-        ax.xaxis.set_major_formatter(FuncFormatter(power))
+    if about.log:
+        _use_log_axis(ax, *span)
     else:
         ax.xaxis.set_major_locator(MaxNLocator(5))
-    for edges in ((span[0], trained[0]), (trained[1], span[1])):
+    for edges in ((span[0], about.trained[0]), (about.trained[1], span[1])):
         ax.axvspan(*edges, color="0.9", lw=0, zorder=0)
     ax.set(xlim=span, ylim=(len(rows) - 0.5, -0.5))
     ax.tick_params(labelsize=8, which="both")
     ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(label_word(about.name), fontsize=10)
 
 # %% ../../nbs/explore/pictures.ipynb #8f8db0da
-def answers_png(table: pd.DataFrame, ranges: dict) -> bytes:
+def answers_png(table: pd.DataFrame, ranges: Mapping[str, ParameterRange]) -> bytes:
     "A picture of a table of `read_window`; `ranges` are those of `parameter_ranges`."
-    labels = [name for name in ranges if name in set(table.label)]
     readers = list(dict.fromkeys(table.reader))
-    fig = Figure(figsize=(7.4, 1.05 + 0.34 * len(readers)), dpi=100)
-    canvas = FigureCanvasAgg(fig)
+    height = 0.34 * len(readers)
+    fig = Figure(figsize=(7.4, 1.05 + height), dpi=100)
     side, gap, room = 2.55, 0.35, 7.4 - 2.55 - 0.25
-    width = (room - gap * (len(labels) - 1)) / len(labels)
-    for i, name in enumerate(labels):
-        ax = _add_axes(fig, side + i * (width + gap), 0.45, width, 0.34 * len(readers))
-        about = ranges[name]
-        margin = 0.08 * (about.high - about.low)
-        span = (about.low / 1.15, about.high * 1.15) if about.log else (about.low - margin, about.high + margin)
-        _draw_answers(ax, table[table.label == name], span, about.trained, about.log)
-        ax.set_title(LABEL_WORDS.get(name, name), fontsize=10)
+    width = (room - gap * (len(ranges) - 1)) / len(ranges)
+    for i, (name, about) in enumerate(ranges.items()):
+        ax = _add_axes(fig, side + i * (width + gap), 0.45, width, height)
+        _draw_answers(ax, table[table.label == name], about)
         ax.set_yticks(range(len(readers)), readers if i == 0 else [""] * len(readers), fontsize=9)
     key = "dashed: truth · line: 90 % interval · grey: beyond the training"
     fig.text(side / 7.4, 0.03, key, fontsize=8, color="0.3")
-    canvas.draw()
-    return png_of(canvas)
+    return png_of(fig)

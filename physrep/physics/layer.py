@@ -93,7 +93,7 @@ def layer_grid(
     dtype: torch.dtype = torch.float64,  # of the fields; the matrices are computed in float64 and rounded once
     device: str | torch.device = "cpu",
 ) -> LayerGrid:
-    "Nodes, vertical modes and matrices of a grid; ValueError for odd or tiny sizes and a height other than 1."
+    "Nodes, vertical modes and matrices of a grid."
     nx, ny = spectral.check_grid("grid", grid)
     lx, ly = spectral.check_pair("box", box, float)
     if not (0 < lx < np.inf and ly == 1):
@@ -113,27 +113,18 @@ def layer_grid(
     inverse[:, 0] = 1.0
     x_factor = np.stack([-1j * k, -1j * k])[:, None]
     x_factor[0, 0, 0] = 1.0
-
-    def put(array: np.ndarray) -> torch.Tensor:
-        kind = dtype.to_complex() if np.iscomplexobj(array) else dtype
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype=kind, device=device)
-
-    return LayerGrid(
-        (nx, ny),
-        (lx, ly),
-        kept,
-        y,
-        weight,
-        derivative,
-        values,
-        eigenvalues,
-        k,
-        inverse_laplacian=put(np.repeat(inverse, 2, axis=1)),
-        to_nodes=put(values),
-        to_flow=put(np.concatenate([values, slopes[1:-1]])),
-        from_nodes=put(values.T * inner),
-        from_slopes=put(slopes[1:-1].T * inner),
-        x_factor=put(x_factor),
-        wall_slope=put(slopes[-1] * np.stack([parity > 0, parity < 0])),
-        conduction=put(1 - y[1:-1, None]),
-    )
+    matrices = {
+        "inverse_laplacian": np.repeat(inverse, 2, axis=1),
+        "to_nodes": values,
+        "to_flow": np.concatenate([values, slopes[1:-1]]),
+        "from_nodes": values.T * inner,
+        "from_slopes": slopes[1:-1].T * inner,
+        "x_factor": x_factor,
+        "wall_slope": slopes[-1] * np.stack([parity > 0, parity < 0]),
+        "conduction": 1 - y[1:-1, None],
+    }
+    tensors = {}
+    for name, matrix in matrices.items():
+        kind = dtype.to_complex() if np.iscomplexobj(matrix) else dtype
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(matrix)).to(dtype=kind, device=device)
+    return LayerGrid((nx, ny), (lx, ly), kept, y, weight, derivative, values, eigenvalues, k, **tensors)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'check_pair', 'check_grid', 'SpectralGrid', 'spectral_grid', 'to_spectrum', 'to_field', 'resize_spectrum',
            'damp', 'SimulationBlewUp', 'suggest_dt', 'check_seeds', 'check_numbers', 'check_dtype', 'check_store_grid',
-           'initial_states', 'check_initial', 'Schedule', 'schedule', 'batch_size', 'run_names', 'check_alive',
-           'save_frames']
+           'initial_states', 'check_initial', 'Schedule', 'schedule', 'batch_size', 'run_names', 'save_frames']
 
 # %% ../../nbs/physics/spectral.ipynb #c2fece54
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 
 # %% ../../nbs/physics/spectral.ipynb #02920ebf
 def check_pair(name: str, value: float | Sequence, kind: type) -> tuple:
-    "A pair from a number or a pair; ValueError otherwise."
+    "A pair from a number or a pair."
     pair = (value, value) if np.ndim(value) == 0 else tuple(value)
     if len(pair) != 2 or any(kind(p) != p for p in pair):
         raise ValueError(f"{name} must be one {kind.__name__} or a pair of them (x, y), got {value!r}")
@@ -25,7 +24,7 @@ def check_pair(name: str, value: float | Sequence, kind: type) -> tuple:
 
 
 def check_grid(name: str, grid: int | tuple[int, int]) -> tuple[int, int]:
-    "A grid `(nx, ny)` of even sizes from 4 on; ValueError otherwise."
+    "A grid `(nx, ny)` of even sizes from 4 on."
     shape = check_pair(name, grid, int)
     if min(shape) < 4 or shape[0] % 2 or shape[1] % 2:
         raise ValueError(f"{name} must have even sizes of at least 4, got {shape[0]} x {shape[1]}")
@@ -60,10 +59,7 @@ def spectral_grid(
     dtype: torch.dtype = torch.float64,  # of the fields; the factors are computed in float64 and rounded once
     device: str | torch.device = "cpu",
 ) -> SpectralGrid:
-    """Wavenumbers, dealiasing mask and factors of a grid.
-
-    ValueError for odd or tiny sizes and lengths that are not positive.
-    """
+    "Wavenumbers, dealiasing mask and factors of a grid."
     nx, ny = check_grid("grid", grid)
     lx, ly = check_pair("box", box, float)
     if not (lx > 0 and ly > 0):
@@ -141,7 +137,7 @@ RULES = {
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    "Seeds as a list of int; ValueError for none."
+    "Seeds as a list of int, at least one."
     seeds = [int(s) for s in seeds]
     if not seeds:
         raise ValueError("seeds is empty: give one seed per trajectory")
@@ -154,7 +150,7 @@ def check_numbers(
     n: int,  # trajectories
     rule: str = "positive and finite",  # a key of `RULES`
 ) -> np.ndarray:
-    "A parameter of the equations, `(n,)` float64; ValueError with the offending value."
+    "A parameter of the equations, `(n,)` float64."
     numbers = np.asarray(values, dtype=np.float64)
     numbers = np.full(n, float(numbers)) if numbers.ndim == 0 else numbers
     if numbers.shape != (n,):
@@ -166,14 +162,14 @@ def check_numbers(
 
 # %% ../../nbs/physics/spectral.ipynb #c455db81
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    "float32 or float64; ValueError otherwise."
+    "The dtype, if it is float32 or float64."
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     return dtype
 
 
 def check_store_grid(store_grid: int | tuple[int, int] | None, shape: tuple[int, int]) -> tuple[int, int]:
-    "The grid of the output: `store_grid`, or the solver's `shape` for None; ValueError for one that is finer than it."
+    "The grid of the output: `store_grid`, or the solver's `shape` for None; none that is finer than it."
     stored = shape if store_grid is None else check_grid("store_grid", store_grid)
     if stored[0] > shape[0] or stored[1] > shape[1]:
         raise ValueError(f"store_grid {stored} is finer than the grid {shape} that is solved on")
@@ -181,14 +177,14 @@ def check_store_grid(store_grid: int | tuple[int, int] | None, shape: tuple[int,
 
 # %% ../../nbs/physics/spectral.ipynb #b10f69e8
 def initial_states(families: Mapping[str, Callable], family: str, seeds: Sequence[int], grid) -> torch.Tensor:
-    "Spectra of the initial conditions of these seeds, of a family by its name; ValueError for an unknown one."
+    "Spectra of the initial conditions of these seeds, of a family by its name."
     if family not in families:
         raise ValueError(f"unknown family of initial conditions {family!r}; valid: {', '.join(families)}")
     return families[family](seeds, grid)
 
 
 def check_initial(initial: tuple, names: tuple[str, str], shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    "Two given fields `(n, nx, ny)` as float64 on the CPU; ValueError for other shapes, and for values such as NaN."
+    "Two given fields `(n, nx, ny)` as float64 on the CPU."
     fields = [torch.as_tensor(f, dtype=torch.float64, device="cpu") for f in initial]
     if len(fields) != 2 or any(f.shape != shape for f in fields):
         shapes = [tuple(f.shape) for f in fields]
@@ -213,10 +209,6 @@ class Schedule:
         "Time steps to do before a frame is saved."
         return self.steps if frame else self.skip
 
-    def moment(self, frame: int) -> float:
-        "Time of a frame, as a number of steps times `dt`."
-        return (self.skip + frame * self.steps) * self.dt
-
     @property
     def times(self) -> np.ndarray:
         "Times `(n_frames,)` of the saved frames."
@@ -224,18 +216,13 @@ class Schedule:
 
 # %% ../../nbs/physics/spectral.ipynb #d0782e77
 def schedule(frame_dt: float, dt: float, n_frames: int, skip: float = 0.0) -> Schedule:
-    """A schedule of frames `frame_dt` apart, the first at the time `skip`.
-
-    ValueError, with the values and the next step that fits, unless `frame_dt` and `skip` are multiples of `dt`.
-    """
+    "A schedule of frames `frame_dt` apart, the first at the time `skip`; both are multiples of `dt`."
     if not (frame_dt > 0 and dt > 0):
         raise ValueError(f"frame_dt and dt must be positive, got {frame_dt} and {dt}")
     steps = round(frame_dt / dt)
     if steps < 1 or abs(steps * dt - frame_dt) > 1e-6 * frame_dt:
         fits = frame_dt / max(1, np.ceil(frame_dt / dt))
-        raise ValueError(
-            f"frame_dt must be a multiple of dt, got {frame_dt} and {dt}; the next dt that fits is {fits:g}"
-        )
+        raise ValueError(f"frame_dt must be a multiple of dt, got {frame_dt} and {dt}; {fits:g} would fit")
     if n_frames < 1:
         raise ValueError(f"n_frames must be at least 1, got {n_frames}")
     skipped = round(skip / dt)
@@ -251,37 +238,21 @@ def batch_size(
     device: str | torch.device,
     cached: int,  # points of all trajectories together that fit the cache of a CPU
 ) -> int:
-    "Trajectories that are stepped together: as many as fit a CPU's cache, 256 on a GPU; ValueError below 1."
-    if batch is not None and batch < 1:
+    "Trajectories that are stepped together: as many as fit a CPU's cache, 256 on a GPU."
+    if batch is None:
+        return 256 if torch.device(device).type != "cpu" else max(1, cached // (shape[0] * shape[1]))
+    if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    if batch is not None:
-        return batch
-    return 256 if torch.device(device).type != "cpu" else max(1, cached // (shape[0] * shape[1]))
+    return batch
 
 
 def run_names(seeds: list[int], **numbers: np.ndarray) -> list[str]:
     "What an error calls each trajectory: its parameters, by name, and its seed."
-    rows = zip(*numbers.values(), strict=True)
-    return [
-        ", ".join([*(f"{name} {value:g}" for name, value in zip(numbers, row)), f"seed {seed}"])
-        for seed, row in zip(seeds, rows, strict=True)
-    ]
+    rows = zip(*numbers.values())
+    parameters = [", ".join(f"{name} {value:g}" for name, value in zip(numbers, row)) for row in rows]
+    return [f"{text}, seed {seed}" for text, seed in zip(parameters, seeds)]
 
 # %% ../../nbs/physics/spectral.ipynb #7d9e3650
-def check_alive(alive: torch.Tensor, message: str, *, runs: list[str], moment: float, dt: float, rate: float) -> None:
-    """SimulationBlewUp unless all of `alive` `(b,)` are True.
-
-    `message` has the places `{moment}`, `{dt}`, `{runs}` and `{shorter}` (a step to try).
-    """
-    if alive.all():
-        return
-    names = [runs[i] for i in (~alive).nonzero()[:, 0].tolist()]
-    listed = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    shorter = suggest_dt(dt, rate)
-    text = message.format(moment=f"{moment:g}", dt=f"{dt:g}", runs=listed, shorter=f"{shorter:g}")
-    raise SimulationBlewUp(text, shorter)
-
-
 def save_frames(
     integrate: Callable[[slice], Iterator[tuple[torch.Tensor, torch.Tensor, float]]],  # see below
     runs: list[str],  # what an error calls each of the n trajectories
@@ -290,7 +261,7 @@ def save_frames(
     *,
     dtype: torch.dtype,
     batch: int,  # trajectories stepped together
-    blew_up: str,  # message of a run that is stopped, see `check_alive`
+    blew_up: str,  # message of runs that are stopped, with `{moment}`, `{dt}`, `{runs}` and `{shorter}`, a step to try
     progress: Callable[[int, int], None] | None = None,  # called with (frames done, frames in all)
 ) -> np.ndarray:
     """All frames `(n, t, channels, x, y)` of n trajectories.
@@ -304,7 +275,12 @@ def save_frames(
         rows = slice(first, min(first + batch, n))
         fastest = 0.0  # of the frames that were alive
         for t, (frame, alive, rate) in enumerate(integrate(rows)):
-            check_alive(alive, blew_up, runs=runs[rows], moment=frames.moment(t), dt=frames.dt, rate=fastest)
+            if not alive.all():
+                dead = [run for run, lives in zip(runs[rows], alive.tolist()) if not lives]
+                listed = "; ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+                dt, shorter = frames.dt, suggest_dt(frames.dt, fastest)
+                text = blew_up.format(moment=f"{frames.times[t]:g}", dt=f"{dt:g}", runs=listed, shorter=f"{shorter:g}")
+                raise SimulationBlewUp(text, shorter)
             fastest = max(fastest, rate)
             out[rows, t] = frame.numpy()
             if progress is not None:
