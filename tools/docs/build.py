@@ -206,7 +206,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder of the book [_docs]")
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names of notebooks, e.g. core 03_")
     asked = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["BOOK_ONLY"] = " ".join(asked.only)  # see conf.py
     out = asked.out.resolve()
     stage(out / "source", tuple(asked.only))
     options = ["-b", "html", "-c", str(Path(__file__).parent), "-d", str(out / "doctrees")]

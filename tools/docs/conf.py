@@ -36,6 +36,9 @@ myst_heading_slug_func = "book.jupyter_slug"
 # API: from the docstrings
 apidoc_modules = [{"path": str(ROOT / "physrep"), "destination": "api"}]
 apidoc_exclude_patterns = [str(ROOT / "physrep" / "_modidx.py")]
+if only := os.environ.get("BOOK_ONLY", "").split():  # a quick look has the API of these packages alone
+    packages = [p for p in (ROOT / "physrep").iterdir() if p.is_dir() and not any(n.startswith(p.name) for n in only)]
+    apidoc_exclude_patterns += [f"{p}*" for p in packages]
 apidoc_automodule_options = ["members", "show-inheritance"]
 apidoc_max_depth = 2
 apidoc_separate_modules = True
