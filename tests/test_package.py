@@ -19,7 +19,7 @@ FLOORS = ["core", "physics", "data", "models", "objectives", "training", "probin
 # asked for when needed
 OPTIONAL = {
     "experiments": {"papermill", "the_well", "dedalus"},
-    "data": {"huggingface_hub", "upath", "fsspec"},
+    "data": {"upath", "fsspec"},
     "explore": {"ipywidgets", "IPython"},
 }
 
@@ -37,12 +37,14 @@ def imports_of(path: Path) -> list[ast.stmt]:
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_module_imports_only_what_it_may(path):
     "Packages below it, public names, and what is declared."
-    declared = {re.split("[<>=]", r)[0] for r in settings()["requirements"].split()}
+    requirements = settings()["requirements"] + " " + settings()["download_requirements"]
+    declared = {re.split("[<>=]", r)[0] for r in requirements.split()}
     declared |= OPTIONAL.get(path.parent.name, set()) | sys.stdlib_module_names | {"sklearn", "yaml"}
     module = path.relative_to(PACKAGE).with_suffix("").parts
     for node in imports_of(path):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            target = [*module[: len(module) - node.level], *(node.module or node.names[0].name).split(".")][0]
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("physrep.")):
+            words = (node.module or node.names[0].name).removeprefix("physrep.").split(".")
+            target = [*module[: len(module) - node.level if node.level else 0], *words][0]
             assert FLOORS.index(target) <= FLOORS.index(module[0]), f"imports {target}, which stands above it"
             assert not [a.name for a in node.names if a.name.startswith("_") or a.name == "*"]
         else:

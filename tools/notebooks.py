@@ -22,12 +22,11 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 BIN = Path(sys.executable).parent
-# which executed notebook of a preset's runs shows a stage; that of an experiment has its name without the number
+# which executed notebook of a preset's runs shows a stage; that of an experiment has its own name
 SHOWN = {
     "00_simulate": "shear_flow-simulate",
     "03_pretrain": "shear_flow-mae-vit-pretrain",
     "04_probe": "shear_flow-mae-vit-probe",
-    "08_what_matters": "matters",
 }
 SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
 
@@ -97,7 +96,7 @@ def take_outputs(path: Path, executed: Path) -> None:
 
 def show(path: Path, preset: str) -> str:
     "Takes the outputs of a stage from the runs of a preset, if they are there; returns what went wrong."
-    name = SHOWN.get(path.stem, re.sub(r"^\d+[a-z]?_", "", path.stem))
+    name = SHOWN.get(path.stem, path.stem)
     executed = ROOT / "runs" / preset / "notebooks" / f"{name}.ipynb"
     if not executed.is_file():
         print(f"{name_of(path)}: outputs left as they are, there is no {executed.relative_to(ROOT)}")
