@@ -22,35 +22,11 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 BIN = Path(sys.executable).parent
-# which executed notebook of a preset's runs shows a stage
+# which executed notebook of a preset's runs shows a stage; that of an experiment has its own name
 SHOWN = {
     "00_simulate": "shear_flow-simulate",
     "03_pretrain": "shear_flow-mae-vit-pretrain",
     "04_probe": "shear_flow-mae-vit-probe",
-    "05_table1": "table1",
-    "05a_learning_curves": "learning_curves",
-    "05b_resolution": "resolution",
-    "05c_machines": "machines",
-    "05d_leakage": "leakage",
-    "05e_fine_tuned": "fine_tuned",
-    "06_data_efficiency": "data_efficiency",
-    "07_rollout": "rollout",
-    "08_what_matters": "matters",
-    "08a_tuning": "tuning",
-    "08b_ablations": "ablations",
-    "08c_across_systems": "across",
-    "08d_regimes": "regimes",
-    "08e_grid": "grid",
-    "08f_box": "box",
-    "08g_own_question": "question",
-    "08h_learning_rates": "rates",
-    "08i_longer_training": "longer-shear_flow",
-    "08j_chosen_recipes": "tuned",
-    "08k_probe_length": "probe_length",
-    "08l_long_probe": "long_probe",
-    "10_benchmarks": "benchmarks",
-    "10a_scaling": "scaling",
-    "10b_peer_solver": "peer_solver",
 }
 SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
 
@@ -83,15 +59,9 @@ def execute(path: Path) -> str:
     "Runs a notebook in place, in its own folder; returns what went wrong."
     print(name_of(path), flush=True)
     command = [BIN / "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level", "ERROR", path]
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=path.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, cwd=path.parent, env=environment, **quiet)
     return f"{name_of(path)} failed:\n{done.stdout[-3000:]}" if done.returncode else ""
 
 
@@ -107,18 +77,36 @@ def smaller(image: str) -> str:
 def take_outputs(path: Path, executed: Path) -> None:
     "Gives a stage the outputs of an executed copy with the same code, without the injected cell and progress bars."
     notebook, done = nbformat.read(path, 4), nbformat.read(executed, 4)
-    cells = [c for c in done.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
-    if [c.source for c in cells] != [c.source for c in notebook.cells if c.cell_type == "code"]:
+    mine = [c for c in notebook.cells if c.cell_type == "code"]
+    theirs = [
+        c for c in done.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
+    ]
+    if [c.source for c in theirs] != [c.source for c in mine]:
         raise ValueError(f"{executed} was made from another version of {path.name}; draw its figures with make again")
-    for mine, theirs in zip((c for c in notebook.cells if c.cell_type == "code"), cells):
-        outputs = [o for o in theirs.outputs if not (o.output_type == "stream" and o.name == "stderr")]
-        for o in outputs:
+    for cell, other in zip(mine, theirs):
+        cell.outputs = [o for o in other.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        cell.execution_count = None
+        for o in cell.outputs:
             if o.output_type == "stream":
                 o.text = o.text.replace(f"{ROOT}/", "")
             elif "image/png" in o.get("data", {}):
                 o.data["image/png"] = smaller(o.data["image/png"])
-        mine.outputs, mine.execution_count = outputs, None
     nbformat.write(notebook, path)
+
+
+def show(path: Path, preset: str) -> str:
+    "Takes the outputs of a stage from the runs of a preset, if they are there; returns what went wrong."
+    name = SHOWN.get(path.stem, path.stem)
+    executed = ROOT / "runs" / preset / "notebooks" / f"{name}.ipynb"
+    if not executed.is_file():
+        print(f"{name_of(path)}: outputs left as they are, there is no {executed.relative_to(ROOT)}")
+        return ""
+    print(f"{name_of(path)} <- {executed.relative_to(ROOT)}", flush=True)
+    try:
+        take_outputs(path, executed)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def from_root(text: str) -> str:
@@ -128,21 +116,10 @@ def from_root(text: str) -> str:
 
 
 def write_readme() -> None:
-    "README.md: the cells of nbs/index.ipynb, text outputs as they are, figures by their path in the repository."
-    from nbconvert import MarkdownExporter
-
-    notebook = nbformat.read(NBS / "index.ipynb", 4)
-    notebook.cells = [
-        c for c in notebook.cells if not c.source.startswith(("#| hide", "#|hide")) and c.cell_type != "raw"
-    ]
-    for c in notebook.cells:
-        if c.cell_type == "code" and c.source.startswith("#| echo: false"):  # only what it prints
-            c.cell_type, c.source = "markdown", "```text\n" + "".join(o.text for o in c.outputs).rstrip() + "\n```"
-            del c["outputs"], c["execution_count"]
-    text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r"<style scoped>.*?</style>\n*", "", from_root(text), flags=re.S)
-    text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    (ROOT / "README.md").write_text(text, encoding="utf-8")
+    "README.md: the text of nbs/index.ipynb."
+    cells = [c.source for c in nbformat.read(NBS / "index.ipynb", 4).cells if c.cell_type == "markdown"]
+    text = re.sub(r"\n{3,}", "\n\n", from_root("\n\n".join(cells)))
+    (ROOT / "README.md").write_text(text.strip() + "\n", encoding="utf-8")
 
 
 def drop_widget_states(path: Path) -> None:
@@ -156,25 +133,14 @@ def update(notebooks: list[Path], preset: str) -> None:
     "Executes what is of the library, takes the outputs of what is a stage, cleans and exports."
     stages = {path for path in notebooks if is_stage(path)}
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        errors = [e for e in pool.map(execute, (path for path in notebooks if path not in stages)) if e]
-    for path in sorted(stages):
-        if path.stem not in SHOWN:
-            continue
-        executed = ROOT / "runs" / preset / "notebooks" / f"{SHOWN[path.stem]}.ipynb"
-        if executed.is_file():
-            print(f"{name_of(path)} <- {executed.relative_to(ROOT)}", flush=True)
-            try:
-                take_outputs(path, executed)
-            except ValueError as error:
-                errors.append(str(error))
-        else:
-            print(f"{name_of(path)}: outputs left as they are, there is no {executed.relative_to(ROOT)}")
+        errors = list(pool.map(execute, (path for path in notebooks if path not in stages)))
+    errors += [show(path, preset) for path in sorted(stages)]
     for path in notebooks:
         drop_widget_states(path)
     for command in ("nbdev_clean", "nbdev_export"):
         subprocess.run([BIN / command], check=True, cwd=ROOT)
-    if errors:
-        raise SystemExit("\n\n".join(errors))
+    if any(errors):
+        raise SystemExit("\n\n".join(filter(None, errors)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ if __name__ == "__main__":
         run, target = resolve(*row, "laptop"), SHIPPED / "-".join(row)
         folder = run.folder()
         if missing := [name for name in FILES if not (folder / name).is_file()]:
-            raise SystemExit(f"{folder} has no {', '.join(missing)}; run `make tuned` first")
+            raise SystemExit(f"{folder} has no {', '.join(missing)}; train and probe it first")
         target.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             shutil.copyfile(folder / name, target / name)

@@ -19,14 +19,11 @@ copyright = settings["copyright"]
 version = release = settings["version"]
 repository = settings["git_url"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml", "docstrings"]
-exclude_patterns = []
-templates_path = []
-nitpicky = False  # docstrings name shapes and types that are no Python objects
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.apidoc", "book"]
+exclude_patterns = ["api/modules.rst"]
 
 # notebooks: as they are committed
-suppress_warnings = ["myst.header"]  # a heading that skips a level is a matter of taste, and no broken page
-
+suppress_warnings = ["myst.header", "myst.xref_missing"]  # a level that is skipped; tests/test_docs.py checks links
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # would be fetched from the network; widgets need a kernel, and their pages say how to get one
@@ -34,13 +31,22 @@ nb_render_markdown_format = "myst"
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 4
-myst_heading_slug_func = "contents.jupyter_slug"
+myst_heading_slug_func = "book.jupyter_slug"
 
 # API: from the docstrings
+apidoc_modules = [{"path": str(ROOT / "physrep"), "destination": "api"}]
+apidoc_exclude_patterns = [str(ROOT / "physrep" / "_modidx.py")]
+if only := os.environ.get("BOOK_ONLY", "").split():  # a quick look has the API of these packages alone
+    packages = [p for p in (ROOT / "physrep").iterdir() if p.is_dir() and not any(n.startswith(p.name) for n in only)]
+    apidoc_exclude_patterns += [f"{p}*" for p in packages]
+apidoc_automodule_options = ["members", "show-inheritance"]
+apidoc_max_depth = 2
+apidoc_separate_modules = True
+apidoc_module_first = True
+autodoc_inherit_docstrings = False  # those of torch are no Markdown
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": True}
 python_maximum_signature_line_length = 90
 add_module_names = False
 toc_object_entries_show_parents = "hide"
@@ -71,4 +77,4 @@ html_theme_options = {
     "back_to_top_button": False,
     "use_edit_page_button": False,
 }
-html_sidebars = {"index": [], "glossary": [], "figures": [], "search": []}
+html_sidebars = {"index": [], "nbs/glossary": [], "figures": [], "search": []}
