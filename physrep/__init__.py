@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _PUBLIC = {"load_encoder": "probing.sharing", "load_probe": "probing.sharing", "save_pretrained": "probing.sharing", "compare": "results.comparison", "get_preset": "training.presets", "get_system": "physics.systems"}
 
