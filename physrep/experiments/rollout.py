@@ -36,7 +36,7 @@ from ..training.pretrain import restore
 from ..training.run import Run, load_splits
 
 # %% ../../nbs/experiments/rollout.ipynb #d162eba2
-EMULATORS = ("forecast-vit", "next_frame-axial", "disco-vit_code", "disco_film-vit_code")  # rolled out by default
+EMULATORS = ("forecast-vit", "next_frame-axial", "disco-vit_code")  # rolled out by default
 PERSISTENCE = "persistence"
 
 

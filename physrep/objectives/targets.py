@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'KINDS', 'TARGETS', 'token_loss', 'hidden_mean', 'scored', 'patch_statistics', 'shells', 'shell_amplitudes',
-           'scale_modes', 'with_floor', 'Whitening', 'check_choices', 'last_frame', 'PixelTarget', 'pixel_operations',
-           'momentum_at', 'move_average', 'FeatureTarget']
+           'scale_modes', 'Whitening', 'check_choices', 'last_frame', 'PixelTarget', 'momentum_at', 'move_average',
+           'FeatureTarget']
 
 # %% ../../nbs/objectives/targets.ipynb #3f68dc09
 import copy
@@ -26,33 +26,22 @@ LOSSES: dict[str, Callable] = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss,
 def token_loss(
     prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, *, kind: str = "mse"
 ) -> torch.Tensor:
-    """Mean error of tokens `(b, n, p)` where `mask (b, n)` is True (None: everywhere), in float32.
-
-    `kind` is a key of `LOSSES`. ValueError for an unknown one, for shapes that differ, and for a mask that hides
-    nothing."""
-    if kind not in LOSSES:
-        raise ValueError(f"unknown loss {kind!r}; valid: {', '.join(LOSSES)}")
+    "Mean error of tokens `(b, n, p)` where `mask (b, n)` is True (None: everywhere), in float32; a key of `LOSSES`."
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     with torch.autocast(prediction.device.type, enabled=False):
         return LOSSES[kind](_full(_picked(prediction, mask)), _full(_picked(target, mask)))
 
-# %% ../../nbs/objectives/targets.ipynb #db58726c
+
 def _full(x: torch.Tensor) -> torch.Tensor:
     "The tensor in float32; float64 stays."
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _picked(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Tokens `(1, k, p)` of `(b, n, p)` where `mask (b, n)` is True, of all samples in a row; None: all as they are.
-
-    ValueError for a mask that does not fit or hides nothing."""
+    "Tokens `(1, k, p)` of `(b, n, p)` where `mask (b, n)` is True, of all samples in a row; None: all as they are."
     if mask is None:
         return tokens
-    if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(
-            f"the mask must be bool of shape {tuple(tokens.shape[:2])}, got {mask.dtype} of {tuple(mask.shape)}"
-        )
     if not mask.any():
         raise ValueError("the mask hides no token: there is nothing to predict")
     places = mask.flatten().nonzero()[:, 0]
@@ -114,63 +103,47 @@ def scale_modes(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     by_mode = factors[:, shells(size, half=True).to(factors.device)].to(x.device)
     return torch.fft.irfft2(torch.fft.rfft2(x.float()) * by_mode[:, None], s=size)
 
-
-def with_floor(amplitudes: torch.Tensor, floor: float) -> torch.Tensor:
-    "Amplitudes `(c, shells)`, each at least `floor` times the largest of its channel, and not 0."
-    return torch.maximum(amplitudes, floor * amplitudes.amax(dim=1, keepdim=True)).clamp_min(1e-6)
-
 # %% ../../nbs/objectives/targets.ipynb #993dd57c
 class Whitening(nn.Module):
     """Fields `(b, c, t, h, w)` with the amplitude of each shell of wavenumbers divided out, and back, in float32.
 
-    With `channels` and `size` the amplitudes are those of the clips given to `fit`, and part of the `state_dict`.
-    Without, they are those of each batch, or of `like`."""
+    The amplitudes are those of the clips given to `fit`, and part of the `state_dict`."""
 
     def __init__(
         self,
-        channels: int | None = None,
-        size: tuple[int, int] | None = None,  # (h, w)
+        channels: int,
+        size: tuple[int, int],  # (h, w)
         *,
         floor: float = 1e-3,  # of the amplitudes, over the largest of the channel
     ):
         super().__init__()
-        if (channels is None) != (size is None):
-            raise ValueError(f"give both channels and size, or neither of them; got {channels} and {size}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor must lie in (0, 1], got {floor}")
         self.floor = floor
-        self.per_batch = size is None
-        shape = (0, 0) if self.per_batch else (channels, int(shells(tuple(size)).max()) + 1)
-        self.register_buffer("amplitudes", torch.zeros(shape))
+        self.register_buffer("amplitudes", torch.zeros(channels, int(shells(tuple(size)).max()) + 1))
 
     @property
     def fitted(self) -> bool:
-        "Whether amplitudes are there: always, if they are those of each batch."
-        return self.per_batch or bool(self.amplitudes.any())
+        return bool(self.amplitudes.any())
 
     def fit(self, clips: torch.Tensor) -> "Whitening":
         "Takes the amplitudes of training clips `(b, c, t, h, w)`, normalised as those that come later."
-        found = shell_amplitudes(clips)
-        if self.per_batch or found.shape != self.amplitudes.shape:
-            want = "takes those of each batch" if self.per_batch else f"has {tuple(self.amplitudes.shape)}"
-            raise ValueError(
-                f"these clips give amplitudes {tuple(found.shape)} (channels, shells), this whitening {want}"
-            )
-        self.amplitudes.copy_(found)
+        self.amplitudes.copy_(shell_amplitudes(clips))
         return self
 
-    def divisors(self, like: torch.Tensor) -> torch.Tensor:
-        "What modes are divided by `(c, shells)`, floor included; ValueError before `fit`."
+    def divisors(self) -> torch.Tensor:
+        "What modes are divided by `(c, shells)`: amplitudes of at least `floor` times the largest of the channel."
         if not self.fitted:
-            raise ValueError("the spectrum is not fitted: call `fit(clips)`, or leave out channels and size")
-        return with_floor(shell_amplitudes(like) if self.per_batch else self.amplitudes, self.floor)
+            raise ValueError("the spectrum is not fitted: call `fit(clips)`")
+        lowest = self.floor * self.amplitudes.amax(dim=1, keepdim=True)
+        return torch.maximum(self.amplitudes, lowest).clamp_min(1e-6)
 
-    def forward(self, x: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-        return scale_modes(x, 1 / self.divisors(x if like is None else like))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return scale_modes(x, 1 / self.divisors())
 
-    def inverse(self, y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        "Whitened fields as they were; `like` is the batch that was whitened."
-        return scale_modes(y, self.divisors(like))
+    def inverse(self, y: torch.Tensor) -> torch.Tensor:
+        "Whitened fields as they were."
+        return scale_modes(y, self.divisors())
 
 # %% ../../nbs/objectives/targets.ipynb #d46eb3e3
 KINDS = ("values", "patch", "change", "whitened")
@@ -184,12 +157,10 @@ def check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:
 
 
 def last_frame(x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
-    "The last seen frame as `(b, c, 1, h, w)`, float32; ValueError if it is missing or does not fit the fields."
-    if last is None:
-        raise ValueError("this needs the last seen frame (b, c, h, w): it is for tasks that ask for later frames")
-    want = (*x.shape[:2], *x.shape[3:])
-    if last.shape != want:
-        raise ValueError(f"the last seen frame must be {tuple(want)} (b, c, h, w), got {tuple(last.shape)}")
+    "The last seen frame as `(b, c, 1, h, w)`, float32; ValueError if it does not fit the fields."
+    if last is None or last.shape != (*x.shape[:2], *x.shape[3:]):
+        got = None if last is None else tuple(last.shape)
+        raise ValueError(f"this needs the last frame seen before fields {tuple(x.shape)}, (b, c, h, w); got {got}")
     return last.float()[:, :, None]
 
 # %% ../../nbs/objectives/targets.ipynb #5525bf6c
@@ -197,7 +168,7 @@ class PixelTarget(nn.Module):
     """What is predicted of fields `(b, c, t, h, w)`, as tokens `(b, n, p)` of patches, float32, without gradient.
 
     `kind` is one of `KINDS`. "change" needs the last seen frame `(b, c, h, w)` at each call, "whitened" a `Whitening`.
-    ValueError for options that do not fit together. Normalised patches: He et al. (2022)."""
+    Normalised patches: He et al. (2022)."""
 
     def __init__(
         self,
@@ -217,8 +188,14 @@ class PixelTarget(nn.Module):
         self.whitening = whitening
 
     def fields(self, x: torch.Tensor, like: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
-        "Fields `x` as this target has them, with the statistics of `like` where it needs some."
-        return _transformed(self.kind, x.float(), like.float(), last, patch=self.patch, whitening=self.whitening)
+        "Fields `x` as this target has them, with the statistics of the patches of `like`."
+        x = x.float()
+        if self.kind == "patch":
+            mean, std = patch_statistics(like.float(), self.patch)
+            return (x - mean) / std
+        if self.kind == "change":
+            return x - last_frame(x, last)
+        return self.whitening(x) if self.kind == "whitened" else x
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
@@ -231,9 +208,14 @@ class PixelTarget(nn.Module):
         return patchify(self.fields(last_frame(x, last).expand_as(x), x, last), self.patch)
 
     def pictures(self, tokens: torch.Tensor, x: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
-        "Tokens as fields, the inverse; statistics of patches or batch are those of the true fields `x`."
+        "Tokens as fields, the inverse of `forward`; statistics of patches are those of the true fields `x`."
         y = unpatchify(tokens.float(), self.patch, x.shape[1], token_grid(x.shape[2:], self.patch))
-        return _restored(self.kind, y, x.float(), last, patch=self.patch, whitening=self.whitening)
+        if self.kind == "patch":
+            mean, std = patch_statistics(x.float(), self.patch)
+            return y * std + mean
+        if self.kind == "change":
+            return y + last_frame(x, last)
+        return self.whitening.inverse(y) if self.kind == "whitened" else y
 
     def score(
         self, prediction: torch.Tensor, true: torch.Tensor, mask: torch.Tensor | None = None, trivial=None
@@ -243,47 +225,12 @@ class PixelTarget(nn.Module):
             trivial = torch.zeros_like(true) if self.kind == "change" else hidden_mean(true, mask)
         return scored(prediction, true, mask, trivial=trivial, kind=self.loss)
 
-    def operations(self, channels: int, shape: tuple[int, int, int]) -> int:
-        "Operations to make the targets of a clip of `shape` (t, h, w)."
-        return pixel_operations(self.kind, channels, shape)
-
-# %% ../../nbs/objectives/targets.ipynb #cb9dec76
-def _transformed(kind: str, x: torch.Tensor, like: torch.Tensor, last, *, patch: tuple, whitening) -> torch.Tensor:
-    "Fields `x` as a target of that kind has them, with the statistics of `like`."
-    if kind == "patch":
-        mean, std = patch_statistics(like, patch)
-        return (x - mean) / std
-    if kind == "change":
-        return x - last_frame(x, last)
-    return whitening(x, like) if kind == "whitened" else x
-
-
-def _restored(kind: str, y: torch.Tensor, x: torch.Tensor, last, *, patch: tuple, whitening) -> torch.Tensor:
-    "The inverse of `_transformed`, with the statistics of the true fields `x`."
-    if kind == "patch":
-        mean, std = patch_statistics(x, patch)
-        return y * std + mean
-    if kind == "change":
-        return y + last_frame(x, last)
-    return whitening.inverse(y, x) if kind == "whitened" else y
-
-
-def pixel_operations(kind: str, channels: int, shape: tuple[int, int, int]) -> int:
-    "Operations to make the target of a clip of `shape` (t, h, w): a product and a sum count as one each."
-    check_choices(kind=(kind, KINDS))
-    t, h, w = shape
-    numbers = channels * t * h * w
-    transforms = round(2 * 2.5 * numbers * math.log2(h * w))  # there and back, of real numbers
-    return {"values": 0, "patch": 6 * numbers, "change": numbers, "whitened": transforms + 2 * numbers}[kind]
-
 # %% ../../nbs/objectives/targets.ipynb #f75bd4ce
 TARGETS = ("shared", "stopgrad", "ema")
 
 
 def momentum_at(step: int, steps: int, start: float, end: float = 1.0) -> float:
-    "Momentum after update `step` (from 1) of `steps`: a cosine from `start` to `end`. ValueError for a step outside."
-    if not 0 < step <= steps:
-        raise ValueError(f"after_step takes the number of updates done, from 1 to {steps}, got {step}")
+    "Momentum after update `step` (from 1) of `steps`: a cosine from `start` to `end`."
     return end - (end - start) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
@@ -300,7 +247,7 @@ class FeatureTarget(nn.Module):
     """Features `(b, n, d)` of a clip as targets; `kind` is "shared", "stopgrad" or "ema".
 
     The encoder is handed in with each call and stays the caller's; "ema" copies it once and keeps the average in its
-    `state_dict`. ValueError for options that do not fit together. Assran et al., "I-JEPA" (2023)."""
+    `state_dict`. Assran et al., "I-JEPA" (2023)."""
 
     def __init__(
         self,
@@ -347,7 +294,3 @@ class FeatureTarget(nn.Module):
         "Moves the average towards the encoder; to be called after update `step` (from 1) of `steps`."
         if self.average is not None:
             move_average(self.average, encoder, momentum_at(step, steps, self.momentum, self.momentum_end))
-
-    def operations(self, encode: int, parameters: int = 0) -> int:
-        "Operations of a training step for the targets of clips that cost `encode` to encode, gradient included."
-        return {"shared": 3 * encode, "stopgrad": encode, "ema": encode + 3 * parameters}[self.kind]

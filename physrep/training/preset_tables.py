@@ -164,7 +164,6 @@ _LAPTOP_OBJECTIVES = {
     "invariance": dict(shown=0.5, invariance=25.0, variance=25.0, covariance=1.0, dims=(128, 128, 128)),
     "autoencoder": dict(**_DECODER),
     "disco": _OPERATOR,
-    "disco_film": _OPERATOR,
     "supervised": dict(head="linear"),
 }
 _PAPER_ENCODERS: dict[str, dict] = {
@@ -255,7 +254,6 @@ _LAPTOP = Preset(
         "invariance": _three_minutes(steps=400, batch_size=64, lr=1e-3),
         "autoencoder": _three_minutes(steps=2000, batch_size=8, lr=2e-3),
         "disco": _three_minutes(steps=1000, batch_size=8, lr=1e-3),
-        "disco_film": _three_minutes(steps=1000, batch_size=8, lr=1e-3),
         "supervised": _three_minutes(steps=1500, batch_size=16, lr=2e-3),
     },
     tuned=_LAPTOP_TUNED,
@@ -302,7 +300,6 @@ _GPU = Preset(
         "mae": dict(ratio=0.75, patch=(2, 8, 8)),
         "invariance": dict(shown=0.5),
         "disco": dict(stages=4, hidden=64),  # 159k weights, as many as the authors'
-        "disco_film": dict(stages=4, hidden=64),
         **{name: {} for name in ("jepa_ema", "forecast", "next_frame", "autoencoder", "supervised")},
     },
     train={
@@ -314,7 +311,6 @@ _GPU = Preset(
             for name in ("jepa_ema", "mae", "forecast", "next_frame", "autoencoder")
         },
         "disco": Recipe(steps=3000, batch_size=16, lr=1e-3, precision="bfloat16"),
-        "disco_film": Recipe(steps=3000, batch_size=16, lr=1e-3, precision="bfloat16"),
         "supervised": Recipe(steps=1500, batch_size=32, lr=1e-3, precision="bfloat16"),
     },
 )
@@ -348,7 +344,6 @@ _PAPER = Preset(
         "mae": dict(ratio=0.9, patch=(2, 16, 16), target_norm="patch", **_VIDEOMAE_DECODER),
         "jepa_ema": dict(ratio=0.9),
         "disco": dict(stages=4, hidden=64),
-        "disco_film": dict(stages=4, hidden=64),
         "invariance": dict(shown=0.25),  # its losses need many pairs at once
         **{name: {} for name in ("jepa_sigreg", "forecast", "next_frame", "autoencoder", "supervised")},
     },
@@ -362,7 +357,6 @@ _PAPER = Preset(
         invariance=4,
         autoencoder=16,
         disco=32,
-        disco_film=32,
         supervised=16,
     ),
     size=224,
