@@ -15,8 +15,7 @@ from torch import nn
 
 from .composite import Composite
 from .disco import Disco
-from .gates import evaluating, gate_of
-from .targets import PixelTarget, check_choices, hidden_mean
+from .targets import PixelTarget, check_choices
 from .tasks import Future, Next
 from ..physics.systems import System
 
@@ -37,7 +36,7 @@ class Forecast(Composite):
         decoder_width: int | None = None,  # None: half the encoder's (ViT), the encoder's (others)
         decoder_depth: int = 2,  # blocks, ViT only
         decoder_heads: int = 2,  # ViT only
-        from_last: bool = True,  # later frames start from the last shown one: see `predictors.MaskedPixels`
+        from_last: bool = True,  # later frames start from the last shown one: see `predictors.MaskedPredictor`
     ):
         decoder = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
         super().__init__(
@@ -76,19 +75,9 @@ class NormalisedPixels(PixelTarget):
         self.channels = channels
         self.floor = floor
 
-    def error(self, prediction: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-        "The mean of `normalised_error` over samples and channels; `prediction` may be what expands to `true`."
-        options = dict(channels=self.channels, floor=self.floor)
-        return normalised_error(prediction.expand_as(true), true, **options).mean()
-
-    def score(
-        self, prediction: torch.Tensor, true: torch.Tensor, mask: None = None, trivial: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        "`loss` and `relative`, over the trivial answer (None: the mean). Frames are whole: there is no mask."
-        loss = self.error(prediction, true)
-        with torch.no_grad():
-            base = self.error(hidden_mean(true) if trivial is None else trivial, true)
-        return {"loss": loss, "relative": loss.detach() / base.clamp_min(1e-12)}
+    def error(self, answer: torch.Tensor, true: torch.Tensor, mask: None = None) -> torch.Tensor:
+        "The mean of `normalised_error` over samples and channels. Frames are whole: there is no mask."
+        return normalised_error(answer.expand_as(true), true, channels=self.channels, floor=self.floor).mean()
 
 # %% ../../nbs/objectives/emulators.ipynb #3721c3a6
 class NextFrame(Composite):
@@ -115,14 +104,6 @@ class NextFrame(Composite):
         predictor = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
         super().__init__(encoder, system=system, shape=shape, task=Next(frames), target=target, predictor=predictor)
         self.target = NormalisedPixels(target, patch=self.predictor.patch, channels=system.n_channels, floor=floor)
-
-    def gate(self, batch: dict) -> dict[str, float]:
-        "The loss on a held-out batch beside that of the mean and of persistence, and `gate`: over the smaller one."
-        with evaluating(self):
-            found, _ = self.answer(batch)
-            answers = {"mean": hidden_mean(found.true), "persistence": found.trivial}
-            errors = {name: float(self.target.error(answer, found.true)) for name, answer in answers.items()}
-            return gate_of(float(self.target.error(found.predicted, found.true)), errors)
 
 # %% ../../nbs/objectives/emulators.ipynb #7259a416
 Predict = Callable[[torch.Tensor], torch.Tensor]  # frames (b, c, context, h, w) -> the next ones (b, c, ahead, h, w)

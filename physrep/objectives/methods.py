@@ -37,7 +37,7 @@ def objective_class(name: str) -> type[nn.Module]:
     Class attributes that it lacks are set: `default_encoder` "vit", `encoders` None (any), `trains` True.
     ValueError for an unknown name (with the valid ones) and for a class that is no objective (with what is missing)."""
     cls = load_object(name, OBJECTIVES, "objective")
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ValueError(f"objective {name!r} must be a class derived from torch.nn.Module, not a {type(cls).__name__}")
     parameters = inspect.signature(cls).parameters
     missing = [] if _takes_anything(cls) else [n for n in ("encoder", "system", "shape") if n not in parameters]

@@ -43,12 +43,6 @@ class Task:
         ValueError for what the grid (t', h', w') has no room for."""
         raise ValueError(f"task {self.name!r} hides no tokens")
 
-
-def _check_count(task: str, name: str, count: int) -> None:
-    "ValueError unless a number of frames or blocks is an int of at least 1."
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} of task {task!r} must be an int of at least 1, got {count!r}")
-
 # %% ../../nbs/objectives/tasks.ipynb #e3d343e8
 def clips_of(
     batch: dict, views: Sequence[View], *, system: System, shape: tuple[int, int, int]
@@ -121,7 +115,6 @@ class Blocks(Task):
     hides: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check_count(self.name, "count", self.count)
         object.__setattr__(self, "aspect", tuple(self.aspect))  # a list, if it comes from JSON
         if not 0 < self.scale < 1 or not 0 <= self.least_shown < 1 or not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"scale and least_shown must be shares of the frame, and aspect (low, high): got {self}")
@@ -205,9 +198,6 @@ class Future(Task):
     name: ClassVar[str] = "future"
     hides: ClassVar[bool] = True
 
-    def __post_init__(self):
-        _check_count(self.name, "frames", self.frames)
-
     def masks(self, seeds, grid, shape):
         t, h, w = grid
         tubelet = shape[0] // t
@@ -242,8 +232,8 @@ class Window(Task):
     name: ClassVar[str] = "window"
 
     def __post_init__(self):
-        if self.offset is not None:
-            _check_count(self.name, "offset", self.offset)
+        if self.offset == 0:
+            raise ValueError("offset 0 of task 'window' is the window itself: give 1 or more, or None for its length")
 
     def views(self, shape):
         return View(shape[0]), View(shape[0], offset=shape[0] if self.offset is None else self.offset)
@@ -285,7 +275,7 @@ class Nothing(Task):
 # %% ../../nbs/objectives/tasks.ipynb #150f2f45
 TASKS = {cls.name: cls for cls in (Tube, Blocks, Future, Next, Window, Pair, Nothing)}
 
-# %% ../../nbs/objectives/tasks.ipynb #8ff8e1bb
+# %% ../../nbs/objectives/tasks.ipynb #1d9cca14
 @lru_cache(maxsize=8)
 def _laplacian(size: tuple[int, int], periodic: tuple[bool, bool]) -> sparse.csr_matrix:
     "Number of neighbours on the diagonal and -1 for each neighbour, `(h w, h w)`: outside a frame there are none."
@@ -298,40 +288,25 @@ def _laplacian(size: tuple[int, int], periodic: tuple[bool, bool]) -> sparse.csr
     return sparse.csr_matrix(sparse.kronsum(parts[1], parts[0]))
 
 
-def _harmonic(values: np.ndarray, hidden: np.ndarray, laplacian: sparse.csr_matrix) -> np.ndarray:
-    "Hidden pixels `(h, k)` from the values `(v, k)` of the visible ones; `hidden (h w,)` bool."
-    rows = laplacian[np.flatnonzero(hidden)]
-    matrix = sparse.csc_matrix(rows[:, np.flatnonzero(hidden)])
-    return splu(matrix, permc_spec="MMD_AT_PLUS_A").solve(-(rows[:, np.flatnonzero(~hidden)] @ values))
-
-# %% ../../nbs/objectives/tasks.ipynb #1d9cca14
 @torch.no_grad()
 def interpolate_hidden(
     fields: torch.Tensor,  # (b, c, t, h, w)
-    mask: torch.Tensor,  # (b, n) of patches, True where not shown
+    mask: torch.Tensor,  # (b, n) of patches, True where not shown: the same places in all frames
     patch: tuple[int, int, int],  # frames and pixels of a patch
     *,
     periodic: tuple[bool, bool] = (False, False),  # whether neighbours wrap along the two axes
 ) -> torch.Tensor:
     """Fields whose hidden pixels are filled from the visible ones of their frame: the discrete Laplace equation.
 
-    Computed on the CPU in float64. ValueError for a mask that hides a whole frame."""
-    b, c, t, h, w = fields.shape
-    grid = tuple(n // p for n, p in zip((t, h, w), patch))
-    hidden = pixel_mask(mask.cpu(), grid, patch).view(b, t, h * w).numpy()
-    if hidden.all(axis=2).any():
-        raise ValueError("a frame is hidden as a whole: it has no surroundings; its trivial answer is persistence")
+    Computed on the CPU in float64."""
+    t, h, w = fields.shape[2:]
+    grid = (t // patch[0], h // patch[1], w // patch[2])
+    hidden = pixel_mask(mask.cpu(), grid, patch)[:, 0, 0].flatten(1).numpy()
     laplacian = _laplacian((h, w), tuple(periodic))
-    out = rearrange(fields, "b c t h w -> b (h w) t c").to("cpu", torch.float64, copy=True).numpy()  # written to below
-    for sample, masks in zip(out, hidden):
-        alike: dict[bytes, list[int]] = {}  # frames with the same mask
-        for frame, one in enumerate(masks):
-            alike.setdefault(one.tobytes(), []).append(frame)
-        for frames in alike.values():
-            one = masks[frames[0]]
-            if one.any():
-                known = sample[np.ix_(~one, frames)]
-                filled = _harmonic(known.reshape(len(known), -1), one, laplacian)
-                sample[np.ix_(one, frames)] = filled.reshape(-1, *known.shape[1:])
-    found = rearrange(torch.from_numpy(out), "b (h w) t c -> b c t h w", h=h).to(fields)
-    return torch.where(torch.from_numpy(hidden).view(b, 1, t, h, w).to(fields.device), found, fields)
+    out = rearrange(fields, "b c t h w -> b (h w) (t c)").cpu().double().numpy().copy()
+    for sample, where in zip(out, hidden):
+        rows = laplacian[where]
+        inner = splu(sparse.csc_matrix(rows[:, where]), permc_spec="MMD_AT_PLUS_A")
+        sample[where] = inner.solve(-(rows[:, ~where] @ sample[~where]))
+    found = rearrange(torch.from_numpy(out), "b (h w) (t c) -> b c t h w", h=h, t=t).to(fields)
+    return torch.where(torch.from_numpy(hidden).view(-1, 1, 1, h, w).to(fields.device), found, fields)
