@@ -41,7 +41,7 @@ def objective_class(name: str) -> type[nn.Module]:
         raise ValueError(f"objective {name!r} must be a class derived from torch.nn.Module, not a {type(cls).__name__}")
     parameters = inspect.signature(cls).parameters
     missing = [] if _takes_anything(cls) else [n for n in ("encoder", "system", "shape") if n not in parameters]
-    if cls.forward is nn.Module.forward:
+    if inspect.getattr_static(cls, "forward") is nn.Module.forward:
         missing.append('forward(batch), which returns {"loss": ...}')
     if missing:
         raise ValueError(f"objective {name!r} lacks {' and '.join(missing)}")

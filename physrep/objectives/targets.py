@@ -276,7 +276,7 @@ class FeatureTarget(Target):
         return F.layer_norm(_full(z), z.shape[-1:]) if self.normalise else z
 
     def after_step(self, encoder: nn.Module, step: int, steps: int) -> None:
-        "Moves the average towards the encoder and copies buffers; to be called after update `step` (from 1) of `steps`."
+        "Moves the average towards the encoder and copies buffers; to be called after update `step` of `steps`."
         if self.average is not None:
             momentum = momentum_at(step, steps, self.momentum, self.momentum_end)
             with torch.no_grad():
