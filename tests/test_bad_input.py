@@ -40,8 +40,7 @@ from physrep.data.windows import Windows
 from physrep.experiments.command import main, output_path
 from physrep.explore.your_flow import flow_from_array, flow_from_bytes
 from physrep.models.encoders import ENCODERS, build_encoder
-from physrep.models.metadata import FRACTIONS
-from physrep.models.pretrained import save_encoder
+from physrep.models.pretrained import FRACTIONS, save_encoder
 from physrep.probing.records import read_predictions
 from physrep.probing.sharing import BUILDERS
 from physrep.results.rows import read_rows
