@@ -31,10 +31,16 @@ from physrep.experiments.rollout import (
 from physrep.models.axial import Axial
 from physrep.models.convnext import ConvNeXt
 from physrep.models.vit import ViT
-from physrep.objectives.disco import Disco, DiscoFilm
-from physrep.objectives.emulators import CODES, Emulator, emulator_of, persistence_emulator, rollout
-from physrep.objectives.forecast import Forecast
-from physrep.objectives.next_frame import NextFrame
+from physrep.objectives.disco import Disco
+from physrep.objectives.emulators import (
+    CODES,
+    Emulator,
+    Forecast,
+    NextFrame,
+    emulator_of,
+    persistence_emulator,
+    rollout,
+)
 from physrep.physics.emulation import energy_enstrophy, shell_spectrum, spectral_errors, vrmse
 from physrep.physics.systems import SYSTEMS, get_system
 from physrep.training.presets import get_preset
@@ -103,7 +109,6 @@ def objectives(system="shear_flow"):
         "next_frame": NextFrame(axial, target="change", **about),
         "next_frame of two": NextFrame(vit(), frames=2, **about),
         "disco": Disco(vit(), frames=1, **about),
-        "disco_film": DiscoFilm(vit(), frames=2, **about),
     }
 
 
