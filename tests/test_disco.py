@@ -1,4 +1,4 @@
-"""Codes, operators with weights of each sample, their integration, and the objectives that are made of them."""
+"""Codes, operators with weights of each sample, their integration, and the objective that is made of them."""
 
 import math
 
@@ -7,16 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from physrep.models.code import CodeEncoder
 from physrep.models.encoders import build_encoder
 from physrep.models.heads import AttentiveHead
 from physrep.models.pretrained import load_encoder
-from physrep.objectives.disco import CodeHead, Disco, other_samples, relative_errors
-from physrep.objectives.methods import build_objective
-from physrep.objectives.operators import METHODS, LinearOperator, Operator, convolve, integrate
+from physrep.objectives.disco import CodeHead, Disco, Operator, convolve, integrate, other_samples, relative_errors
 from physrep.physics.systems import get_system
-from physrep.results.rows import ROWS, title_of
-from physrep.training.presets import PRESETS
 from physrep.training.pretrain import pretrain
 from physrep.training.run import build, resolve
 
@@ -29,10 +24,10 @@ def same_start():
     torch.manual_seed(0)
 
 
-def objective(name: str = "disco", system: str = "shear_flow", **options) -> nn.Module:
+def objective(system: str = "shear_flow", **options) -> Disco:
     encoder = build_encoder("vit_code", in_channels=4, code=8, **VIT)
     options = {"width": 4, "stages": 1, "method": "euler", **options}
-    return build_objective(name, encoder, system=get_system(system), shape=SHAPE, **options)
+    return Disco(encoder, system=get_system(system), shape=SHAPE, **options)
 
 
 def pairs(b: int = 6) -> dict:
@@ -49,10 +44,6 @@ def test_a_code_is_one_token(name):
     assert code.shape == (2, 1, 8) and encoder.grid(SHAPE) == (1, 1, 1) and encoder.config["code"] == encoder.dim == 8
     assert torch.allclose(code[:, 0], encoder.to_code(encoder.backbone(x).mean(1)), atol=1e-6)
     assert AttentiveHead(8, 2)(code).shape == (2, 2)
-    with pytest.raises(ValueError, match="does not fit"):
-        encoder.grid((4, 8, 7))
-    with pytest.raises(ValueError, match="code must be an int of at least 1.* got 0"):
-        CodeEncoder(encoder.backbone, 0)
 
 
 @pytest.mark.parametrize("periodic", [(True, True), (True, False), (False, True)])
@@ -60,15 +51,11 @@ def test_operators_are_equivariant_along_periodic_axes_and_zero_for_zero_weights
     operator = Operator(4, periodic=periodic, width=4)
     u, theta = torch.randn(3, 4, 16, 16), torch.randn(3, operator.n_weights) * operator.scales
     answer = operator(u, theta)
-    assert not operator(u, torch.zeros_like(theta)).any() and answer.any()
+    assert answer.any() and not operator(u, torch.zeros_like(theta)).any() and not operator(u, operator.initial()).any()
     for axis, wraps in zip((-2, -1), periodic):
         assert torch.allclose(operator(u.roll(4, axis), theta), answer.roll(4, axis), atol=1e-4) == wraps
     alone = torch.cat([operator(u[i : i + 1], theta[i]) for i in range(3)])
     assert torch.allclose(alone, answer, atol=1e-5), "the weights of a sample are its own"
-    with pytest.raises(ValueError, match="multiples of 4, got"):
-        operator(u[..., :15], theta)
-    with pytest.raises(ValueError, match=r"weights must be"):
-        operator(u, theta[:, :-1])
 
 
 def test_walls_repeat_the_last_value():
@@ -85,45 +72,15 @@ def test_order_of_the_integrators(method, order):
     errors = []
     for steps in (16, 32):
         found = integrate(lambda u: -u.square(), start, 2, steps=steps, method=method)
-        assert found.shape == (1, 1, 2)
         errors.append(float((found[0, 0] - truth).abs().max()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
-    assert set(METHODS) == {"euler", "bosh3", "rk4"}
-    with pytest.raises(ValueError, match="unknown method 'rk5'; valid: euler, bosh3, rk4"):
-        integrate(lambda u: u, start, 1, method="rk5")
-
-
-def test_a_linear_operator_finds_a_diffusion_coefficient():
-    k, nu, steps = 2 * math.pi / 16, torch.tensor([0.1, 0.4], dtype=torch.float64), 2
-    x = torch.arange(16, dtype=torch.float64)
-    wave = (torch.cos(k * x)[:, None] + torch.sin(k * x))[None, None].expand(2, 1, 16, 16)
-    true = wave * torch.exp(-nu * k**2)[:, None, None, None]
-    operator = LinearOperator(1, periodic=(True, True))
-    theta = torch.zeros(2, 9, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([theta], max_iter=20, line_search_fn="strong_wolfe")
-
-    def misfit():
-        optimizer.zero_grad()
-        found = integrate(lambda u: operator(u, theta), wave, 1, steps=steps)[:, :, 0]
-        loss = ((found - true) / (wave - true).std(dim=(1, 2, 3), keepdim=True)).square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(misfit)
-    rate = -(operator(wave, theta.detach()) * wave).mean(dim=(1, 2, 3)) / wave.square().mean(dim=(1, 2, 3))
-    assert torch.allclose(rate / k**2, nu, rtol=0.01)
 
 
 def test_the_head_is_standardised_bounded_and_zero_for_zero():
     head = CodeHead(8, 500, spread=0.5)
     code = 1e-2 * torch.randn(64, 8) + 3
-    numbers = head(code)
-    assert 0.35 < numbers.std() < 0.6, "a code that hardly varies counts as much as any"
+    assert 0.35 < head(code).std() < 0.6, "a code that hardly varies counts as much as any"
     assert head.eval()(1e6 * code).abs().max() <= 2 and not CodeHead(8, 5).eval()(torch.zeros(2, 8)).any()
-    with pytest.raises(ValueError, match="one sample"):
-        head.train()(code[:1])
-    with pytest.raises(ValueError, match="spread above 0, got 32 and 0"):
-        CodeHead(8, 5, spread=0)
 
 
 def test_relative_errors_by_hand():
@@ -131,22 +88,18 @@ def test_relative_errors_by_hand():
     true[1] = 3
     found = relative_errors(true - 1, true, start, floor=0.1)
     assert found.tolist() == pytest.approx([1 / 1.5, 1 / 9.5])
-    assert relative_errors(true, true, start, floor=0.1).tolist() == [0, 0]
 
 
 def test_another_sample_is_of_another_flow_if_there_is_one():
     flow = torch.tensor([0, 0, 0, 1, 1, 2])
     others = other_samples(flow, 6)
     assert (flow[others] != flow).all() and others[0] == 3
-    assert (other_samples(torch.zeros(4), 4) != torch.arange(4)).all() and other_samples(None, 2).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="one sample"):
-        other_samples(None, 1)
+    assert (other_samples(torch.zeros(4), 4) != torch.arange(4)).all()
 
 
-@pytest.mark.parametrize("name", ["disco", "disco_film"])
 @pytest.mark.parametrize("system", ["shear_flow", "rayleigh_benard"])
-def test_a_code_of_zero_is_persistence_and_the_loss_is_that_of_each_sample(name, system):
-    model = objective(name, system).eval()
+def test_a_code_of_zero_is_persistence_and_the_loss_is_that_of_each_sample(system):
+    model = objective(system).eval()
     batch = pairs()
     start = batch["views"][1][:, :, 0]
     assert torch.equal(model.predict(torch.zeros(6, 8), start), start[:, :, None].expand(-1, -1, 2, -1, -1))
@@ -158,15 +111,6 @@ def test_a_code_of_zero_is_persistence_and_the_loss_is_that_of_each_sample(name,
         assert torch.allclose(model(batch)["loss"], relative_errors(frames, true, start, floor=0.1).mean())
 
 
-def test_weights_follow_from_the_clip_alone():
-    model = objective().eval()
-    clips = torch.randn(4, 4, *SHAPE)
-    clips[1] = clips[0]
-    theta = model.weights(model.code(clips))
-    assert torch.equal(theta[0], theta[1]) and not torch.allclose(theta[0], theta[2])
-    assert torch.allclose(model.weights(model.code(clips[2:])), theta[2:], atol=1e-6)
-
-
 class Known(Disco):
     "The first number of the code is the rate of decay of every field."
 
@@ -174,16 +118,19 @@ class Known(Disco):
         return -made[:, :1, None, None] * u
 
 
+class First(nn.Module):
+    "The code is the first two numbers of a clip."
+
+    dim, in_channels = 2, 4
+
+    def grid(self, shape):
+        return (1, 1, 1)
+
+    def forward(self, x):
+        return x[:, :2, 0, 0, 0][:, None]
+
+
 def test_the_gate_compares_with_another_code_on_the_same_frames():
-    class First(nn.Module):
-        dim, in_channels = 2, 4
-
-        def grid(self, shape):
-            return (1, 1, 1)
-
-        def forward(self, x):
-            return x[:, :2, 0, 0, 0][:, None]
-
     model = Known(First(), system=get_system("shear_flow"), shape=SHAPE, width=4, stages=1, rate=1.0, steps=2).eval()
     model.head = nn.Identity()
     batch = pairs()
@@ -203,37 +150,20 @@ def test_the_gate_compares_with_another_code_on_the_same_frames():
 def test_views_of_the_same_and_of_another_window():
     there = objective()
     assert there.frames == 4 and there.views[1].start is None and there.views[1].own_symmetry
-    with pytest.raises(ValueError, match="need ViewBatches"):
+    with pytest.raises(ValueError, match="use ViewBatches"):
         there({"fields": torch.randn(2, 4, 4, 8, 8)})
     here = objective(other=False)
     fields = torch.randn(6, 4, 6, 8, 8)
     cut = {"views": (fields[:, :, :4], fields[:, :, 3:]), "fields": fields[:, :, :4]}
     assert here.frames == 6 and torch.equal(here({"fields": fields})["loss"], here(cut)["loss"])
-    with pytest.raises(ValueError, match="gap=2 is for another window"):
-        objective(other=False, gap=2)
-    with pytest.raises(ValueError, match="frames.* at least 1, got 0"):
-        objective(frames=0)
-    with pytest.raises(ValueError, match="got 'rk5'"):
-        objective(method="rk5")
 
 
-@pytest.mark.parametrize("name,encoder", [("disco", "vit_code"), ("disco_film", "convnext_code")])
-def test_from_preset_to_probe(name, encoder, smoke_data, tmp_path):
-    assert resolve("shear_flow", name, preset="smoke").encoder == "vit_code", "by default"
-    run = resolve("shear_flow", name, encoder, preset="smoke", steps=2, batch_size=4)
+def test_from_preset_to_probe(smoke_data, tmp_path):
+    assert resolve("shear_flow", "disco", preset="smoke").encoder == "vit_code", "by default"
+    run = resolve("shear_flow", "disco", "convnext_code", preset="smoke", steps=2, batch_size=4)
     folder = pretrain(run, smoke_data, tmp_path, progress=False, say=lambda text: None)
     curve = pd.read_csv(folder / "curve.csv")
     assert {"gate", "gate_own", "gate_shuffled", "gate_persistence"} <= set(curve) and curve.gate.notna().all()
     encoder = load_encoder(folder)
-    assert encoder.dim == run.encoder_config["code"] == 32
-    assert encoder.encoder(torch.randn(2, 4, 16, 32, 32)).shape == (2, 1, 32)
-
-
-def test_every_preset_and_row_has_both_forms():
-    for preset in PRESETS:
-        for row in (row for row in ROWS if row.objective.startswith("disco")):
-            run = resolve("shear_flow", row.objective, row.encoder, preset)
-            assert run.recipe.steps and run.encoder_config["code"] in (32, 64) and not row.main
-    assert sum(row.objective.startswith("disco") for row in ROWS) == 4
-    assert title_of("disco", "vit_code") == "DISCO ViT"
+    assert encoder.encoder(torch.randn(2, 4, 16, 32, 32)).shape == (2, 1, encoder.dim)
     assert 11_000 < build(resolve("shear_flow", "disco", preset="laptop")).operator.n_weights < 13_000

@@ -35,7 +35,7 @@ CELL = "physrep.objectives.cells:Cell"
 quiet = dict(progress=False, say=lambda text: None)
 # name -> objective and what is changed of preset smoke: all objectives that are trained, and what couples samples
 CASES: dict[str, tuple[str, dict]] = {
-    name: (name, {}) for name in sorted(set(OBJECTIVES) - {"random", "frozen", "disco", "disco_film"})
+    name: (name, {}) for name in sorted(set(OBJECTIVES) - {"random", "frozen", "disco"})
 } | {
     "accumulated": ("jepa", {"recipe": {"accumulate": 2}, "coefficients": {"noise": 0.5}}),
     "average": ("jepa", {"coefficients": {"target": "ema", "chunks": 2, "centre": False}}),
@@ -121,7 +121,7 @@ def two(smoke_data, one, tmp_path_factory) -> Path:
 
     def work(group: Group) -> None:
         found = {case: gradients(case, smoke_data, group) for case in CASES}
-        found |= {name: gradients(name, smoke_data, group, torch.float32) for name in ("disco", "disco_film")}
+        found |= {name: gradients(name, smoke_data, group, torch.float32) for name in ("disco",)}
         torch.save(found, folder / f"gradients{group.rank}.pt")
         torch.save(trained(smoke_data, folder, group), folder / f"state{group.rank}.pt")
         hook_writes(folder.parent, folder / f"written{group.rank}")  # with the data
@@ -180,7 +180,7 @@ def test_gradients_of_two_processes_are_those_of_one(case, two, smoke_data):
     )
 
 
-@pytest.mark.parametrize("name", ["disco", "disco_film"])
+@pytest.mark.parametrize("name", ["disco"])
 def test_operators_are_shared_by_their_encoding(name, two, smoke_data):
     "In float32, which their integrator computes in: sums in another order differ by 1e-5."
     found = torch.load(two / "gradients0.pt")[name]

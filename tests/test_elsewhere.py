@@ -1,7 +1,6 @@
 """Published weights: what is read, what is refused, and the same numbers as the published layers written out."""
 
 import argparse
-import re
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from physrep.models.elsewhere import load_conv_predictor, load_convnext, load_vi
 from physrep.models.pretrained import load_encoder, save_encoder
 from physrep.models.vit import ViT
 from physrep.probing.evaluate import own_encoder, score_run
-from physrep.probing.features import normaliser_for, probe_splits
+from physrep.probing.reading import normaliser_for, probe_splits
 from physrep.training.run import resolve
 
 DIMS, DEPTHS = (4, 6, 8), (1, 2, 1)
@@ -104,31 +103,6 @@ def test_predictor_computes_what_the_published_layers_compute(tmp_path):
         load_conv_predictor(tmp_path / "3d.safetensors")
 
 
-def test_the_papers_encoder_has_the_published_number_of_parameters(tmp_path):
-    save_file(convnext_file(11, (16, 32, 64, 128, 128), (3, 3, 3, 9, 3)), tmp_path / "encoder.safetensors")
-    encoder = load_convnext(tmp_path / "encoder.safetensors")
-    assert sum(p.numel() for p in encoder.parameters()) == 2_468_720
-    assert encoder.grid((16, 224, 224)) == (1, 14, 14)
-
-
-def test_one_error_lists_all_that_does_not_fit(tmp_path):
-    state = convnext_file()
-    del state["res_blocks.1.1.gamma"], state["downsample_layers.1.1.weight"]
-    state |= {"head.weight": torch.zeros(2, 8), "res_blocks.0.0.pwconv1.bias": torch.zeros(5)}
-    torch.save(state, tmp_path / "broken.pth")
-    with pytest.raises(ValueError) as error:
-        load_convnext(tmp_path / "broken.pth")
-    message = str(error.value)
-    assert message.startswith(f"{tmp_path / 'broken.pth'} does not fit. 2 missing: ")
-    for part in (
-        "downsample_layers.1.1.weight (6, 4, 2, 2, 2)",
-        "res_blocks.1.1.gamma (6,)",
-        "1 unexpected: head.weight (2, 8)",
-        "1 of another shape: res_blocks.0.0.pwconv1.bias is (5,) and should be (16,)",
-    ):
-        assert part in message
-
-
 class RunsCode:
     "Writes a file when it is unpickled."
 
@@ -144,23 +118,6 @@ def test_pickled_code_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="code.pth holds more than weights"):
         load_convnext(tmp_path / "code.pth")
     assert not (tmp_path / "ran").exists()
-
-
-def test_files_that_are_no_state_dict_are_named(tmp_path):
-    (tmp_path / "torn.pth").write_bytes(b"no weights")
-    torch.save([torch.ones(1)], tmp_path / "list.pth")
-    torch.save({"a": torch.ones(1), "lr": 1e-3}, tmp_path / "mixed.pth")
-    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "prefix.pth")
-    for name, words in (
-        ("torn.pth", "is damaged"),
-        ("list.pth", "holds list, not tensors by name"),
-        ("mixed.pth", r"no tensors: lr \(float\)"),
-        ("prefix.pth", "1 of 2 names begin with 'module.'; these do not: b"),
-    ):
-        with pytest.raises(ValueError, match=f"{re.escape(name)}.*{words}"):
-            read_weights(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no file .*nothing.pth"):
-        read_weights(tmp_path / "nothing.pth")
 
 
 def videomae_file(dim: int = 12, depth: int = 2) -> dict[str, torch.Tensor]:
@@ -196,20 +153,6 @@ def test_videomae_of_pretraining_and_fine_tuned_are_the_same_encoder(tmp_path):
     bias = pretraining.blocks[1].qkv.bias.chunk(3)
     assert torch.equal(bias[0], state["blocks.1.attn.q_bias"]) and torch.equal(bias[2], state["blocks.1.attn.v_bias"])
     assert not bias[1].any(), "keys have no bias"
-
-
-def test_videomae_that_does_not_fit_is_refused(tmp_path):
-    state = videomae_file()
-    torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="heads of width 12 are not known"):
-        load_videomae(tmp_path / "a.pth")
-    del state["blocks.0.attn.q_bias"]
-    torch.save(state | {"pos_embed": torch.zeros(1, 9, 12)}, tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="1 missing: blocks.0.attn.q_bias.*1 unexpected: pos_embed"):
-        load_videomae(tmp_path / "b.pth", heads=3)
-    torch.save(convnext_file(), tmp_path / "c.pth")
-    with pytest.raises(ValueError, match=r"c.pth has no patch_embed.proj.weight"):
-        load_videomae(tmp_path / "c.pth")
 
 
 def test_channels_of_a_file_are_found_in_its_order(tmp_path):
@@ -258,20 +201,44 @@ def test_an_encoder_of_this_package_that_is_only_probed_keeps_its_normalisation(
             dt=0.2,
         )
         save_encoder(file, vit, "vit", **usual | facts)
-        places = dict(data_dir=smoke_data, run_dir=tmp_path / "runs")
-        config = {"path": str(file)}
-        return resolve("shear_flow", "frozen", f"{__name__}:a_saved_encoder", "smoke", encoder_config=config, **places)
+        return resolve(
+            "shear_flow", "frozen", f"{__name__}:a_saved_encoder", "smoke", encoder_config={"path": str(file)}
+        )
 
     run = run_of()
     encoder = own_encoder(run)
-    windows = probe_splits(run)
+    windows = probe_splits(run, smoke_data)
     assert torch.equal(normaliser_for(encoder, windows["train"]).mean, torch.full((4,), 3.0)), "not that of the data"
-    assert score_run(run, probes=["knn"], windows=windows, progress=False).rows
+    assert score_run(run, smoke_data, tmp_path / "runs", probes=["knn"], windows=windows, progress=False).rows
     for wrong, said in (
         (dict(dt=0.5), "was trained on frames 0.5 apart, got dt=0.2"),
         (dict(shape=(16, 8, 8)), "was trained on grids of 8x8"),
     ):
         with pytest.raises(ValueError, match=said):
-            score_run(run_of(**wrong), probes=["knn"], windows=windows, progress=False)
-    with pytest.raises(ValueError, match="unknown probe 'finetune'"):
-        score_run(run, probes=["finetune"], windows=windows, progress=False)
+            score_run(run_of(**wrong), smoke_data, tmp_path / "runs", probes=["knn"], windows=windows, progress=False)
+    with pytest.raises(ValueError, match="finetune starts from the attentive probe; ask for both"):
+        score_run(run, smoke_data, tmp_path / "runs", probes=["finetune"], windows=windows, progress=False)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    broken = convnext_file()
+    del broken["res_blocks.1.1.gamma"], broken["downsample_layers.1.1.weight"]
+    broken |= {"head.weight": torch.zeros(2, 8), "res_blocks.0.0.pwconv1.bias": torch.zeros(5)}
+    (tmp_path / "torn.pth").write_bytes(b"no weights")
+    video = videomae_file()
+    short = {name: value for name, value in video.items() if name != "blocks.0.attn.q_bias"}
+    for load, state, words in (
+        (load_convnext, broken, r"does not fit. 2 missing: .*downsample_layers.1.1.weight \(6, 4, 2, 2, 2\).*"),
+        (load_convnext, broken, r"1 unexpected: head.weight \(2, 8\); 1 of another shape: .* should be \(16,\)"),
+        (read_weights, [torch.ones(1)], "holds list, not tensors by name"),
+        (read_weights, {"a": torch.ones(1), "lr": 1e-3}, r"no tensors: lr \(float\)"),
+        (read_weights, {"module.a": torch.ones(1), "b": torch.ones(1)}, "1 of 2 names begin with 'module.'"),
+        (load_videomae, video, "heads of width 12 are not known"),
+        (load_videomae, convnext_file(), "has no patch_embed.proj.weight"),
+        (lambda path: load_videomae(path, heads=3), short, "1 missing: blocks.0.attn.q_bias"),
+    ):
+        torch.save(state, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=f"a.pth.*{words}"):
+            load(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="torn.pth.*is damaged"):
+        read_weights(tmp_path / "torn.pth")

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from .axial import Axial, RelativeBias, attend, position_buckets, relative_positions, standardised
+from .axial import Axial, AxisAttention, RelativeBias, relative_positions, standardised
 
 # %% ../../nbs/models/avit.ipynb #2bad4fd6
 class InstanceNorm(nn.Module):
@@ -44,24 +43,14 @@ class RMSInstanceNorm(nn.Module):
         return x / (x.std(dim=(-3, -2), keepdim=True) + self.eps) * self.weight
 
 # %% ../../nbs/models/avit.ipynb #108fe98d
-def _checked_columns(columns: Sequence[int] | None, in_channels: int, vocabulary: int) -> list[int]:
-    "The column of each channel, by default the first ones. ValueError if channels share one, or it does not exist."
-    columns = list(range(in_channels)) if columns is None else [int(k) for k in columns]
-    if len(columns) != in_channels:
-        raise ValueError(f"columns must name one for each of {in_channels} channels, got {columns}")
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"every channel needs a column of its own, got {columns}")
-    if wrong := [k for k in columns if not 0 <= k < vocabulary]:
-        raise ValueError(f"columns are numbered 0 to {vocabulary - 1} in a vocabulary of {vocabulary}, got {wrong}")
-    return columns
-
-
 class FieldEmbedding(nn.Module):
     "Clips `(b, c, t, h, w)` to `(b, t, h, w, d)`, each channel by its own column of a matrix `(d, vocabulary)`."
 
     def __init__(self, columns: Sequence[int], dim: int, vocabulary: int = 12):
         super().__init__()
-        self.columns = _checked_columns(columns, len(columns), vocabulary)
+        if len(set(columns)) < len(columns) or not all(0 <= k < vocabulary for k in columns):
+            raise ValueError(f"every channel needs a column of its own from 0 to {vocabulary - 1}, got {columns}")
+        self.columns = columns
         bound = vocabulary**-0.5  # PyTorch's default for a linear layer
         self.weight = nn.Parameter(torch.empty(dim, vocabulary).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
@@ -98,41 +87,16 @@ def shortest_ways(n: int) -> Tensor:
 class PublishedBias(RelativeBias):
     "`RelativeBias` of `(heads, n, n)` whose periodic distances are those of the published weights."
 
-    def forward(self, n: int, *, periodic: bool = False) -> Tensor:
-        distance = (shortest_ways(n) if periodic else relative_positions(n)).to(self.table.device)
-        places = position_buckets(distance, buckets=self.buckets, max_distance=self.max_distance)
-        return self.table[places].permute(2, 0, 1)
+    def distance(self, n: int, periodic: bool) -> Tensor:
+        return shortest_ways(n) if periodic else relative_positions(n)
 
 # %% ../../nbs/models/avit.ipynb #fe1adf88
-class AViTAttention(nn.Module):
-    """Attention of tokens `(b, t, h, w, d)` along each of `axes` by itself, and the mean over them, as a residual.
+class AViTAttention(AxisAttention):
+    "Attention along each of `axes` as published: heads beside each other, and a norm before and behind."
 
-    ValueError for a width that the number of heads does not divide."""
-
-    def __init__(
-        self, dim: int, heads: int, axes: Sequence[int], norm: type[nn.Module], *, layer_scale: float = 1e-6, **bias
-    ):
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"width {dim} is not divisible by {heads} heads")
-        self.heads = heads
-        self.axes = tuple(axes)  # 1 time, 2 height, 3 width
-        self.norm = norm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.norm_q = nn.LayerNorm(dim // heads)
-        self.norm_k = nn.LayerNorm(dim // heads, bias=False)  # softmax would not see it
-        self.bias = PublishedBias(heads, **bias)
-        self.norm_out = norm(dim)
-        self.proj = nn.Linear(dim, dim)
-        self.scale = nn.Parameter(torch.full((dim,), float(layer_scale)))
-
-    def forward(self, x: Tensor, periodic: tuple[bool, bool] = (False, False)) -> Tensor:
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b t h w (a s d) -> s b t h w a d", s=3, a=self.heads)
-        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
-        wraps = (False, False, *periodic)  # time never does
-        along = [attend(q, k, v, axis, self.bias(x.shape[axis], periodic=wraps[axis])) for axis in self.axes]
-        y = sum(along) / len(along)
-        return x + self.scale * self.proj(self.norm_out(y.flatten(-2)))
+    order = "a s d"
+    eps = 1e-5
+    bias_type = PublishedBias
 
 
 class AViTBlock(nn.Module):
@@ -140,9 +104,9 @@ class AViTBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, layer_scale: float = 1e-6, **bias):
         super().__init__()
-        hidden = int(dim * mlp_ratio)
-        self.time = AViTAttention(dim, heads, (1,), InstanceNorm, layer_scale=layer_scale, **bias)
-        self.space = AViTAttention(dim, heads, (2, 3), RMSInstanceNorm, layer_scale=layer_scale, **bias)
+        hidden, options = int(dim * mlp_ratio), {"layer_scale": layer_scale, **bias}
+        self.time = AViTAttention(dim, heads, (1,), InstanceNorm, InstanceNorm, **options)
+        self.space = AViTAttention(dim, heads, (2, 3), RMSInstanceNorm, RMSInstanceNorm, **options)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.norm = RMSInstanceNorm(dim)
         self.scale = nn.Parameter(torch.full((dim,), float(layer_scale)))
@@ -155,8 +119,7 @@ class AViTBlock(nn.Module):
 class AViT(Axial):
     """AViT `(b, c, t, h, w) -> (b, n, d)`, one token a patch and step, in (t h w) order; the defaults are AViT-Ti.
 
-    Stochastic depth is left out. McCabe et al., "Multiple Physics Pretraining" (2023). ValueError for options that do
-    not fit together."""
+    Stochastic depth is left out. McCabe et al., "Multiple Physics Pretraining" (2023)."""
 
     def __init__(
         self,
@@ -179,7 +142,9 @@ class AViT(Axial):
             raise ValueError("statistics hands back what normalise='sample' takes away; 'set' takes nothing away")
         inherited = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, periodic=periodic, normalise=normalise)
         super().__init__(in_channels, dim=dim, depth=0, heads=heads, strides=strides, **inherited)
-        columns = _checked_columns(columns, in_channels, vocabulary)
+        columns = list(range(in_channels) if columns is None else columns)
+        if len(columns) != in_channels:
+            raise ValueError(f"columns must name one for each of {in_channels} channels, got {columns}")
         self.embed = FieldEmbedding(columns, dim // 4, vocabulary)
         self.stem = AViTStem(dim, strides)
         options = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale)

@@ -16,6 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .vit import token_grid
+
 # %% ../../nbs/models/convnext.ipynb #abc3da76
 def banded_kernel(weight: Tensor, n_frames: int) -> Tensor:
     "Depthwise 3D kernel `(c, 1, kt, kh, kw)` as a grouped 2D kernel `(c * t, t, kh, kw)`, banded in (frame out, in)."
@@ -84,7 +86,7 @@ def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor, padding: list[int]) -
 class DepthwiseConv3d(nn.Module):
     """Drop-in for `nn.Conv3d(c, c, k, padding='same', groups=c)`: same parameters, values and gradients.
 
-    It is computed by a grouped Conv2d. ValueError for kernels that are not odd and unknown modes or methods."""
+    It is computed by a grouped Conv2d."""
 
     def __init__(
         self,
@@ -106,15 +108,8 @@ class DepthwiseConv3d(nn.Module):
         like = nn.Conv3d(channels, channels, self.kernel_size, groups=channels)  # its parameters, initialised as there
         self.weight, self.bias = like.weight, like.bias
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.channels}, kernel_size={self.kernel_size}, padding_mode={self.padding_mode}, method={self.method!r}"
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         "`(b, c, t, h, w)` to the same shape."
-        if x.ndim != 5 or x.shape[1] != self.channels:
-            raise ValueError(f"expected (b, {self.channels}, t, h, w), got {tuple(x.shape)}")
         kt, kh, kw = self.kernel_size
         pad = [kh // 2, kw // 2]
         wrapped = tuple(p if m == "circular" else 0 for p, m in zip(pad, self.padding_mode))
@@ -232,9 +227,7 @@ class ChannelNorm(nn.LayerNorm):
 
 # %% ../../nbs/models/convnext.ipynb #b32afd9c
 class PatchConv(nn.Module):
-    """Convolution with stride from `(b, c, t, h, w)` to `(b, d, t', h', w')`, padded so that t' = t / stride and so on.
-
-    ValueError for a kernel that is smaller than the stride."""
+    "Convolution with stride from `(b, c, t, h, w)` to `(b, d, t', h', w')`, padded so that t' = t / stride and so on."
 
     def __init__(
         self,
@@ -245,10 +238,8 @@ class PatchConv(nn.Module):
         padding_mode: str | Sequence[str] = "zeros",
     ):
         super().__init__()
-        if not all(k >= s for k, s in zip(kernel_size, stride)):
-            raise ValueError(
-                f"kernel {tuple(kernel_size)} must not be smaller than stride {tuple(stride)}: pixels would be skipped"
-            )
+        if any(k < s for k, s in zip(kernel_size, stride)):
+            raise ValueError(f"pixels would be skipped: kernel {tuple(kernel_size)} is below stride {tuple(stride)}")
         self.conv = nn.Conv3d(dim_in, dim_out, tuple(kernel_size), stride=tuple(stride))
         self.padding_mode = _spatial_modes(padding_mode)
 
@@ -274,13 +265,6 @@ CHOICES = {
 }
 
 
-def _check_choices(**chosen: str) -> None:
-    "ValueError for a value that is not in `CHOICES`."
-    for name, value in chosen.items():
-        if value not in CHOICES[name]:
-            raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(CHOICES[name])}")
-
-
 def init_convnext(module: nn.Module, init: str = "trunc_normal") -> None:
     """Initialisation of ConvNeXt for `module.apply`: truncated normal weights, zero biases.
 
@@ -302,53 +286,6 @@ def _stream_norm(kind: str, dim: int) -> nn.Module:
     if kind == "none":
         return nn.Identity()
     return ChannelNorm(dim, eps=1e-6) if kind == "patch" else nn.GroupNorm(1, dim, eps=1e-6)
-
-# %% ../../nbs/models/convnext.ipynb #c7ebba3f
-def _stage_strides(strides: int | Sequence[int | Sequence[int]], n_stages: int) -> list[tuple[int, int, int]]:
-    "One (t, h, w) stride for each transition between stages; ValueError if there are too few or too many."
-    strides = [strides] * (n_stages - 1) if isinstance(strides, int) else list(strides)
-    if len(strides) != n_stages - 1:
-        raise ValueError(f"{n_stages} stages have {n_stages - 1} strides between them, got {strides}")
-    return [_triple(s, "strides") for s in strides]
-
-# %% ../../nbs/models/convnext.ipynb #cf4d28bd
-def _stages(
-    widths: Sequence[int],
-    depths: Sequence[int],
-    strides: Sequence[tuple[int, int, int]],  # between stages
-    kernels: Sequence[tuple[int, int, int]],  # of the depthwise convolutions, one a stage
-    down_norm: str = "patch",  # before each stride
-    **options,  # of `Block`
-) -> tuple[nn.ModuleList, nn.ModuleList]:
-    "The stages, and what stands between them."
-    stages, downs = nn.ModuleList(), nn.ModuleList()
-    for i, (width, depth, kernel) in enumerate(zip(widths, depths, kernels)):
-        stages.append(nn.Sequential(*(Block(width, kernel, **options) for _ in range(depth))))
-        if i + 1 < len(widths):
-            norm = _stream_norm(down_norm, width)
-            downs.append(nn.Sequential(norm, PatchConv(width, widths[i + 1], strides[i], strides[i])))
-    return stages, downs
-
-
-def _run_stages(x: Tensor, stages: nn.ModuleList, downs: nn.ModuleList, *, recompute: bool) -> Tensor:
-    "Through the stages and what stands between them; with `recompute` no block keeps anything for its gradient."
-    for i, stage in enumerate(stages):
-        for block in stage:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        if i < len(downs):
-            x = downs[i](x)
-    return x
-
-# %% ../../nbs/models/convnext.ipynb #3a2de684
-def _token_grid(shape: Sequence[int], stride: tuple[int, int, int]) -> tuple[int, int, int]:
-    "Size (t', h', w') of the feature map of a clip (t, h, w); ValueError says which sizes fit."
-    shape = tuple(shape)
-    if len(shape) != 3 or any(n < s or n % s for n, s in zip(shape, stride)):
-        t, h, w = stride
-        raise ValueError(
-            f"a clip of shape (t, h, w) = {shape} does not fit: t must be a multiple of {t}, h of {h} and w of {w}"
-        )
-    return tuple(n // s for n, s in zip(shape, stride))
 
 # %% ../../nbs/models/convnext.ipynb #07a2ef2a
 class ConvNeXt(nn.Module):
@@ -377,8 +314,13 @@ class ConvNeXt(nn.Module):
         super().__init__()
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"widths and depths need one entry per stage, got {list(widths)} and {list(depths)}")
-        _check_choices(init=init, stem_norm=stem_norm, down_norm=down_norm)
-        strides = _stage_strides(strides, len(widths))
+        for name, value in (("init", init), ("stem_norm", stem_norm), ("down_norm", down_norm)):
+            if value not in CHOICES[name]:
+                raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(CHOICES[name])}")
+        strides = [strides] * (len(widths) - 1) if isinstance(strides, int) else list(strides)
+        if len(strides) != len(widths) - 1:
+            raise ValueError(f"{len(widths)} stages have {len(widths) - 1} strides between them, got {strides}")
+        strides = [_triple(stride, "strides") for stride in strides]
         stem_kernel, stem_stride = _triple(stem_kernel, "stem_kernel"), _triple(stem_stride, "stem_stride")
         kernel_size, modes = _triple(kernel_size, "kernel_size"), _spatial_modes(padding_mode)
         options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale, "padding_mode": modes, "method": method}
@@ -394,13 +336,19 @@ class ConvNeXt(nn.Module):
         self.stride = tuple(torch.tensor([stem_stride, *strides]).prod(0).tolist())  # clip size / token grid
         stem = PatchConv(in_channels, widths[0], stem_kernel, stem_stride, modes)
         self.stem = nn.Sequential(stem, _stream_norm(stem_norm, widths[0]))
-        kernels = [kernel_size] * (len(widths) - 1) + [(1, *kernel_size[1:]) if last_2d else kernel_size]
-        self.stages, self.downs = _stages(widths, depths, strides, kernels, down_norm, **options)
+        self.stages, self.downs = nn.ModuleList(), nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(widths, depths)):
+            last = i + 1 == len(widths)
+            kernel = (1, *kernel_size[1:]) if last and last_2d else kernel_size
+            self.stages.append(nn.Sequential(*(Block(width, kernel, **options) for _ in range(depth))))
+            if not last:
+                down = PatchConv(width, widths[i + 1], strides[i], strides[i])
+                self.downs.append(nn.Sequential(_stream_norm(down_norm, width), down))
         self.apply(partial(init_convnext, init=init))
 
     def grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
         "Token grid (t', h', w') of a clip (t, h, w); ValueError says which sizes fit."
-        return _token_grid(shape, self.stride)
+        return token_grid(shape, self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
         "Clip `(b, c, t, h, w)` to tokens `(b, n, d)`."
@@ -408,5 +356,9 @@ class ConvNeXt(nn.Module):
             raise ValueError(f"expected a clip (b, {self.in_channels}, t, h, w), got {tuple(x.shape)}")
         self.grid(x.shape[2:])
         again = self.recompute and torch.is_grad_enabled()
-        x = _run_stages(self.stem(x), self.stages, self.downs, recompute=again)
+        x = self.stem(x)
+        for stage, down in zip(self.stages, [*self.downs, nn.Identity()]):
+            for block in stage:
+                x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x = down(x)
         return rearrange(x, "b c t h w -> b (t h w) c")

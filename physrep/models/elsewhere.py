@@ -14,6 +14,7 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    found = open_tensors(path)[0] if path.suffix == ".safetensors" else _read_pickle(path)
+    found: Any = open_tensors(path)[0] if path.suffix == ".safetensors" else _read_pickle(path)
     for _ in range(DEEPEST):
-        inner = [found[k] for k in WRAPPERS if isinstance(found.get(k), Mapping)] if isinstance(found, Mapping) else []
-        found = inner[0] if inner else found
+        keys = WRAPPERS if isinstance(found, Mapping) else ()
+        found = next((found[k] for k in keys if isinstance(found.get(k), Mapping)), found)
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{path} holds {type(found).__name__}, not tensors by name")
     if wrong := [f"{name} ({type(v).__name__})" for name, v in found.items() if not isinstance(v, Tensor)]:
@@ -95,11 +96,9 @@ def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]
 def adapt_channels(weight: Tensor, channels: int | None) -> Tensor:
     """A first layer `(d, c', ...)` for so many channels, `(d, channels, ...)`; None, or the file's number: as it is.
 
-    Every channel gets the mean of the file's weights, times c' / channels. ValueError for no channel."""
+    Every channel gets the mean of the file's weights, times c' / channels."""
     if channels is None or channels == weight.shape[1]:
         return weight
-    if channels < 1:
-        raise ValueError(f"in_channels must be at least 1, got {channels}")
     return (weight.sum(1, keepdim=True) / channels).repeat_interleave(channels, dim=1)
 
 # %% ../../nbs/models/elsewhere.ipynb #6d5a5790
@@ -325,32 +324,28 @@ MPP_FIELDS = (  # by column of the field embedding; columns 10 and 11 of the pub
 MPP_NAMES = {"velocity_x": "incompNS.Vx", "velocity_y": "incompNS.Vy", "tracer": "incompNS.particles"}
 
 
-def _known_column(field: str) -> int | None:
-    "Column of a field of MPP, None for a name that it does not have. ValueError for a name of two columns."
-    name = MPP_NAMES.get(field, field)
-    found = [i for i, full in enumerate(MPP_FIELDS) if name in (full, full.split(".")[1])]
-    if len(found) > 1:
-        raise ValueError(f"field {field!r} could be {' or '.join(MPP_FIELDS[i] for i in found)}; name the set, too")
-    if not found and "." in name:
-        raise ValueError(f"MPP has no field {field!r}; it has {', '.join(MPP_FIELDS)}")
-    return found[0] if found else None
-
-
 def field_columns(fields: Sequence[str | int], columns: int = 12) -> tuple[list[int], list[str]]:
     """The column of each field in an embedding with so many columns, and the fields that get a new one behind them.
 
     A field is a name of `MPP_FIELDS` with or without its set, a name of `MPP_NAMES`, or the number of a column. Other
     names are new. ValueError for a name of two columns, a set without such a field, and a column that is not there or
     is asked for twice."""
-    if isinstance(fields, str) or not fields:
-        raise ValueError(f"fields must be names of the channels of a clip, in their order, got {fields!r}")
-    found = [field if isinstance(field, int) else _known_column(field) for field in fields]
-    new = [str(field) for field, k in zip(fields, found) if k is None]
-    places = iter(range(columns, columns + len(new)))
-    chosen = [next(places) if k is None else k for k in found]
-    if wrong := [f"{field} ({k})" for field, k in zip(fields, found) if k is not None and not 0 <= k < columns]:
-        raise ValueError(f"the file has columns 0 to {columns - 1} of fields, and none for {', '.join(wrong)}")
-    if len(set(chosen)) < len(chosen) or len(set(new)) < len(new):
+    chosen: list[int] = []
+    new: list[str] = []
+    for field in fields:
+        name = MPP_NAMES.get(str(field), str(field))
+        found = [i for i, full in enumerate(MPP_FIELDS) if name in (full, full.split(".")[1])]
+        found = [field] if isinstance(field, int) else found
+        if len(found) > 1:
+            raise ValueError(f"field {field!r} could be {' or '.join(MPP_FIELDS[i] for i in found)}; name the set, too")
+        if not found and "." in name:
+            raise ValueError(f"MPP has no field {field!r}; it has {', '.join(MPP_FIELDS)}")
+        if found and not 0 <= found[0] < columns:
+            raise ValueError(f"the file has columns 0 to {columns - 1} of fields, and none for {field} ({found[0]})")
+        if not found:
+            new.append(name)
+        chosen.append(found[0] if found else columns + len(new) - 1)
+    if len(set(chosen)) < len(chosen) or len(set(new)) < len(new) or not chosen:
         raise ValueError(f"fields {list(fields)} have columns {chosen}: every field needs a column of its own")
     return chosen, new
 

@@ -31,23 +31,16 @@ def token_grid(shape: Sequence[int], tubelet: Sequence[int]) -> tuple[int, int, 
 # %% ../../nbs/models/vit.ipynb #4059f641
 def patchify(x: Tensor, tubelet: Sequence[int]) -> Tensor:
     "Clip `(b, c, t, h, w)` to tubelets `(b, n, pt*ph*pw*c)`, tokens in (t h w) order, channels last within a tubelet."
-    if x.ndim != 5:
-        raise ValueError(f"expected a clip (b, c, t, h, w), got {tuple(x.shape)}")
-    token_grid(x.shape[2:], tubelet)
-    (p, q, r), (t, h, w) = tubelet, x.shape[2:]
+    (p, q, r), (t, h, w) = tubelet, token_grid(x.shape[2:], tubelet)
     last = x.flatten(2).mT.contiguous()  # channels last first: two plain copies are faster than one in this order
-    return rearrange(last, "b (t p h q w r) c -> b (t h w) (p q r c)", t=t // p, p=p, h=h // q, q=q, w=w // r, r=r)
+    return rearrange(last, "b (t p h q w r) c -> b (t h w) (p q r c)", t=t, p=p, h=h, q=q, w=w, r=r)
 
 
 def unpatchify(patches: Tensor, tubelet: Sequence[int], channels: int, grid: Sequence[int]) -> Tensor:
     "Inverse of `patchify`: `(b, n, pt*ph*pw*c)` and the token grid (t', h', w') to a clip `(b, c, t, h, w)`."
     (p, q, r), (t, h, w) = tubelet, grid
-    if patches.ndim != 3 or patches.shape[1:] != (t * h * w, p * q * r * channels):
-        raise ValueError(
-            f"expected (b, {t * h * w}, {p * q * r * channels}) for grid {(t, h, w)}, tubelet {(p, q, r)}"
-            f" and {channels} channels, got {tuple(patches.shape)}"
-        )
-    return rearrange(patches, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, p=p, q=q, r=r)
+    options = dict(t=t, h=h, w=w, p=p, q=q, r=r, c=channels)
+    return rearrange(patches, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", **options)
 
 # %% ../../nbs/models/vit.ipynb #ff4181be
 def sincos_positions(
@@ -55,12 +48,9 @@ def sincos_positions(
 ) -> Tensor:
     """Fixed 3D sin-cos positions `(t'*h'*w', dim)` of a token grid.
 
-    Each axis has a third of the width, and time what remains.
-    ValueError for a width that is odd or below 6, and for a temperature of 1 or less."""
+    Each axis has a third of the width, and time what remains. ValueError for a width that is odd or below 6."""
     if dim % 2 or dim < 6:
         raise ValueError(f"sin-cos positions need an even width of at least 6, got {dim}")
-    if not temperature > 1:
-        raise ValueError(f"the temperature of the positions must be above 1, got {temperature}")
     third = 2 * (dim // 6)
     parts = []
     for n, width in zip(grid, (dim - 2 * third, third, third)):
@@ -185,9 +175,7 @@ def init_transformer(module: nn.Module) -> None:
 
 # %% ../../nbs/models/vit.ipynb #7581d178
 class ViT(nn.Module):
-    """Vision transformer on clips `(b, c, t, h, w) -> (b, n, d)`; the defaults are ViT-small on tubelets of 2x16x16.
-
-    ValueError for a tubelet that is not three positive ints, and for a width without positions."""
+    "Vision transformer on clips `(b, c, t, h, w) -> (b, n, d)`; the defaults are ViT-small on tubelets of 2x16x16."
 
     def __init__(
         self,
@@ -233,10 +221,8 @@ class ViT(nn.Module):
         patches = patchify(x, self.tubelet)
         positions = self.pos_embed(self.grid(x.shape[2:]))
         if keep is not None:
-            if keep.ndim != 2 or len(keep) != len(x) or keep.dtype != torch.long:
-                raise ValueError(
-                    f"keep must be indices ({len(x)}, k) of dtype int64, got {tuple(keep.shape)} of {keep.dtype}"
-                )
+            if keep.ndim != 2 or keep.dtype != torch.long:
+                raise ValueError(f"keep must be int64 indices (b, k), got {tuple(keep.shape)} of {keep.dtype}")
             patches = patches[torch.arange(len(x), device=keep.device)[:, None], keep]
             positions = positions[keep]
         x = self.embed(patches) + positions

@@ -22,47 +22,24 @@ CELL_TARGETS = ("pixels", "ema", "shared")
 
 
 def cell_task(name: str, target: str, frames: int, ratio: float = 0.75) -> Task:
-    """The task of a cell for clips of so many frames; `ratio` is the share of hidden tubes.
-
-    ValueError for an unknown task or target, and for a clip of which no half can be hidden."""
+    "The task of a cell for clips of so many frames; `ratio` is the share of hidden tubes."
     check_choices(task=(name, CELL_TASKS), target=(target, CELL_TARGETS))
     if name == "tube":
         return Tube(ratio)
     if name == "future":
-        if frames < 2:
-            raise ValueError(f"task 'future' hides half of a clip, which needs 2 frames or more, got {frames}")
         return Future(frames // 2)
     return Next(frames) if target == "pixels" else Window()
 
 # %% ../../nbs/objectives/cells.ipynb #d44cca5b
 def without_own_place(z: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Tokens `(b, m, d)` at `places (b, m)` without their mean over the samples at each place, scaled so that the
-    variance over samples is kept; zeros at a place of a single sample. ValueError for places that do not fit."""
-    if places.shape != z.shape[:2]:
-        raise ValueError(f"places must be {tuple(z.shape[:2])} (b, m), one for each token, got {tuple(places.shape)}")
+    variance over samples is kept; zeros at a place of a single sample."""
     rows, index = z.flatten(0, 1), places.flatten()
     count = torch.bincount(index).to(z.dtype)
     sums = rows.new_zeros(len(count), rows.shape[1]).index_add(0, index, rows)
     mean = sums / count.clamp_min(1)[:, None]
     scale = (count / (count - 1).clamp_min(1)).sqrt()
     return ((rows - mean[index]) * scale[index, None]).view_as(z)
-
-# %% ../../nbs/objectives/cells.ipynb #bd9c6a06
-def _predictor(task: Task, target: str, encoder: nn.Module, options: dict) -> dict:
-    "The options of the predictor of a cell, as `predictors.make_predictor` takes them."
-    if target != "pixels":
-        convolutions = {"kind": "conv", "width": options["predictor_width"], "layer_scale": options["predictor_scale"]}
-        return convolutions if isinstance(task, Window) else {}
-    decoder = {"width": options["decoder_width"]}
-    if isinstance(task, Next):
-        return decoder | {"from_last": hasattr(encoder, "tubelet")}  # a dense decoder has the last token anyway
-    return decoder | {"patch": options["patch"], "from_last": isinstance(task, Future)}
-
-
-def _target(name: str, momentum: float) -> str | dict:
-    "The target of a cell, as `Composite` takes it."
-    average = {"name": "ema", "normalise": True, "loss": "l1", "momentum": momentum}
-    return {"pixels": "values", "ema": average, "shared": "shared"}[name]
 
 # %% ../../nbs/objectives/cells.ipynb #e57704d0
 class Cell(Composite):
@@ -91,17 +68,23 @@ class Cell(Composite):
         centre: bool = True,  # VICReg gets features without what all samples share at a place
     ):
         asked = cell_task(task, target, shape[0], ratio)
+        predictor: dict = {}  # of hidden features
+        if isinstance(asked, Window):
+            predictor = {"kind": "conv", "width": predictor_width, "layer_scale": predictor_scale}
+        elif isinstance(asked, Next):  # a dense decoder has the last token anyway
+            predictor = {"width": decoder_width, "from_last": hasattr(encoder, "tubelet")}
+        elif target == "pixels":
+            predictor = {"width": decoder_width, "patch": patch, "from_last": isinstance(asked, Future)}
+        average = {"name": "ema", "normalise": True, "loss": "l1", "momentum": momentum}
         shared = target == "shared"
-        options = dict(patch=patch, decoder_width=decoder_width)
-        options |= dict(predictor_width=predictor_width, predictor_scale=predictor_scale)
         super().__init__(
             encoder,
             system=system,
             shape=shape,
             task=asked,
-            target=_target(target, momentum),
+            target={"pixels": "values", "ema": average, "shared": "shared"}[target],
             regulariser=VICReg(variance, covariance, chunks=chunks) if shared else "none",
-            predictor=_predictor(asked, target, encoder, options),
+            predictor=predictor,
             weight=weight if shared else 1.0,
         )
         self.by_place = centre and shared

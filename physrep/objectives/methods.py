@@ -11,54 +11,49 @@ import inspect
 from torch import nn
 
 from ..core.places import load_object, split_name
-from ..models.encoders import ENCODERS, encoder_module
+from ..models.encoders import ENCODERS
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/methods.ipynb #f5bb207f
 OBJECTIVES = {
     "jepa": "physrep.objectives.jepa:JEPA",
-    "jepa_ema": "physrep.objectives.masked_jepa:MaskedJEPA",
-    "jepa_sigreg": "physrep.objectives.jepa_sigreg:JEPASig",
+    "jepa_ema": "physrep.objectives.jepa:MaskedJEPA",
+    "jepa_sigreg": "physrep.objectives.jepa:JEPASig",
     "mae": "physrep.objectives.mae:MAE",
-    "forecast": "physrep.objectives.forecast:Forecast",
-    "next_frame": "physrep.objectives.next_frame:NextFrame",
+    "forecast": "physrep.objectives.emulators:Forecast",
+    "next_frame": "physrep.objectives.emulators:NextFrame",
     "invariance": "physrep.objectives.invariance:Invariance",
-    "autoencoder": "physrep.objectives.autoencoder:AutoEncoder",
+    "autoencoder": "physrep.objectives.mae:AutoEncoder",
     "disco": "physrep.objectives.disco:Disco",
-    "disco_film": "physrep.objectives.disco:DiscoFilm",
     "supervised": "physrep.objectives.supervised:Supervised",
     "random": "physrep.objectives.supervised:RandomEncoder",
     "frozen": "physrep.objectives.supervised:RandomEncoder",  # an encoder of your own that is only probed
 }
 
 # %% ../../nbs/objectives/methods.ipynb #7eca91f8
-def _missing_parts(cls: type[nn.Module]) -> list[str]:
-    "What a class lacks of an objective, in words."
-    missing = []
-    if cls.forward is nn.Module.forward:
-        missing.append('forward(batch), which returns {"loss": ...}')
-    parameters = inspect.signature(cls).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    wanted = [n for n in ("encoder", "system", "shape") if n not in parameters]
-    if wanted and not anything:
-        missing.append(f"the argument{'s' * (len(wanted) > 1)} {', '.join(wanted)} of __init__")
-    return missing
-
-
 def objective_class(name: str) -> type[nn.Module]:
     """The class of an objective, by its name or as `my_package.module:Class`.
 
     Class attributes that it lacks are set: `default_encoder` "vit", `encoders` None (any), `trains` True.
     ValueError for an unknown name (with the valid ones) and for a class that is no objective (with what is missing)."""
     cls = load_object(name, OBJECTIVES, "objective")
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ValueError(f"objective {name!r} must be a class derived from torch.nn.Module, not a {type(cls).__name__}")
-    if missing := _missing_parts(cls):
+    parameters = inspect.signature(cls).parameters
+    missing = [] if _takes_anything(cls) else [n for n in ("encoder", "system", "shape") if n not in parameters]
+    if inspect.getattr_static(cls, "forward") is nn.Module.forward:
+        missing.append('forward(batch), which returns {"loss": ...}')
+    if missing:
         raise ValueError(f"objective {name!r} lacks {' and '.join(missing)}")
     for attribute, value in (("default_encoder", "vit"), ("encoders", None), ("trains", True)):
         if not hasattr(cls, attribute):
             setattr(cls, attribute, value)
     return cls
+
+
+def _takes_anything(cls: type[nn.Module]) -> bool:
+    "Whether a class takes any keyword argument."
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
 
 # %% ../../nbs/objectives/methods.ipynb #753912d4
 def objective_module(name: str) -> str:
@@ -74,25 +69,13 @@ def check_pair(objective: str, encoder: str | None) -> str:
     ValueError if either is unknown, or if the encoder does not fit (with those that do)."""
     cls = objective_class(objective)
     encoder = encoder or cls.default_encoder
-    if ":" not in encoder and encoder not in (ENCODERS if cls.encoders is None else cls.encoders):
-        fits = ", ".join(ENCODERS if cls.encoders is None else cls.encoders)
-        raise ValueError(f"objective {objective!r} does not take encoder {encoder!r}; it takes: {fits}")
-    encoder_module(encoder)  # raises for a name that is none
+    fits = cls.encoders or ENCODERS
+    if ":" not in encoder and encoder not in fits:
+        raise ValueError(f"objective {objective!r} does not take encoder {encoder!r}; it takes: {', '.join(fits)}")
+    split_name(encoder, ENCODERS)  # raises for a name that is none
     return encoder
 
 # %% ../../nbs/objectives/methods.ipynb #210534de
-def _check_coefficients(cls: type[nn.Module], name: str, coefficients: dict) -> None:
-    "ValueError for coefficients that the class does not have, with those that it has."
-    parameters = inspect.signature(cls).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    known = [p for p in parameters if p not in ("encoder", "system", "shape")]
-    if unknown := set(coefficients) - set(known):
-        raise ValueError(
-            f"objective {name!r} has no coefficient {', '.join(sorted(unknown))}; it has: {', '.join(known) or 'none'}"
-        )
-
-
 def build_objective(
     name: str, encoder: nn.Module, *, system: System, shape: tuple[int, int, int], **coefficients
 ) -> nn.Module:
@@ -101,7 +84,11 @@ def build_objective(
     `frames` and `shape` are set where an objective of your own lacks them. ValueError for an unknown name or
     coefficient, and for an objective without `.encoder`."""
     cls = objective_class(name)
-    _check_coefficients(cls, name, coefficients)
+    known = [p for p in inspect.signature(cls).parameters if p not in ("encoder", "system", "shape")]
+    unknown = [] if _takes_anything(cls) else sorted(set(coefficients) - set(known))
+    if unknown:
+        there = ", ".join(known) or "none"
+        raise ValueError(f"objective {name!r} has no coefficient {', '.join(unknown)}; it has: {there}")
     objective = cls(encoder, system=system, shape=shape, **coefficients)
     if not isinstance(getattr(objective, "encoder", None), nn.Module):
         raise ValueError(f"objective {name!r} has no .encoder after it was built; it is what is kept of the training")

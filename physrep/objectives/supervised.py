@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..models.heads import AttentiveHead, LinearHead, MLPHead, batch_fields, check_fit
+from .targets import check_choices
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/supervised.ipynb #cbe26c5d
@@ -36,8 +37,7 @@ class Supervised(nn.Module):
         head: str = "linear",  # linear, mlp or attentive
     ):
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"unknown head {head!r}; valid: {', '.join(HEADS)}")
+        check_choices(head=(head, tuple(HEADS)))
         check_fit(encoder, system, shape)
         self.encoder = encoder
         self.system = system

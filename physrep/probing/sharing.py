@@ -19,8 +19,7 @@ import yaml
 from ..core.files import atomic_path, read_json
 from ..models import pretrained
 from ..models.encoders import ENCODERS
-from ..models.metadata import check_metadata, read_description
-from ..models.pretrained import LoadedEncoder, model_folder, save_encoder
+from ..models.pretrained import LoadedEncoder, check_metadata, model_folder, read_description, save_encoder
 from . import frozen
 from .features import encoder_digest
 from .frozen import Probe
