@@ -17,8 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.files import atomic_path
-from .loop import read_metrics
+from .loop import read_metrics, write_metrics
 
 # %% ../../nbs/training/watch.ipynb #ab57f8ae
 def collapse_measures(features: torch.Tensor) -> dict[str, float]:
@@ -159,7 +158,6 @@ class Watch:
             row |= gate_measures(objective, self.asked.evaluation(at_once, limit=self.windows[1]))
         rows = read_metrics(self.path) if self.path.is_file() else []
         rows = sorted([*(r for r in rows if r["step"] != step), row], key=lambda r: r["step"])
-        with atomic_path(self.path) as temporary:
-            pd.DataFrame(rows).to_csv(temporary, index=False)
+        write_metrics(self.path, rows)
         if self.keep and 0 < step < self.last:
             self.keep(objective.encoder, step)
