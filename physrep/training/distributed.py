@@ -142,6 +142,7 @@ class Group(Alone):
         return SharedBatches(batches, self.rank, self.world, whole=not self.shares)
 
     def wrap(self, objective: nn.Module) -> Callable[[dict], dict]:
+        # an objective of your own may have parameters that it does not use; PyTorch warns where there are none
         return DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
 
     def mean(self, parts: dict[str, float]) -> dict[str, float]:
@@ -172,9 +173,12 @@ def connected(device: str = "auto", *, patience: float = 1800.0) -> Iterator[Alo
         name = f"cuda:{local}"
         torch.cuda.set_device(name)
     backend = "nccl" if name.startswith("cuda") else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=patience))
+    store, rank, _ = next(distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store is the launcher's, and outlives processes
+    about = dict(rank=rank, world_size=world, timeout=timedelta(seconds=patience))
+    distributed.init_process_group(backend, store=distributed.PrefixStore(attempt, store), **about)
     try:
-        yield Group(distributed.get_rank(), world, name)
+        yield Group(rank, world, name)
     finally:
         distributed.destroy_process_group()
 
@@ -207,14 +211,11 @@ def mapping(text: str) -> dict:
     "A mapping written as YAML, such as `{variance: 40}`; an error of `argparse` for anything else."
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
+        check_numbers("it", value)
+    except (yaml.YAMLError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a mapping such as '{{variance: 40}}', got {text!r}")
-    try:
-        check_numbers("it", value)
-    except TypeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
     return value
 
 

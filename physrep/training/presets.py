@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'Preset', 'get_preset', 'recipe_from', 'read_preset']
 # %% ../../nbs/training/presets.ipynb #e8a15e8e
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -415,35 +415,26 @@ def _given(path: Path) -> dict:
     return given
 
 
-def _base(name: object, path: Path, above: Sequence[Path]) -> Preset:
-    "The preset that a file builds on: one of the library, or another file, beside it or from the working directory."
-    files = [place for place in (path.parent / str(name), Path(str(name))) if place.suffix in (".yaml", ".yml")]
-    file = next((place for place in files if place.is_file()), None)
-    if file and file.resolve() in (*above, path.resolve()):
-        raise ValueError(f"{path}: base: {file} builds on this file, which cannot build on it as well")
-    try:
-        return read_preset(file, above=(*above, path.resolve())) if file else get_preset(str(name))
-    except ValueError as error:
-        raise ValueError(f"{path}: base: {error}") from error
-
-
-def read_preset(path: str | Path, *, above: Sequence[Path] = ()) -> Preset:
+def read_preset(path: str | Path) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
-    (row -> fields of `Recipe`). `base` is a name or another file, beside this one; `above` are the files that build on
-    this one. Its name, and the folders of its data and runs, are those of the file. ValueError names the file and the
-    field that is wrong."""
+    (row -> fields of `Recipe`). `base` is a name or another file, beside this one or from the working directory. Its
+    name, and the folders of its data and runs, are those of the file. ValueError names the file and the field that is
+    wrong."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no preset file {path}; valid names: {', '.join(PRESETS)}")
     given = _given(path)
-    if "base" in given:
-        given["base"] = _base(given["base"], path, above)
     for name, cls in (("sims", SimPreset), ("train", Recipe)):
         if isinstance(entries := given.get(name), Mapping):
             given[name] = {key: _built(cls, value, f"{path}: {name}.{key}") for key, value in entries.items()}
     values = {"name": path.stem, "description": f"from {path.name}", "objectives": {}, "train": {}, **given}
-    if base := given.get("base"):
-        values = {f.name: getattr(base, f.name) for f in fields(Preset)} | values
+    if "base" in given:
+        beside = path.parent / str(given["base"])
+        try:
+            base = get_preset(beside if beside.is_file() else str(given["base"]))
+        except ValueError as error:
+            raise ValueError(f"{path}: base: {error}") from error
+        values = {f.name: getattr(base, f.name) for f in fields(Preset)} | values | {"base": base}
         for name in ("sims", "encoders"):
             if isinstance(given.get(name), Mapping):
                 values[name] = {**getattr(base, name), **given[name]}
@@ -471,9 +462,5 @@ def _check_names(preset: Preset, path: Path) -> None:
     for what, names in used.items():
         if unknown := [name for name in names if name not in there[what]]:
             raise ValueError(f"{path}: unknown {what} {', '.join(unknown)}; valid: {', '.join(there[what])}")
-    for f in fields(Preset):
-        value, least = getattr(preset, f.name), 0 if f.name == "noise" else 1e-12
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
-            raise ValueError(f"{path}: {f.name} must be {'0 or more' if least == 0 else 'positive'}, got {value}")
     if min(preset.seeds) < 0 or len(set(preset.seeds)) < len(preset.seeds):
         raise ValueError(f"{path}: seeds must be different numbers from 0, got {list(preset.seeds)}")

@@ -142,15 +142,10 @@ class Run:
         data: SimPreset | Stored = self.data
         if isinstance(data, SimPreset):  # what training, its normalisation and its watching see
             data = data.only((*self.trained_on.split("+"), "train", "valid"))
-        config = {
+        as_they_are = ("objective", "encoder", "seed", "tag", "encoder_config", "coefficients")
+        config = {name: getattr(self, name) for name in as_they_are} | {
             "system": self.system.name,
-            "objective": self.objective,
-            "encoder": self.encoder,
             "preset": self.preset.name,
-            "seed": self.seed,
-            "tag": self.tag,
-            "encoder_config": dict(self.encoder_config),
-            "coefficients": dict(self.coefficients),
             "recipe": self.recipe.decisive() if self.recipe else {},
             "clip": asdict(self.clip),
             "data": asdict(data),
@@ -345,8 +340,6 @@ def ensure_data(run: Run, **options) -> str | Path:
         raise ValueError(
             f"preset {run.preset.name} simulates {run.system.name}, which needs a folder on this machine, not {folder}"
         )
-    if Path(folder).is_file():
-        raise NotADirectoryError(f"data_dir is the file {folder}; give the folder that holds {run.system.name}/data/")
     make_dataset(run.system.name, run.data, folder, **options)
     return folder
 
