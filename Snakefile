@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from physrep.core.parameters import seeds_in
-from physrep.core.paths import default_data_dir, project_root
+from physrep.core.names import seeds_in
+from physrep.core.files import default_data_dir, project_root
 from physrep.core.provenance import code_digest, notebook_digest
 from physrep.data.generate import SOLVERS
 from physrep.data.remote import is_address

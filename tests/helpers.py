@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 import torch
 
-from physrep.core.paths import project_root
+from physrep.core.files import project_root
 
 ROOT = project_root()
 

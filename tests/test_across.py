@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.core.files import read_json
-from physrep.core.paths import default_data_dir
+from physrep.core.files import default_data_dir, read_json
 from physrep.core.provenance import is_current
 from physrep.data.batches import Batches
 from physrep.data.generate import make_dataset

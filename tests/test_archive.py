@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physrep.core.paths import project_root
+from physrep.core.files import project_root
 from physrep.core.provenance import provenance
 from physrep.data.same_flows import KNOWN
 from physrep.data.scaling import LabelScaler

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 import physrep
 from physrep.core.files import open_tensors, read_json, read_tensors, write_tensors
-from physrep.core.places import load_object
+from physrep.core.names import load_object
 from physrep.data.download import check_files
 from physrep.data.generate import make_dataset
 from physrep.data.sets import read_stats

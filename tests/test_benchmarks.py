@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from physrep.core.paths import project_root
+from physrep.core.files import project_root
 from physrep.experiments.benchmarks import (
     PIECES,
     Case,

@@ -312,9 +312,9 @@ def test_a_small_book_builds_without_a_warning(tmp_path):
     html = build(tmp_path, "--only", *SMALL)
     check_site(html)
     index = (html / "searchindex.js").read_text(encoding="utf-8")
-    assert "core/paths" in index and "collaps" in index, "search is a file of the site"
+    assert "core/files" in index and "collaps" in index, "search is a file of the site"
     assert "<math" in (html / "physics" / "systems.html").read_text(encoding="utf-8")
-    assert "project_root" in (html / "api" / "physrep.core.paths.html").read_text(encoding="utf-8")
+    assert "project_root" in (html / "api" / "physrep.core.files.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from physrep.core.places import short_name, split_name
+from physrep.core.names import short_name, split_name
 from physrep.models.convnext import Block, ConvNeXt, DepthwiseConv3d, pad_space
 from physrep.models.encoders import ENCODERS, build_encoder, encoder_module
 from physrep.models.vit import ViT, patchify, sincos_positions, token_grid, unpatchify

@@ -11,7 +11,7 @@ from helpers import gappy, row
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from physrep.core.paths import project_root
+from physrep.core.files import project_root
 from physrep.core.provenance import definitions, notebook_digest
 from physrep.results.figures import figure_record, resolve_arguments, save_figure
 from physrep.results.forest import is_clear, plot_differences, plot_systems_differences

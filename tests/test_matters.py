@@ -14,8 +14,7 @@ import torch
 from scipy import stats
 from statsmodels.stats.anova import anova_lm
 
-from physrep.core.files import read_json, write_json
-from physrep.core.paths import project_root
+from physrep.core.files import project_root, read_json, write_json
 from physrep.data.scaling import LabelScaler
 from physrep.experiments import matters, matters_probes, matters_systems
 from physrep.experiments.matters import (

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from physrep.core.places import short_name
+from physrep.core.names import short_name
 from physrep.core.randomness import sample_seeds
 from physrep.models.convnext import ConvNeXt
 from physrep.models.encoders import ENCODERS

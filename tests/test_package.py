@@ -93,7 +93,7 @@ def test_wheel_and_sdist_import_without_the_repository(tmp_path):
     unpacked = next(p for p in tmp_path.iterdir() if p.name.startswith("physrep-"))
     assert (unpacked / "setup.py").is_file() and (unpacked / "settings.ini").is_file()
     code = (
-        "import physrep, pathlib, physrep.probing.evaluate as e, physrep.core.paths as p\n"
+        "import physrep, pathlib, physrep.probing.evaluate as e, physrep.core.files as p\n"
         f"assert pathlib.Path(physrep.__file__).is_relative_to({str(tmp_path)!r}), physrep.__file__\n"
         "from physrep.data.same_flows import known_flows\n"
         "from physrep.models.pretrained import SHIPPED\n"

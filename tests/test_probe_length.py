@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from physrep.core.files import read_json, write_json
-from physrep.core.paths import project_root
+from physrep.core.files import project_root, read_json, write_json
 from physrep.experiments import matters, probe_length
 from physrep.experiments.matters import COMPARED, PAPER, PERIODIC, Place, at_rate, cell_run, matters_root, rate_of
 from physrep.experiments.matters_errors import Errors, group_sums

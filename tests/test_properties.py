@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from physrep.core.parameters import seeds_in
+from physrep.core.names import seeds_in
 from physrep.data.generate import draw_parameters, plan
 from physrep.data.scaling import LabelScaler
 from physrep.data.well import WellFile

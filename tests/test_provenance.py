@@ -14,8 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import physrep.core.provenance
-from physrep.core.files import read_json, write_json
-from physrep.core.paths import project_root
+from physrep.core.files import project_root, read_json, write_json
 from physrep.core.provenance import (
     RECORDED,
     TABLES,

@@ -2,7 +2,7 @@
 
 import torch
 
-from physrep.core.paths import project_root
+from physrep.core.files import project_root
 from physrep.explore.gallery import write_gallery
 
 if __name__ == "__main__":

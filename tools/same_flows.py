@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from physrep.core.files import read_json, write_json
-from physrep.core.paths import default_data_dir, project_root
+from physrep.core.files import default_data_dir, project_root, read_json, write_json
 from physrep.data.same_flows import recipe_digest
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for, score_baseline

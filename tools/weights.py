@@ -5,7 +5,7 @@ them."""
 
 import shutil
 
-from physrep.core.paths import default_data_dir
+from physrep.core.files import default_data_dir
 from physrep.explore.readers import measured_errors, write_statistics
 from physrep.models.pretrained import SHIPPED, load_encoder
 from physrep.probing.frozen import load_probe

@@ -17,9 +17,8 @@ from pathlib import Path
 import filelock
 import torch
 
-from ..core.files import read_json, write_json
-from ..core.paths import project_root
-from ..core.places import short_name
+from ..core.files import project_root, read_json, write_json
+from ..core.names import short_name
 from ..core.provenance import provenance
 from ..core.randomness import seed_for
 from ..data.batches import Batches

@@ -24,8 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..core import provenance
-from ..core.files import read_json
-from ..core.paths import project_root
+from ..core.files import project_root, read_json
 from ..data.windows import Windows
 from .learning_curve_figures import learning_curve, scores_on_the_way
 from .learning_curves import score_snapshots

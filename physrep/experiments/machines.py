@@ -19,7 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..core.paths import project_root
+from ..core.files import project_root
 from ..models.pretrained import load_encoder
 from ..probing.evaluate import score_run
 from ..probing.reading import FROZEN, probe_splits

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import read_json, write_json
-from ..core.paths import project_root
+from ..core.files import project_root, read_json, write_json
 from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS

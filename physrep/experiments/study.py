@@ -19,9 +19,8 @@ import pandas as pd
 import torch
 
 from ..core.devices import fast_products, pick_device, usable_cores
-from ..core.files import read_json
-from ..core.parameters import seeds_in
-from ..core.paths import project_root
+from ..core.files import project_root, read_json
+from ..core.names import seeds_in
 from . import longer, rates
 from .across import resolve_jointly
 from .fine_tuned import RATES

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.parameters import check_numbers
+from ..core.names import check_numbers
 from .recipes import random_weights
 from ..objectives.methods import objective_class
 from ..physics.systems import SYSTEMS, get_system

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.paths import project_root
+from ..core.files import project_root
 from ..core.provenance import provenance
 from ..data.windows import Windows, of_flows
 from ..models.pretrained import LoadedEncoder, load_encoder

@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..core.paths import project_root
+from ..core.files import project_root
 from ..data.windows import Windows
 from .across import SHARED, Translated, pretrain_jointly, resolve_jointly, shared_names
 from ..models.pretrained import load_encoder, read_encoder

@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.files import open_tensors, read_json
-from ..core.paths import project_root
+from ..core.files import open_tensors, project_root, read_json
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
 from .solve import Flow

@@ -10,7 +10,7 @@ import inspect
 
 from torch import nn
 
-from ..core.places import load_object, split_name
+from ..core.names import load_object, split_name
 
 # %% ../../nbs/models/encoders.ipynb #16f26450
 ENCODERS = {

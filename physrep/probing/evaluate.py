@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from ..core.files import read_json
-from ..core.places import load_object
+from ..core.names import load_object
 from ..core.provenance import code_digest, provenance
 from ..data.batches import Batches
 from ..data.leakage import find_flows

@@ -20,8 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core import provenance
-from ..core.files import atomic_path, read_json
-from ..core.paths import project_root
+from ..core.files import atomic_path, project_root, read_json
 from ..data.sets import find_files, fingerprint
 from .rows import Row, run_of
 from .verify import is_current

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..core.files import read_json
-from ..core.places import short_name, tagged
+from ..core.names import short_name, tagged
 from .figures import using_style
 from .panels import SMALL, in_lines, system_title
 from .rows import ROWS, Row, color_of, marker_of, row_order, title_of

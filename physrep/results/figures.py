@@ -20,8 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 
-from ..core.files import atomic_path, write_json
-from ..core.paths import project_root
+from ..core.files import atomic_path, project_root, write_json
 from ..core.provenance import definitions, notebook_digest, provenance
 from ..training.presets import Preset, get_preset
 from ..training.run import Run, resolve

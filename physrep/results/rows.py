@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..core.places import short_name, split_name, tagged
+from ..core.names import short_name, split_name, tagged
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES

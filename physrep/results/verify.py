@@ -17,8 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import provenance
-from ..core.files import read_json
-from ..core.paths import default_data_dir, project_root
+from ..core.files import default_data_dir, project_root, read_json
 from ..core.provenance import definitions, notebook_digest
 from ..data.sets import find_files, fingerprint
 from ..data.windows import Windows

@@ -26,7 +26,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.devices import memory_available, pick_device
-from ..core.parameters import check_numbers, seeds_in
+from ..core.names import check_numbers, seeds_in
 from ..data.batches import Batches
 from ..objectives.composite import Composite, without_place
 from ..objectives.regularisers import NoRegulariser, PooledVICReg

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -169,7 +170,7 @@ class Alone:
     def __init__(self, device: str = "cpu"):
         self.device = device
 
-    def share(self, batches: Callable, objective: nn.Module) -> Callable:
+    def share(self, batches: Any, objective: nn.Module) -> Callable:
         "The training batches of this process, of an objective that is prepared for them."
         return batches
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.paths import default_data_dir, project_root
-from ..core.places import load_object, short_name, tagged
+from ..core.files import default_data_dir, project_root
+from ..core.names import load_object, short_name, tagged
 from ..core.randomness import seed_for
 from ..data.generate import SimPreset, make_dataset
 from ..data.remote import as_path, is_address

@@ -21,7 +21,7 @@ CODE = re.compile(r"(```.*?```|~~~.*?~~~|``[^`]+``|`[^`\n]+`)", re.S)
 
 @dataclass(frozen=True)
 class Notebook:
-    "A notebook as a page: its name below nbs/ (`core/paths`), title, subtitle, and what it is."
+    "A notebook as a page: its name below nbs/ (`core/files`), title, subtitle, and what it is."
 
     path: Path
 
@@ -68,7 +68,7 @@ class Notebook:
 
     @cached_property
     def module(self) -> str:
-        "The module that it exports, e.g. `physrep.core.paths`; empty for a notebook that exports none."
+        "The module that it exports, e.g. `physrep.core.files`; empty for a notebook that exports none."
         found = (re.search(r"^#\| default_exp (\S+)", c.source, re.M) for c in self.cells if c.cell_type == "code")
         return next((f"physrep.{f[1]}" for f in found if f), "")
 
