@@ -146,7 +146,6 @@ base: smoke
 frames: 4
 probe_stride: 4
 probe_epochs: 1
-finetune_epochs: 0
 seeds: [0]
 systems: [shear_flow]
 sims:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from physrep.core.files import read_json
 from physrep.training import distributed, loop
 from physrep.training.cost import memory_needed
 from physrep.training.distributed import OPTIONS, Group, SharedBatches, connected, mean_over_samples, parsed
-from physrep.training.loop import ALONE, Alone, TimeUp, train
+from physrep.training.loop import ALONE, Alone, TimeUp
 from physrep.training.presets import PRESETS
 from physrep.training.pretrain import pretrain, training_batches, training_windows
 from physrep.training.run import Run, build, resolve
@@ -117,31 +118,12 @@ def two(run, one, smoke_data, tmp_path_factory) -> Path:
     def work(group: Alone) -> None:
         rank = 0 if group.leads else 1
         torch.save({case: gradients(case, smoke_data, group) for case in CASES}, folder / f"gradients{rank}.pt")
-        average = run_of("jepa", steps=3, data_dir=smoke_data, coefficients={"target": "ema", "momentum": 0.5})
-        objective = build(average)
-        batches = group.share(training_batches(average, training_windows(average))["train"], objective)
-        train(objective, batches, average.recipe, folder / "state", progress=False, group=group)
-        torch.save(objective.state_dict(), folder / f"state{rank}.pt")
-        hook_writes(folder.parent, folder / f"written{rank}")  # with the data
+        if not group.leads:  # rank 0 alone writes: what fails here fails the fixture
+            os.replace = os.mkdir = None
         pretrain(replace(run, run_dir=folder), group=group, **quiet)
 
     assert forked(work) == [0, 0]
     return folder
-
-
-def hook_writes(folder: Path, note: Path) -> None:
-    "From now on this process notes what it writes in a folder: files opened, renamed, deleted, and new folders."
-    busy = []
-
-    def hook(event: str, args: tuple) -> None:
-        opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if not busy and (opened or event in ("os.rename", "os.remove", "os.mkdir")) and str(folder) in str(args[0]):
-            busy.append(True)
-            with open(note, "a") as f:
-                f.write(f"{event} {args[0]}\n")
-            busy.clear()
-
-    sys.addaudithook(hook)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -179,23 +161,6 @@ def test_a_run_of_two_processes_is_that_of_one(run, one, two):
     for name in ("encoder.safetensors", "curve/4.safetensors"):
         a, b = load_file(one / name), load_file(other / name)
         assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-5) for k in a)
-    records = [read_json(f / "provenance.json") for f in (one, other)]
-    assert all(records[0][k] == records[1][k] for k in ("numbers", "data", "parameters"))
-    said: list = []
-    pretrain(double, progress=False, say=said.append)
-    assert said[0].endswith("is finished"), "one process finds the run of two finished"
-
-
-def test_all_processes_hold_the_same_bits(two):
-    first, second = (torch.load(two / f"state{rank}.pt") for rank in range(2))
-    average = [k for k in first if k.startswith("target.average.")]
-    assert any(not torch.equal(first[k], first[k.replace("target.average", "encoder")]) for k in average)
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def test_only_rank_0_writes(two):
-    assert not (two / "written1").exists(), (two / "written1").read_text()
-    assert "encoder.safetensors" in (two / "written0").read_text(), "what is noted"
 
 
 def test_every_epoch_is_shared_and_covered(smoke_data):
@@ -258,17 +223,9 @@ def test_time_is_up_for_all(smoke_data, tmp_path):
     assert (run.folder / "encoder.safetensors").is_file()
 
 
-class Own(torch.nn.Module):
-    "An objective from outside the package."
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-
-
 def test_what_may_be_shared(smoke_data):
     encoder = build(run_of("jepa")).encoder
-    own = Own(encoder)
+    own = torch.nn.ModuleDict({"encoder": encoder})  # an objective from outside the package
     assert not mean_over_samples(own), "nothing is known of its loss"
     own.mean_over_samples = True
     assert mean_over_samples(own)
@@ -289,18 +246,10 @@ def test_the_command_has_the_options_of_the_stage():
     assert asked.resume is False and asked.coefficients == {"variance": 40} and asked.batch_size == 4
 
 
-@pytest.mark.parametrize(
-    "option, message",
-    [
-        ("--recipe=40", "must be a mapping"),
-        ("--recipe={a: ", "must be a mapping"),
-        ("--recipe={lr: 1e-3}", "is the text"),
-        ("--coefficients={deep: {weight: 5e-5}}", "is the text"),
-    ],
-)
+@pytest.mark.parametrize("option, message", [("40", "must be a mapping"), ("{deep: {weight: 5e-5}}", "is the text")])
 def test_wrong_options_are_named(option, message, capsys):
     with pytest.raises(SystemExit):
-        parsed([option])
+        parsed([f"--recipe={option}"])
     assert message in capsys.readouterr().err
 
 
@@ -332,40 +281,37 @@ raise SystemExit(main(sys.argv[1:]))
 
 @pytest.mark.long
 def test_torchrun_in_front_of_the_command(smoke_data, tmp_path):
-    """The same command twice: killed, with torchrun's report of the rank; killed again, and restarted by torchrun,
-    which brings it to its end."""
+    "Killed, and restarted by torchrun, which brings it to its end from the checkpoint."
     script = tmp_path / "command.py"
     script.write_text(KILLED)
     options = ["--objective", "mae", "--preset", "smoke", "--recipe", "{checkpoint_seconds: 0}"]
     options += ["--data-dir", str(smoke_data), "--run-dir", str(tmp_path / "runs")]
-
-    def call(*more: str) -> subprocess.CompletedProcess:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *more, str(script)]
-        about = dict(capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-        return subprocess.run([*launcher, *options], env=os.environ | {"PYTHONPATH": str(ROOT)}, **about)
-
-    killed = call()
-    assert killed.returncode and re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", killed.stderr), killed.stderr
-    done = call("--max-restarts", "1")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    about = dict(capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    done = subprocess.run([*launcher, str(script), *options], env=os.environ | {"PYTHONPATH": str(ROOT)}, **about)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"exitcode: -9.* local_rank: 1", done.stderr), "torchrun names the one that was killed"
     assert re.search(r"\b4/6 \[00:00<\?", done.stderr), "it begins at the checkpoint"
     assert (Path(done.stdout.strip().splitlines()[-1]) / "encoder.safetensors").is_file()
 
 
-def test_a_part_of_a_batch_that_does_not_fit_is_refused_before_any_work(monkeypatch):
-    shares, whole = resolve("shear_flow", "mae", "vit", "smoke"), resolve("shear_flow", "disco", "vit_code", "smoke")
-    for run, free, device, world, fits in (
-        (shares, memory_needed(shares), "cpu", 1, True),
-        (shares, memory_needed(shares), "cpu", 16, False),  # each has a sixteenth of the machine, and all weights
-        (shares, memory_needed(replace(shares, recipe=replace(shares.recipe, batch_size=1))), "cuda", 8, True),
-        (whole, memory_needed(whole) - 1, "cuda", 8, False),  # it shares its encoding alone
-    ):
-        monkeypatch.setattr(distributed, "memory_available", lambda device, free=free: free)
-        if fits:
-            distributed.check_share(run, Group(0, world, device))
-            continue
-        with pytest.raises(ValueError, match="needs about .* are free on .*. What helps: recipe accumulate"):
-            distributed.check_share(run, Group(0, world, device))
-    monkeypatch.setattr(distributed, "memory_available", lambda device: memory_needed(shares))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    distributed.check_share(shares, Group(0, 16))  # processes of other machines take no memory here
+@pytest.mark.parametrize(
+    "objective, free, device, world, fits",
+    [
+        ("mae", 8, "cpu", 1, True),
+        ("mae", 8, "cpu", 16, False),  # each has a sixteenth of the machine, and all weights
+        ("mae", 1, "cuda", 8, True),
+        ("disco", 7, "cuda", 8, False),  # it shares its encoding alone: each process reads all 8 windows
+    ],
+)
+def test_a_part_of_a_batch_that_does_not_fit_is_refused(objective, free, device, world, fits, monkeypatch):
+    "`free`: of which number of windows the memory is there."
+    run = run_of(objective)
+    there = memory_needed(replace(run, recipe=replace(run.recipe, batch_size=free)))
+    monkeypatch.setattr(distributed, "memory_available", lambda device: there)
+    refused = pytest.raises(ValueError, match="needs about .* are free on .*. What helps: recipe accumulate")
+    with nullcontext() if fits else refused:
+        distributed.check_share(run, Group(0, world, device))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # processes of other machines take no memory here
+    if device == "cpu":
+        distributed.check_share(run, Group(0, world, device))
