@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from physrep.core.paths import project_root
+from physrep.core.files import project_root
 from physrep.experiments.plan import plan_jobs, read_experiments
 from physrep.results.archive import with_seeds_there
 from physrep.results.rows import make_study

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import yaml
 
-from physrep.core.paths import project_root
+from physrep.core.files import project_root
 from physrep.data.scaling import LabelScaler
 from physrep.data.write import write_stats, write_well
 from physrep.models.encoders import build_encoder

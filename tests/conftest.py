@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from physrep.core.paths import default_data_dir
+from physrep.core.files import default_data_dir
 from physrep.data.generate import make_dataset
 from physrep.training.presets import get_preset
 

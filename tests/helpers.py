@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from physrep.core.paths import project_root
+from physrep.core.files import project_root
 
 ROOT = project_root()
 

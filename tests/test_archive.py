@@ -197,7 +197,7 @@ def test_a_broken_archive_is_named(tmp_path):
 
 
 def test_the_archives_of_the_repository_are_of_todays_integers():
-    from physrep.core.paths import project_root
+    from physrep.core.files import project_root
 
     archives = project_root() / "figures" / "results" / "laptop"
     for system in LAPTOP.systems:

@@ -11,8 +11,7 @@ from physrep.models.convnext import ConvNeXt
 from physrep.models.vit import ViT
 from physrep.objectives.disco import Disco
 from physrep.objectives.emulators import CODES, emulator_of, in_units, rollout
-from physrep.objectives.forecast import Forecast
-from physrep.objectives.next_frame import NextFrame
+from physrep.objectives.emulators import Forecast, NextFrame
 from physrep.physics.systems import SYSTEMS, get_system
 
 SHAPE = (8, 16, 16)

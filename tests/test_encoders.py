@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from physrep.core.places import short_name
+from physrep.core.names import short_name
 from physrep.models.convnext import Block, ConvNeXt, DepthwiseConv3d, pad_space
 from physrep.models.encoders import build_encoder
 from physrep.models.heads import AttentiveHead, ConvDecoder, ConvPredictor, LinearHead, MLPHead, TransformerDecoder

@@ -75,7 +75,7 @@ def test_wheel_and_sdist_work_without_the_repository(tmp_path):
     assert (unpacked / "setup.py").is_file() and (unpacked / "settings.ini").is_file()
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import physrep, physrep.probing.evaluate, physrep.core.paths as p\n"
+        "import physrep, physrep.probing.evaluate, physrep.core.files as p\n"
         "from physrep.models.pretrained import SHIPPED\n"
         "assert SHIPPED.is_relative_to(sys.argv[1]), SHIPPED\n"
         "names = [folder.name for folder in SHIPPED.iterdir()]\n"

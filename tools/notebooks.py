@@ -4,7 +4,7 @@
     python tools/notebooks.py --readme                     README.md from nbs/index.ipynb
 
 Notebooks of the library are executed in place; stages and experiments get their outputs from the runs of a preset. With
-names (core/paths, 03_pretrain) only those.
+names (core/files, 03_pretrain) only those.
 """
 
 import argparse
@@ -32,12 +32,12 @@ SIDE_BY_SIDE = 2  # notebooks that run at a time, one thread each
 
 
 def name_of(path: Path) -> str:
-    "A notebook's name below nbs/, without its ending: `core/paths`, `03_pretrain`."
+    "A notebook's name below nbs/, without its ending: `core/files`, `03_pretrain`."
     return path.relative_to(NBS).with_suffix("").as_posix()
 
 
 def chosen(names: list[str]) -> list[Path]:
-    "All notebooks, or those of these names: `core/paths`, `nbs/core/paths.ipynb`, or `paths` if only one has it."
+    "All notebooks, or those of these names: `core/files`, `nbs/core/files.ipynb`, or `paths` if only one has it."
     notebooks = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     found = []
     for name in names:
@@ -145,7 +145,7 @@ def update(notebooks: list[Path], preset: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="notebooks, e.g. core/paths or 03_pretrain; default: all")
+    parser.add_argument("names", nargs="*", help="notebooks, e.g. core/files or 03_pretrain; default: all")
     parser.add_argument("--preset", default="laptop", help="whose runs the outputs of stages come from")
     parser.add_argument("--readme", action="store_true", help="only write README.md")
     asked = parser.parse_args()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from physrep.core.paths import default_data_dir
+from physrep.core.files import default_data_dir
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
 from physrep.explore.readers import HEADS, STATISTICS_HEADS, errors_of

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core.files import read_json
-from ..core.paths import project_root
+from ..core.files import project_root, read_json
 from ..data import download, leakage
 from ..results import submissions, verify
 from ..training import distributed

@@ -19,8 +19,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..core.files import read_json, write_json
-from ..core.paths import project_root
+from ..core.files import project_root, read_json, write_json
 from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..models.pretrained import load_encoder

@@ -14,7 +14,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 
-from ..core.paths import project_root
+from ..core.files import project_root
 from ..data.generate import SimPreset, make_dataset
 from ..data.sets import find_files, find_folder
 from ..data.well import WellFile

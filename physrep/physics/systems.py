@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.places import load_object
+from ..core.names import load_object
 
 # %% ../../nbs/physics/systems.ipynb #84e128cd
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.devices import memory_available, pick_device
-from ..core.parameters import check_numbers, seeds_in
+from ..core.names import check_numbers, seeds_in
 from ..data.batches import Batches
 from ..objectives.composite import Composite, without_place
 from ..objectives.regularisers import NoRegulariser, PooledVICReg
@@ -38,11 +38,10 @@ from .pretrain import pretrain
 from .run import Run, build, ensure_data, resolve
 
 # %% ../../nbs/training/distributed.ipynb #65f12dc2
-def gather(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-    "Rows of all processes in the order of the whole batch, row i from rank i % world; the gradient goes back to each."
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    rows = torch.stack(all_gather(wide.contiguous()), dim=1)
-    return rows.flatten(0, 1).to(x.dtype)
+def gather(x: torch.Tensor) -> torch.Tensor:
+    "Rows of all processes in the order of the whole batch, row i from rank i % world; gradients go back to each."
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # gradients are summed
+    return torch.stack(all_gather(wide.contiguous()), dim=1).flatten(0, 1).to(x.dtype)
 
 
 def mean_over_samples(objective: nn.Module) -> bool:
@@ -68,7 +67,7 @@ def mean_over_samples(objective: nn.Module) -> bool:
     return not (outside or fitted or by_place or isinstance(objective.task, Blocks))
 
 
-def gather_features(objective: Composite, rank: int, world: int) -> None:
+def gather_features(objective: Composite) -> None:
     "Hooks the regulariser: in training it is given the features of the whole batch. Copies of it have the hook, too."
     centre = objective.centre
     objective.centre = False  # done by the hook, which has the whole batch
@@ -79,7 +78,7 @@ def gather_features(objective: Composite, rank: int, world: int) -> None:
             if isinstance(module, PooledVICReg):  # it takes the mean over tokens first: fewer numbers to send
                 sides = [(x if x.dtype == torch.float64 else x.float()) for x in sides]
                 sides = [x.mean(dim=1, keepdim=True) if x.ndim == 3 else x for x in sides]
-            sides = [gather(x, rank, world) for x in sides]
+            sides = [gather(x) for x in sides]
         return tuple(without_place(x) if centre else x for x in sides), kwargs
 
     objective.regulariser.register_forward_pre_hook(whole, with_kwargs=True)
@@ -98,22 +97,21 @@ def share_encoding(encoder: nn.Module, rank: int, world: int) -> None:
         return tuple(map(take, args)), {name: take(x) for name, x in kwargs.items()}
 
     encoder.register_forward_pre_hook(own, with_kwargs=True)
-    encoder.register_forward_hook(lambda module, args, x: gather(x, rank, world) if module.training else None)
+    encoder.register_forward_hook(lambda module, args, x: gather(x) if module.training else None)
 
 # %% ../../nbs/training/distributed.ipynb #d7939be9
 class SharedBatches:
     "The training batches of one process of a group: `batches(step)` as `Batches`, its share of the samples of each."
 
-    def __init__(self, batches: Batches, rank: int, world: int, shares: bool):
+    def __init__(self, batches: Batches, rank: int, world: int, *, whole: bool = False):
         micro = batches.batch_size // batches.accumulate
         if micro % world:
-            parts = f" in {batches.accumulate} micro-batches" if batches.accumulate > 1 else ""
             raise ValueError(
-                f"a batch of {batches.batch_size} windows{parts} cannot be shared equally by {world} processes: "
-                f"{micro} is no multiple of {world}. Choose another batch_size or number of processes"
+                f"{world} processes cannot share {micro} windows equally (a batch of {batches.batch_size} in "
+                f"{batches.accumulate} parts): choose another batch_size, accumulate or number of processes"
             )
         self.batches = batches
-        self.part = slice(rank, None, world) if shares else slice(None)
+        self.part = slice(None) if whole else slice(rank, None, world)
 
     def samples(self, step: int) -> list[tuple[np.ndarray, torch.Tensor]]:
         "Windows and seeds that this process reads for update `step`, by micro-batches."
@@ -128,57 +126,46 @@ class SharedBatches:
 class Group(Alone):
     "The processes of one training, for one of them; made by `connected`."
 
-    def __init__(self, rank: int = 0, world: int = 1, device: str = "cpu"):
+    def __init__(self, rank: int, world: int, device: str = "cpu"):
+        super().__init__(device)
         self.rank = rank
         self.world = world
-        self.device = device
+        self.leads = rank == 0
         self.shares = False  # samples; otherwise the encoding
 
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def share(self, batches: Batches, objective: nn.Module) -> Callable:
-        if self.world == 1:
-            return batches
+    def share(self, batches: Batches, objective: nn.Module) -> SharedBatches:
         self.shares = mean_over_samples(objective)
-        shared = SharedBatches(batches, self.rank, self.world, self.shares)
         if not self.shares:
             share_encoding(objective.encoder, self.rank, self.world)
         elif isinstance(objective, Composite) and not isinstance(objective.regulariser, NoRegulariser):
-            gather_features(objective, self.rank, self.world)
-        return shared
+            gather_features(objective)
+        return SharedBatches(batches, self.rank, self.world, whole=not self.shares)
 
-    def forward(self, objective: nn.Module) -> Callable[[dict], dict]:
-        if self.world == 1:
-            return objective
+    def wrap(self, objective: nn.Module) -> Callable[[dict], dict]:
+        # an objective of your own may have parameters that it does not use; PyTorch warns where there are none
         return DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
 
     def mean(self, parts: dict[str, float]) -> dict[str, float]:
-        if self.world == 1:
-            return parts
         kept = {k: v for k, v in parts.items() if k != "relative" or not self.shares}
         values = torch.tensor(list(kept.values()), dtype=torch.float64, device=self.device)
         distributed.all_reduce(values)
         return dict(zip(kept, (values / self.world).tolist()))
 
     def tell(self, said: object = None) -> object:
-        if self.world == 1:
-            return said
         box = [said]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
 
 @contextmanager
-def connected(device: str = "auto", *, patience: float = 3600.0) -> Iterator[Group]:
+def connected(device: str = "auto", *, patience: float = 1800.0) -> Iterator[Alone]:
     """The group of this process, as the launcher's environment says; a single process without one. `patience`: the
-    longest wait for another process, in seconds, while rank 0 evaluates, probes and saves, too."""
+    longest wait for another process, in seconds, while rank 0 evaluates and saves, too."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        yield Group(device=pick_device(device))
-        return
     name = pick_device(device)
+    if world == 1:
+        yield Alone(name)
+        return
     if name.startswith("cuda"):
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
@@ -186,9 +173,12 @@ def connected(device: str = "auto", *, patience: float = 3600.0) -> Iterator[Gro
         name = f"cuda:{local}"
         torch.cuda.set_device(name)
     backend = "nccl" if name.startswith("cuda") else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=patience))
+    store, rank, _ = next(distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store is the launcher's, and outlives processes
+    about = dict(rank=rank, world_size=world, timeout=timedelta(seconds=patience))
+    distributed.init_process_group(backend, store=distributed.PrefixStore(attempt, store), **about)
     try:
-        yield Group(distributed.get_rank(), world, name)
+        yield Group(rank, world, name)
     finally:
         distributed.destroy_process_group()
 
@@ -213,7 +203,7 @@ OPTIONS: dict[str, tuple[object, str]] = {
     "recipe": ({}, "weight_decay, warmup, clip_norm, ..., over the preset's, as YAML"),
     "threads": (1, "torch threads of each process"),
     "minutes": (0.0, "stop after so many minutes (to be run again); 0: no limit"),
-    "patience": (3600.0, "seconds that a process waits for another"),
+    "patience": (1800.0, "seconds that a process waits for another"),
 }
 
 
@@ -221,14 +211,11 @@ def mapping(text: str) -> dict:
     "A mapping written as YAML, such as `{variance: 40}`; an error of `argparse` for anything else."
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
+        check_numbers("it", value)
+    except (yaml.YAMLError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a mapping such as '{{variance: 40}}', got {text!r}")
-    try:
-        check_numbers("it", value)
-    except TypeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
     return value
 
 
@@ -245,12 +232,12 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 # %% ../../nbs/training/distributed.ipynb #15a0a016
-def check_share(run: Run, group: Group) -> None:
+def check_share(run: Run, group: Alone) -> None:
     "ValueError where what a process takes of a batch needs more memory than is free for it."
     if run.recipe is None:
         return
     micro = run.recipe.accumulate  # batches that an update is made of, one after the other
-    parts = group.world if mean_over_samples(build(run)) else 1
+    parts = group.world if group.world > 1 and mean_over_samples(build(run)) else 1
     share = replace(run.recipe, batch_size=micro * max(1, run.recipe.batch_size // (micro * parts)))
     free = memory_available(group.device)
     if free is not None and torch.device(group.device).type == "cpu":
@@ -262,8 +249,8 @@ def check_share(run: Run, group: Group) -> None:
 _SCORES = (".unpacked", "*result*.json", "few.json", "predictions*.safetensors", "curve/*.json")
 
 
-def train_parsed(asked: argparse.Namespace, group: Group) -> list[Path]:
-    "The folders of the runs of a command line, one for each seed. Data that are missing are simulated by rank 0."
+def train_parsed(asked: argparse.Namespace, group: Alone) -> list[Path]:
+    "The folders of the runs of a command line, one for each seed. Data that are missing are simulated by one process."
     torch.set_num_threads(asked.threads)
     names = ("steps", "batch_size", "lr", "data_dir", "run_dir")
     changes = {name: getattr(asked, name) or None for name in names}
@@ -271,16 +258,13 @@ def train_parsed(asked: argparse.Namespace, group: Group) -> list[Path]:
     run = resolve(asked.system, asked.objective, asked.encoder, asked.preset, seed=asked.seed, **changes)
     check_share(run, group)
     begun, minutes = time.monotonic(), asked.minutes or math.inf
-    runs = [run.with_seed(seed) for seed in seeds_in(asked.seeds) or [asked.seed]]
-    if group.leads:
-        ensure_data(run, device=group.device, minutes=minutes)
-        for folder in (one.folder for one in runs):
-            if not any((folder / name).exists() for name in ("encoder.safetensors", "checkpoint")):
-                for file in (file for pattern in _SCORES for file in folder.glob(pattern)):  # of an encoder elsewhere
-                    file.unlink()
-    group.tell()
+    ensure_data(run, device=group.device, minutes=minutes)  # the others wait at its lock
     folders = []
-    for one in runs:
+    for one in (run.with_seed(seed) for seed in seeds_in(asked.seeds) or [asked.seed]):
+        trained = any((one.folder / name).exists() for name in ("encoder.safetensors", "checkpoint"))
+        for file in (file for pattern in _SCORES for file in one.folder.glob(pattern)):
+            if group.leads and not trained:  # they are of an encoder elsewhere
+                file.unlink()
         left = minutes - (time.monotonic() - begun) / 60
         session = dict(device=group.device, resume=asked.resume, minutes=max(left, 0.0), group=group)
         folders.append(pretrain(one, **session))

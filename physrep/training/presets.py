@@ -8,16 +8,17 @@ __all__ = ['PRESETS', 'Preset', 'get_preset', 'recipe_from', 'read_preset']
 # %% ../../nbs/training/presets.ipynb #e8a15e8e
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ..data.generate import SOLVERS, SimPreset
 from ..models.encoders import ENCODERS
+from ..objectives.methods import OBJECTIVES
 from ..physics.systems import SYSTEMS, get_system
 from .loop import Recipe
 
@@ -30,8 +31,9 @@ class Preset:
     description: str  # one line for the reader
     sims: Mapping[str, SimPreset]
     encoders: Mapping[str, Mapping]  # encoder name -> its keyword arguments
-    objectives: Mapping[str, Mapping]  # row, row@system or objective -> coefficients
-    train: Mapping[str, Recipe]  # row, row@system or objective -> recipe
+    objectives: Mapping[str, Mapping]  # row or method, or either with @system -> coefficients
+    train: Mapping[str, Recipe]  # the same -> recipe
+    base: "Preset | None" = None  # is asked for the coefficients and recipes that are not here
     frames: int = 16  # frames of one clip
     # clips of The Well, and of larger grids of one's own, are resized to size x size on the device; None: as stored
     size: int | None = None
@@ -51,30 +53,29 @@ class Preset:
 
     def _entry(self, table: str, objective: str, encoder: str, system: str, tag: str) -> Any:
         "What a table holds for a row, under the most specific name; None for nothing."
-        names = [f"{objective}.{tag}-{encoder}"] if tag else []
-        names += [f"{objective}-{encoder}", objective]
-        keys = (key for name in names for key in (f"{name}@{system}", name))
-        return next((getattr(self, table)[key] for key in keys if key in getattr(self, table)), None)
+        names = [f"{objective}-{encoder}", objective]
+        if tag:
+            names.insert(0, f"{objective}.{tag}-{encoder}")
+        entries = getattr(self, table)
+        for name in names:
+            for key in (f"{name}@{system}", name):
+                if key in entries:
+                    return entries[key]
+        return self.base._entry(table, objective, encoder, system, tag) if self.base else None
 
     def recipe(self, objective: str, encoder: str = "", system: str = "", tag: str = "") -> Recipe:
         """The training recipe of a row. An objective from outside the package (`module:Class`) that has none takes that
-        of `mae`. ValueError, with the recipes that there are, for any other without one."""
+        of `mae`. ValueError for any other without one."""
         found = self._entry("train", objective, encoder, system, tag)
         if found is None and ":" in objective:
             found = self._entry("train", "mae", "", system, "")
         if found is None:
-            there = ", ".join(self.train)
-            raise ValueError(f"preset {self.name} has no training recipe for {objective}-{encoder}; it has {there}")
+            raise ValueError(f"preset {self.name} has no recipe for {objective}; give one under train.{objective}")
         return found
 
     def coefficients(self, objective: str, encoder: str = "", system: str = "", tag: str = "") -> Mapping:
-        """The coefficients of the objective of a row; none where nothing is trained, or for an objective from outside
-        the package, which has defaults of its own. ValueError, with the names that there are, for any other."""
-        found = self._entry("objectives", objective, encoder, system, tag)
-        if found is None and not (":" in objective or objective in ("random", "frozen")):
-            there = ", ".join(self.objectives)
-            raise ValueError(f"preset {self.name} has no coefficients for {objective}-{encoder}; it has {there}")
-        return found or {}
+        "The coefficients of the objective of a row; without any here the objective has its defaults."
+        return self._entry("objectives", objective, encoder, system, tag) or {}
 
     def encoder_config(self, encoder: str) -> Mapping:
         "The keyword arguments of an encoder; none for one from outside the package. ValueError for an unknown one."
@@ -91,24 +92,32 @@ class Preset:
 
     def probing(self) -> dict:
         "What decides how encoders are probed, JSON-able: it belongs to every score."
-        found = {"stride": self.probe_stride, "epochs": self.probe_epochs, "lr": self.probe_lr}
-        return found | {"batch_size": self.probe_batch} | ({"tokens": self.probe_tokens} if self.probe_tokens else {})
+        found = dict(stride=self.probe_stride, epochs=self.probe_epochs, lr=self.probe_lr, batch_size=self.probe_batch)
+        return found | ({"tokens": self.probe_tokens} if self.probe_tokens else {})
 
 # %% ../../nbs/training/presets.ipynb #0d13d071
 _SHEAR_RANGES = {"Reynolds": (400.0, 3200.0), "Schmidt": (0.25, 2.0)}
-_SHEAR = dict(ranges=_SHEAR_RANGES, grid=64, store_grid=32, frame_dt=0.2, dt=0.025)
 _CONVECTION_RANGES = {"Prandtl": (0.5, 4.0), "Rayleigh": (1e4, 1e6)}
-_CONVECTION = dict(ranges=_CONVECTION_RANGES, grid=(64, 40), store_grid=32, frame_dt=0.5, dt=0.01, box=(2.0, 1.0))
+_MATTER_RANGES = {"alpha": (-5.0, -1.0), "zeta": (1.0, 5.0)}
+_LAPTOP_SIMS: dict[str, dict] = {
+    "shear_flow": dict(ranges=_SHEAR_RANGES, grid=64, frame_dt=0.2, dt=0.025),
+    "rayleigh_benard": dict(ranges=_CONVECTION_RANGES, grid=(64, 40), frame_dt=0.5, dt=0.01, box=(2.0, 1.0)),
+    "active_matter": dict(ranges=_MATTER_RANGES, grid=48, frame_dt=0.25, dt=0.05, box=(5.0, 5.0)),
+}
 # split -> (draws of the parameters, flows of each). Probes never see the labels of `unlabelled`.
 _SMOKE_DRAWS = {"train": (8, 2), "unlabelled": (4, 2), "valid": (4, 2), "test": (4, 2), "shifted": (4, 2)}
 _LAPTOP_DRAWS = {"train": (128, 2), "unlabelled": (128, 2), "valid": (32, 2), "test": (48, 2), "shifted": (24, 2)}
 _GPU_DRAWS = {"train": (384, 2), "unlabelled": (384, 2), "valid": (48, 2), "test": (96, 2), "shifted": (24, 2)}
 _FAMILIES = {"shifted": "shifted"}  # split -> family of initial conditions; the others are "standard"
-_MATTER_RANGES = {"alpha": (-5.0, -1.0), "zeta": (1.0, 5.0)}
-_MATTER = dict(ranges=_MATTER_RANGES, grid=48, store_grid=32, frame_dt=0.25, dt=0.05, box=(5.0, 5.0))
+
+
+def _sims(draws: Mapping, n_frames: int, store_grid: int = 32, **changes: Mapping) -> dict[str, SimPreset]:
+    "What a preset simulates: the three systems as above, with changes of some."
+    about = dict(draws=draws, families=_FAMILIES, n_frames=n_frames, store_grid=store_grid)
+    return {name: SimPreset(**{**numbers, **changes.get(name, {})}, **about) for name, numbers in _LAPTOP_SIMS.items()}
 
 # %% ../../nbs/training/presets.ipynb #7328d529
-_LAPTOP_ENCODERS = {
+_LAPTOP_ENCODERS: dict[str, dict] = {
     "convnext": dict(
         widths=(48, 96),
         depths=(2, 2),
@@ -125,16 +134,16 @@ _LAPTOP_ENCODERS = {
 }
 
 
-def _with_codes(encoders: Mapping[str, Mapping], code: int) -> dict[str, Mapping]:
-    "Encoders and, of ConvNeXt and ViT, the one that gives a code of so many numbers."
-    return {**encoders, **{f"{name}_code": {**encoders[name], "code": code} for name in ("convnext", "vit")}}
+def _encoders(base: Mapping[str, Mapping], code: int, **changes: Mapping) -> dict[str, Mapping]:
+    "Encoders, with changes of some, and of ConvNeXt and ViT the one that gives a code of so many numbers."
+    found = {name: {**options, **changes.get(name, {})} for name, options in base.items()}
+    return {**found, **{f"{name}_code": {**found[name], "code": code} for name in ("convnext", "vit")}}
 
 
 # as narrow as the ViT; a scale of 1e-6, as for long trainings, keeps it shut for hundreds of updates
 _PREDICTOR = dict(predictor_scale=0.1, predictor_hidden=64)
 _DECODER = dict(decoder_width=64, decoder_depth=2)
-_OPERATOR = dict(frames=2, method="bosh3", width=8, stages=2)  # 12k weights on 32x32
-_LAPTOP_OBJECTIVES = {
+_LAPTOP_OBJECTIVES: dict[str, dict] = {
     "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, centre=True, **_PREDICTOR),
     "jepa_ema": dict(mask="tube", ratio=0.75, momentum=0.99, predictor_depth=2),
     "jepa_sigreg": dict(offset=16, sigreg=0.05, centre=True, predictor_scale=0.1, predictor_width=64),
@@ -148,84 +157,62 @@ _LAPTOP_OBJECTIVES = {
 }
 
 # %% ../../nbs/training/presets.ipynb #4740f936
-def _three_minutes(**numbers) -> Recipe:
+def _three_minutes(steps: int, batch_size: int, lr: float, weight_decay: float = 0.05) -> Recipe:
     "A recipe of so many updates that it takes about three minutes of one core."
-    return Recipe(**(dict(warmup=0.02, weight_decay=0.05, evaluations=5) | numbers))
+    options = dict(weight_decay=weight_decay, warmup=0.02, evaluations=5)
+    return Recipe(steps=steps, batch_size=batch_size, lr=lr, **options)
 
 
 _LAPTOP_TRAIN = {
-    "jepa": _three_minutes(steps=700, batch_size=16, lr=1e-3),
-    "jepa-convnext": _three_minutes(steps=750, batch_size=16, lr=1e-3),
-    "jepa_ema": _three_minutes(steps=1700, batch_size=16, lr=1e-3),
-    "jepa_sigreg": _three_minutes(steps=550, batch_size=16, lr=1e-3),
-    "mae": _three_minutes(steps=3200, batch_size=8, lr=2e-3),
-    "forecast": _three_minutes(steps=2600, batch_size=8, lr=4e-3),
-    "next_frame": _three_minutes(steps=450, batch_size=8, lr=2e-3),
-    "invariance": _three_minutes(steps=400, batch_size=64, lr=1e-3),
-    "autoencoder": _three_minutes(steps=2000, batch_size=8, lr=2e-3),
-    "disco": _three_minutes(steps=1000, batch_size=8, lr=1e-3),
-    "supervised": _three_minutes(steps=1500, batch_size=16, lr=2e-3),
+    "jepa": _three_minutes(700, batch_size=16, lr=1e-3),
+    "jepa-convnext": _three_minutes(750, batch_size=16, lr=1e-3),
+    "jepa_ema": _three_minutes(1700, batch_size=16, lr=1e-3),
+    "jepa_sigreg": _three_minutes(550, batch_size=16, lr=1e-3),
+    "mae": _three_minutes(3200, batch_size=8, lr=2e-3),
+    "forecast": _three_minutes(2600, batch_size=8, lr=4e-3),
+    "next_frame": _three_minutes(450, batch_size=8, lr=2e-3),
+    "invariance": _three_minutes(400, batch_size=64, lr=1e-3),
+    "autoencoder": _three_minutes(2000, batch_size=8, lr=2e-3),
+    "disco": _three_minutes(1000, batch_size=8, lr=1e-3),
+    "supervised": _three_minutes(1500, batch_size=16, lr=2e-3),
 }
 
 # %% ../../nbs/training/presets.ipynb #5d3e81aa
-_TUNED: dict[str, tuple[dict, Recipe, tuple[str, ...]]] = {  # row -> coefficients, recipe, systems that keep the one above
-    "jepa-convnext": ({}, _three_minutes(steps=750, batch_size=16, lr=5e-5), ("rayleigh_benard",)),
-    # as the one with zero padding, which was tuned
-    "jepa.circular-convnext": (
-        {},
-        _three_minutes(steps=750, batch_size=16, lr=5e-5),
-        ("rayleigh_benard", "active_matter"),
-    ),
-    "jepa-vit": (
-        dict(horizon=16, invariance=10.0),
-        _three_minutes(steps=700, batch_size=16, lr=5.1e-4, weight_decay=0.015),
-        ("active_matter",),
-    ),
-    "jepa_ema-vit": (
-        dict(ratio=0.9, momentum=0.99),
-        _three_minutes(steps=2047, batch_size=16, lr=5.1e-4, weight_decay=0.015),
-        ("rayleigh_benard", "active_matter"),
-    ),
-    "mae-vit": (
-        dict(ratio=0.5, target_norm="none"),
-        _three_minutes(steps=4842, batch_size=4, lr=6.6e-3, weight_decay=0.2),
-        ("rayleigh_benard",),
-    ),
-    "forecast-vit": (
-        dict(frames=4, target="change"),
-        _three_minutes(steps=1999, batch_size=8, lr=1.9e-3, weight_decay=0.077),
-        ("rayleigh_benard",),
-    ),
-    "invariance-vit": (
-        dict(shown=0.25, covariance=25.0),
-        _three_minutes(steps=923, batch_size=64, lr=1.9e-3, weight_decay=0.077),
-        (),
-    ),
-    "supervised-vit": ({}, _three_minutes(steps=1500, batch_size=16, lr=3.3e-4), ("rayleigh_benard",)),
+_TUNED_OBJECTIVES = {
+    "jepa-vit": _LAPTOP_OBJECTIVES["jepa"] | dict(invariance=10.0),
+    "jepa_ema-vit": _LAPTOP_OBJECTIVES["jepa_ema"] | dict(ratio=0.9),
+    "mae-vit": _LAPTOP_OBJECTIVES["mae"] | dict(ratio=0.5, target_norm="none"),
+    "forecast-vit": _LAPTOP_OBJECTIVES["forecast"] | dict(frames=4, target="change"),
+    "invariance-vit": _LAPTOP_OBJECTIVES["invariance"] | dict(shown=0.25, covariance=25.0),
 }
-
-
-def _with_tuned(base: Mapping, tuned: Mapping) -> dict:
-    "A table of the preset with the entries that were tuned, and those above for the systems that keep them."
-    found = dict(base)
-    for row, entry in tuned.items():
-        variant, _, encoder = row.rpartition("-")
-        above = base.get(f"{variant.partition('.')[0]}-{encoder}", base[variant.partition(".")[0]])
-        found[row] = {**above, **entry} if isinstance(entry, Mapping) else entry
-        found |= {f"{row}@{system}": above for system in _TUNED[row][2]}
-    return found
-
-
+_TUNED_TRAIN = {
+    "jepa-convnext": _three_minutes(750, batch_size=16, lr=5e-5),
+    "jepa-vit": _three_minutes(700, batch_size=16, lr=5.1e-4, weight_decay=0.015),
+    "jepa_ema-vit": _three_minutes(2047, batch_size=16, lr=5.1e-4, weight_decay=0.015),
+    "mae-vit": _three_minutes(4842, batch_size=4, lr=6.6e-3, weight_decay=0.2),
+    "forecast-vit": _three_minutes(1999, batch_size=8, lr=1.9e-3, weight_decay=0.077),
+    "invariance-vit": _three_minutes(923, batch_size=64, lr=1.9e-3, weight_decay=0.077),
+    "supervised-vit": _three_minutes(1500, batch_size=16, lr=3.3e-4),
+}
+_NOT_TUNED = {  # row in a system -> what it keeps of those above
+    "jepa-convnext@rayleigh_benard": "jepa-convnext",
+    "jepa.circular-convnext@active_matter": "jepa-convnext",
+    "jepa-vit@active_matter": "jepa",
+    "jepa_ema-vit@rayleigh_benard": "jepa_ema",
+    "jepa_ema-vit@active_matter": "jepa_ema",
+    "mae-vit@rayleigh_benard": "mae",
+    "forecast-vit@rayleigh_benard": "forecast",
+    "supervised-vit@rayleigh_benard": "supervised",
+}
 _LAPTOP = Preset(
     name="laptop",
     description="two cores, no GPU: what `make reproduce` runs",
-    sims={
-        system: SimPreset(**numbers, draws=_LAPTOP_DRAWS, families=_FAMILIES, n_frames=48)
-        for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
-    },
-    encoders=_with_codes(_LAPTOP_ENCODERS, code=32),
-    objectives=_with_tuned(_LAPTOP_OBJECTIVES, {row: coefficients for row, (coefficients, _, _) in _TUNED.items()}),
-    train=_with_tuned(_LAPTOP_TRAIN, {row: recipe for row, (_, recipe, _) in _TUNED.items()}),
+    sims=_sims(_LAPTOP_DRAWS, n_frames=48),
+    encoders=_encoders(_LAPTOP_ENCODERS, code=32),
+    objectives=_LAPTOP_OBJECTIVES
+    | _TUNED_OBJECTIVES
+    | {row: _LAPTOP_OBJECTIVES[kept.partition("-")[0]] for row, kept in _NOT_TUNED.items()},
+    train=_LAPTOP_TRAIN | _TUNED_TRAIN | {row: _LAPTOP_TRAIN[kept] for row, kept in _NOT_TUNED.items()},
     probe_epochs=96,  # annealed to the end: with fewer, most encoders still improve
     probe_lr=2e-3,
 )
@@ -234,17 +221,13 @@ _LAPTOP = Preset(
 _SMOKE = Preset(
     name="smoke",
     description="a few minutes; shows that everything runs, its numbers mean nothing",
-    sims={
-        system: SimPreset(**numbers, draws=_SMOKE_DRAWS, families=_FAMILIES, n_frames=36)
-        for system, numbers in (("shear_flow", _SHEAR), ("rayleigh_benard", _CONVECTION), ("active_matter", _MATTER))
-    },
-    encoders=_with_codes(
-        {
-            "convnext": _LAPTOP_ENCODERS["convnext"] | dict(widths=(16, 32), depths=(1, 1)),
-            "vit": _LAPTOP_ENCODERS["vit"] | dict(dim=32, depth=1, heads=2),
-            "axial": _LAPTOP_ENCODERS["axial"] | dict(dim=32, depth=1),
-        },
+    sims=_sims(_SMOKE_DRAWS, n_frames=36),
+    encoders=_encoders(
+        _LAPTOP_ENCODERS,
         code=32,
+        convnext=dict(widths=(16, 32), depths=(1, 1)),
+        vit=dict(dim=32, depth=1, heads=2),
+        axial=dict(dim=32, depth=1),
     ),
     objectives=_LAPTOP_OBJECTIVES,
     train={name: Recipe(steps=6, batch_size=8, lr=1e-3, evaluations=2) for name in _LAPTOP_OBJECTIVES},
@@ -261,68 +244,51 @@ _PAPER_ENCODERS: dict[str, dict] = {
 _GPU = Preset(
     name="gpu",
     description="one GPU: the paper's encoder on 128x128 simulations",
-    sims={
-        system: SimPreset(**numbers, draws=_GPU_DRAWS, families=_FAMILIES, n_frames=48)
-        for system, numbers in (
-            (
-                "shear_flow",
-                _SHEAR
-                | dict(
-                    grid=128,
-                    store_grid=128,
-                    dt=0.00625,
-                    ranges=_SHEAR_RANGES | {"Reynolds": (400.0, 6400.0)},
-                ),
-            ),
-            ("rayleigh_benard", _CONVECTION | dict(grid=(128, 128), store_grid=128, dt=0.0025)),
-            ("active_matter", _MATTER | dict(grid=128, store_grid=128, dt=0.025)),
-        )
-    },
-    encoders=_with_codes(
-        {
-            "convnext": _PAPER_ENCODERS["convnext"],
-            "vit": dict(dim=384, depth=12, heads=6, tubelet=(2, 8, 8)),
-            "axial": _PAPER_ENCODERS["axial"] | dict(strides=(2, 2, 2)),
-        },
-        code=64,
+    sims=_sims(
+        _GPU_DRAWS,
+        n_frames=48,
+        store_grid=128,
+        shear_flow=dict(grid=128, dt=0.00625, ranges=_SHEAR_RANGES | {"Reynolds": (400.0, 6400.0)}),
+        rayleigh_benard=dict(grid=(128, 128), dt=0.0025),
+        active_matter=dict(grid=128, dt=0.025),
     ),
+    encoders=_encoders(_PAPER_ENCODERS, code=64, vit=dict(tubelet=(2, 8, 8)), axial=dict(strides=(2, 2, 2))),
     objectives={
         "jepa": dict(invariance=1.0, variance=25.0, covariance=1.0, chunks=1, horizon=4),  # not tuned at this size
         "jepa_sigreg": dict(offset=4),
         "mae": dict(ratio=0.75, patch=(2, 8, 8)),
         "invariance": dict(shown=0.5),
         "disco": dict(stages=4, hidden=64),  # 159k weights, as many as the authors'
-        **{name: {} for name in ("jepa_ema", "forecast", "next_frame", "autoencoder", "supervised")},
     },
     train={
-        "jepa": Recipe(steps=1500, batch_size=16, lr=1e-3, precision="bfloat16"),
-        "jepa_sigreg": Recipe(steps=1500, batch_size=16, lr=1e-3, precision="bfloat16"),
-        "invariance": Recipe(steps=1500, batch_size=128, lr=1e-3, precision="bfloat16"),
-        **{
-            name: Recipe(steps=3000, batch_size=32, lr=1e-3, precision="bfloat16")
-            for name in ("jepa_ema", "mae", "forecast", "next_frame", "autoencoder")
-        },
-        "disco": Recipe(steps=3000, batch_size=16, lr=1e-3, precision="bfloat16"),
-        "supervised": Recipe(steps=1500, batch_size=32, lr=1e-3, precision="bfloat16"),
+        name: Recipe(steps=steps, batch_size=batch_size, lr=1e-3, precision="bfloat16")
+        for name, (steps, batch_size) in {
+            "jepa": (1500, 16),
+            "jepa_ema": (3000, 32),
+            "jepa_sigreg": (1500, 16),
+            "mae": (3000, 32),
+            "forecast": (3000, 32),
+            "next_frame": (3000, 32),
+            "invariance": (1500, 128),
+            "autoencoder": (3000, 32),
+            "disco": (3000, 16),
+            "supervised": (1500, 32),
+        }.items()
     },
 )
 
 # %% ../../nbs/training/presets.ipynb #43eef720
-_VIDEOMAE_DECODER = dict(decoder_width=192, decoder_depth=4, decoder_heads=3)
 # 6 epochs of the 32 frames that JEPA sees, 256 windows an update; every row gets as many updates
 _PAPER_UPDATES = {"active_matter": 205, "shear_flow": 903, "rayleigh_benard": 1411}
-_PAPER_RATES = {"jepa@active_matter": 1e-3}  # elsewhere 1e-4
 
 
 def _paper_recipes(**accumulate: int) -> dict[str, Recipe]:
-    "The recipes of these objectives, with so many micro-batches an update, for every system and for others."
+    "The recipes of these methods, with so many micro-batches an update, for every system and for others."
     found = {}
     for name, k in accumulate.items():
-        usual = dict(batch_size=256, accumulate=k, precision="bfloat16", schedule="cosine")
-        found[name] = Recipe(steps=750, lr=1e-4, **usual)
-        for system, steps in _PAPER_UPDATES.items():
-            key = f"{name}@{system}"
-            found[key] = Recipe(steps=steps, lr=_PAPER_RATES.get(key, 1e-4), **usual)
+        found[name] = Recipe(steps=750, lr=1e-4, batch_size=256, accumulate=k, precision="bfloat16", schedule="cosine")
+        found |= {f"{name}@{system}": replace(found[name], steps=n) for system, n in _PAPER_UPDATES.items()}
+    found["jepa@active_matter"] = replace(found["jepa@active_matter"], lr=1e-3)
     return found
 
 
@@ -330,14 +296,15 @@ _PAPER = Preset(
     name="paper",
     description="The Well in the paper's configuration: cropped, 224x224",
     sims={},
-    encoders=_with_codes(_PAPER_ENCODERS, code=64),
+    encoders=_encoders(_PAPER_ENCODERS, code=64),
     objectives={
         "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, chunks=5),
-        "mae": dict(ratio=0.9, patch=(2, 16, 16), target_norm="patch", **_VIDEOMAE_DECODER),
+        "mae": dict(
+            ratio=0.9, patch=(2, 16, 16), target_norm="patch", decoder_width=192, decoder_depth=4, decoder_heads=3
+        ),
         "jepa_ema": dict(ratio=0.9),
         "disco": dict(stages=4, hidden=64),
         "invariance": dict(shown=0.25),  # its losses need many pairs at once
-        **{name: {} for name in ("jepa_sigreg", "forecast", "next_frame", "autoencoder", "supervised")},
     },
     train=_paper_recipes(
         jepa=32,
@@ -368,8 +335,7 @@ _NATIVE = replace(
     description="The Well on its native grids, otherwise as paper",
     size=None,
     probe_tokens=512,  # all of the ConvNeXt, an eighth to a quarter of the ViT
-    # 8 clips of 256x512 would take about 70 GB
-    encoders=_with_codes(_PAPER_ENCODERS | {"convnext": _PAPER_ENCODERS["convnext"] | {"recompute": True}}, code=64),
+    encoders=_encoders(_PAPER_ENCODERS, code=64, convnext=dict(recompute=True)),  # 8 clips of 256x512 would take 70 GB
 )
 
 PRESETS = {p.name: p for p in (_SMOKE, _LAPTOP, _GPU, _PAPER, _NATIVE)}
@@ -426,18 +392,6 @@ def recipe_from(values: Mapping, where: str) -> Recipe:
     return _built(Recipe, values, where)
 
 # %% ../../nbs/training/presets.ipynb #f5c5d17e
-_MAPPINGS = ("sims", "train", "encoders", "objectives")
-
-
-def _covers(name: str, other: str) -> bool:
-    "Whether an entry `name` of a file is meant for what an entry `other` of its base is for."
-    row, at, system = name.partition("@")
-    other_row, _, other_system = other.partition("@")
-    variant, _, encoder = other_row.partition("-")
-    objective = variant.partition(".")[0]
-    return row in (other_row, f"{objective}-{encoder}", variant, objective) and (not at or system == other_system)
-
-
 def _given(path: Path) -> dict:
     "What a preset file holds; ValueError, with the file, for a name that is taken, or what is no preset."
     if path.stem in PRESETS or not re.fullmatch(r"\w[\w.-]{0,63}", path.stem):
@@ -451,80 +405,62 @@ def _given(path: Path) -> dict:
         raise ValueError(f"{path} is not YAML ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold a mapping with the fields of a preset, got {given!r:.60}")
-    if "tuned" in given:
-        raise ValueError(
-            f"{path}: `tuned` is no field any more: write the recipe of a row under train.<row> (mae-vit, or "
-            "mae-vit@shear_flow for one system), and its coefficients under objectives.<row>"
-        )
     if "name" in given:
         raise ValueError(f"{path}: a preset is called after its file, {path.stem}; remove `name`, or rename the file")
-    for name in _MAPPINGS:
-        if not isinstance(given.get(name) or {}, Mapping):
-            raise ValueError(f"{path}: {name} must be a mapping, got {given[name]!r:.60}")
+    if "tuned" in given:
+        raise ValueError(
+            f"{path}: `tuned` is no field any more. Write the recipe of a row under train, as mae-vit, or as "
+            "mae-vit@shear_flow for one system, and its coefficients likewise under objectives"
+        )
     return given
 
 
-def _check_names(preset: Preset, path: Path) -> None:
-    "ValueError, with the file, for names and numbers that no run can have."
-    known = set(PRESETS["laptop"].objectives)
-    systems = {*SYSTEMS, *(get_system(name).name for name in preset.systems if ":" in name)}
-
-    def check(what: str, names: Sequence[str], valid: Sequence[str]) -> None:
-        if unknown := [name for name in names if ":" not in name and name not in valid]:
-            raise ValueError(f"{path}: {what} has unknown {', '.join(unknown)}; valid: {', '.join(sorted(valid))}")
-
-    check("systems", preset.systems, tuple(SYSTEMS))
-    check("encoders", tuple(preset.encoders), tuple(ENCODERS))
-    check("sims", tuple(preset.sims), tuple(SOLVERS))
-    for part in ("train", "objectives"):
-        keys = [key.partition("@") for key in getattr(preset, part)]
-        rows = [row for row, _, _ in keys if ":" not in row]
-        check(part, [row.partition("-")[0].partition(".")[0] for row in rows], tuple(known))
-        check(part, [encoder for row in rows if (encoder := row.partition("-")[2])], tuple(ENCODERS))
-        check(part, [system for _, at, system in keys if at], tuple(systems))
-    numbers = {f.name: getattr(preset, f.name) for f in fields(Preset)}
-    for name, value in numbers.items():
-        least = 0 if name == "noise" else 1e-12
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
-            raise ValueError(f"{path}: {name} must be {'0 or more' if name == 'noise' else 'positive'}, got {value}")
-    if min(preset.seeds) < 0 or len(set(preset.seeds)) < len(preset.seeds):
-        raise ValueError(f"{path}: seeds must be different numbers from 0, got {list(preset.seeds)}")
-
-
-def _base(name: object, path: Path, above: Sequence[Path]) -> Preset:
-    "The preset that a file builds on: one of the library, or another file, beside it or from the working directory."
-    files = [place for place in (path.parent / str(name), Path(str(name))) if place.suffix in (".yaml", ".yml")]
-    file = next((place for place in files if place.is_file()), None)
-    if file and file.resolve() in (*above, path.resolve()):
-        raise ValueError(f"{path}: base: {file} builds on this file, which cannot build on it as well")
-    try:
-        return read_preset(file, above=(*above, path.resolve())) if file else get_preset(str(name))
-    except ValueError as error:
-        raise ValueError(f"{path}: base: {error}") from error
-
-
-def read_preset(path: str | Path, *, above: Sequence[Path] = ()) -> Preset:
+def read_preset(path: str | Path) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
-    (row -> fields of `Recipe`). `base: laptop`, or another file, takes over what the file does not name; entries of
-    `sims`, `train`, `encoders` and `objectives` are merged one by one. Its name, and the folders of its data and runs,
-    are those of the file. ValueError names the file and the field that is wrong."""
+    (row -> fields of `Recipe`). `base` is a name or another file, beside this one or from the working directory. Its
+    name, and the folders of its data and runs, are those of the file. ValueError names the file and the field that is
+    wrong."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no preset file {path}; valid names: {', '.join(PRESETS)}")
     given = _given(path)
-    base = _base(given.pop("base"), path, above) if "base" in given else None
     for name, cls in (("sims", SimPreset), ("train", Recipe)):
-        if name in given:
-            given[name] = {k: _built(cls, v, f"{path}: {name}.{k}") for k, v in (given[name] or {}).items()}
-    inherited = {f.name: getattr(base, f.name) for f in fields(Preset)} if base else {}
-    for name in _MAPPINGS:
-        own = given.get(name) or {}
-        if base or name in given:
-            kept = {k: v for k, v in inherited.get(name, {}).items() if not any(_covers(new, k) for new in own)}
-            split = [(new.partition("@"), value) for new, value in own.items()]
-            there = {f"{k}@{s}": v for (row, at, s), v in split if at for k in kept if _covers(row, k) and "@" not in k}
-            given[name] = {**kept, **there, **own}
-    about = {"name": path.stem, "description": f"from {path.name}"}
-    preset = _built(Preset, {**inherited, **about, **given}, str(path))
+        if isinstance(entries := given.get(name), Mapping):
+            given[name] = {key: _built(cls, value, f"{path}: {name}.{key}") for key, value in entries.items()}
+    values = {"name": path.stem, "description": f"from {path.name}", "objectives": {}, "train": {}, **given}
+    if "base" in given:
+        beside = path.parent / str(given["base"])
+        try:
+            base = get_preset(beside if beside.is_file() else str(given["base"]))
+        except ValueError as error:
+            raise ValueError(f"{path}: base: {error}") from error
+        values = {f.name: getattr(base, f.name) for f in fields(Preset)} | values | {"base": base}
+        for name in ("sims", "encoders"):
+            if isinstance(given.get(name), Mapping):
+                values[name] = {**getattr(base, name), **given[name]}
+    preset = _built(Preset, values, str(path))
     _check_names(preset, path)
     return preset
+
+
+def _check_names(preset: Preset, path: Path) -> None:
+    "ValueError, with the file, for names and numbers that no run can have."
+    own = [get_system(name).name for name in preset.systems if ":" in name]
+    used: dict[str, list[str]] = {
+        "system": [name for name in preset.systems if ":" not in name],
+        "encoder": [name for name in preset.encoders if ":" not in name],
+        "simulation": list(preset.sims),
+        "method": [],
+    }
+    for key in (key for key in (*preset.train, *preset.objectives) if ":" not in key):
+        row, _, system = key.partition("@")
+        method, _, encoder = row.partition("-")
+        used["method"].append(method.partition(".")[0])
+        used["encoder"] += [encoder] if encoder else []
+        used["system"] += [system] if system else []
+    there = {"system": [*SYSTEMS, *own], "encoder": ENCODERS, "simulation": SOLVERS, "method": OBJECTIVES}
+    for what, names in used.items():
+        if unknown := [name for name in names if name not in there[what]]:
+            raise ValueError(f"{path}: unknown {what} {', '.join(unknown)}; valid: {', '.join(there[what])}")
+    if min(preset.seeds) < 0 or len(set(preset.seeds)) < len(preset.seeds):
+        raise ValueError(f"{path}: seeds must be different numbers from 0, got {list(preset.seeds)}")

@@ -10,15 +10,15 @@ __all__ = ['Clip', 'Stored', 'Run', 'system_folder', 'build', 'stride_of', 'reso
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.paths import default_data_dir, project_root
-from ..core.places import load_object, short_name, tagged
+from ..core.files import default_data_dir, project_root
+from ..core.names import load_object, short_name, tagged
 from ..core.randomness import seed_for
 from ..data.generate import SimPreset, make_dataset
 from ..data.remote import as_path, is_address
@@ -49,6 +49,11 @@ class Stored:
     "Data that are read as they are, such as The Well's: the grid points `(h, w)` of their files."
 
     grid: tuple[int, int]
+
+
+def _grid(data: SimPreset | Stored) -> tuple[int, int]:
+    "Grid points `(h, w)` of the files."
+    return data.grid if isinstance(data, Stored) else (data.store_grid, data.store_grid)
 
 # %% ../../nbs/training/run.ipynb #dea61f68
 @dataclass(frozen=True)
@@ -82,9 +87,7 @@ class Run:
     @property
     def clip_shape(self) -> tuple[int, int, int]:
         "`(t, h, w)` of what the encoder sees."
-        if self.clip.size:
-            return (self.clip.frames, self.clip.size, self.clip.size)
-        h, w = (self.data.store_grid,) * 2 if isinstance(self.data, SimPreset) else self.data.grid
+        h, w = (self.clip.size, self.clip.size) if self.clip.size else _grid(self.data)
         return (self.clip.frames, h, w)
 
     @property
@@ -139,15 +142,10 @@ class Run:
         data: SimPreset | Stored = self.data
         if isinstance(data, SimPreset):  # what training, its normalisation and its watching see
             data = data.only((*self.trained_on.split("+"), "train", "valid"))
-        config = {
+        as_they_are = ("objective", "encoder", "seed", "tag", "encoder_config", "coefficients")
+        config = {name: getattr(self, name) for name in as_they_are} | {
             "system": self.system.name,
-            "objective": self.objective,
-            "encoder": self.encoder,
             "preset": self.preset.name,
-            "seed": self.seed,
-            "tag": self.tag,
-            "encoder_config": dict(self.encoder_config),
-            "coefficients": dict(self.coefficients),
             "recipe": self.recipe.decisive() if self.recipe else {},
             "clip": asdict(self.clip),
             "data": asdict(data),
@@ -212,9 +210,6 @@ _ASKED: dict[tuple, tuple[int, tuple]] = {}  # frames and views of objectives th
 # %% ../../nbs/training/run.ipynb #6079f0ac
 def _recipe(preset: Preset, row: tuple[str, str, str, str], changes: Mapping) -> Recipe | None:
     "The recipe of a row `(objective, encoder, system, tag)` with changes; None where nothing is trained."
-    known = [f.name for f in fields(Recipe)]
-    if unknown := sorted(set(changes) - set(known)):
-        raise ValueError(f"recipe has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
     if not objective_class(row[0]).trains:
         return None
     return recipe_from({**asdict(preset.recipe(*row)), **changes}, "recipe")
@@ -223,15 +218,14 @@ def _recipe(preset: Preset, row: tuple[str, str, str, str], changes: Mapping) ->
 def _clip_size(system: System, preset: Preset, data: SimPreset | Stored) -> int | None:
     """The side that clips are resized to, of published grids and of larger grids that are simulated or of one's own;
     None: as stored. ValueError for such a grid that is not square."""
-    if preset.size is None or isinstance(data, Stored) and dict(system.paper).get("crop"):
-        return preset.size
-    grid = data.grid if isinstance(data, Stored) else (data.store_grid,) * 2
-    if min(grid) <= preset.size:
+    h, w = _grid(data)
+    cropped = isinstance(data, Stored) and bool(dict(system.paper).get("crop"))
+    if preset.size is None or not cropped and min(h, w) <= preset.size:
         return None
-    if len(set(grid)) > 1:
+    if h != w and not cropped:
         raise ValueError(
             f"preset {preset.name} resizes clips to {preset.size}x{preset.size}, and the grid of {system.name} is "
-            f"{grid[0]}x{grid[1]}, which is not square; `size: null` in a preset of your own keeps it"
+            f"{h}x{w}, which is not square; `size: null` in a preset of your own keeps it"
         )
     return preset.size
 
@@ -253,16 +247,17 @@ def _stored(system: System, preset: Preset, data_dir: str | Path | None) -> Stor
 
 
 def _padding(run: Run) -> Run:
-    "The run with zeros in place of circular padding at walls, and where the paper's crop cuts an axis."
+    """The run with zeros in place of circular padding at walls, and where the paper's crop cuts an axis. `periodic`:
+    circular where an axis closes on itself."""
     asked = run.encoder_config.get("padding_mode")
     if asked is None:
         return run
-    modes = [asked, asked] if isinstance(asked, str) else asked
-    if asked == "periodic":  # circular along the axes that are
-        modes = ["circular", "circular"]
-    edges = zip(modes, run.seen_system.boundary)
-    padding = ["zeros" if mode == "circular" and edge != "periodic" else mode for mode, edge in edges]
-    return run if padding == asked else replace(run, encoder_config={**run.encoder_config, "padding_mode": padding})
+    wanted = [asked, asked] if isinstance(asked, str) else asked
+    own = ["circular" if edge == "periodic" else "zeros" for edge in run.seen_system.boundary]
+    padding = [mine if mode in ("circular", "periodic") else mode for mode, mine in zip(wanted, own)]
+    if padding == wanted:
+        return run
+    return replace(run, encoder_config={**run.encoder_config, "padding_mode": padding})
 
 
 def stride_of(system: System, stride: int | None, default: int = 1) -> int:
@@ -345,8 +340,6 @@ def ensure_data(run: Run, **options) -> str | Path:
         raise ValueError(
             f"preset {run.preset.name} simulates {run.system.name}, which needs a folder on this machine, not {folder}"
         )
-    if Path(folder).is_file():
-        raise NotADirectoryError(f"data_dir is the file {folder}; give the folder that holds {run.system.name}/data/")
     make_dataset(run.system.name, run.data, folder, **options)
     return folder
 
