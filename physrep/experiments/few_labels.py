@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..core.paths import project_root
+from ..core.files import project_root
 from ..core.provenance import provenance
 from ..data.windows import of_flows
 from .jobs import is_scored, train_and_score

@@ -25,7 +25,7 @@ from ..data.scaling import LabelScaler
 from ..data.windows import Windows, check_disjoint
 from .jobs import is_scored, is_trained, train_and_score
 from ..models.pretrained import load_encoder
-from ..physics.regimes import defect_count, wall_nusselt, wave_energy
+from ..physics.measures import defect_count, wall_nusselt, wave_energy
 from ..physics.systems import Field, Label, System, get_system
 from ..probing.evaluate import MEASURES, bootstrap_groups, measured_features
 from ..probing.features import Features, features_of, probe_splits

@@ -17,8 +17,8 @@ import pandas as pd
 import yaml
 
 from ..core.files import read_json
-from ..core.paths import project_root
-from ..core.places import load_object
+from ..core.files import project_root
+from ..core.names import load_object
 from ..data.generate import is_complete
 from ..data.remote import is_address
 from ..data.windows import Windows

@@ -25,7 +25,7 @@ from ..data.windows import Trajectories, Windows
 from .jobs import is_scored, is_trained, train_and_score
 from ..models.pretrained import load_encoder
 from ..objectives.emulators import Emulator, Predict, emulator_of, persistence_emulator, rollout
-from ..physics.emulation import energy_enstrophy, spectral_errors, vrmse
+from ..physics.measures import energy_enstrophy, spectral_errors, vrmse
 from ..physics.systems import System, get_system
 from ..probing.evaluate import bootstrap_groups
 from ..probing.records import read_results

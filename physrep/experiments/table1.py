@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.files import read_json
-from ..core.places import short_name, tagged
+from ..core.names import short_name, tagged
 from ..probing.records import read_results
 from ..results.comparison import compare, differences, interval_text, summarise
 from ..results.panels import ERROR, interval_is_clear, plot_marks, with_looks

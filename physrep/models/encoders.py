@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..core.places import load_object, split_name
+from ..core.names import load_object, split_name
 from .convnext import ConvNeXt
 from .vit import ViT
 

@@ -10,7 +10,7 @@ import inspect
 
 from torch import nn
 
-from ..core.places import load_object, split_name
+from ..core.names import load_object, split_name
 from ..models.encoders import ENCODERS
 from ..physics.systems import System
 

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from ..core.files import read_json
-from ..core.places import load_object
+from ..core.names import load_object
 from ..core.provenance import changed, provenance
 from ..data.leakage import find_flows
 from ..data.scaling import LabelScaler
@@ -30,7 +30,7 @@ from ..data.windows import Windows
 from ..models.encoders import ENCODERS
 from ..models.pretrained import LoadedEncoder, load_encoder
 from ..physics.oracle import equation_oracle, has_oracle
-from ..physics.spectra import spectra
+from ..physics.statistics import spectra
 from ..physics.statistics import summary_statistics
 from ..physics.systems import System
 from .features import Features, features_of, probe_splits

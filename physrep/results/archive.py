@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.files import atomic_path, read_json
-from ..core.paths import project_root
+from ..core.files import project_root
 from ..data.sets import find_files, fingerprint
 from ..probing.records import is_current
 from .rows import Study

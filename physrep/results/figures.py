@@ -115,7 +115,7 @@ def figure_record(
     **extra: object,
 ) -> dict:
     "What made a figure, for `save_figure`."
-    from physrep.core.places import load_object
+    from physrep.core.names import load_object
 
     paths = {s: sorted({r.path if isinstance(r, Run) else str(r) for r in some}) for s, some in (runs or {}).items()}
     return {

@@ -18,9 +18,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..core.parameters import check_numbers, seeds_in
-from ..core.paths import default_data_dir, project_root
-from ..core.places import short_name, split_name, tagged
+from ..core.names import check_numbers, seeds_in
+from ..core.files import default_data_dir, project_root
+from ..core.names import short_name, split_name, tagged
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES, objective_class

@@ -16,8 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import read_json
-from ..core.paths import default_data_dir, project_root
-from ..core.places import load_object
+from ..core.files import default_data_dir, project_root
+from ..core.names import load_object
 from ..core.provenance import changed
 from ..data.sets import find_files, fingerprint
 from .rows import ROWS, Study
