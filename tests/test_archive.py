@@ -13,9 +13,8 @@ import pytest
 
 from physrep.core.paths import project_root
 from physrep.core.provenance import provenance
-from physrep.data.same_flows import KNOWN
 from physrep.data.scaling import LabelScaler
-from physrep.data.sets import COUNTS_AS, find_files, fingerprint
+from physrep.data.sets import COUNTS_AS, KNOWN, find_files, fingerprint
 from physrep.experiments import study
 from physrep.physics.systems import get_system
 from physrep.probing.records import write_predictions, write_result

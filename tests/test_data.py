@@ -24,9 +24,8 @@ from physrep.core.randomness import sample_seeds, seed_for
 from physrep.data import generate
 from physrep.data.batches import Ahead, Batches, Order, apply_symmetry, prefetch, resize, symmetry_draws
 from physrep.data.generate import FLOWS_A_CALL, _batches, _recipe, draw_parameters, make_dataset, make_files, plan
-from physrep.data.same_flows import count_as_known, known_flows, recipe_digest
 from physrep.data.scaling import LabelScaler, Normaliser
-from physrep.data.sets import COUNTS_AS, find_files, fingerprint
+from physrep.data.sets import COUNTS_AS, count_as_known, find_files, fingerprint, known_flows, recipe_digest
 from physrep.data.well import UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_well
@@ -223,7 +222,7 @@ def test_flows_that_are_rounded_differently_count_as_those_of_the_recipe(tmp_pat
     before, recipe = fingerprints(tmp_path / "set"), read_json(folder / "plan.json")
     files = {split: find_files(tmp_path / "set", SHEAR, split) for split in ("valid", "test")}
     known = {recipe_digest(recipe, split): before[split] for split in files}
-    monkeypatch.setattr("physrep.data.same_flows.known_flows", lambda: known)
+    monkeypatch.setattr("physrep.data.sets.known_flows", lambda: known)
     assert count_as_known(folder, files) == {} and not (folder / COUNTS_AS).exists(), "to the last digit the same"
     with h5py.File(files["test"][0], "r+") as file:
         file["t0_fields/tracer"][0, 0] *= 1 + 1e-6
@@ -253,7 +252,7 @@ def test_a_simulated_set_says_what_it_counts_as(tmp_path, monkeypatch):
     tiny = replace(BARE, draws={"train": (2, 1)}, n_frames=2)
     folder = make_dataset("shear_flow", tiny, tmp_path / "first", workers=1, progress=False)
     recipe = recipe_digest(read_json(folder / "plan.json"), "train")
-    monkeypatch.setattr("physrep.data.same_flows.known_flows", lambda: {recipe: "0123456789abcdef"})
+    monkeypatch.setattr("physrep.data.sets.known_flows", lambda: {recipe: "0123456789abcdef"})
     make_dataset("shear_flow", tiny, tmp_path / "second", workers=1, progress=False)
     here = [fingerprint(find_files(tmp_path / name, SHEAR, "train")) for name in ("first", "second")]
     assert here[0] != here[1] == "0123456789abcdef"

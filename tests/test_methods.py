@@ -8,9 +8,8 @@ from helpers import losses_in_training
 from torch import nn
 
 from physrep.core.randomness import sample_seeds
-from physrep.data.batches import Batches
+from physrep.data.batches import Batches, ViewBatches
 from physrep.data.scaling import LabelScaler, Normaliser
-from physrep.data.views import ViewBatches
 from physrep.data.windows import Windows
 from physrep.models.axial import Axial
 from physrep.models.convnext import ConvNeXt

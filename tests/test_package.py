@@ -95,7 +95,7 @@ def test_wheel_and_sdist_import_without_the_repository(tmp_path):
     code = (
         "import physrep, pathlib, physrep.probing.evaluate as e, physrep.core.paths as p\n"
         f"assert pathlib.Path(physrep.__file__).is_relative_to({str(tmp_path)!r}), physrep.__file__\n"
-        "from physrep.data.same_flows import known_flows\n"
+        "from physrep.data.sets import known_flows\n"
         "from physrep.models.pretrained import SHIPPED\n"
         "from physrep.probing.frozen import load_probe\n"
         "names = sorted(p.name for p in SHIPPED.iterdir())\n"

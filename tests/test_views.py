@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.data.batches import Batches
+from physrep.data.batches import Batches, Partners, View, ViewBatches, read_frames
 from physrep.data.generate import make_dataset
 from physrep.data.scaling import LabelScaler, Normaliser
-from physrep.data.views import Partners, View, ViewBatches, read_frames
 from physrep.data.windows import Windows
 from physrep.physics.systems import get_system
 from physrep.training.presets import get_preset

@@ -6,7 +6,7 @@ A solver rounds differently on another processor, and chaotic flows make such di
 statistics with every probe, power spectra, the equations) are fitted and scored here, and compared with the committed
 results. If labels and groups are equal, and no error differs by more than `SHARE` of the width of its 95 % interval,
 the recipes of the sets are written into `physrep/data/known_flows.json`. Every computer that simulates by these recipes
-from then on counts its flows as the same ones (`physrep.data.same_flows`)."""
+from then on counts its flows as the same ones (`physrep.data.sets`)."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ import numpy as np
 
 from physrep.core.files import read_json, write_json
 from physrep.core.paths import default_data_dir, project_root
-from physrep.data.same_flows import recipe_digest
+from physrep.data.sets import recipe_digest
 from physrep.physics.systems import get_system
 from physrep.probing.baselines import baselines_for, score_baseline
 from physrep.probing.records import read_predictions, read_results

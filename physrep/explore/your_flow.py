@@ -20,8 +20,7 @@ import h5py
 import numpy as np
 import torch
 
-from ..data.outside import parts_outside
-from ..data.well import WellFile, open_hdf5
+from ..data.well import WellFile, open_hdf5, parts_outside
 from .sets import open_flow
 from .solve import Flow
 from ..physics.spectral import resize_spectrum, to_field, to_spectrum

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..core.randomness import randn_samples
-from ..data.views import read_frames
+from ..data.batches import read_frames
 from ..models.heads import batch_fields, check_fit
 from .combinations import as_predictor, as_regulariser, as_target, as_task, check_combination, kind_of
 from .gates import answer_gate, evaluating, retrieval_gate, trivial_fields
@@ -122,7 +122,7 @@ def _clips(objective: Parts, batch: dict) -> tuple[torch.Tensor, ...]:
     if any(v.start is None or v.own_symmetry for v in views):
         raise ValueError(
             f"task {objective.task.name!r} needs a batch with 'views', one of them at a place or under a symmetry of "
-            "its own: use ViewBatches(windows, objective.views, ...) of physrep.data.views, not Batches"
+            "its own: use ViewBatches(windows, objective.views, ...) of physrep.data.batches, not Batches"
         )
     x = batch_fields(batch, system=system, shape=shape, frames=objective.frames)
     return tuple(x[:, :, v.start : v.start + v.frames] for v in views)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..data.views import View, read_frames
+from ..data.batches import View, read_frames
 from ..models.heads import batch_fields, check_fit
 from .gates import evaluating, gate_of
 from .operators import METHODS, Operator, integrate

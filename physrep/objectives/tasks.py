@@ -19,7 +19,7 @@ from scipy import sparse
 from scipy.sparse.linalg import splu
 
 from ..core.randomness import generator, rand_samples
-from ..data.views import View
+from ..data.batches import View
 
 # %% ../../nbs/objectives/tasks.ipynb #d7196284
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class Window(Task):
 class Pair(Task):
     """The second view is another window of the trajectory without a frame of the first, under a symmetry of its own.
 
-    `of` names the controls: see `PARTNERS` of `physrep.data.views`; "labels" uses labels, so it is an upper bound.
+    `of` names the controls: see `PARTNERS` of `physrep.data.batches`; "labels" uses labels, so it is an upper bound.
     ValueError for options that no view has, and for a share `shown` outside (0, 1]."""
 
     gap: int = 0  # frames that lie at least between the two

@@ -22,9 +22,8 @@ from matplotlib.figure import Figure
 from ..core.devices import fast_products, keep_memory
 from ..core.files import atomic_path, read_json, write_json
 from ..core.provenance import provenance
-from ..data.batches import Batches
+from ..data.batches import Batches, ViewBatches
 from ..data.scaling import Normaliser
-from ..data.views import ViewBatches
 from ..data.windows import Windows
 from ..models.pretrained import save_encoder
 from .loop import Recipe, load_checkpoint, make_optimizer, read_metrics, train
