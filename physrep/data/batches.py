@@ -144,8 +144,7 @@ class Batches:
         self.seed, self.augment, self.noise = seed, augment, noise
         self.size, self.labels = size, labels
         self.device = torch.device(device)
-        self.ahead = self.device.type != "cpu" if ahead is None else ahead
-        self._ahead = Ahead() if self.ahead else None
+        self._ahead = Ahead() if (self.device.type != "cpu" if ahead is None else ahead) else None
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, int))
         self._buffers: dict[int, torch.Tensor] = {}
 
@@ -292,15 +291,13 @@ def read_frames(views: Sequence[View]) -> int:
 # %% ../../nbs/data/batches.ipynb #85a9ea36
 def _flows_with_equal_labels(windows: Windows, frames: int, lengths: np.ndarray) -> list[np.ndarray]:
     "Of each trajectory, runs of starts `(m, 3)` in flows of another group with equal labels."
-    keys = [tuple(f"{v:.6g}" for v in row) for row in windows.labels]
-    members: dict[tuple[str, ...], list[int]] = {}
-    for k, key in enumerate(keys):
-        members.setdefault(key, []).append(k)
+    keys = np.array([[f"{v:.6g}" for v in row] for row in windows.labels])
     found = []
-    for k, key in enumerate(keys):
-        others = [j for j in members[key] if windows.groups[j] != windows.groups[k] and lengths[j] >= frames]
-        found.append(np.array([(j, 0, lengths[j] - frames + 1) for j in others], dtype=int).reshape(-1, 3))
-    if not sum(map(len, found)):
+    for key, group in zip(keys, windows.groups):
+        fits = (keys == key).all(axis=1) & (windows.groups != group) & (lengths >= frames)
+        others = np.flatnonzero(fits)
+        found.append(np.stack([others, 0 * others, lengths[others] - frames + 1], axis=1))
+    if not any(map(len, found)):
         where = f"{windows.root}, split {windows.split!r}"
         raise ValueError(f"of='labels' needs two flows with equal labels; {where} has no second flow for any of them")
     return found

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .sets import find_folder, read_stats
+from .sets import find_folder, hdf5_files, read_stats
 from .well import DamagedFileError, WellFile, WellFormatError, parts_outside
 from ..physics.systems import SYSTEMS, System, get_system
 
@@ -33,7 +33,7 @@ def check_files(
     folder = Path(folder)
     system = get_system(system) if isinstance(system, str) else system
     if sizes is None:
-        there = sorted(p for p in folder.glob("data/*/[!.]*") if p.suffix in (".h5", ".hdf5"))
+        there = hdf5_files(folder, "data/*/*")
         stats = [folder / "stats.yaml"] if there and (folder / "stats.yaml").is_file() else []
         sizes = {str(p.relative_to(folder)): None for p in there + stats}
     if not sizes:
@@ -146,9 +146,7 @@ def download(
 # %% ../../nbs/data/download.ipynb #9ffaf36b
 def main(arguments: Sequence[str] | None = None) -> int:
     "Downloads, or with `--check` only checks; returns 1 if files are wrong."
-    parser = argparse.ArgumentParser(
-        prog="python -m physrep.data.download", description="Download and check a set of The Well."
-    )
+    parser = argparse.ArgumentParser(prog="physrep download", description=main.__doc__)
     parser.add_argument("system", help=f"a name that `get_system` takes: {', '.join(SYSTEMS)}")
     parser.add_argument("root", help="files go to ROOT/SYSTEM/data/SPLIT/")
     parser.add_argument("--split", action="append", choices=SPLITS, help="only this split (may be repeated)")

@@ -238,7 +238,7 @@ def deal_flows(flows: pd.DataFrame, system: System | str) -> pd.DataFrame:
 
 # %% ../../nbs/data/leakage.ipynb #7cd74cf8
 def _put_view(group: h5py.Group, name: str, rows: pd.DataFrame, folder: Path) -> None:
-    "A virtual dataset of one field: a trajectory of another file for each row."
+    "A virtual dataset, of a field or of a scalar that varies: a trajectory of another file for each row."
     shapes = {}
     for path in rows.file.unique():
         with h5py.File(path) as source:
@@ -251,18 +251,6 @@ def _put_view(group: h5py.Group, name: str, rows: pd.DataFrame, folder: Path) ->
         source = h5py.VirtualSource(os.path.relpath(path, folder), f"{group.name}/{name}", shape=shapes[path][0])
         layout[i] = source[trajectory]
     group.create_virtual_dataset(name, layout)
-
-
-def _put_scalar(group: h5py.Group, name: str, rows: pd.DataFrame) -> None:
-    "The numbers of the rows in place of those of a whole file: one if all are equal, or else one for each row."
-    values, about = [], dict(group[name].attrs)
-    for path, trajectory in zip(rows.file, rows.trajectory):
-        with h5py.File(path) as source:
-            stored = np.ravel(source[f"scalars/{name}"][()])
-        values.append(stored[trajectory if len(stored) > 1 else 0])
-    del group[name]
-    group[name] = values[0] if len(set(values)) == 1 else np.array(values)
-    group[name].attrs.update(about | {"sample_varying": group[name].ndim == 1})
 
 # %% ../../nbs/data/leakage.ipynb #1162d9c7
 def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
@@ -279,7 +267,10 @@ def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
         for name in ("dimensions", "boundary_conditions", "scalars"):
             source.copy(name, out)
         for name in [name for name, dataset in out["scalars"].items() if dataset.ndim]:
-            _put_scalar(out["scalars"], name, rows)
+            about = dict(out[f"scalars/{name}"].attrs)
+            del out[f"scalars/{name}"]
+            _put_view(out["scalars"], name, rows, path.parent)
+            out[f"scalars/{name}"].attrs.update(about)
         if system.name == "shear_flow":  # labels of the longer axis, see `physrep.data.well`
             y = source["dimensions/y"][()]
             out["dimensions/y"][...] = y * (sources[0].spacing[1] / float(np.diff(y).mean()))
@@ -327,10 +318,7 @@ def write_leak_free(
 # %% ../../nbs/data/leakage.ipynb #f5d835cf
 def main(arguments: Sequence[str] | None = None) -> int:
     "Prints what a set holds and which flows are in two splits; returns 1 where it cannot be read."
-    parser = argparse.ArgumentParser(
-        prog="python -m physrep.data.leakage",
-        description="Trajectories, windows, parameters and ranges of a data set, and flows that are in two splits.",
-    )
+    parser = argparse.ArgumentParser(prog="physrep report", description=main.__doc__)
     parser.add_argument("system", help=f"a name that `get_system` takes: {', '.join(SYSTEMS)}")
     parser.add_argument("root", help="the folder of the set, in any layout of The Well's clients")
     parser.add_argument("--split", action="append", help="only this one (may be repeated); default: train, valid, test")
