@@ -7,13 +7,13 @@ from functools import partial
 from types import SimpleNamespace
 
 import h5py
-import numpy as np
 import pytest
 import yaml
+from broken import well_file
 
 import physrep.data.download
 from physrep.data.download import check_files, main
-from physrep.data.write import write_stats, write_well
+from physrep.data.write import write_stats
 
 download = partial(physrep.data.download.download, "shear_flow", say=lambda text: None)
 
@@ -21,14 +21,11 @@ download = partial(physrep.data.download.download, "shear_flow", say=lambda text
 @pytest.fixture
 def published(tmp_path):
     "A published set of two small files a split, with statistics, a page and a file of another folder."
-    rng, root = np.random.default_rng(0), tmp_path / "published"
-    fields = {name: rng.normal(size=(1, 2, 8, 16)) for name in ("tracer", "pressure")}
-    fields["velocity"] = rng.normal(size=(1, 2, 8, 16, 2))
+    root = tmp_path / "published"
     for split in ("train", "valid", "test"):
         for reynolds in ("1e4", "5e4"):
             path = root / "data" / split / f"shear_flow_Reynolds_{reynolds}.hdf5"
-            labels = {"Reynolds": float(reynolds), "Schmidt": 1.0}
-            write_well(path, "shear_flow", fields, labels, time=[0.0, 0.1], box=(1.0, 2.0))
+            well_file(path, shape=(1, 2, 8, 16), parameters={"Reynolds": float(reynolds), "Schmidt": 1.0})
     write_stats(root, "shear_flow")
     (root / "README.md").write_text("words")
     (root / "data" / "train" / "gif").mkdir()
@@ -44,9 +41,7 @@ class Client:
 
     def HfApi(self):
         found = [p for p in sorted(self.root.rglob("*")) if p.is_file()]
-        siblings = [
-            SimpleNamespace(rfilename=str(p.relative_to(self.root)), size=p.stat().st_size) for p in found
-        ]
+        siblings = [SimpleNamespace(rfilename=str(p.relative_to(self.root)), size=p.stat().st_size) for p in found]
         return SimpleNamespace(repo_info=lambda name, **_: SimpleNamespace(siblings=siblings))
 
     def snapshot_download(self, name, *, repo_type, local_dir, allow_patterns):

@@ -48,7 +48,6 @@ def test_one_view_is_batches_bit_for_bit(name, in_memory, tmp_path):
             assert all(equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-
 def test_fixed_views_are_cut_from_one_read(smoke_data, monkeypatch):
     windows = Windows(smoke_data, SHEAR, "train", frames=16, stride=4)
     whole = next(Batches(windows, **options(windows))(1))["fields"]

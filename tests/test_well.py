@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from broken import change, replace
+from broken import change, replace, well_file
 
 from physrep.data import well
 from physrep.data.batches import Batches
@@ -23,10 +23,7 @@ from physrep.data.sets import STATS, find_files, find_folder, fingerprint, read_
 from physrep.data.well import UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_stats, write_well
-from physrep.physics.spectra import spectra
-from physrep.physics.statistics import summary_statistics
 from physrep.physics.systems import SYSTEMS, Field, Label, System, get_system
-from physrep.probing.baselines import measure
 
 NX, NY, FRAMES = 12, 10, 9
 PARAMETERS = {
@@ -120,9 +117,7 @@ GOOD = make_fields("shear_flow")
         ({"parameters": {"Reynolds": 1e4, "Schmidt": np.nan}}, "Schmidt must be one finite number"),
         ({"parameters": {"Reynolds": 1e39, "Schmidt": 1.0}}, "Reynolds must be one finite number .in float32."),
         ({"parameters": {"Reynolds": 0.0, "Schmidt": 1.0}}, "Reynolds must be positive"),
-        ({"parameters": {"Reynolds": 1e4, "Schmidt": [1.0, 2.0]}}, "Schmidt must be"),
         ({"fields": {"tracer": np.zeros((1, 2, 3, 4))}}, "tracer, pressure, velocity"),
-        ({"fields": GOOD | {"pressure": np.zeros((3, FRAMES, NX, NY + 1))}}, "pressure must be"),
         ({"fields": GOOD | {"velocity": np.zeros((3, FRAMES, NX, NY, 3))}}, "velocity must be"),
         ({"fields": GOOD | {"pressure": np.full((3, FRAMES, NX, NY), np.inf)}}, "pressure of trajectory 0 holds NaN"),
         ({"time": np.zeros(FRAMES)}, "time must be finite, increasing"),
@@ -139,24 +134,6 @@ def test_wrong_input_is_refused_before_writing(tmp_path, wrong, says):
     with pytest.raises(ValueError, match=says):
         make(tmp_path / wrong.get("path", "a.hdf5"), **{k: v for k, v in wrong.items() if k != "path"})
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
-@pytest.mark.parametrize("layout", [{}, {"chunks": (1, 4, 5, 10)}, {"compression": "lzf", "chunks": (2, 2, 12, 3)}])
-def test_windows_are_the_written_values(tmp_path, name, layout):
-    file, fields = WellFile(make(tmp_path / "a.h5", name, **layout), name), make_fields(name)
-    parts = [fields[f.name].reshape(3, FRAMES, NX, NY, -1) for f in file.system.fields]
-    whole = np.moveaxis(np.concatenate(parts, axis=-1), -1, 1)  # (B, c, T, x, y)
-    assert file.contiguous == (not layout) and file.initial_conditions.tolist() == [40, 41, 42]
-    slots = np.full((2, file.system.n_channels, 3, 5, 4), np.nan, dtype=np.float32)
-    small = ((0, 5), (6, 10)), ((7, 12), (0, 4))
-    for b, start, stride, crop in [(0, 0, 1, None), (2, 6, 1, None), (1, 0, 4, small[0]), (2, 1, 2, small[1])]:
-        (x0, x1), (y0, y1) = crop or ((0, NX), (0, NY))
-        expected = whole[b][:, start : start + 2 * stride + 1 : stride, x0:x1, y0:y1]
-        assert np.array_equal(file.window(b, start, 3, stride, crop), expected)
-        if crop:
-            file.window(b, start, 3, stride, crop, out=slots[1])
-            assert (slots[1] == expected).all() and np.isnan(slots[0]).all()
 
 
 @pytest.mark.parametrize("dtype", ["<f8", ">f4", "<f2"])
@@ -330,16 +307,9 @@ def test_statistics_that_cannot_be_or_are_not_complete(tmp_path):
         read_stats(tmp_path, "shear_flow")
     make(path)
     good = yaml.safe_load(write_stats(tmp_path, "shear_flow").read_text())
-    for spoil, says in [
-        (lambda s: s.pop("rms_delta"), "no 'rms_delta'"),
-        (lambda s: s["std"].pop("tracer"), "std of tracer must be finite numbers"),
-        (lambda s: s["std"].update(velocity=1.0), "std of velocity must be finite numbers of shape"),
-        (lambda s: s["mean"].update(tracer=float("nan")), "mean of tracer must be finite"),
-    ]:
-        stats = yaml.safe_load(yaml.safe_dump(good))
-        spoil(stats)
-        (tmp_path / "stats.yaml").write_text(yaml.safe_dump(stats))
-        with pytest.raises(WellFormatError, match=f"stats.yaml: {says}"):
+    for field, value in (("velocity", 1.0), ("tracer", None), ("tracer", float("nan"))):
+        (tmp_path / "stats.yaml").write_text(yaml.safe_dump(good | {"std": good["std"] | {field: value}}))
+        with pytest.raises(WellFormatError, match=f"stats.yaml: std of {field} must be finite numbers of shape"):
             read_stats(tmp_path, "shear_flow")
     # the published form, four decimals and a signed exponent
     published = {k: {n: np.vectorize(lambda v: f"{v:.4E}")(v).tolist() for n, v in m.items()} for k, m in good.items()}
@@ -363,23 +333,19 @@ def test_a_fingerprint_is_of_the_values_the_names_and_nothing_else(tmp_path):
     os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
     assert os.stat(files[0]).st_size == before.st_size and fingerprint(files) != original
     prints = {original, fingerprint(files[:1])}
-    for i, (key, place, value) in enumerate(
-        [
-            ("t0_fields/tracer", (0, 0, 0, 0), 9.0),
-            ("t1_fields/velocity", (-1,) * 5, 9.0),
-            ("scalars/Schmidt", (), 0.3),
-            ("dimensions/time", 3, 1.51),
-            ("physrep_initial_condition", 1, 7),
-        ]
-    ):
+    changes = [
+        ("t0_fields/tracer", (0, 0, 0, 0), 9.0),
+        ("t1_fields/velocity", (-1,) * 5, 9.0),
+        ("scalars/Schmidt", (), 0.3),
+    ]
+    changes += [("dimensions/time", 3, 1.51), ("physrep_initial_condition", 1, 7)]
+    for i, (key, place, value) in enumerate(changes):
         changed = fresh(f"changed{i}")
         change(changed[1], lambda f, key=key, place=place, value=value: f[key].__setitem__(place, value))
         prints.add(fingerprint(changed))
-    changed = fresh("attribute")
-    change(changed[0], lambda f: f.attrs.modify("Schmidt", 0.3))
     renamed = fresh("renamed")
-    moved = shutil.move(renamed[1], renamed[1].with_name("b.hdf5"))
-    assert len(prints | {fingerprint(changed), fingerprint([renamed[0], moved])}) == 9
+    prints.add(fingerprint([renamed[0], renamed[1].rename(renamed[1].with_name("b.hdf5"))]))
+    assert len(prints) == 8
     files[0].write_text("<html>")
     with pytest.raises(WellFormatError, match="web page"):
         fingerprint(files)
@@ -399,14 +365,14 @@ WALLED = dataclasses.replace(
 HEIGHTS = np.linspace(-1, 1, 48)
 
 
-def make_own(root, system=OWN, damkohler=(1.0, 10.0), splits=("train", "valid", "test"), y=HEIGHTS):
-    for number, (split, value) in enumerate((s, v) for s in splits for v in damkohler):
-        rng = np.random.default_rng(number)
-        fields = {f.name: value + rng.standard_normal((2, 6, 64, len(y)) + (2,) * f.rank) for f in system.fields}
-        path = root / system.name / "data" / split / f"Damkohler_{value:g}.hdf5"
-        coordinates = {"y": y} if system.boundary[1] == "wall" else None
-        options = dict(time=0.1 * np.arange(6), box=(4.0, 3.0), coordinates=coordinates)
-        write_well(path, system, fields, {"Damkohler": value}, **options)
+def make_own(root, system=OWN, y=HEIGHTS):
+    for number, split in enumerate(("train", "valid", "test")):
+        for value in (1.0, 10.0):
+            path = root / system.name / "data" / split / f"Damkohler_{value:g}.hdf5"
+            options = dict(parameters={"Damkohler": value}, box=(4.0, 3.0), initial_conditions=None)
+            if system.boundary[1] == "wall":
+                options["coordinates"] = {"y": y}
+            well_file(path, number + int(10 * value), system, (2, 6, 64, len(y)), **options)
     return root
 
 
@@ -450,15 +416,3 @@ def test_walls_are_no_periodic_boundary_and_mirror_images_need_heights_from_0_to
         WellFile(path, shifted)
     change(path, lambda f: f.pop("boundary_conditions/y_wall_dirichlet"))
     assert WellFile(path, shifted).grid == (64, 48), "nothing is said of y"
-
-
-def test_a_layer_may_lie_between_any_two_heights(tmp_path):
-    uneven = np.cos(np.pi * (np.arange(12)[::-1] + 0.5) / 12)  # from -1 to 1, dense at the walls
-    windows = [
-        Windows(make_own(tmp_path / str(k), WALLED, y=y), WALLED, "train", frames=6)
-        for k, y in enumerate((uneven, np.linspace(-1, 1, 12), np.linspace(4, 6, 12)))
-    ]
-    for function in (summary_statistics, spectra):
-        assert np.isfinite(measure(windows[0], function)).all()
-    there, given = (measure(w, summary_statistics) for w in windows[1:])
-    assert np.allclose(there, given, rtol=1e-4), "only distances count"
