@@ -16,7 +16,7 @@ from physrep.data.scaling import LabelScaler
 from physrep.data.write import write_stats, write_well
 from physrep.models.encoders import build_encoder
 from physrep.models.pretrained import save_encoder
-from physrep.physics.systems import get_system
+from physrep.physics.systems import System, get_system
 from physrep.probing.features import Features
 from physrep.probing.frozen import fit_probe
 from physrep.probing.records import read_predictions, write_predictions
@@ -26,12 +26,19 @@ SHAPE = (2, 5, 8, 6)  # trajectories, frames, points along x and y
 GRID = np.array([(re, sc) for re in (400.0, 1600.0) for sc in (0.5, 2.0)])
 
 
-def well_file(path: Path, seed: int = 0, **changes: object) -> Path:
-    "A sound file of The Well's format."
-    rng = np.random.default_rng(seed)
-    fields = {f.name: rng.normal(size=(*SHAPE, *(2,) * f.rank)).astype(np.float32) for f in SYSTEM.fields}
-    options = dict(time=np.arange(SHAPE[1]) * 0.2, box=(1.0, 1.0), initial_conditions=[2 * seed, 2 * seed + 1])
-    return write_well(path, SYSTEM, fields, {"Reynolds": 800.0, "Schmidt": 1.0}, **options | changes)
+def well_file(
+    path: Path, seed: int = 0, system: System | str = SYSTEM, shape: tuple[int, ...] = SHAPE, **changes: object
+) -> Path:
+    "A sound file of The Well's format: noise. Labels are those of `parameters`, or 1."
+    system = get_system(system) if isinstance(system, str) else system
+    rng, b = np.random.default_rng(seed), shape[0]
+    fields = {f.name: rng.normal(size=(*shape, *(2,) * f.rank)).astype(np.float32) for f in system.fields}
+    labels = {"Reynolds": 800.0, "Schmidt": 1.0} if system == SYSTEM else dict.fromkeys(system.label_names, 1.0)
+    options = dict(time=np.arange(shape[1]) * 0.2, box=(1.0, 1.0), initial_conditions=range(b * seed, b * seed + b))
+    if system.boundary[1] == "wall":
+        options["coordinates"] = {"y": np.linspace(0.0, 1.0, shape[3])}
+    given = dict(fields=fields, parameters=labels) | options | changes
+    return write_well(path, system, **given)
 
 
 def well_set(root: Path) -> Path:

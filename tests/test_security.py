@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 import physrep
 from physrep.core.files import open_tensors, read_tensors, write_tensors
 from physrep.data.download import check_files
-from physrep.data.outside import parts_outside
-from physrep.data.well import WellFile, WellFormatError
+from physrep.data.well import WellFile, WellFormatError, parts_outside
 from physrep.data.windows import Windows
 from physrep.explore import your_flow
 from physrep.explore.your_flow import LARGEST, UNPACKED, flow_from_bytes

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from physrep.core.randomness import sample_seeds
-from physrep.data.views import View
+from physrep.data.batches import View
 from physrep.objectives.tasks import (
     Blocks,
     Future,

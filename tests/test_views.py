@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.data.batches import Batches
+from physrep.data.batches import Batches, Partners, View, ViewBatches, read_frames
 from physrep.data.generate import make_dataset
 from physrep.data.scaling import LabelScaler, Normaliser
-from physrep.data.views import Partners, View, ViewBatches, read_frames
 from physrep.data.windows import Windows
 from physrep.physics.systems import get_system
 from physrep.training.presets import get_preset
@@ -26,7 +25,7 @@ def options(windows, **changes):
 
 
 def equal(one: dict, two: dict) -> bool:
-    return all(torch.equal(one[k], two[k]) for k in ("fields", "labels", "seeds"))
+    return all(torch.equal(one[k], two[k]) for k in ("fields", "labels", "seeds", "flow"))
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +35,28 @@ def shear(smoke_data):
 
 @pytest.mark.parametrize("name", ["shear_flow", "rayleigh_benard", "active_matter"])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_one_view_is_batches_bit_for_bit(name, in_memory, smoke_data, tmp_path):
-    sim = get_preset("smoke").sim(name)
-    sim = replace(sim.only(()), draws={"train": (4, 2), "valid": (2, 1), "test": (2, 1)}, n_frames=12)
-    folder = smoke_data if name == "shear_flow" else make_dataset(name, sim, tmp_path, workers=1, progress=False)
+def test_one_view_is_batches_bit_for_bit(name, in_memory, tmp_path):
+    sim = replace(get_preset("smoke").sim(name).only(()), draws={"train": (4, 2)}, n_frames=12)
+    folder = make_dataset(name, sim, tmp_path, workers=1, progress=False)
     windows = Windows(folder, name, "train", frames=8, stride=2, in_memory=in_memory)
     for changes in ({}, {"accumulate": 3, "ahead": True}, {"size": 24}, {"augment": False, "noise": 0.0}):
         plain = Batches(windows, **options(windows, **changes))
         views = ViewBatches(windows, [CLIP], **options(windows, **changes))
         assert views.left_out == 0 and views.shape == plain.shape
-        for step in (0, 7):
-            assert all(equal(a, b) for a, b in zip(plain(step), views(step), strict=True))
-        both = zip(plain.evaluation(5, limit=7), views.evaluation(5, limit=7), strict=True)
-        assert all(equal(a, b) for a, b in both)
+        runs = [(b(0), b(7), b.evaluation(5, limit=7)) for b in (plain, views)]
+        for one, two in zip(*runs):
+            assert all(equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_fixed_views_are_cut_from_one_read(smoke_data, monkeypatch):
-    later, overlapping = View(8, offset=8), View(4, offset=2)
     windows = Windows(smoke_data, SHEAR, "train", frames=16, stride=4)
     whole = next(Batches(windows, **options(windows))(1))["fields"]
-    reads = []
-    copy = windows.copy
+    reads, copy = [], windows.copy
     monkeypatch.setattr(windows, "copy", lambda k, start, out: (reads.append(out.shape[1]), copy(k, start, out)))
-    served = ViewBatches(windows, [CLIP, later, overlapping], **options(windows))
+    served = ViewBatches(windows, [CLIP, View(8, offset=8), View(4, offset=2)], **options(windows))
     first, second, third = next(served(1))["views"]
-    assert reads == [16] * 6
+    assert reads == [16] * 6 and served.shape == (4, 8, 32, 32)
     assert torch.equal(torch.cat([first, second], dim=2), whole) and torch.equal(third, whole[:, :, 2:6])
-    assert served.shape == (4, 8, 32, 32) and [s[1] for s in served.shapes] == [8, 8, 4]
 
 
 @pytest.mark.parametrize("gap", [0, 5])
@@ -93,8 +87,7 @@ def test_partner_is_what_the_place_says(smoke_data, in_memory):
 
 def test_views_are_a_function_of_the_step(shear):
     views = [CLIP, PAIR, View(8, offset=0, own_symmetry=True)]
-    batches = ViewBatches(shear, views, **options(shear))
-    again = ViewBatches(shear, views, **options(shear, ahead=True))
+    batches, again = (ViewBatches(shear, views, **options(shear, ahead=ahead)) for ahead in (False, True))
     list(again(0))
     one, two = next(batches(5)), next(again(5))
     assert all(torch.equal(a, b) for a, b in zip(one["views"], two["views"]))
@@ -104,7 +97,7 @@ def test_views_are_a_function_of_the_step(shear):
     assert not torch.equal(one["views"][1], next(batches(6))["views"][1])
 
 
-def test_symmetries_are_shared_or_not(shear):
+def test_symmetries_and_noise_are_shared_or_not(shear):
     views = [CLIP, View(8, offset=0, own_symmetry=True), View(8, offset=None, own_symmetry=True, of="window")]
     batches = ViewBatches(shear, views, **options(shear, noise=0.0))
     clip, own, window = next(batches(0))["views"]
@@ -113,28 +106,18 @@ def test_symmetries_are_shared_or_not(shear):
         assert torch.allclose(clip.square().sum((2, 3, 4)), other.square().sum((2, 3, 4)), rtol=0.05)
     for batch in batches.evaluation(4, limit=4):
         assert all(torch.equal(v, batch["fields"]) for v in batch["views"]), "evaluation is without symmetries"
+    noisy = next(ViewBatches(shear, views, **options(shear, noise=0.5))(0))["views"]
+    first, second, _ = (n - c for n, c in zip(noisy, (clip, own, window)))
+    assert abs(float(second.std()) - 0.5) < 0.01 and abs(float((first * second).mean())) < 0.005, "independent"
 
 
-def test_noise_of_views_is_independent(shear):
-    clean = next(ViewBatches(shear, [CLIP, PAIR], **options(shear, noise=0.0))(0))["views"]
-    noisy = next(ViewBatches(shear, [CLIP, PAIR], **options(shear, noise=0.5))(0))["views"]
-    first, second = (n - c for n, c in zip(noisy, clean))
-    assert abs(float(second.std()) - 0.5) < 0.01 and abs(float((first * second).mean())) < 0.005
-
-
-def test_partner_in_evaluation_depends_on_the_window_alone(shear):
+def test_evaluation_depends_on_the_window_alone_and_has_no_batch_of_one(shear):
     batches = ViewBatches(shear, [CLIP, PAIR], **options(shear))
-    few = torch.cat([b["views"][1] for b in batches.evaluation(3, limit=9)])
+    few = [b["views"][1] for b in batches.evaluation(4, limit=9)]
+    assert [len(b) for b in few] == [4, 5], "of one sample there is no spread"
     chosen = np.linspace(0, len(batches.windows) - 1, 9).round().astype(int)
     everything = torch.cat([b["views"][1] for b in batches.evaluation(7)])
-    assert torch.equal(few, everything[chosen])
-
-
-def test_no_batch_of_an_evaluation_is_one_window(shear):
-    batches = ViewBatches(shear, [CLIP, PAIR], **options(shear))
-    sizes = [len(b["fields"]) for b in batches.evaluation(4, limit=9)]
-    assert sizes == [4, 5], "of one sample there is no spread"
-    assert [len(b["fields"]) for b in batches.evaluation(4, limit=10)] == [4, 4, 2]
+    assert torch.equal(torch.cat(few), everything[chosen])
     assert [len(b["fields"]) for b in batches.evaluation(1, limit=3)] == [1, 1, 1]
 
 
@@ -144,9 +127,7 @@ def test_windows_without_room_are_left_out(smoke_data):
     assert sorted(set(batches.windows.index[:, 1])) == [0, 4, 16, 20]
     assert batches.left_out == len(windows) - len(batches.windows) > 0
     assert batches.windows.memory is windows.memory and len(windows) == 6 * len(windows.trajectories)
-    with pytest.raises(
-        ValueError, match="they have 36 frames, and a window of 16, a gap of 5 and a partner of 16 take 37"
-    ):
+    with pytest.raises(ValueError, match="36 frames, and a window of 16, a gap of 5 and a partner of 16 take 37"):
         ViewBatches(windows, [View(16), View(16, offset=None, gap=5)], **options(windows))
 
 
@@ -168,11 +149,11 @@ def test_labels_as_a_control(shear, smoke_data):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(frames=0), "at least 1, got 0"),
-        (dict(frames=8, offset=-1), "at least 0, or None for a partner, got -1"),
-        (dict(frames=8, offset=None, gap=-2), "gap must be an int of at least 0, got -2"),
-        (dict(frames=8, offset=4, gap=2), "gap=2 is for another window"),
-        (dict(frames=8, offset=4, of="labels"), "of='labels' is for a partner"),
+        (dict(frames=0), "frames of a view must be an int of at least 1, got 0"),
+        (dict(frames=8, offset=-1), "offset of a view must be an int of at least 0, got -1"),
+        (dict(frames=8, offset=4, gap=2), "are for a partner"),
+        (dict(frames=8, offset=4, of="labels"), "are for a partner"),
+        (dict(frames=8, offset=None, of="labels", gap=2), "gap=2 is for another window"),
         (dict(frames=8, offset=None, of="flow"), "valid: trajectory, window, labels"),
         (dict(frames=8, offset=None, of="window"), "would be the first view twice"),
     ],

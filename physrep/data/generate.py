@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'SOLVERS', 'FLOWS_A_CALL', 'SimPreset', 'PlannedFile', 'draw_parameters', 'plan', 'make_files',
-           'is_complete', 'make_dataset']
+           'make_dataset']
 
 # %% ../../nbs/data/generate.ipynb #340e7d73
 import importlib
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..core.files import read_json, write_json
 from ..core.provenance import PHYSICS
 from ..core.randomness import generator, seed_for
-from .same_flows import count_as_known
+from .sets import count_as_known
 from .well import UnreadableFileError, WellFile, WellFormatError
 from .write import write_stats, write_well
 from ..physics.systems import get_system
@@ -131,18 +131,15 @@ def plan(system: str, sim: SimPreset) -> list[PlannedFile]:
     for what, values, splits in (("ranges", sim.ranges, sim.draws), ("grid_values", sim.grid_values, sim.counts)):
         if splits and set(values) != set(names):
             raise ValueError(f"{what} of {system} must be of {', '.join(names)}, got {', '.join(values) or 'nothing'}")
-    files = [(split, p, flows) for split, (_, flows) in sim.draws.items() for p in draw_parameters(system, sim, split)]
+    made = [(split, p, flows) for split, (_, flows) in sim.draws.items() for p in draw_parameters(system, sim, split)]
     if sim.counts:
         on_grid = [dict(zip(names, values)) for values in itertools.product(*(sim.grid_values[n] for n in names))]
-        files += [(split, p, flows) for split, flows in sim.counts.items() for p in on_grid]
-    return [
-        PlannedFile(
-            split,
-            p,
-            tuple(seed_for("initial condition", system, split, *map(str, p.values()), i) for i in range(flows)),
-        )
-        for split, p, flows in files
-    ]
+        made += [(split, p, flows) for split, flows in sim.counts.items() for p in on_grid]
+    files = []
+    for split, p, flows in made:
+        key = ("initial condition", system, split, *map(str, p.values()))
+        files.append(PlannedFile(split, p, tuple(seed_for(*key, i) for i in range(flows))))
+    return files
 
 # %% ../../nbs/data/generate.ipynb #d217e7d0
 SOLVERS: dict[str, str] = {  # system -> module of its solver
@@ -152,31 +149,16 @@ SOLVERS: dict[str, str] = {  # system -> module of its solver
 }
 
 
-def _solve(files: Sequence[PlannedFile], system: str, sim: SimPreset, device: str) -> dict[str, np.ndarray]:
-    """What the solver gives for all flows of planned files of one family, one after the other: fields `(n, t, ...)`,
-    and `time`."""
-    solver = importlib.import_module(f"physrep.{SOLVERS[system]}")
-    names = get_system(system).label_names
-    return solver.simulate(
-        **{name.lower(): [f.parameters[name] for f in files for _ in f.seeds] for name in names},
-        seeds=[seed for f in files for seed in f.seeds],
-        family=sim.families.get(files[0].split, "standard"),
-        grid=sim.grid,
-        box=sim.box,
-        n_frames=sim.n_frames,
-        frame_dt=sim.frame_dt,
-        dt=sim.dt,
-        store_grid=sim.store_grid,
-        device=device,
-    )
-
-
 def make_files(
     files: Sequence[PlannedFile], system: str, sim: SimPreset, folder: str | Path, device: str = "cpu"
 ) -> list[Path]:
     """Simulates some planned files of one family together and writes each, whole or not at all. Returns their paths."""
     about = get_system(system)
-    fields = _solve(files, system, sim, device)
+    labels = {name.lower(): [f.parameters[name] for f in files for _ in f.seeds] for name in about.label_names}
+    numbers = {name: getattr(sim, name) for name in ("grid", "box", "n_frames", "frame_dt", "dt", "store_grid")}
+    seeds, family = [seed for f in files for seed in f.seeds], sim.families.get(files[0].split, "standard")
+    solver = importlib.import_module(f"physrep.{SOLVERS[system]}")
+    fields = solver.simulate(**labels, **numbers, seeds=seeds, family=family, device=device)
     time = fields.pop("time")
     sizes = next(iter(fields.values())).shape[2:4]
     centres = {
@@ -184,8 +166,7 @@ def make_files(
         for a, b, n, length in zip(about.axes, about.boundary, sizes, sim.box)
         if b != "periodic"
     }
-    paths = []
-    first = 0
+    paths, first = [], 0
     for planned in files:
         rows = slice(first, first + len(planned.seeds))
         first = rows.stop
@@ -211,16 +192,10 @@ def _die_with_parent() -> None:
 def _run(jobs: list[tuple], workers: int) -> Iterator[list[Path]]:
     "Runs `make_files(*job)` for all jobs, in this process or in several; yields their paths as they are done."
     if workers <= 1:
-        yield from (make_files(*job) for job in jobs)
+        yield from itertools.starmap(make_files, jobs)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_die_with_parent) as pool:
-        futures = [pool.submit(make_files, *job) for job in jobs]
-        try:
-            for future in futures:
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        yield from pool.map(make_files, *zip(*jobs))  # after an error, or if nobody asks any more, no job is begun
 
 # %% ../../nbs/data/generate.ipynb #fb2b7a88
 def _recipe(system: str, sim: SimPreset) -> dict:
@@ -245,19 +220,16 @@ def _made_by(folder: Path, recipe: dict) -> bool:
     different = {k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k)}
     if numbers := sorted(different - {"code"}):
         text = "; ".join(f"{k}: there {found.get(k)!r}, asked for {wanted.get(k)!r}" for k in numbers)
-        raise ValueError(
-            f"{folder} holds data that were made differently ({text}). Delete the folder, or name another data_dir"
-        )
+        what = f"{folder} holds data that were made differently ({text})"
+        raise ValueError(f"{what}. Delete the folder, or name another data_dir")
     return not different
 
-# %% ../../nbs/data/generate.ipynb #ae5d320c
-def is_complete(system: str, sim: SimPreset, data_dir: str | Path) -> bool:
-    "Whether `data_dir` holds all files of the set, made by this recipe; raises ValueError if it holds another set."
-    folder = Path(data_dir) / system
-    if not (folder / "plan.json").is_file():
-        return False
+
+def _is_complete(system: str, sim: SimPreset, folder: Path) -> bool:
+    "Whether a folder holds all files of the set, made by this recipe; raises ValueError if it holds another set."
     return (
-        _made_by(folder, _recipe(system, sim))
+        (folder / "plan.json").is_file()
+        and _made_by(folder, _recipe(system, sim))
         and (folder / "stats.yaml").is_file()
         and all(f.path(folder, system).is_file() for f in plan(system, sim))
     )
@@ -295,38 +267,28 @@ def _batches(files: Sequence[PlannedFile], flows: int) -> list[list[PlannedFile]
     return batches
 
 # %% ../../nbs/data/generate.ipynb #e1a1e3fc
-def _set_folder(data_dir: str | Path, system: str) -> Path:
-    "`<data_dir>/<system>`, which need not exist; NotADirectoryError if one of them is a file."
-    folder = Path(data_dir) / system
-    for path in (Path(data_dir), folder):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"data_dir must be a folder, {path} is a file")
-    return folder
-
-
 def _prepare(folder: Path, recipe: dict) -> None:
     """Writes the plan of a folder; removes files of older code and what an interruption has left; see `_made_by`.
 
     ValueError for data that nothing here has simulated, which are left as they are."""
-    if not (folder / "plan.json").is_file() and (found := sorted((folder / "data").rglob("*.h*5"))):
+    path = folder / "plan.json"
+    if not path.is_file() and (found := sorted((folder / "data").rglob("*.h*5"))):
         raise ValueError(
-            f"{folder} holds data that physrep has not simulated, such as {found[0].relative_to(folder)} (there is no "
-            "plan.json), so nothing is simulated there. Preset paper or native reads them (PRESET=paper DATA=...); to "
-            "simulate, name another folder"
+            f"{folder} holds data that physrep has not simulated, such as {found[0].relative_to(folder)}: there is no "
+            "plan.json. Preset paper or native reads them (PRESET=paper DATA=...); to simulate, name another folder"
         )
-    there = read_json(folder / "plan.json") if (folder / "plan.json").is_file() else recipe
+    there = read_json(path) if path.is_file() else recipe
     planned = {**there.get("draws", {}), **there.get("counts", {})}  # the splits that it had
-    if not (folder / "plan.json").is_file() or not _made_by(folder, recipe):
+    if not path.is_file() or not _made_by(folder, recipe):
         for old in (file for split in planned for file in (folder / "data" / split).glob("*.hdf5")):
             old.unlink()
         (folder / "stats.yaml").unlink(missing_ok=True)  # of the old files: what is not there yet would look complete
-        write_json(folder / "plan.json", recipe)
+        write_json(path, recipe)
     else:  # those, and the ones that are new
         if "train" in recipe["draws"] | recipe["counts"] and "train" not in planned:  # statistics are of another split
             (folder / "stats.yaml").unlink(missing_ok=True)
-        found = there
-        more = {name: found[name] | recipe[name] for name in ("draws", "counts", "families", "grid_values")}
-        write_json(folder / "plan.json", recipe | more)
+        more = {name: there[name] | recipe[name] for name in ("draws", "counts", "families", "grid_values")}
+        write_json(path, recipe | more)
     for leftover in folder.rglob("*.tmp"):
         leftover.unlink()
 
@@ -347,23 +309,23 @@ def make_dataset(
 
     Raises ValueError for a system without a solver or a folder with other data, NotADirectoryError if the folder is a
     file, RuntimeError for a script without that line, TimeoutError, and the solver's error if a simulation blows up."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that imports the caller's script
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for itself, at the lock
         raise RuntimeError(
             "make_dataset starts processes that import your script, so it calls it once more: call it below "
             '`if __name__ == "__main__":`, or with workers=1'
         )
     if system not in SOLVERS:
-        raise ValueError(
-            f"physrep has no solver for {system!r}; it has: {', '.join(SOLVERS)}. Data of The Well: pass their folder "
-            "as data_dir"
-        )
-    folder = _set_folder(data_dir, system)
+        raise ValueError(f"physrep has no solver for {system!r}; it has: {', '.join(SOLVERS)}")
+    folder = Path(data_dir) / system
+    for path in (Path(data_dir), folder):
+        if path.is_file():
+            raise NotADirectoryError(f"data_dir must be a folder, {path} is a file")
     deadline = time.monotonic() + 60 * minutes
-    if is_complete(system, sim, data_dir):
+    if _is_complete(system, sim, folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
-        if is_complete(system, sim, data_dir):  # another process has made it meanwhile
+        if _is_complete(system, sim, folder):  # another process has made it meanwhile
             return folder
         _prepare(folder, _recipe(system, sim))
         files = plan(system, sim)
@@ -372,18 +334,15 @@ def make_dataset(
         missing = [b for b in batches if not all(_intact(f.path(folder, system), system, f) for f in b)]
         jobs = [(batch, system, sim, folder, device) for batch in missing]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # for us
-        workers = workers or (max(1, min(len(jobs), cores)) if kind == "cpu" else 1)
+        workers = workers or (min(len(jobs), cores) if kind == "cpu" else 1)
         done = len(files) - sum(map(len, missing))
-        bar = tqdm(total=len(files), initial=done, desc=f"simulate {system}", unit="file", disable=not progress)
-        for paths in _run(jobs, workers):
-            done += len(paths)  # not bar.n, which a bar that is not shown does not count
-            bar.update(len(paths))
-            if time.monotonic() > deadline and done < len(files):
-                raise TimeoutError(
-                    f"{minutes:g} minutes are over: {done} of {len(files)} files of {folder} are done; "
-                    "call it again to go on"
-                )
-        bar.close()
+        with tqdm(total=len(files), initial=done, desc=f"simulate {system}", unit="file", disable=not progress) as bar:
+            for paths in _run(jobs, workers):
+                done += len(paths)  # not bar.n, which a bar that is not shown does not count
+                bar.update(len(paths))
+                if time.monotonic() > deadline and done < len(files):
+                    so_far = f"{done} of {len(files)} files of {folder} are done"
+                    raise TimeoutError(f"{minutes:g} minutes are over: {so_far}; call it again to go on")
         if kind == "cpu":  # how a GPU rounds was not compared
             count_as_known(folder, {s: [f.path(folder, system) for f in files if f.split == s] for s in sim.splits})
         has_train = any((folder / "data" / "train").glob("*.hdf5"))  # now, or since an earlier call

@@ -4,25 +4,23 @@
 
 # %% auto #0
 __all__ = ['WRITTEN_BY', 'INITIAL_CONDITION', 'WellFormatError', 'UnreadableFileError', 'DamagedFileError', 'open_hdf5', 'is_of',
-           'WellContents', 'WellFile']
+           'parts_outside', 'WellFile']
 
 # %% ../../nbs/data/well.ipynb #39986202
-import errno
-import io
 import itertools
 import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
-from .remote import NetworkError, as_path, file_size, is_address, open_bytes, state_of
-from ..physics.systems import SYSTEMS, System, get_system
+from .remote import NetworkError, as_path, is_address, open_bytes, state_of
+from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/well.ipynb #d051ca7a
 WRITTEN_BY = "written_by"  # root attribute of files that `write_well` wrote without `INITIAL_CONDITION`
@@ -31,9 +29,6 @@ INITIAL_CONDITION = "physrep_initial_condition"  # root dataset (B,) int64: whic
 # %% ../../nbs/data/well.ipynb #85a3340d
 class WellFormatError(ValueError):
     "A file is not what The Well's format, or the system asked for, says; the message names the file and what is wrong."
-
-
-_NOT_NOW = (errno.EAGAIN, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EIO)  # of errors that say nothing of the file
 
 
 class UnreadableFileError(WellFormatError):
@@ -47,53 +42,36 @@ class DamagedFileError(WellFormatError):
 # %% ../../nbs/data/well.ipynb #0e1804a6
 def _not_hdf5(path: Path, head: bytes) -> str:
     "What a file is that is no HDF5 file, by its first bytes."
-    text = head.decode("utf-8", errors="replace").strip()
+    text = " ".join(head.decode("utf-8", errors="replace").split())
     if not head:
         return f"{path}: an empty file"
     if text.lower().startswith(("<!doctype", "<html", "<?xml")):
-        first = " ".join(text.split())[:80]
-        return (
-            f"{path}: a web page, not HDF5, probably the error page of a failed download: {first!r}; download it again"
-        )
+        return f"{path}: a web page, not HDF5, as of a failed download: {text[:80]!r}; download it again"
     if text.startswith("version https://git-lfs"):
         return f"{path}: a Git LFS pointer, not the data; fetch it with git lfs pull"
     return f"{path}: not an HDF5 file, it starts with {head[:8]!r}"
 
 
 @contextmanager
-def _hdf5(path: Path) -> Iterator[h5py.File]:
-    "The file as h5py opens it, on this machine or on a network."
-    if is_address(path):
-        with open_bytes(path) as raw, h5py.File(raw, "r") as file:
-            yield file
-    else:
-        with h5py.File(path, "r", locking="best-effort") as file:
-            yield file
-
-
-@contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
-    """The file opened for reading. Raises FileNotFoundError, or DamagedFileError if HDF5 cannot read the file or what
-    the block reads from it, and UnreadableFileError where another copy would not help."""
-    if _state_of(path) is None:
+    """The file opened for reading, on this machine or on a network. FileNotFoundError, DamagedFileError if HDF5 cannot
+    read the file or what the block reads from it, UnreadableFileError where another copy would not help."""
+    if state_of(path) is None:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with open_bytes(path) as raw:
             head = raw.read(2048)  # the signature stands at 0, 512, 1024, ... (a user block may come first)
-    except NetworkError:  # says by itself what is wrong
-        raise
-    except OSError as error:
-        raise UnreadableFileError(f"{path}: cannot be read here and now: {error}") from error
-    if b"\x89HDF\r\n\x1a\n" not in (head[i : i + 8] for i in (0, 512, 1024)):
-        raise DamagedFileError(_not_hdf5(path, head))
-    try:
-        with _hdf5(path) as file:
-            yield file
+            if b"\x89HDF\r\n\x1a\n" not in (head[i : i + 8] for i in (0, 512, 1024)):
+                raise DamagedFileError(_not_hdf5(path, head))
+            source = {"name": raw} if is_address(path) else {"name": path, "locking": "best-effort"}
+            with h5py.File(**source, mode="r") as file:
+                yield file
     except NetworkError:  # says by itself what is wrong
         raise
     except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) in _NOT_NOW or any(words in str(error) for words in ("lock file", "plugin")):
-            raise UnreadableFileError(f"{path}: cannot be read here and now; HDF5 says: {error}") from error
+        # the operating system, locks and plug-ins say nothing of what is in the file
+        if getattr(error, "errno", None) or any(words in str(error) for words in ("lock file", "plugin")):
+            raise UnreadableFileError(f"{path}: cannot be read here and now: {error}") from error
         raise DamagedFileError(f"{path}: truncated or damaged, copy or write it again; HDF5 says: {error}") from error
 
 # %% ../../nbs/data/well.ipynb #7c0d147d
@@ -104,35 +82,13 @@ def _text(name: object) -> str:
 
 def _identify(path: Path, file: h5py.File, system: System) -> None:
     "WellFormatError unless `dataset_name` is this system (or a variant, as rayleigh_benard_uniform)."
-    name = file.attrs.get("dataset_name")
-    if name is None:
+    if "dataset_name" not in file.attrs:
         raise WellFormatError(f"{path}: no attribute dataset_name, so not a file of The Well")
-    name = _text(name)
-    if name == system.name or name.startswith(system.name + "_"):
-        return
-    known = [*SYSTEMS.values(), *([] if system.name in SYSTEMS else [system])]
-    fits = [s.name for s in known if all(f"t{f.rank}_fields/{f.name}" in file for f in s.fields)]
-    seems = f"has the fields of {' and '.join(fits)}" if fits else "has the fields of no system known here"
-    same = f"; if it is that, write dataset_name = {system.name!r} into the file" if system.name in fits else ""
-    raise WellFormatError(f"{path}: dataset_name is {name!r}, and it {seems}; {system.name} was asked for{same}")
-
-# %% ../../nbs/data/well.ipynb #b05d2664
-def _check_boundaries(path: Path, file: h5py.File, system: System) -> None:
-    """WellFormatError for an axis that the system declares periodic, where the file has another condition and no
-    periodic one: clips would be shifted across a wall."""
-    group = file.get("boundary_conditions")
-    said: dict[str, set[str]] = {}  # axis -> kinds
-    for one in group.values() if isinstance(group, h5py.Group) else ():
-        kind, axes = one.attrs.get("bc_type"), np.atleast_1d(one.attrs.get("associated_dims", []))
-        kind, *axes = (_text(x) for x in (kind, *axes))
-        if len(axes) == 1:
-            said.setdefault(axes[0], set()).add(kind.upper())
-    for axis, declared in zip(system.axes, system.boundary):
-        if declared == "periodic" and axis in said and "PERIODIC" not in said[axis]:
-            raise WellFormatError(
-                f"{path}: its boundaries along {axis} are {' and '.join(sorted(said[axis]))}, and {system.name} "
-                f"declares them periodic; declare boundary 'wall' for that axis"
-            )
+    name = _text(file.attrs["dataset_name"])
+    if name != system.name and not name.startswith(system.name + "_"):
+        fits = all(f"t{f.rank}_fields/{f.name}" in file for f in system.fields)
+        same = f"; it has its fields: if it is that, write dataset_name = {system.name!r} into the file" if fits else ""
+        raise WellFormatError(f"{path}: dataset_name is {name!r}, {system.name} was asked for{same}")
 
 
 def is_of(path: Path, system: System) -> bool:
@@ -146,22 +102,86 @@ def is_of(path: Path, system: System) -> bool:
         return False
     return True
 
+# %% ../../nbs/data/well.ipynb #b05d2664
+def _check_boundaries(path: Path, file: h5py.File, system: System) -> None:
+    """WellFormatError for an axis that the system declares periodic, where the file has another condition and no
+    periodic one: clips would be shifted across a wall."""
+    group = file.get("boundary_conditions")
+    said: dict[str, set[str]] = {}  # axis -> kinds
+    for one in group.values() if isinstance(group, h5py.Group) else ():
+        axes = [_text(axis) for axis in np.atleast_1d(one.attrs.get("associated_dims", []))]
+        if len(axes) == 1:
+            said.setdefault(axes[0], set()).add(_text(one.attrs.get("bc_type")).upper())
+    for axis, declared in zip(system.axes, system.boundary):
+        if declared == "periodic" and "PERIODIC" not in said.get(axis, {"PERIODIC"}):
+            raise WellFormatError(
+                f"{path}: its boundaries along {axis} are {' and '.join(sorted(said[axis]))}, and {system.name} "
+                f"declares them periodic; declare boundary 'wall' for that axis"
+            )
+
 # %% ../../nbs/data/well.ipynb #bfd0aa82
-def _member(path: Path, file: h5py.File, key: str, kind: type = h5py.Dataset) -> h5py.Dataset | h5py.Group:
+def _member(path: Path, file: h5py.File, key: str, kind: Any = h5py.Dataset) -> Any:
     """The dataset (or group) of that name; the WellFormatError names the part that is missing, and what there is, or
     the other file that a link leads to."""
-    item, parts = file, key.split("/")
-    for depth, part in enumerate(parts, start=1):
-        wanted = kind if depth == len(parts) else h5py.Group
-        if not isinstance(item.get(part), wanted):
-            missing, there = "/".join(parts[:depth]), ", ".join(item) or "nothing"
-            raise WellFormatError(f"{path}: no {wanted.__name__.lower()} {missing!r}; {item.name} holds {there}")
-        item = item[part]
+    above, _, name = key.rpartition("/")
+    group = _member(path, file, above, h5py.Group) if above else file
+    item = group.get(name)
+    if not isinstance(item, kind):
+        there = ", ".join(group) or "nothing"
+        raise WellFormatError(f"{path}: no {kind.__name__.lower()} {key!r}; {group.name} holds {there}")
     if item.file.filename != file.filename:
         raise WellFormatError(f"{path}: {key} is a link into {item.file.filename}; copy what it shows into this file")
     return item
 
+# %% ../../nbs/data/well.ipynb #1ff1db75
+def parts_outside(path: str | Path) -> dict[str, str]:
+    "What an HDF5 file shows of other files: name in the file -> name of the other file, as it is written there."
+    found = {}
+
+    def visit(name: str, link: object) -> None:
+        item = file[name] if isinstance(link, h5py.HardLink) else None
+        if isinstance(link, h5py.ExternalLink):
+            found[f"/{name}"] = str(link.filename)
+        elif isinstance(item, h5py.Dataset):
+            virtual = [s.file_name for s in item.virtual_sources()] if item.is_virtual else []
+            found.update({f"/{name}": s for s in (*virtual, *(s for s, *_ in item.external or ())) if s != "."})
+
+    with open_hdf5(Path(path)) as file:
+        file.visititems_links(visit)
+    return found
+
 # %% ../../nbs/data/well.ipynb #975fcf23
+def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
+    """DamagedFileError if parts of the dataset were never written, lie past the end of the file, or in another file
+    that is not there: HDF5 would read zeros. WellFormatError for what cannot be told, or read over a network."""
+    if dataset.external:
+        source = dataset.external[0][0]
+        raise WellFormatError(f"{path}: {dataset.name} is the bytes of {source}; copy what it shows into this file")
+    if dataset.is_virtual:
+        if is_address(path):
+            raise WellFormatError(f"{path}: {dataset.name} stands in other files, out of reach on a network")
+        for name, key in sorted({(s.file_name, s.dset_name) for s in dataset.virtual_sources()}):
+            source = path.parent / name
+            if not source.is_file():
+                raise DamagedFileError(
+                    f"{path}: {dataset.name} is a view of {source}, which is not there; move both together"
+                )
+            with open_hdf5(source) as file:
+                _check_filled(source, _member(source, file, key.strip("/")))
+        return
+    if dataset.chunks is not None:
+        expected = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks))
+        complete = dataset.id.get_num_chunks() == expected
+    else:
+        complete = dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_NOT_ALLOCATED
+    if not complete:
+        raise DamagedFileError(f"{path}: {dataset.name} was declared but not (completely) written")
+    start, size = dataset.id.get_offset(), state_of(path)[0]
+    if start is not None and start + dataset.nbytes > size:
+        end = start + dataset.nbytes
+        raise DamagedFileError(f"{path}: truncated, {dataset.name} ends at byte {end}, the file has {size}")
+
+# %% ../../nbs/data/well.ipynb #490525ce
 @dataclass(frozen=True)
 class _Stored:
     "Where and how a field is stored."
@@ -171,43 +191,6 @@ class _Stored:
     offset: int | None  # first byte of a plain float32 array; None: HDF5 has to read it
 
 
-def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
-    """DamagedFileError if parts of the dataset were never written, lie past the end of the file, or in another file
-    that is not there. HDF5 would read zeros."""
-    if dataset.external:
-        raise WellFormatError(
-            f"{path}: {dataset.name} is the bytes of {dataset.external[0][0]}; copy what it shows into this file"
-        )
-    if is_address(path) and dataset.is_virtual:
-        raise WellFormatError(
-            f"{path}: {dataset.name} stands in other files, which HDF5 cannot read over a network; copy the set"
-        )
-    if dataset.is_virtual:
-        for name, key in sorted({(s.file_name, s.dset_name) for s in dataset.virtual_sources()}):
-            source = path.parent / name
-            if not source.is_file():
-                raise DamagedFileError(
-                    f"{path}: {dataset.name} is a view of {source}, which is not there; move a view together with "
-                    "what it shows, or make it again"
-                )
-            with open_hdf5(source) as file:
-                _check_filled(source, _member(source, file, key.strip("/")))
-        return
-    start = dataset.id.get_offset()
-    if dataset.chunks is not None:
-        expected = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks))
-        complete = dataset.id.get_num_chunks() == expected
-    else:
-        complete = dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_NOT_ALLOCATED
-    if not complete:
-        raise DamagedFileError(f"{path}: {dataset.name} was declared but not (completely) written")
-    size = file_size(path)
-    if start is not None and start + dataset.nbytes > size:
-        raise DamagedFileError(
-            f"{path}: truncated, {dataset.name} ends at byte {start + dataset.nbytes}, the file has {size}"
-        )
-
-# %% ../../nbs/data/well.ipynb #490525ce
 def _read_fields(path: Path, file: h5py.File, system: System) -> list[_Stored]:
     "Where the system's fields are, in its order; WellFormatError for what is missing or has another shape."
     stored, base = [], None
@@ -216,7 +199,7 @@ def _read_fields(path: Path, file: h5py.File, system: System) -> list[_Stored]:
         components = (len(system.axes),) * f.rank
         if base is None and dataset.ndim == 4 + f.rank:
             base = dataset.shape[:4]
-        if dataset.shape != (*(base or ()), *components):
+        if base is None or dataset.shape != (*base, *components):
             layout = f"(trajectory, time, x, y{', 2' * f.rank})" + (f" = {(*base, *components)}" if base else "")
             raise WellFormatError(f"{path}: {dataset.name} must be {layout}, it is {dataset.shape}")
         if dataset.dtype.kind != "f" or 0 in dataset.shape:
@@ -235,15 +218,12 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
     "Times as float64 `(T,)` or `(B, T)`; WellFormatError if these or the axes do not fit the fields `(B, T, x, y)`."
     time = _member(path, file, "dimensions/time")[()].astype(np.float64)
     if time.shape not in (shape[1:2], shape[:2]) or not np.isfinite(time).all() or (np.diff(time) <= 0).any():
-        fits = f"({shape[1]},) or {shape[:2]}"
-        raise WellFormatError(
-            f"{path}: dimensions/time must be finite, increase, and have the shape {fits}; it is {time.shape}"
-        )
+        what = f"be finite, increase, and have the shape {shape[1:2]} or {shape[:2]}; it is {time.shape}"
+        raise WellFormatError(f"{path}: dimensions/time must {what}")
     axes = [_text(a) for a in file["dimensions"].attrs.get("spatial_dims", system.axes)]
     if axes != list(system.axes):
-        raise WellFormatError(
-            f"{path}: dimensions@spatial_dims is {axes}, the axes of {system.name} are {list(system.axes)}"
-        )
+        asked = f"the axes of {system.name} are {list(system.axes)}"
+        raise WellFormatError(f"{path}: dimensions@spatial_dims is {axes}, {asked}")
     for axis, n in zip(system.axes, shape[2:]):
         size = _member(path, file, f"dimensions/{axis}").shape[-1:]
         if size != (n,):
@@ -251,6 +231,11 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
     return time
 
 # %% ../../nbs/data/well.ipynb #c4249276
+def _points(file: h5py.File, axis: str) -> np.ndarray:
+    "The coordinates `(n,)` of an axis, float64."
+    return np.atleast_2d(file[f"dimensions/{axis}"][()].astype(np.float64))[0]
+
+
 def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray | None:
     """Coordinates `(w,)` of points along a second axis between walls; None for a periodic axis.
 
@@ -258,15 +243,11 @@ def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray |
     them (`mirror_offsets`)."""
     if system.boundary[1] == "periodic":
         return None
-    axis = system.axes[1]
-    y = np.atleast_2d(_member(path, file, f"dimensions/{axis}")[()].astype(np.float64))[0]
-    increasing = (np.diff(y) > 0).all()
+    y = _points(file, system.axes[1])
     inside = -1e-6 <= y[0] and y[-1] <= 1 + 1e-6
-    if not increasing or (system.mirror_offsets and not inside):
-        raise WellFormatError(
-            f"{path}: dimensions/{axis} must be increasing heights between the walls at 0 and 1, "
-            f"it runs from {y[0]:g} to {y[-1]:g}"
-        )
+    if (np.diff(y) <= 0).any() or (system.mirror_offsets and not inside):
+        what = f"increasing heights between the walls at 0 and 1, it runs from {y[0]:g} to {y[-1]:g}"
+        raise WellFormatError(f"{path}: dimensions/{system.axes[1]} must be {what}")
     return y
 
 # %% ../../nbs/data/well.ipynb #38f073b6
@@ -274,7 +255,7 @@ def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
     "Distance of grid points along both axes, NaN where they are not evenly spaced."
     spacing = []
     for axis in system.axes:
-        steps = np.diff(np.atleast_2d(file[f"dimensions/{axis}"][()].astype(np.float64))[0])
+        steps = np.diff(_points(file, axis))
         even = len(steps) > 0 and np.allclose(steps, steps.mean(), rtol=1e-3)
         spacing.append(float(f"{steps.mean():.6g}") if even else math.nan)
     ours = INITIAL_CONDITION in file or WRITTEN_BY in file.attrs
@@ -283,27 +264,22 @@ def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
     return tuple(spacing)
 
 # %% ../../nbs/data/well.ipynb #113c0857
-def _shortest(value: np.ndarray) -> np.ndarray:
-    "float64 numbers that print as short as the stored float32 ones: 0.2, not 0.20000000298."
-    return value.astype(str).astype(np.float64) if value.dtype == np.float32 else value.astype(np.float64)
-
-
 def _read_labels(path: Path, file: h5py.File, system: System, n_trajectories: int) -> dict[str, float | np.ndarray]:
     "Label name -> number, or `(B,)` numbers where it varies in the file; WellFormatError for a missing or bad one."
     scalars, labels = _member(path, file, "scalars", h5py.Group), {}
     for label in system.labels:
-        found = [name for name in (label.name, *label.aliases) if name in scalars]
-        if not found:
-            also = f" (or {', '.join(label.aliases)})" if label.aliases else ""
-            raise WellFormatError(
-                f"{path}: no label {label.name!r}{also}; scalars holds {', '.join(scalars) or 'nothing'}"
-            )
-        dataset = _member(path, file, f"scalars/{found[0]}")
+        names = (label.name, *label.aliases)
+        found = next((name for name in names if name in scalars), None)
+        if found is None:
+            there = ", ".join(scalars) or "nothing"
+            raise WellFormatError(f"{path}: no label {' or '.join(map(repr, names))}; scalars holds {there}")
+        dataset = _member(path, file, f"scalars/{found}")
         if dataset.shape not in ((), (n_trajectories,)) or dataset.attrs.get("time_varying", False):
-            raise WellFormatError(
-                f"{path}: {dataset.name} must be one number, or one per trajectory, it is {dataset.shape}"
-            )
-        value = _shortest(np.asarray(dataset[()]))
+            what = f"must be one number, or one per trajectory, it is {dataset.shape}"
+            raise WellFormatError(f"{path}: {dataset.name} {what}")
+        stored = np.asarray(dataset[()])
+        # the shortest decimal number with the same float32: 0.2, not 0.20000000298
+        value = (stored.astype(str) if stored.dtype == np.float32 else stored).astype(np.float64)
         if not np.isfinite(value).all():
             raise WellFormatError(f"{path}: {dataset.name} is {value}")
         try:
@@ -320,49 +296,79 @@ def _read_initial_conditions(path: Path, file: h5py.File, n_trajectories: int) -
         return None
     found = np.asarray(file[INITIAL_CONDITION][()])
     if found.shape != (n_trajectories,) or found.dtype.kind not in "iu":
-        raise WellFormatError(
-            f"{path}: {INITIAL_CONDITION} must be {n_trajectories} integers, it is {found.dtype} {found.shape}"
-        )
+        what = f"must be {n_trajectories} integers, it is {found.dtype} {found.shape}"
+        raise WellFormatError(f"{path}: {INITIAL_CONDITION} {what}")
     return found
 
 # %% ../../nbs/data/well.ipynb #cb4f063e
-def _state_of(path: Path) -> tuple[int, object] | None:
-    "Size and time of the last change of a file, or its version on a network; None if there is none."
-    if is_address(path):
-        return state_of(path)
-    if not path.is_file():
-        return None
-    state = os.stat(path)
-    return state.st_size, state.st_mtime_ns
+_Index = tuple[int, slice, slice, slice]  # trajectory, frames, x, y
+
+
+def _fill(raw: Any, start: int, array: np.ndarray) -> None:
+    "Fill a contiguous array with the bytes of the file from `start` on."
+    raw.seek(start)
+    rest = memoryview(array).cast("B")
+    while rest:
+        n = raw.readinto(rest)
+        if not n:
+            raise WellFormatError(f"{raw.name}: truncated, byte {start + array.nbytes} is past its end")
+        rest = rest[n:]
+
+
+def _copy_plain(raw: Any, stored: _Stored, index: _Index, out: np.ndarray) -> None:
+    "Copy a part of a plain array to `out (k, t, h, w)`."
+    trajectory, frames, x, y = index
+    _, n_times, nx, ny, k = stored.shape
+    rows = x.stop - x.start
+    straight = k == 1 and y.stop - y.start == ny and out.flags.c_contiguous  # nothing to cut, nothing to tell apart
+    # frames that lie together are read together; 256 KiB stay in the cache while the components are told apart
+    most = out.shape[1] if straight else max(1, 2**18 // (4 * nx * ny * k))
+    together = most if frames.step == 1 and rows == nx else 1
+    scratch = None if straight else np.empty((together, rows, ny, k), dtype=np.float32)
+    for i in range(0, out.shape[1], together):
+        n = min(together, out.shape[1] - i)
+        frame = trajectory * n_times + frames.start + i * frames.step
+        block = out[0, i : i + n] if straight else scratch[:n]
+        _fill(raw, stored.offset + 4 * k * ny * (frame * nx + x.start), block)
+        if not straight:
+            out[:, i : i + n] = np.moveaxis(block[:, :, y], -1, 0)
+
+
+def _copy_hdf5(file: h5py.File, stored: _Stored, index: _Index, out: np.ndarray) -> None:
+    "The same through HDF5."
+    block = file[stored.key][index]
+    out[...] = np.moveaxis(block.reshape(*block.shape[:3], -1), -1, 0)
 
 # %% ../../nbs/data/well.ipynb #44bf554c
-class WellContents:
-    "What is in one file of The Well, but for the values of its fields; checked when it is made. Keeps nothing open."
+class WellFile:
+    "One file of The Well, checked when opened: what is in it, and windows `(c, t, h, w)` from it. Keeps nothing open."
 
     def __init__(self, path: str | os.PathLike, system: System | str):
-        self.path = as_path(path)
-        self.system = get_system(system) if isinstance(system, str) else system
-        self._state = _state_of(self.path)  # before reading, so that a later change is noticed
+        self.path = path = as_path(path)
+        self.system = system = get_system(system) if isinstance(system, str) else system
+        self._state = (state_of(path) or ())[:2]  # before reading, so that a later change is noticed
         try:
-            self._read()
-        except (DamagedFileError, WellFormatError, FileNotFoundError):
+            with open_hdf5(path) as file:
+                _identify(path, file, system)
+                _check_boundaries(path, file, system)
+                self._stored = _read_fields(path, file, system)
+                shape = self._stored[0].shape[:4]
+                self.n_trajectories, self.n_frames = shape[:2]
+                self.grid: tuple[int, int] = shape[2:]
+                self.time = _read_time(path, file, system, shape)  # float64 (T,) or (B, T)
+                self.spacing = _read_spacing(file, system)  # of grid points, along both axes
+                self.positions = _read_positions(path, file, system)  # (w,) of an axis between walls, or None
+                self.labels = _read_labels(path, file, system, self.n_trajectories)  # name -> float or (B,)
+                self.initial_conditions = _read_initial_conditions(path, file, self.n_trajectories)
+        except WellFormatError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:  # of a kind nobody expects
-            raise WellFormatError(f"{self.path}: a part of it is not as in The Well's format ({error})") from error
+            raise WellFormatError(f"{path}: a part of it is not as in The Well's format ({error})") from error
 
-    def _read(self) -> None:
-        "Reads all that is kept of the file."
-        with open_hdf5(self.path) as file:
-            _identify(self.path, file, self.system)
-            _check_boundaries(self.path, file, self.system)
-            self._stored = _read_fields(self.path, file, self.system)
-            self.n_trajectories, self.n_frames, *grid = self._stored[0].shape[:4]
-            self.grid: tuple[int, int] = tuple(grid)
-            self.time = _read_time(self.path, file, self.system, self._stored[0].shape[:4])  # float64 (T,) or (B, T)
-            self.spacing = _read_spacing(file, self.system)  # of grid points, along both axes
-            self.positions = _read_positions(self.path, file, self.system)  # (w,) of an axis between walls, or None
-            self.labels = _read_labels(self.path, file, self.system, self.n_trajectories)  # name -> float or (B,)
-            self.initial_conditions = _read_initial_conditions(self.path, file, self.n_trajectories)
+    def __repr__(self) -> str:
+        labels = ", ".join(f"{k}={v}" for k, v in self.labels.items())
+        size = f"{self.n_trajectories} x {self.n_frames} frames of {self.grid[0]}x{self.grid[1]}"
+        return f"WellFile({self.path.name}: {size}, {labels})"
 
     @property
     def contiguous(self) -> bool:
@@ -379,15 +385,6 @@ class WellContents:
         "Labels `(B, n_labels)` float64 in the order of the system, in physical units."
         return np.stack([np.broadcast_to(self.labels[n], self.n_trajectories) for n in self.system.label_names], axis=1)
 
-# %% ../../nbs/data/well.ipynb #9716259d
-class WellFile(WellContents):
-    "One file of The Well, checked when opened: what is in it, and windows `(c, t, h, w)` from it. Keeps nothing open."
-
-    def __repr__(self) -> str:
-        labels = ", ".join(f"{k}={v}" for k, v in self.labels.items())
-        size = f"{self.n_trajectories} x {self.n_frames} frames of {self.grid[0]}x{self.grid[1]}"
-        return f"WellFile({self.path.name}: {size}, {labels})"
-
     def window(
         self,
         trajectory: int,
@@ -398,91 +395,24 @@ class WellFile(WellContents):
         out: np.ndarray | None = None,  # float32 (c, t, h, w) to write to, e.g. one slot of a batch
     ) -> np.ndarray:
         "A window `(c, t, h, w)` float32, channels in the order of the system; ValueError if the file has none such."
-        index = _checked_window(self, trajectory, start, n_frames, stride, crop)
-        shape = (self.system.n_channels, n_frames, *(s.stop - s.start for s in index[2:]))
+        (x0, x1), (y0, y1) = crop or ((0, self.grid[0]), (0, self.grid[1]))
+        stop = start + (n_frames - 1) * stride + 1
+        in_time = 0 <= trajectory < self.n_trajectories and min(start, n_frames - 1, stride - 1) >= 0
+        if not (in_time and stop <= self.n_frames and 0 <= x0 < x1 <= self.grid[0] and 0 <= y0 < y1 <= self.grid[1]):
+            asked = f"{n_frames} frames from {start} in steps of {stride} of trajectory {trajectory}, crop {crop}"
+            raise ValueError(f"{self.path}: no {asked}; it is {self!r}")
+        shape = (self.system.n_channels, n_frames, x1 - x0, y1 - y0)
         out = np.empty(shape, dtype=np.float32) if out is None else out
         if out.shape != shape or out.dtype != np.float32:
             raise ValueError(f"out must be float32 {shape}, it is {out.dtype} {out.shape}")
-        if _state_of(self.path) != self._state:  # offsets and labels may be others now
+        if (state_of(self.path) or ())[:2] != self._state:  # offsets and labels may be others now
             raise WellFormatError(f"{self.path}: changed since it was opened; open it again")
-        _copy_window(self.path, self._stored, index, out)
+        index = (trajectory, slice(start, stop, stride), slice(x0, x1), slice(y0, y1))
+        ends = [0, *itertools.accumulate(s.shape[-1] for s in self._stored)]
+        parts = [(s, out[c : c + s.shape[-1]]) for s, c in zip(self._stored, ends)]
+        for opened, copy, plain in ((open_bytes, _copy_plain, True), (open_hdf5, _copy_hdf5, False)):
+            if chosen := [part for part in parts if (part[0].offset is not None) == plain]:
+                with opened(self.path) as file:
+                    for stored, slot in chosen:
+                        copy(file, stored, index, slot)
         return out
-
-# %% ../../nbs/data/well.ipynb #72f875bc
-def _checked_window(
-    file: WellFile,
-    trajectory: int,
-    start: int,
-    n_frames: int,
-    stride: int,
-    crop: tuple[tuple[int, int], tuple[int, int]] | None,
-) -> tuple[int, slice, slice, slice]:
-    "Where a window is: `[trajectory, frames, x, y]`; ValueError if the file does not have it."
-    (x0, x1), (y0, y1) = crop if crop is not None else ((0, file.grid[0]), (0, file.grid[1]))
-    stop = start + (n_frames - 1) * stride + 1
-    if not 0 <= trajectory < file.n_trajectories:
-        raise ValueError(f"{file.path}: no trajectory {trajectory}, it has {file.n_trajectories}")
-    if start < 0 or n_frames < 1 or stride < 1 or stop > file.n_frames:
-        raise ValueError(f"{file.path}: no {n_frames} frames from {start} in steps of {stride}, it has {file.n_frames}")
-    if not (0 <= x0 < x1 <= file.grid[0] and 0 <= y0 < y1 <= file.grid[1]):
-        raise ValueError(f"{file.path}: the crop {crop} is not inside the grid {file.grid}")
-    return trajectory, slice(start, stop, stride), slice(x0, x1), slice(y0, y1)
-
-
-def _fill(raw: io.FileIO, start: int, array: np.ndarray) -> None:
-    "Fill a contiguous array with the bytes of the file from `start` on."
-    raw.seek(start)
-    rest = memoryview(array).cast("B")
-    while rest:
-        n = raw.readinto(rest)
-        if not n:
-            raise WellFormatError(f"{raw.name}: truncated, byte {start + array.nbytes} is past its end")
-        rest = rest[n:]
-
-# %% ../../nbs/data/well.ipynb #701a5ce7
-def _scratch(shape: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A float32 array `(..., k)`, and its components as unsigned integers whose lower 32 bits are theirs. Of an even
-    number they have 64 bits, as NumPy cuts those twice as fast as it takes every other number of 32 bits."""
-    memory = np.empty(4 * math.prod(shape) + 4, dtype=np.uint8)
-    block = memory[:-4].view(np.float32).reshape(shape)
-    if shape[-1] % 2 or sys.byteorder != "little":
-        return block, [block.view(np.uint32)[..., j] for j in range(shape[-1])]
-    pairs = [memory[at : at + block.nbytes].view(np.uint64).reshape(*shape[:-1], -1) for at in (0, 4)]
-    return block, [pairs[j % 2][..., j // 2] for j in range(shape[-1])]
-
-
-def _copy_plain(raw: io.FileIO, stored: _Stored, index: tuple[int, slice, slice, slice], out: np.ndarray) -> None:
-    "Copy `[trajectory, frames, x, y]` of a plain array to `out (k, t, h, w)`."
-    trajectory, frames, x, y = index
-    _, n_times, nx, ny, k = stored.shape
-    rows = x.stop - x.start
-    straight = k == 1 and y.stop - y.start == ny and out.flags.c_contiguous  # nothing to cut, nothing to tell apart
-    # frames that lie together are read together; 256 KiB stay in the cache while the components are told apart
-    most = out.shape[1] if straight else max(1, 2**18 // (4 * nx * ny * k))
-    together = most if frames.step == 1 and rows == nx else 1
-    scratch, components = (None, []) if straight else _scratch((together, rows, ny, k))
-    bits = out.view(np.uint32)
-    for i in range(0, out.shape[1], together):
-        n = min(together, out.shape[1] - i)
-        frame = trajectory * n_times + frames.start + i * frames.step
-        block = out[0, i : i + n] if straight else scratch[:n]
-        _fill(raw, stored.offset + 4 * k * ny * (frame * nx + x.start), block)
-        for j, component in enumerate(components):
-            np.copyto(bits[j, i : i + n], component[:n, :, y], casting="unsafe")
-
-
-def _copy_window(path: Path, stored: list[_Stored], index: tuple[int, slice, slice, slice], out: np.ndarray) -> None:
-    "Copy `[trajectory, frames, x, y]` of all fields to `out (c, t, h, w)`, without HDF5 where possible."
-    ends = [0, *itertools.accumulate(s.shape[-1] for s in stored)]
-    parts = [(s, out[c : c + s.shape[-1]]) for s, c in zip(stored, ends)]
-    if any(s.offset is not None for s in stored):
-        with open_bytes(path) as raw:
-            for s, part in parts:
-                if s.offset is not None:
-                    _copy_plain(raw, s, index, part)
-    if any(s.offset is None for s in stored):
-        with open_hdf5(path) as file:
-            for s, part in parts:
-                if s.offset is None:
-                    block = file[s.key][index]
-                    part[...] = np.moveaxis(block.reshape(*block.shape[:3], -1), -1, 0)

@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -41,70 +40,57 @@ def _checked_fields(system: System, fields: Mapping[str, object]) -> dict[str, n
     arrays = {name: _as_array(fields[name], np.float32) for name in names}
     base = arrays[names[0]].shape[:4]
     for f in system.fields:
-        expected = (*base, *(len(system.axes),) * f.rank)
-        if len(base) != 4 or arrays[f.name].shape != expected or 0 in expected:
+        array, expected = arrays[f.name], (*base, *(len(system.axes),) * f.rank)
+        if len(base) != 4 or array.shape != expected or 0 in expected:
             layout = f"(trajectory, time, x, y{', 2' * f.rank})"
-            raise ValueError(f"{f.name} must be {layout} = {expected}, got {arrays[f.name].shape}")
-        for b, trajectory in enumerate(arrays[f.name]):
+            raise ValueError(f"{f.name} must be {layout} = {expected}, got {array.shape}")
+        for b, trajectory in enumerate(array):
             if not np.isfinite(trajectory).all():
-                raise ValueError(
-                    f"{f.name} of trajectory {b} holds NaN or infinity; a simulation that diverged is not written"
-                )
+                raise ValueError(f"{f.name} of trajectory {b} holds NaN or infinity; it diverged and is not written")
     return arrays
 
 
 def _checked_parameters(system: System, parameters: Mapping[str, object], n_trajectories: int) -> dict[str, np.ndarray]:
     "Parameters as float64 arrays `()` or `(B,)`; ValueError if a label is missing, or a value is not finite."
-    missing = [name for name in system.label_names if name not in parameters]
-    if missing:
+    if missing := [name for name in system.label_names if name not in parameters]:
         raise ValueError(f"{system.name} has the labels {', '.join(system.label_names)}; missing: {', '.join(missing)}")
     values = {name: _as_array(value, np.float64) for name, value in parameters.items()}
     for name, value in values.items():
         with np.errstate(over="ignore"):
-            stored = value.astype(np.float32)
-        if value.shape not in ((), (n_trajectories,)) or not np.isfinite(stored).all():
-            raise ValueError(
-                f"{name} must be one finite number (in float32) or {n_trajectories}, one per trajectory, got "
-                f"{parameters[name]}"
-            )
+            finite = np.isfinite(value.astype(np.float32)).all()
+        if value.shape not in ((), (n_trajectories,)) or not finite:
+            what = f"one finite number (in float32) or {n_trajectories}, one per trajectory"
+            raise ValueError(f"{name} must be {what}, got {parameters[name]}")
     for label in system.labels:  # what no reader would take, such as a Reynolds number of 0
         label.transform(values[label.name])
     return values
 
 # %% ../../nbs/data/write.ipynb #a5fbe140
+def _increasing(name: str, value: object, dtype: type, *shapes: tuple[int, ...]) -> np.ndarray:
+    "An array of one of these shapes, of finite numbers that increase along its last axis; ValueError for any other."
+    value = _as_array(value, dtype)
+    if value.shape not in shapes or not np.isfinite(value).all() or (np.diff(value) <= 0).any():
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"{name} must be finite, increasing numbers of shape {wanted}, got an array {value.shape}")
+    return value
+
+
 def _checked_coordinates(
-    system: System, grid: tuple[int, int], coordinates: Mapping[str, object] | None, box: tuple[float, float] | None
+    system: System, grid: tuple[int, int], coordinates: Mapping[str, object], box: tuple[float, float] | None
 ) -> dict[str, np.ndarray]:
     "One float32 array of coordinates per axis: as given, else uniform nodes `i L / n` of a periodic axis of the box."
-    coordinates = dict(coordinates or {})
+    if unknown := [name for name in coordinates if name not in system.axes]:
+        raise ValueError(f"{system.name} has the axes {system.axes}, got coordinates of {', '.join(unknown)}")
     out = {}
-    for i, axis in enumerate(system.axes):
-        if axis in coordinates:
-            out[axis] = _as_array(coordinates.pop(axis), np.float32)
-        elif box is not None and system.boundary[i] == "periodic":
-            out[axis] = (np.arange(grid[i]) * (box[i] / grid[i])).astype(np.float32)
-        else:  # between walls, nodes may be Chebyshev, staggered, with or without the walls
+    for i, (axis, n) in enumerate(zip(system.axes, grid)):
+        points = coordinates.get(axis)
+        if points is None and box is not None and system.boundary[i] == "periodic":
+            points = np.arange(n) * (box[i] / n)
+        if points is None:  # between walls, nodes may be Chebyshev, staggered, with or without the walls
             instead = " or a box" if system.boundary[i] == "periodic" else ": the nodes between walls cannot be guessed"
             raise ValueError(f"give coordinates[{axis!r}]{instead}")
-        if out[axis].shape != (grid[i],) or not np.isfinite(out[axis]).all() or (np.diff(out[axis]) <= 0).any():
-            raise ValueError(
-                f"coordinates[{axis!r}] must be {grid[i]} finite, increasing numbers, got an array {out[axis].shape}"
-            )
-    if coordinates:
-        raise ValueError(
-            f"{system.name} has the axes {', '.join(system.axes)}, got coordinates of {', '.join(coordinates)}"
-        )
+        out[axis] = _increasing(f"coordinates[{axis!r}]", points, np.float32, (n,))
     return out
-
-
-def _checked_time(time: object, shape: tuple[int, int]) -> np.ndarray:
-    "Times as float64 `(T,)` or `(B, T)`, finite and increasing."
-    time = _as_array(time, np.float64)
-    if time.shape not in (shape[1:], shape) or not np.isfinite(time).all() or (np.diff(time) <= 0).any():
-        raise ValueError(
-            f"time must be {shape[1]} finite, increasing numbers, or an array {shape}; got an array {time.shape}"
-        )
-    return time
 
 # %% ../../nbs/data/write.ipynb #24de2a64
 _FLAGS = {"sample_varying": False, "time_varying": False}
@@ -112,9 +98,7 @@ _FLAGS = {"sample_varying": False, "time_varying": False}
 
 def _put(group: h5py.Group, name: str, data: np.ndarray, attributes: Mapping[str, object], **storage: object) -> None:
     "A dataset with its attributes."
-    dataset = group.create_dataset(name, data=data, **storage)
-    for key, value in attributes.items():
-        dataset.attrs[key] = value
+    group.create_dataset(name, data=data, **storage).attrs.update(attributes)
 
 
 def _put_frame(file: h5py.File, system: System, coordinates: dict[str, np.ndarray], time: np.ndarray) -> None:
@@ -126,11 +110,8 @@ def _put_frame(file: h5py.File, system: System, coordinates: dict[str, np.ndarra
     for axis, kind in zip(system.axes, system.boundary):
         _put(dimensions, axis, coordinates[axis], _FLAGS)
         boundary = boundaries.create_group(f"{axis}_periodic" if kind == "periodic" else f"{axis}_wall_dirichlet")
-        boundary.attrs["bc_type"] = kind.upper()
-        boundary.attrs["associated_dims"] = _strings([axis])
-        boundary.attrs["associated_fields"] = _strings([])
-        for key, value in _FLAGS.items():
-            boundary.attrs[key] = value
+        about = {"bc_type": kind.upper(), "associated_dims": _strings([axis]), "associated_fields": _strings([])}
+        boundary.attrs.update(about | _FLAGS)
         mask = np.zeros(len(coordinates[axis]), dtype=bool)
         mask[[0, -1]] = True  # the two sides; readers look at these entries only
         boundary["mask"] = mask
@@ -144,30 +125,18 @@ def _put_scalars(file: h5py.File, values: dict[str, np.ndarray]) -> None:
         _put(scalars, name, value.astype(np.float32), {**_FLAGS, "sample_varying": value.ndim == 1})
 
 
-def _put_fields(
-    file: h5py.File,
-    system: System,
-    arrays: dict[str, np.ndarray],
-    chunks: tuple[int, ...] | None,
-    compression: str | None,
-) -> None:
+def _put_fields(file: h5py.File, system: System, arrays: dict, chunks: tuple | None, **storage: object) -> None:
     "The groups `t0_fields`, `t1_fields` and `t2_fields`, all three."
+    attributes = {"dim_varying": np.ones(len(system.axes), dtype=bool), "sample_varying": True, "time_varying": True}
     for rank in range(3):
         group = file.create_group(f"t{rank}_fields")
         members = [f for f in system.fields if f.rank == rank]
         group.attrs["field_names"] = _strings(f.name for f in members)
+        components = (len(system.axes),) * rank  # which are never torn apart
+        whole = None if chunks is None else (*chunks, *components)
+        about = attributes | ({"symmetric": False, "antisymmetric": False} if rank == 2 else {})  # all are stored
         for f in members:
-            attributes = {
-                "dim_varying": np.ones(len(system.axes), dtype=bool),
-                "sample_varying": True,
-                "time_varying": True,
-            }
-            if rank == 2:
-                attributes |= {"symmetric": False, "antisymmetric": False}  # all components are stored
-            whole = (
-                None if chunks is None else (*chunks, *(len(system.axes),) * rank)
-            )  # components are never torn apart
-            _put(group, f.name, arrays[f.name], attributes, chunks=whole, compression=compression)
+            _put(group, f.name, arrays[f.name], about, chunks=whole, **storage)
 
 # %% ../../nbs/data/write.ipynb #7e8d2d35
 def write_well(
@@ -192,18 +161,13 @@ def write_well(
     if path.suffix not in (".hdf5", ".h5"):
         raise ValueError(f"{path}: readers of The Well look for names that end in .hdf5 or .h5")
     arrays = _checked_fields(system, fields)
-    b, t, *grid = arrays[system.fields[0].name].shape
+    b, t, *grid = arrays[system.fields[0].name].shape[:4]
     values = _checked_parameters(system, parameters, b)
-    coordinates, time = _checked_coordinates(system, tuple(grid), coordinates, box), _checked_time(time, (b, t))
-    header = {
-        "dataset_name": system.name,
-        "grid_type": "cartesian",
-        "n_spatial_dims": len(system.axes),
-        "n_trajectories": b,
-    }
+    coordinates = _checked_coordinates(system, tuple(grid), coordinates or {}, box)
+    time = _increasing("time", time, np.float64, (t,), (b, t))
+    header = {"dataset_name": system.name, "grid_type": "cartesian", "n_spatial_dims": 2, "n_trajectories": b}
     header |= {"simulation_parameters": _strings(values)} | {n: v if v.ndim else float(v) for n, v in values.items()}
-    taken = sorted(set(header) & set(attributes or {}))
-    if taken:
+    if taken := sorted(header.keys() & (attributes or {}).keys()):
         raise ValueError(f"{path}: the attributes {', '.join(taken)} belong to the format")
     if initial_conditions is not None:
         initial_conditions = _as_array(initial_conditions, np.int64)
@@ -213,11 +177,10 @@ def write_well(
         chunks = (1, 1, *grid)
     page = {"alignment_threshold": 4096, "alignment_interval": 4096}
     with atomic_path(path) as partial, h5py.File(partial, "w", **page) as file:
-        for key, value in (header | dict(attributes or {})).items():
-            file.attrs[key] = value
+        file.attrs.update(header | dict(attributes or {}))
         _put_frame(file, system, coordinates, time)
         _put_scalars(file, values)
-        _put_fields(file, system, arrays, chunks, compression)
+        _put_fields(file, system, arrays, chunks, compression=compression)
         if initial_conditions is None:
             file.attrs[WRITTEN_BY] = "physrep"
         else:  # which marks the file as well
@@ -225,13 +188,11 @@ def write_well(
     return path
 
 # %% ../../nbs/data/write.ipynb #233079fa
-@dataclass
 class _Moments:
     "Running mean and sum of squared deviations of each channel."
 
-    n: int = 0
-    mean: np.ndarray | float = 0.0
-    squares: np.ndarray | float = 0.0
+    def __init__(self) -> None:
+        self.n, self.mean, self.squares = 0, np.float64(0), np.float64(0)
 
     def add(self, x: np.ndarray) -> None:
         "Merge a block `(c, ...)` of float64."
@@ -244,23 +205,13 @@ class _Moments:
         self.n = total
 
     @property
-    def std(self) -> np.ndarray:
-        "Biased standard deviation."
-        return np.sqrt(self.squares / self.n)
-
-    @property
-    def rms(self) -> np.ndarray:
-        "Root mean square."
-        return np.sqrt(self.squares / self.n + self.mean**2)
+    def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "Mean, biased standard deviation and root mean square `(c,)`."
+        variance = self.squares / self.n
+        return self.mean, np.sqrt(variance), np.sqrt(variance + self.mean**2)
 
 # %% ../../nbs/data/write.ipynb #746f87a7
 _BLOCK_BYTES = 2**22  # of one block of frames in float32; of several passes over it most then find it in the cache
-
-
-def _split_by_field(values: np.ndarray, system: System) -> dict[str, np.ndarray]:
-    "Values `(c,)` per channel to arrays (), (2,), (2, 2) per field."
-    shapes = {f.name: (len(system.axes),) * f.rank for f in system.fields}
-    return {name: values[system.channel_slice(name)].reshape(shape) for name, shape in shapes.items()}
 
 
 def write_stats(dataset_dir: str | os.PathLike, system: System | str, split: str = "train") -> Path:
@@ -282,8 +233,10 @@ def write_stats(dataset_dir: str | os.PathLike, system: System | str, split: str
                 delta.add(np.diff(block, axis=1))
     if delta.n == 0:
         raise ValueError(f"{paths[0].parent}: single frames have no change in time, so no complete statistics")
-    numbers = dict(zip(STATS, (value.mean, value.std, value.rms, delta.mean, delta.std, delta.rms)))
-    by_field = {key: {name: v.tolist() for name, v in _split_by_field(numbers[key], system).items()} for key in STATS}
+    by_field = {}
+    for key, numbers in zip(STATS, (*value.found, *delta.found)):
+        parts = {f.name: numbers[system.channel_slice(f.name)] for f in system.fields}
+        by_field[key] = {f.name: parts[f.name].reshape((len(system.axes),) * f.rank).tolist() for f in system.fields}
     path = paths[0].parents[2] / "stats.yaml"
     with atomic_path(path) as partial:
         partial.write_text(yaml.safe_dump(by_field, sort_keys=False))
