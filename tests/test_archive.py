@@ -183,7 +183,9 @@ def test_a_file_that_no_run_has_is_refused_before_anything_is_written(tmp_path, 
 
 def test_a_broken_archive_is_named(tmp_path):
     path = tmp_path / "seed0.zip"
-    write_archive(path, {RUN: {"result.json": b'{"value": 0.5}', "few.json": bytes(np.random.default_rng(0).bytes(5000))}})
+    write_archive(
+        path, {RUN: {"result.json": b'{"value": 0.5}', "few.json": bytes(np.random.default_rng(0).bytes(5000))}}
+    )
     whole = path.read_bytes()
     place = whole.index(b"few.json") + 400
     broken = [b"not found", whole[: len(whole) // 2], whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :]]

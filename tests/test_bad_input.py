@@ -7,8 +7,22 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from broken import SYSTEM, change, copy, cut, encoder_file, predictions_file, probe_file, replace, stage, tiny_preset
-from broken import well_file, well_set, with_header, with_info
+from broken import (
+    SYSTEM,
+    change,
+    copy,
+    cut,
+    encoder_file,
+    predictions_file,
+    probe_file,
+    replace,
+    stage,
+    tiny_preset,
+    well_file,
+    well_set,
+    with_header,
+    with_info,
+)
 
 import physrep
 from physrep.core.files import read_json

@@ -153,7 +153,9 @@ def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path, monkeypat
     folder = copied(tmp_path / "clone")
     (folder / "short.yaml").write_text("base: smoke\nseeds: [0]\n")
     shutil.copy(own / "own_waves.py", folder)
-    config = dict(preset="short.yaml", systems="own_waves:WAVES", data=str(own / "data"), only="forecast-vit,random-vit")
+    config = dict(
+        preset="short.yaml", systems="own_waves:WAVES", data=str(own / "data"), only="forecast-vit,random-vit"
+    )
     snakemake(folder, **config)
     table = pd.read_csv(folder / "runs" / "short" / "figures" / "table1.csv")
     rows = {("forecast", "vit"), ("random", "vit"), *((b, "none") for b in ("statistics", "spectra", "constant"))}

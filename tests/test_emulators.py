@@ -10,8 +10,7 @@ from physrep.models.axial import Axial
 from physrep.models.convnext import ConvNeXt
 from physrep.models.vit import ViT
 from physrep.objectives.disco import Disco
-from physrep.objectives.emulators import CODES, emulator_of, in_units, rollout
-from physrep.objectives.emulators import Forecast, NextFrame
+from physrep.objectives.emulators import CODES, Forecast, NextFrame, emulator_of, in_units, rollout
 from physrep.physics.systems import SYSTEMS, get_system
 
 SHAPE = (8, 16, 16)

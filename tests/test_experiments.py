@@ -132,7 +132,9 @@ def test_a_variant_over_its_row(study):
 def test_every_trial_of_a_row_starts_from_its_recipe_by_hand():
     for row in tuning.OWN:
         found = [str(tuning.configuration(LAPTOP, row, k)) for k in range(tuning.CONFIGURATIONS)]
-        assert found[0] == str({"coefficients": {}, "encoder_config": {}, "recipe": {}}) and len(set(found)) == len(found)
+        assert found[0] == str({"coefficients": {}, "encoder_config": {}, "recipe": {}}) and len(set(found)) == len(
+            found
+        )
     with pytest.raises(ValueError, match="no choices for disco-vit_code; there are: jepa-convnext"):
         tuning.trial_run(LAPTOP, ("disco", "vit_code"), 1)
 

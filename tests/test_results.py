@@ -62,7 +62,14 @@ def test_a_result_is_stale_by_its_configuration_its_data_or_an_integer(tmp_path)
     assert stale(path, config=config | {"lr": 0.2}) == ["config has another lr"]
     assert stale(path, probing=replace(SMOKE, probe_epochs=99).probing()) == ["probing has another epochs"]
     for kind in ("PHYSICS", "TRAINING", "PROBING"):
-        write_json(path, {"rows": [], **asked, "provenance": provenance() | {"numbers": physrep.core.provenance.numbers() | {kind: 0}}})
+        write_json(
+            path,
+            {
+                "rows": [],
+                **asked,
+                "provenance": provenance() | {"numbers": physrep.core.provenance.numbers() | {kind: 0}},
+            },
+        )
         assert stale(path, **asked) == [f"{kind} was 0, is {physrep.core.provenance.numbers(kind)[kind]}"]
 
 
@@ -86,7 +93,10 @@ def test_a_difference_is_clear_if_the_interval_and_every_seed_are_on_one_side():
     for low, high, seeds, clear in [(-2, -1, "-3 -1", True), (-2, -1, "-3 1", False), (-1, 1, "1 1", False)]:
         one = pd.Series({"low": low, "high": high, "by_seed": seeds})
         assert interval_is_clear(one) == clear
-        assert interval_is_clear(pd.Series({"low": low, "high": high, "by_seed": tuple(map(float, seeds.split()))})) == clear
+        assert (
+            interval_is_clear(pd.Series({"low": low, "high": high, "by_seed": tuple(map(float, seeds.split()))}))
+            == clear
+        )
 
 
 def drawn(folder, **options) -> None:

@@ -104,7 +104,19 @@ def snakemake(folder: Path, environment: dict, *options: str) -> list[str]:
     # this Slurm keeps no accounts, so the queue says how jobs are
     fast = ["--slurm-init-seconds-before-status-checks", "2", "--slurm-no-account", "--slurm-status-command", "squeue"]
     profile = ["--workflow-profile", str(PROFILE.parent), "--latency-wait", "5"]
-    return [sys.executable, "-m", "snakemake", *profile, *fast, "--nolock", "--rerun-triggers", "mtime", *options, "--config", *config]
+    return [
+        sys.executable,
+        "-m",
+        "snakemake",
+        *profile,
+        *fast,
+        "--nolock",
+        "--rerun-triggers",
+        "mtime",
+        *options,
+        "--config",
+        *config,
+    ]
 
 
 def jobs(environment: dict) -> list[str]:
@@ -143,7 +155,5 @@ def test_table_1_is_made_by_the_jobs_of_a_cluster(cluster, tmp_path):
     assert done.returncode == 0, done.stdout[-5000:]
     assert "SLURM jobid" in done.stdout and (folder / "runs/smoke/figures/table1.csv").is_file()
     # what every job has recorded is what the next call wants: nothing is to be done
-    again = subprocess.run(
-        snakemake(folder, environment, "--dry-run"), **about, timeout=300, capture_output=True
-    )
+    again = subprocess.run(snakemake(folder, environment, "--dry-run"), **about, timeout=300, capture_output=True)
     assert "Nothing to be done" in again.stdout + again.stderr, again.stdout[-3000:] + again.stderr[-3000:]

@@ -107,7 +107,12 @@ def _update(run: Run, plain: bool, device: str) -> Callable[[], object]:
 
 
 def time_updates(
-    study: Study, rows: Sequence[Row], batch_sizes: Sequence[int] = (8, 16, 64), *, repeats: int = 5, device: str = "cpu"
+    study: Study,
+    rows: Sequence[Row],
+    batch_sizes: Sequence[int] = (8, 16, 64),
+    *,
+    repeats: int = 5,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """A line for each row and batch size: seconds of an update, windows a second, 10^9 operations a second, and
     `times_plain`: seconds of the plain formulation over these (NaN without transformer blocks)."""

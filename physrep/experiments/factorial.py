@@ -16,12 +16,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.files import read_json, write_json
+from ..core.provenance import provenance
 from .jobs import is_scored, train_and_score
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..physics.systems import get_system
 from ..probing.evaluate import valid_scores
 from ..probing.records import is_current
-from ..core.provenance import provenance
 from ..results.comparison import log_errors, ratio_interval, read_methods, spread
 from ..results.panels import plot_marks
 from ..results.rows import PERIODIC, ROWS, Study, with_operations_of
@@ -172,7 +172,9 @@ def parts(study: Study) -> list[str]:
     for cell, system in product(CELLS, study.systems):
         rate = known_rate(study, cell, system)
         try:
-            runs = [cell_run(study, cell, system, rate=rate or "middle", seed=k) for k in cell_seeds(study, cell, system)]
+            runs = [
+                cell_run(study, cell, system, rate=rate or "middle", seed=k) for k in cell_seeds(study, cell, system)
+            ]
         except ValueError:  # the clips of this preset are too short for it
             continue
         if rate is None or not all(map(is_scored, runs)):

@@ -111,7 +111,11 @@ def fine_tuned_table(study: Study) -> pd.DataFrame:
     df = read_results(files)
     df = df[(df.metric == "mse") & (df.label == "mean") & (df.split == "test")]
     keys = ["system", "objective", "encoder"]
-    means = df.groupby(keys, sort=False).agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), seeds=("seed", "nunique")).reset_index()
+    means = (
+        df.groupby(keys, sort=False)
+        .agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), seeds=("seed", "nunique"))
+        .reset_index()
+    )
     known = {(m.system, m.objective, m.encoder): m.value for m in means.itertuples()}
     own = {row.pair: random_of(row, study.rows) for row in study.rows}
     pairs = [(m.system, own.get((m.objective, m.encoder))) for m in means.itertuples()]
@@ -131,7 +135,7 @@ def _fine_tuned(study: Study) -> list[Row]:
 
 def parts(study: Study, finetune: bool = True) -> list[str]:
     "The jobs that are not done yet: `supervised/<row>/<system>/<seed>`, `finetune/<row>/<system>/<seed>`."
-    kinds = [("supervised", TRAINED_ON_FEW, [row for row in study.rows if row.reads_labels], range(DRAWS))]
+    kinds = [("supervised", TRAINED_ON_FEW, [row for row in study.rows if row.reads_labels], tuple(range(DRAWS)))]
     kinds += [("finetune", FINE_TUNED, _fine_tuned(study), study.seeds)] if finetune else []
     return [
         f"{kind}/{row.name}/{system}/{seed}"

@@ -7,7 +7,7 @@ __all__ = ['CURVE_PROBE', 'snapshot_files', 'score_snapshots', 'learning_curves'
 
 # %% ../../nbs/experiments/learning_curves.ipynb #24df629e
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np

@@ -189,7 +189,13 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
             if there.clip_shape == run.clip_shape:
                 encoder = Translated(load_encoder(there.folder).encoder, there.system, run.system)
                 read = _read_encoder(run, {s: windows[s] for s in ("train", "valid", "test")}, encoder)
-                add(row, "another system", "parameters", _fit_and_predict(read, label_scaler(run, windows["train"])), other)
+                add(
+                    row,
+                    "another system",
+                    "parameters",
+                    _fit_and_predict(read, label_scaler(run, windows["train"])),
+                    other,
+                )
     groups = {s: bootstrap_groups(w, windows["train"]) for s, w in {**windows, LONG_BOX: box}.items()}
     rows = []
     for (pair, flows, asked, trained_on), answers in found.items():

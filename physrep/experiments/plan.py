@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
 
-from ..core.files import read_json
-from ..core.files import project_root
+from ..core.files import project_root, read_json
 from ..core.names import load_object
 from ..data.generate import is_complete
 from ..data.remote import is_address
@@ -56,9 +56,10 @@ def _windows(study: Study, system: str) -> dict[str, Windows] | None:
 def _simulate(study: Study, system: str, priority: int) -> list[Job]:
     "The job that simulates a system, where it is not complete."
     run = study.run(study.kind("trained", "random", "frozen")[0], system)
-    if not run.simulated or is_address(run.data_folder) or is_complete(run.system.name, run.data, run.data_folder):
+    name = run.system.name
+    if not run.simulated or is_address(run.data_folder) or is_complete(name, run.data, Path(run.data_folder) / name):
         return []
-    name = f"{run.system.name}-simulate"
+    name = f"{name}-simulate"
     return [Job(name, "00_simulate", {"system": system}, simulates=True, priority=priority + 9)]
 
 
@@ -78,7 +79,9 @@ def _row_jobs(study: Study, row: Row, system: str, after: tuple[str, ...], prior
         todo = [r for r in runs if not (is_scored(r, windows=windows) and all(f.is_file() for f in curves[r.seed]))]
         if not todo:
             continue
-        name = f"{get_system(system).name}-{row.name}" + ("" if len(seeds) > 1 or seeds == study.preset.seeds else f"-seed{seeds[0]}")
+        name = f"{get_system(system).name}-{row.name}" + (
+            "" if len(seeds) > 1 or seeds == study.preset.seeds else f"-seed{seeds[0]}"
+        )
         values = _row_parameters(row, system, [run.seed for run in todo])
         if row.kind == "trained" and not all(map(is_trained, todo)):
             found.append(Job(f"{name}-pretrain", "03_pretrain", values, after, trains=True, priority=priority + 2))
@@ -138,7 +141,8 @@ def experiment_jobs(study: Study, notebook: str, before: Sequence[Job], *, parts
     entry, after = read_experiments()[notebook], tuple(job.name for job in before)
     jobs = []
     if parts and "parts" in entry:
-        for part in (part for place in entry["parts"] for part in load_object(place, {}, "parts")(study)):
+        listed: list[Any] = [load_object(place, {}, "parts") for place in entry["parts"]]
+        for part in (part for parts_of in listed for part in parts_of(study)):
             name = f"{notebook}-{part.replace('/', '-')}"
             jobs.append(Job(name, notebook, {"part": part}, after, trains=True))
     figures = Path(study.run_dir or project_root() / "runs") / study.preset.name / "figures"

@@ -169,7 +169,9 @@ def frame_errors(predicted: np.ndarray, true: np.ndarray, flows: RolloutFlows) -
     found |= {name: _by_field(relative[..., i], flows.system) for i, name in enumerate(BINS)}
     if "velocity" in [f.name for f in flows.system.fields if f.rank == 1]:
         where = flows.system.channel_slice("velocity")
-        sides = (energy_enstrophy(np.moveaxis(x[:, where], 1, 2), flows.points, flows.periodic) for x in (predicted, true))
+        sides = (
+            energy_enstrophy(np.moveaxis(x[:, where], 1, 2), flows.points, flows.periodic) for x in (predicted, true)
+        )
         for name, here, there in zip(INVARIANTS, *sides):
             found[name] = ((here - there) / np.maximum(there, FLOOR * there.mean()))[:, None]
     return found
@@ -228,7 +230,9 @@ def _median_with_interval(values: np.ndarray, groups: np.ndarray, n_bootstrap: i
     "`median`, `mean` and the ends `low`, `high` of the 95 % interval of the median, `(m,)` of values `(n, m)`."
     weights, index = bootstrap_weights(groups, n_bootstrap)
     draws = [np.median(np.repeat(values, w[index].astype(int), axis=0), axis=0) for w in weights]
-    low, high = np.quantile(draws[1:], (0.025, 0.975), axis=0, method="nearest")  # between a number and infinity is none
+    low, high = np.quantile(
+        draws[1:], (0.025, 0.975), axis=0, method="nearest"
+    )  # between a number and infinity is none
     return {"median": draws[0], "mean": values.mean(axis=0), "low": low, "high": high}
 
 
@@ -275,7 +279,9 @@ def plot_vrmse(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Fig
     "Median VRMSE against the predicted frame, a panel for each system."
     curves = vrmse_curves(table).rename(columns={"step": "x"})
     ylabel = "VRMSE (1: the mean of the field)"
-    return plot_curves(curves, xlabel="predicted frame", ylabel=ylabel, title=title, rows=_shown(rows), log=(False, True))
+    return plot_curves(
+        curves, xlabel="predicted frame", ylabel=ylabel, title=title, rows=_shown(rows), log=(False, True)
+    )
 
 
 def plot_frames(

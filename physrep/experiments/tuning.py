@@ -135,12 +135,12 @@ def tuning_root(study: Study) -> Path:
 def trial_run(study: Study, row: tuple[str, str], number: int, seed: int = TUNING_SEED) -> Run:
     "The run of a configuration of a row on the first system."
     usual, change = by_hand(study, row), configuration(study, row, number)
-    about = dict(seed=seed, data_dir=study.data_dir, run_dir=tuning_root(study))
-    runs = [
-        resolve(study.systems[0], *row, study.preset, **about, **{part: {**usual[part], **more[part]} for part in usual})
-        for more in ({part: {} for part in usual}, change)
-    ]
-    return with_operations_of(runs[1], runs[0]) if number else runs[0]
+    about: dict = dict(seed=seed, data_dir=study.data_dir, run_dir=tuning_root(study))
+    first = resolve(study.systems[0], row[0], row[1], study.preset, **about, **usual)
+    if not number:
+        return first
+    changed = {part: {**usual[part], **change[part]} for part in usual}
+    return with_operations_of(resolve(study.systems[0], row[0], row[1], study.preset, **about, **changed), first)
 
 # %% ../../nbs/experiments/tuning.ipynb #d77aa9cd
 def _score(record: Mapping) -> float:

@@ -8,7 +8,6 @@ __all__ = ['VARIANTS', 'PROBE', 'parts', 'train_variant', 'variant_ratios', 'plo
 # %% ../../nbs/experiments/variants.ipynb #ed59138b
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -87,7 +86,9 @@ def plot_variants(table: pd.DataFrame, title: str = "") -> Figure:
     looks = {row.name: row for row in ROWS}
     rows = [looks[name] for name in table.row]
     lines = [f"{title_of(*row.pair)}: {changed}" for row, changed in zip(rows, table.changed)]
-    drawn = table.assign(line=lines, color=[row.color for row in rows], marker=[row.marker for row in rows], panel="all")
+    drawn = table.assign(
+        line=lines, color=[row.color for row in rows], marker=[row.marker for row in rows], panel="all"
+    )
     drawn = drawn.assign(filled=(table.low > 1) | (table.high < 1))
     label = "error over that of the row (left of 1: the change helps)"
     return plot_marks(drawn, xlabel=label, at=1.0, panels={"all": ""}, title=title)

@@ -18,8 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.files import open_tensors, read_json
-from ..core.files import project_root
+from ..core.files import open_tensors, project_root, read_json
 from .pictures import FlowPicture, fixed_scale
 from .solve import Flow, parameter_ranges, solve
 from ..models.pretrained import SHIPPED, LoadedEncoder, load_encoder

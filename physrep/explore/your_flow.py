@@ -20,8 +20,7 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 
-from ..data.outside import parts_outside
-from ..data.well import open_hdf5
+from ..data.well import open_hdf5, parts_outside
 from .page import Runner, Tab, answers_html, control, paragraph, table_html
 from .sets import on_grid, open_flow
 from .solve import Flow, cell_centres

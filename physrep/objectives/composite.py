@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..core.randomness import randn_samples
-from ..data.views import read_frames
+from ..data.batches import read_frames
 from ..models.heads import check_fit
 from .gates import evaluating, gate_of, retrieval_gate
 from .pictures import feature_figure, likeness_figure, pixel_figure

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..data.views import View, read_frames
+from ..data.batches import View, read_frames
 from ..models.heads import check_fit
 from .gates import evaluating, gate_of
 from .pictures import pixel_figure

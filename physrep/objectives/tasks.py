@@ -19,7 +19,7 @@ from scipy import sparse
 from scipy.sparse.linalg import splu
 
 from ..core.randomness import generator, rand_samples
-from ..data.views import View, read_frames
+from ..data.batches import View, read_frames
 from ..models.heads import batch_fields
 from ..physics.systems import System
 
@@ -57,7 +57,7 @@ def clips_of(
     if any(v.start is None or v.own_symmetry for v in views):
         raise ValueError(
             "a view at a place or under a symmetry of its own needs a batch with 'views': use "
-            "ViewBatches(windows, objective.views, ...) of physrep.data.views, not Batches"
+            "ViewBatches(windows, objective.views, ...) of physrep.data.batches, not Batches"
         )
     x = batch_fields(batch, frames=read_frames(views), **fit)
     return tuple(x[:, :, v.start : v.start + v.frames] for v in views)
@@ -244,7 +244,7 @@ class Pair(Task):
     """What do two windows of one trajectory have in common? The second one has no frame of the first and a symmetry of
     its own.
 
-    `of` names the controls: see `PARTNERS` of `physrep.data.views`; "labels" uses labels, so it is an upper bound."""
+    `of` names the controls: see `PARTNERS` of `physrep.data.batches`; "labels" uses labels, so it is an upper bound."""
 
     gap: int = 0  # frames that lie at least between the two
     of: str = "trajectory"

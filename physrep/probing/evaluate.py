@@ -30,8 +30,7 @@ from ..data.windows import Windows
 from ..models.encoders import ENCODERS
 from ..models.pretrained import LoadedEncoder, load_encoder
 from ..physics.oracle import equation_oracle, has_oracle
-from ..physics.statistics import spectra
-from ..physics.statistics import summary_statistics
+from ..physics.statistics import spectra, summary_statistics
 from ..physics.systems import System
 from .features import Features, features_of, probe_splits
 from .few_labels import FEW, score_few

@@ -27,9 +27,6 @@ def bootstrap_weights(groups: np.ndarray, n_bootstrap: int, seed: int = 0) -> tu
     draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_bootstrap)
     return np.concatenate([np.ones((1, len(names)), dtype=draws.dtype), draws]), index
 
-
-
-
 # %% ../../nbs/probing/scores.ipynb #a282d59a
 def _weighted_medians(values: np.ndarray, weights: np.ndarray, index: np.ndarray, chunk: int = 64) -> np.ndarray:
     """Median `(draws,)` of `values (n,)`, window i counting `weights[draw, index[i]]` times, as `np.median` of the
@@ -199,9 +196,6 @@ def _short(value: float, _: object = None) -> str:
     if value >= 1e6:
         return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     return f"{value / 1000:g}k" if value >= 1e4 else f"{value:g}"
-
-
-
 
 # %% ../../nbs/probing/scores.ipynb #d1b5019f
 _COLOR = "#0072B2"

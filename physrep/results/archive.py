@@ -19,8 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.files import atomic_path, read_json
-from ..core.files import project_root
+from ..core.files import atomic_path, project_root, read_json
 from ..data.sets import find_files, fingerprint
 from ..probing.records import is_current
 from .rows import Study

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUMMARY', 'REFERENCES', 'spread', 'without_seed', 'Method', 'predictions_in', 'read_methods', 'summarise',
-           'check_metric', 'compare', 'interval_text', 'differences']
+           'check_metric', 'compare', 'log_errors', 'ratio_interval', 'error_ratio', 'interval_text', 'differences']
 
 # %% ../../nbs/results/comparison.ipynb #e5ac7a7c
 import math
@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..core.randomness import seed_for
 from ..data.scaling import LabelScaler
 from ..physics.systems import System
 from ..probing.records import MEASURED, SCHEMA, Predictions, read_predictions
-from ..probing.scores import METRICS, difference_seeds, score, score_seeds
+from ..probing.scores import METRICS, bootstrap_weights, difference_seeds, score, score_seeds
 from .rows import CONTROLS, PROBE_ORDER, ROWS, SPLIT_ORDER, Row, ordered, random_of, row_order
 
 # %% ../../nbs/results/comparison.ipynb #0f2c227b
@@ -304,6 +305,42 @@ def compare(
                 if metric in (None, row["metric"]):
                     rows.append(about | row)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/results/comparison.ipynb #2d2d3dc2
+def log_errors(
+    m: Method, probe: str, *, split: str = "test", n_bootstrap: int = 1000, spread_of_seeds: float = math.nan
+) -> np.ndarray:
+    """Draws `(1 + n_bootstrap,)` of the logarithm of the mean squared z-scored error, mean over seeds and labels; the
+    first is as measured. `spread_of_seeds`: of one seed's logarithm, taken where there is a single seed."""
+    truth = m.scaler.transform(m.truth[split])
+    weights, index = bootstrap_weights(m.groups[split], n_bootstrap)
+    sizes = np.bincount(index)
+    logs = []
+    for predicted in m.seeds(probe, split):
+        squared = ((m.scaler.clip(m.scaler.transform(predicted)) - truth) ** 2).mean(axis=1)
+        logs.append(np.log(weights @ np.bincount(index, squared) / (weights @ sizes)))
+    own = spread([log[0] for log in logs])
+    spread_of_seeds, left = (own, len(logs) - 1) if len(logs) > 1 else (spread_of_seeds, 2)
+    draws = np.mean(logs, axis=0)
+    if math.isfinite(spread_of_seeds):
+        luck = np.random.default_rng(seed_for("seeds", m.name, probe)).standard_t(left, n_bootstrap)
+        draws[1:] += luck * spread_of_seeds / math.sqrt(len(logs))
+    return draws
+
+
+def ratio_interval(draws: np.ndarray) -> dict[str, float]:
+    "`value`, `low` and `high` of a ratio from draws of its logarithm."
+    low, high = np.exp(np.quantile(draws[1:], (0.025, 0.975)))
+    return {"value": float(np.exp(draws[0])), "low": float(low), "high": float(high)}
+
+
+def error_ratio(a: _Where, b: _Where, probe: str, split: str = "test") -> dict[str, float]:
+    "The error of one method over that of another on the same windows: `value`, `low`, `high`, `seeds`."
+    first, second = _one_method(a), _one_method(b)
+    _check_same_windows(first, second, (first.name, second.name), [split])
+    spreads = [spread(np.log(_by_seed(m, probe, split)["mean", "mse"])) for m in (second, first)]
+    logs = [log_errors(m, probe, split=split, spread_of_seeds=s) for m, s in zip((first, second), spreads)]
+    return ratio_interval(logs[0] - logs[1]) | {"seeds": min(len(m.seeds(probe, split)) for m in (first, second))}
 
 # %% ../../nbs/results/comparison.ipynb #df206ed8
 REFERENCES = ("random", *CONTROLS)  # objectives of the rows that the others are compared with

@@ -18,9 +18,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..core.names import check_numbers, seeds_in
-from ..core.files import default_data_dir, project_root
-from ..core.names import short_name, split_name, tagged
+from ..core.files import default_data_dir
+from ..core.names import check_numbers, seeds_in, short_name, split_name, tagged
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES, objective_class
@@ -271,8 +270,9 @@ class Study:
         if row.kind in ("baseline", "predictions"):
             raise ValueError(f"row {row.name} has no run: it is of kind {row.kind}")
         parts = dict(coefficients=row.coefficients, encoder_config=row.encoder_config, recipe=row.recipe, tag=row.tag)
-        parts |= dict(data_dir=self.data_dir, run_dir=self.run_dir, seed=self.seeds[0] if seed is None else seed)
-        return resolve(system, row.objective, row.encoder, self.preset, **parts)
+        seed = self.seeds[0] if seed is None else seed
+        places = dict(data_dir=self.data_dir, run_dir=self.run_dir)
+        return resolve(system, row.objective, row.encoder, self.preset, seed=seed, **places, **parts)
 
     def runs(self, row: Row, system: str) -> list[Run]:
         "The runs of a row in a system, one a seed."
@@ -381,14 +381,16 @@ def variant_run(study: Study, name: str, variant: Variant, system: str, seed: in
     [row] = [row for row in ROWS if row.name == variant.row]
     usual = study.run(row, system, seed)
     recipe = usual.recipe.decisive() | dict(variant.recipe) | {"lr": variant.lr * usual.recipe.lr}
-    own = study.preset.coefficients(variant.objective or row.objective, variant.encoder or row.encoder, usual.system.name)
+    own = study.preset.coefficients(
+        variant.objective or row.objective, variant.encoder or row.encoder, usual.system.name
+    )
     changed = replace(
         row,
         objective=variant.objective or row.objective,
         encoder=variant.encoder or row.encoder,
         tag=".".join(part for part in (name, row.tag) if part),
         coefficients=(own if variant.objective else dict(usual.coefficients)) | dict(variant.coefficients),
-        encoder_config=row.encoder_config | dict(variant.encoder_config),
+        encoder_config=dict(row.encoder_config) | dict(variant.encoder_config),
         recipe=recipe,
     )
     run = study.run(changed, system, seed)

@@ -29,7 +29,9 @@ def write_windows_csv(reference: Predictions, path: str | Path, split: str = "te
     if path.exists():
         raise FileExistsError(f"{path} is there already, and may hold predictions: delete it, or name another file")
     if split not in reference.truth or split not in reference.data:
-        raise ValueError(f"{reference.path} has no split {split!r} with a fingerprint; it has {', '.join(reference.data)}")
+        raise ValueError(
+            f"{reference.path} has no split {split!r} with a fingerprint; it has {', '.join(reference.data)}"
+        )
     labels, groups = reference.scaler.system.label_names, reference.groups[split]
     table = pd.DataFrame({"window": np.repeat(np.arange(len(groups)), len(labels)), "label": labels * len(groups)})
     table = table.assign(value="", flow=np.repeat(groups, len(labels)))
@@ -130,7 +132,9 @@ def predictions_from_csv(
         predictions = {}
         for (probe, where), one in part.groupby(["probe", "split"]):
             values = one.pivot(index="window", columns="label", values="value")
-            values = values.reindex(index=range(len(reference.truth[where])), columns=reference.scaler.system.label_names)
+            values = values.reindex(
+                index=range(len(reference.truth[where])), columns=reference.scaler.system.label_names
+            )
             if missing := int(values.isna().any(axis=1).sum()):
                 raise ValueError(
                     f"{path}: {missing} of {len(values)} windows of split {where!r} (seed {seed}, probe {probe!r}) have "

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import read_json
-from ..core.files import default_data_dir, project_root
+from ..core.files import default_data_dir, project_root, read_json
 from ..core.names import load_object
 from ..core.provenance import changed
 from ..data.sets import find_files, fingerprint

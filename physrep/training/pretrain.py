@@ -21,9 +21,8 @@ from matplotlib.figure import Figure
 from ..core.devices import fast_products, keep_memory
 from ..core.files import read_json, write_json
 from ..core.provenance import changed, provenance
-from ..data.batches import Batches
+from ..data.batches import Batches, ViewBatches
 from ..data.scaling import Normaliser
-from ..data.views import ViewBatches
 from ..data.windows import Windows
 from ..models.pretrained import save_encoder
 from .loop import ALONE, Alone, load_checkpoint, make_optimizer, read_metrics, train, write_metrics
