@@ -100,7 +100,7 @@ _CHOSEN = {  # system -> task, target -> the rate of each of CELL_ENCODERS
 
 
 def cell_run(study: Study, cell: str, system: str, *, rate: str = "middle", seed: int | None = None) -> Run:
-    "The run of a cell at one of RATES. ValueError for an unknown cell, and where a preset's clips are too short for it."
+    "The run of a cell at one of RATES. ValueError for an unknown cell, and for clips that are too short for it."
     if cell not in CELLS:
         raise ValueError(f"unknown cell {cell!r}; valid: {', '.join(CELLS)}")
     (task, target, encoder), preset, name = CELLS[cell], study.preset, get_system(system).name

@@ -68,7 +68,7 @@ def score_snapshots(
 # %% ../../nbs/experiments/learning_curves.ipynb #8074f75e
 def learning_curves(study: Study) -> pd.DataFrame:
     """The errors on `test` of the encoders of every trained row on its way, the last one too: `system`, `objective`,
-    `encoder`, `seed`, `value`, `low`, `high`, `step` and `operations`. Runs without encoders on the way are left out."""
+    `encoder`, `seed`, `value`, `low`, `high`, `step`, `operations`. Runs without encoders on the way are left out."""
     found = []
     for run in (r for row in study.kind("trained") for s in study.systems for r in study.runs(row, s)):
         files = {run.folder / "result.json": run.recipe.steps}

@@ -26,7 +26,7 @@ from ..data.windows import Windows, check_disjoint
 from .jobs import is_scored, is_trained, train_and_score
 from ..models.pretrained import load_encoder
 from ..physics.measures import defect_count, wall_nusselt, wave_energy
-from ..physics.systems import Field, Label, System, get_system
+from ..physics.systems import Field, Label, System
 from ..probing.evaluate import MEASURES, bootstrap_groups, measured_features
 from ..probing.features import Features, features_of, probe_splits
 from ..probing.frozen import fit_probe
@@ -147,8 +147,7 @@ def _read_encoder(run: Run, windows: Mapping[str, Windows], encoder: torch.nn.Mo
     encoder = load_encoder(run.folder) if own else encoder
     scaler = label_scaler(run, windows["train"])
     options = dict(size=run.clip.size, cache=run.folder / "features" if own else None, scratch=run.folder)
-    kept = {s: features_of(encoder, w, scaler, max_tokens=None, progress=False, **options) for s, w in windows.items()}
-    return kept
+    return {s: features_of(encoder, w, scaler, max_tokens=None, progress=False, **options) for s, w in windows.items()}
 
 
 def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]:
@@ -181,7 +180,7 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
         cuts = {**{s: _as_cut(windows[s]) for s in ("train", "valid")}, LONG_BOX: box}
         read = measured_features(windows, MEASURES[row.objective])
         ask(row, study.place(system) / row.objective, read, measured_features(cuts, MEASURES[row.objective]))
-    for row, run in ((row, run) for row in study.kind("trained", "random") for run in study.runs(row, system)):
+    for row, run in [(one, run) for one in study.kind("trained", "random") for run in study.runs(one, system)]:
         features = _read_encoder(run, {**windows, LONG_BOX: box})
         ask(row, run.folder, features, features)
         for other in (name for name in study.systems if name != system):
@@ -189,13 +188,8 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
             if there.clip_shape == run.clip_shape:
                 encoder = Translated(load_encoder(there.folder).encoder, there.system, run.system)
                 read = _read_encoder(run, {s: windows[s] for s in ("train", "valid", "test")}, encoder)
-                add(
-                    row,
-                    "another system",
-                    "parameters",
-                    _fit_and_predict(read, label_scaler(run, windows["train"])),
-                    other,
-                )
+                answer = _fit_and_predict(read, label_scaler(run, windows["train"]))
+                add(row, "another system", "parameters", answer, other)
     groups = {s: bootstrap_groups(w, windows["train"]) for s, w in {**windows, LONG_BOX: box}.items()}
     rows = []
     for (pair, flows, asked, trained_on), answers in found.items():

@@ -220,7 +220,7 @@ def roll_out_all(
 ) -> list[Rolled]:
     "Persistence and the runs of these rows in a system, all seeds; `options` of `roll_out`: device, progress."
     found = [roll_out(PERSISTENCE, persistence_emulator(), flows, **options)]
-    for row, run in ((row, run) for row in rows for run in study.runs(row, system)):
+    for row, run in [(one, run) for one in rows for run in study.runs(one, system)]:
         emulator = load_emulator(run, device=options.get("device", "cpu"), code=code)
         found.append(roll_out(row, emulator, flows, seed=run.seed, **options))
     return found
@@ -230,9 +230,7 @@ def _median_with_interval(values: np.ndarray, groups: np.ndarray, n_bootstrap: i
     "`median`, `mean` and the ends `low`, `high` of the 95 % interval of the median, `(m,)` of values `(n, m)`."
     weights, index = bootstrap_weights(groups, n_bootstrap)
     draws = [np.median(np.repeat(values, w[index].astype(int), axis=0), axis=0) for w in weights]
-    low, high = np.quantile(
-        draws[1:], (0.025, 0.975), axis=0, method="nearest"
-    )  # between a number and infinity is none
+    low, high = np.quantile(draws[1:], (0.025, 0.975), axis=0, method="nearest")  # some may be infinite
     return {"median": draws[0], "mean": values.mean(axis=0), "low": low, "high": high}
 
 
@@ -241,7 +239,7 @@ def rollout_table(rolled: Sequence[Rolled], flows: RolloutFlows) -> pd.DataFrame
     since the last true frame. Energy and enstrophy are of the field velocity."""
     system, dt = flows.system, float(flows.windows.files[0].dt)
     parts = []
-    for one, (metric, values) in ((one, item) for one in rolled for item in one.errors.items()):
+    for one, metric, values in [(each, *item) for each in rolled for item in each.errors.items()]:
         names = ["velocity"] if metric in INVARIANTS else [f.name for f in system.fields]
         n, fields, steps = values.shape
         step = np.tile(np.arange(1, steps + 1), fields)

@@ -381,15 +381,14 @@ def variant_run(study: Study, name: str, variant: Variant, system: str, seed: in
     [row] = [row for row in ROWS if row.name == variant.row]
     usual = study.run(row, system, seed)
     recipe = usual.recipe.decisive() | dict(variant.recipe) | {"lr": variant.lr * usual.recipe.lr}
-    own = study.preset.coefficients(
-        variant.objective or row.objective, variant.encoder or row.encoder, usual.system.name
-    )
+    objective, encoder = variant.objective or row.objective, variant.encoder or row.encoder
+    own = study.preset.coefficients(objective, encoder, usual.system.name)
     changed = replace(
         row,
-        objective=variant.objective or row.objective,
-        encoder=variant.encoder or row.encoder,
+        objective=objective,
+        encoder=encoder,
         tag=".".join(part for part in (name, row.tag) if part),
-        coefficients=(own if variant.objective else dict(usual.coefficients)) | dict(variant.coefficients),
+        coefficients={**(own if variant.objective else usual.coefficients), **variant.coefficients},
         encoder_config=dict(row.encoder_config) | dict(variant.encoder_config),
         recipe=recipe,
     )

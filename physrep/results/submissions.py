@@ -137,7 +137,7 @@ def predictions_from_csv(
             )
             if missing := int(values.isna().any(axis=1).sum()):
                 raise ValueError(
-                    f"{path}: {missing} of {len(values)} windows of split {where!r} (seed {seed}, probe {probe!r}) have "
+                    f"{path}: {missing} of {len(values)} windows of {where!r} (seed {seed}, probe {probe!r}) have "
                     "no value or not all labels; every window is scored"
                 )
             predictions[probe, where] = values.to_numpy()
@@ -152,7 +152,7 @@ def predictions_from_csv(
 # %% ../../nbs/results/submissions.ipynb #3853a848
 def write_csv_row(path: str | Path, reference: Predictions, folder: str | Path, **options: object) -> Path:
     """Writes `<folder>/result.json`, and `<folder>/seed<k>/predictions.safetensors` for each seed of a CSV; returns the
-    first. The row is named after the folder. `options` are those of `predictions_from_csv`. ValueError for a folder with
+    first. The row is named after the folder. `options`: of `predictions_from_csv`. ValueError for a folder with
     results of something else."""
     folder = Path(folder)
     result = folder / "result.json"
