@@ -9,6 +9,7 @@ import torch
 from broken import encoder_file, predictions_file, probe_file
 
 import physrep
+from physrep.data.sets import STATS as STATS_OF_A_SET
 from physrep.data.sets import read_stats
 from physrep.physics.systems import get_system
 from physrep.probing.records import read_predictions
@@ -22,7 +23,7 @@ OPTIMIZER = make_optimizer(LAYER, Recipe(steps=4, lr=0.1))
 TEXT = [b"[" * 50, b"null", b"-1", b".nan", b"1e400", b"!!python/name:os", b"{", b"&a", b"*a", b"\xff", b"\n", b": "]
 PRESET = "base: smoke\nframes: 4\nseeds: [0]\ntrain: {mae: {steps: 4, lr: 0.001, batch_size: 2}}\n"
 ROWS = "rows: [{objective: mae, encoder: vit, tag: mine, recipe: {lr: 0.1}}]\n"
-STATS = "mean: {tracer: 0.0, pressure: 1.0, velocity: [0.0, 0.0]}\nstd: {tracer: 1.0, pressure: 1.0, velocity: [1.0, 1.0]}\n"
+STATS = "".join(f"{k}: {{tracer: 1.0, pressure: 1.0, velocity: [1.0, 1.0]}}\n" for k in STATS_OF_A_SET)
 
 
 def use_encoder(path: Path) -> None:

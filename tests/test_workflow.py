@@ -1,4 +1,4 @@
-"""The workflow as `make` runs it: the same to the byte twice, only what is missing, killed and finished, one at a time."""
+"""The workflow as `make` runs it: the same to the byte twice, only what is missing, killed and finished."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ FEW = {"preset": "few.yaml", "systems": "shear_flow", "only": "forecast-vit,rand
 OWN_ROWS = """
 rows:
   - {objective: frozen, encoder: "own_package:make_bands", title: bands}
-  - {objective: "own_package:MeanField", encoder: vit, coefficients: {scale: 2.0}, recipe: {lr: 0.002}, color: "#E69F00"}
+  - {objective: "own_package:MeanField", encoder: vit, coefficients: {scale: 2.0}, recipe: {lr: 0.002}, color: red}
 """
 OWN_PACKAGE = """
 import torch
@@ -103,7 +103,7 @@ def test_rows_of_ones_own_stand_in_the_table(twice):
     assert probes["frozen", "make_bands"] == probes["MeanField", "vit"] == {"linear", "knn", "kernel", "attentive"}
     assert {("forecast", "vit"), ("random", "vit"), ("statistics", "none")} <= set(probes.index)
     picture = (twice[0] / "few" / "figures" / "table1.svg").read_text()
-    assert "#e69f00" in picture, "the colour that the file asks for"
+    assert "#ff0000" in picture, "the colour that the file asks for"
 
 
 def test_only_what_is_missing_is_made(twice):
@@ -200,7 +200,12 @@ def test_the_whole_smoke_preset_is_reproduced(tmp_path):
     assert {row.pair for row in study.rows} == set(zip(table.objective, table.encoder))
 
 
-CODE = "import sys; from pathlib import Path; from workflow import main; sys.exit(main('few', '--version', root=Path(sys.argv[1])))"
+CODE = """
+import sys
+from pathlib import Path
+from workflow import main
+sys.exit(main("few", "--version", root=Path(sys.argv[1])))
+"""
 HOLD = "import sys, time, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(60)"
 
 

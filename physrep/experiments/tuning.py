@@ -11,7 +11,7 @@ __all__ = ['LEARNING_RATE', 'WEIGHT_DECAY', 'BATCH', 'OWN', 'TUNING_SEED', 'REPE
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
