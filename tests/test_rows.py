@@ -7,13 +7,11 @@ import pytest
 
 from physrep.models.encoders import ENCODERS
 from physrep.objectives.methods import OBJECTIVES
-from physrep.results.comparison import references_of
 from physrep.results.rows import (
     PERIODIC,
     ROWS,
     Row,
     Variant,
-    chosen_rows,
     make_study,
     read_rows,
     row_order,
@@ -113,11 +111,6 @@ def test_order_and_titles_of_unknown_rows():
     encoded, baselines = ([row.pair for row in ROWS if (row.kind == "baseline") == one] for one in (False, True))
     assert row_order(table) == [*encoded, ("aa", "own"), ("zz", "own"), *baselines]
     assert title_of("my.losses:Mine", "vit") == "Mine ViT"
-
-
-def test_what_a_few_rows_can_be_compared_with():
-    assert references_of(chosen_rows("mae-vit,random-vit")) == ["random", "statistics", "spectra"]
-    assert references_of(chosen_rows("mae-vit,random-convnext")) == ["statistics", "spectra"], "of another network"
 
 
 def test_what_is_missing_is_listed(tmp_path):

@@ -143,8 +143,8 @@ _KNOWN: dict[tuple, str] = {}  # fingerprints of files, each with its version
 
 
 def fingerprint(files: Iterable[str | os.PathLike]) -> str:
-    """Hash (16 hex digits) of files by names and recipes; of files without one by sizes, attributes, small arrays and sampled
-    blocks. Raises WellFormatError.
+    """Hash (16 hex digits) of files by names and recipes; of files without one by sizes, attributes, small arrays and
+    sampled blocks. Raises WellFormatError.
 
     Files that did not change since a process asked for it are not read again, but for those that show parts of
     others."""

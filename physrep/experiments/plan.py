@@ -121,19 +121,21 @@ def read_experiments() -> dict[str, dict]:
 
 
 def _is_drawn(study: Study, notebook: str, figures: Sequence[str], root: Path) -> bool:
-    "Whether the figures of an experiment are there, current, of these rows, and newer than their notebook and results."
-    files = [root / f"{name}.json" for name in figures]
-    if not all(file.is_file() for file in files):
+    """Whether the notebook of an experiment got to its end since it and the results changed, and its figures (all that
+    there is something to draw for) are current and of these rows."""
+    executed, files = root / "notebooks" / f"{notebook}.ipynb", [root / "figures" / f"{name}.json" for name in figures]
+    about = read_json(executed)["metadata"].get("papermill", {}) if executed.is_file() else {}
+    if not about.get("end_time") or about.get("exception") or not any(file.is_file() for file in files):
         return False
-    drawn = min(file.stat().st_mtime for file in files)
+    drawn, files = executed.stat().st_mtime, [file for file in files if file.is_file()]
     newest = [project_root() / "nbs" / f"{notebook}.ipynb"]
     newest += [f for s in study.systems for f in study.place(s).glob("*/**/*.json")]
     if any(file.stat().st_mtime > drawn for file in newest):
         return False
     if any(read_json(file)["parameters"] not in ({}, study.parameters) for file in files):
         return False
-    states = verify(root, study.data_dir).set_index("figure").state
-    return all(states[name] == "current" for name in figures)
+    states = verify(root / "figures", study.data_dir).set_index("figure").state
+    return all(states[file.stem] == "current" for file in files)
 
 
 def experiment_jobs(study: Study, notebook: str, before: Sequence[Job], *, parts: bool = True) -> list[Job]:
@@ -145,9 +147,9 @@ def experiment_jobs(study: Study, notebook: str, before: Sequence[Job], *, parts
         for part in (part for parts_of in listed for part in parts_of(study)):
             name = f"{notebook}-{part.replace('/', '-')}"
             jobs.append(Job(name, notebook, {"part": part}, after, trains=True))
-    figures = Path(study.run_dir or project_root() / "runs") / study.preset.name / "figures"
+    root = Path(study.run_dir or project_root() / "runs") / study.preset.name
     waits = after + tuple(job.name for job in jobs)
-    if waits or not _is_drawn(study, notebook, entry["figures"], figures):
+    if waits or not _is_drawn(study, notebook, entry["figures"], root):
         jobs.append(Job(notebook, notebook, {}, waits, priority=1))
     return jobs
 

@@ -55,8 +55,11 @@ def verdicts(paired: pd.DataFrame) -> list[str]:
 
 def over_random(study: Study) -> pd.DataFrame:
     """Of each training without labels and each probe, the mean over labels of its difference on `test` from random
-    weights of the same network: the lines of `differences` with a `verdict`."""
-    blind = [row.pair for row in study.rows if row.kind == "trained" and not row.reads_labels]
+    weights of the same network: the lines of `differences` with a `verdict`. Empty without a row to compare with."""
+    untrained = {row.network for row in study.kind("random")}
+    blind = [row.pair for row in study.kind("trained") if not row.reads_labels and row.network in untrained]
+    if not blind:
+        return pd.DataFrame()
     found = []
     for system in study.systems:
         apart = differences(study.results(system), references=("random",), rows=study.rows)
