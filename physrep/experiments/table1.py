@@ -56,7 +56,7 @@ def verdicts(paired: pd.DataFrame) -> list[str]:
 def over_random(study: Study) -> pd.DataFrame:
     """Of each training without labels and each probe, the mean over labels of its difference on `test` from random
     weights of the same network: the lines of `differences` with a `verdict`. Empty without a row to compare with."""
-    untrained = {row.network for row in study.kind("random")}
+    untrained = [row.network for row in study.kind("random")]
     blind = [row.pair for row in study.kind("trained") if not row.reads_labels and row.network in untrained]
     if not blind:
         return pd.DataFrame()
