@@ -558,7 +558,7 @@ UPLOADS = [
 # changes to a file of The Well's format that is uploaded; the fuzzer found these
 UPLOADED = [
     (lambda f: f[TRACER].__setitem__((0, 0, 0, 0), np.nan), "1 values of the file are not finite"),
-    (replace(TRACER, 3.0), "not as in The Well's format"),
+    (replace(TRACER, 3.0), "must be (trajectory, time, x, y), it is ()"),
     (replace(TIME, h5py.Empty("f4")), "not as in The Well's format"),
     (replace("dimensions/x", h5py.Empty("f4")), "not as in The Well's format"),
     (lambda f: (f.pop("scalars/Reynolds"), f.create_group("scalars/Reynolds")), "no dataset 'scalars/Reynolds'"),
