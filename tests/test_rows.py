@@ -20,7 +20,6 @@ from physrep.results.rows import (
 )
 from physrep.training.cost import cost
 from physrep.training.presets import get_preset
-from physrep.training.run import seen_system
 
 STUDY = make_study("laptop")
 
@@ -54,7 +53,7 @@ def test_a_periodic_row_pads_each_axis_as_the_system_ends_there():
     for system, modes in (("shear_flow", ["circular", "zeros"]), ("active_matter", ["circular"] * 2)):
         run = paper.run(row, system)  # the paper's crop is a part of these axes
         assert run.encoder_config["padding_mode"] == modes
-        assert seen_system(run).boundary == tuple("periodic" if mode == "circular" else "wall" for mode in modes)
+        assert run.seen.boundary == tuple("periodic" if mode == "circular" else "wall" for mode in modes)
 
 
 def test_rows_of_ones_own_are_read_with_what_they_change(tmp_path):

@@ -151,16 +151,6 @@ def test_other_number_formats_and_a_user_block(tmp_path, dtype):
     assert (window[0] == GOOD["tracer"][1, 2:6, 1:9, 2:10]).all()
 
 
-def test_windows_that_do_not_exist(tmp_path):
-    file, good = WellFile(make(tmp_path / "a.hdf5"), "shear_flow"), {"trajectory": 0, "start": 0, "n_frames": 2}
-    wrong = [{"trajectory": 3}, {"trajectory": -1}, {"start": -1}, {"start": 8}, {"n_frames": 0}, {"stride": 0}]
-    wrong += [{"stride": 9}, {"crop": ((0, 13), (0, 10))}, {"crop": ((3, 3), (0, 10))}]
-    wrong += [{"out": np.empty((4, 3, NX, NY), dtype=np.float32)}, {"out": np.empty((4, 2, NX, NY))}]
-    for one in wrong:
-        with pytest.raises(ValueError, match="no .* frames|out must be"):
-            file.window(**(good | one))
-
-
 def test_a_file_travels_and_one_that_changes_or_shrinks_is_noticed(tmp_path, monkeypatch):
     path = make(tmp_path / "a.hdf5")
     file = pickle.loads(pickle.dumps(WellFile(path, "shear_flow")))

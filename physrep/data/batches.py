@@ -263,7 +263,7 @@ class View:
         for name, least in (("frames", 1), ("offset", 0), ("gap", 0)):
             value = getattr(self, name)
             if (name, value) != ("offset", None) and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} of a view must be an int of at least {least}, got {value!r}")
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
         if self.of not in PARTNERS:
             raise ValueError(f"unknown of={self.of!r}; valid: {', '.join(PARTNERS)}")
         if self.offset is not None and (self.of != "trajectory" or self.gap):

@@ -96,7 +96,7 @@ def _missing_bytes(folder: Path, wanted: Mapping[str, int | None]) -> int:
     started = folder.glob(".cache/huggingface/download/**/*.incomplete")
     return max(missing - sum(p.stat().st_size for p in started), 0)
 
-
+# %% ../../nbs/data/download.ipynb #71b8fc0e
 def download(
     system: System | str,
     root: str | Path,  # files go to <root>/<system>/data/<split>/

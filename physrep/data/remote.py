@@ -44,10 +44,8 @@ def as_path(place: str | os.PathLike) -> Any:
         path: Any = place if isinstance(place, UPath) else UPath(text)
         path.fs  # noqa: B018  (finds the package of the protocol)
     except (ImportError, ValueError) as error:
-        raise ValueError(
-            f'{place}: {error}. An address needs pip install "physrep[remote]", some stores a package of their own '
-            "(s3fs, gcsfs, aiohttp); fsspec.available_protocols() lists the protocols"
-        ) from error
+        needs = 'pip install "physrep[remote]", and for some stores a package of their own (s3fs, gcsfs, aiohttp)'
+        raise ValueError(f"{place}: {error}; an address needs {needs}") from error
     return path
 
 # %% ../../nbs/data/remote.ipynb #5c0d9f3a
@@ -142,7 +140,7 @@ def _final(error: Exception) -> bool:
         return getattr(cause, "status", 0) in (404, 410)  # fsspec says this of every failure of a web server
     return isinstance(error, FileNotFoundError | PermissionError)
 
-
+# %% ../../nbs/data/remote.ipynb #f061a4a7
 def _asked(path: Any, what: str, ask: Callable[[], T]) -> T:
     "What a store answers. FileNotFoundError and PermissionError come at once, NetworkError after `TRIES` tries."
     last: Exception | None = None

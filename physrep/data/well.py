@@ -97,10 +97,8 @@ def is_of(path: Path, system: System) -> bool:
     try:
         with open_hdf5(path) as file:
             _identify(path, file, system)
-    except (DamagedFileError, UnreadableFileError):
-        return True
-    except WellFormatError:
-        return False
+    except WellFormatError as error:
+        return isinstance(error, DamagedFileError | UnreadableFileError)
     return True
 
 # %% ../../nbs/data/well.ipynb #b05d2664
@@ -115,10 +113,8 @@ def _check_boundaries(path: Path, file: h5py.File, system: System) -> None:
             said.setdefault(axes[0], set()).add(_text(one.attrs.get("bc_type")).upper())
     for axis, declared in zip(system.axes, system.boundary):
         if declared == "periodic" and "PERIODIC" not in said.get(axis, {"PERIODIC"}):
-            raise WellFormatError(
-                f"{path}: its boundaries along {axis} are {' and '.join(sorted(said[axis]))}, and {system.name} "
-                f"declares them periodic; declare boundary 'wall' for that axis"
-            )
+            found = f"its boundaries along {axis} are {' and '.join(sorted(said[axis]))}"
+            raise WellFormatError(f"{path}: {found}, and {system.name} declares them periodic; declare 'wall'")
 
 # %% ../../nbs/data/well.ipynb #bfd0aa82
 def _member(path: Path, file: h5py.File, key: str, kind: Any = h5py.Dataset) -> Any:
@@ -164,9 +160,7 @@ def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
         for name, key in sorted({(s.file_name, s.dset_name) for s in dataset.virtual_sources()}):
             source = path.parent / name
             if not source.is_file():
-                raise DamagedFileError(
-                    f"{path}: {dataset.name} is a view of {source}, which is not there; move both together"
-                )
+                raise DamagedFileError(f"{path}: {dataset.name} is a view of {source}, which is not there")
             with open_hdf5(source) as file:
                 _check_filled(source, _member(source, file, key.strip("/")))
         return
