@@ -106,15 +106,13 @@ def test_what_was_made_here_stays(tmp_path):
     assert outside.is_file(), "a mark names nothing outside its folder"
 
 
-def test_an_unpacked_result_of_yesterday_is_renewed(tmp_path):
+def test_an_unpacked_result_of_yesterday_is_renewed(tmp_path, monkeypatch):
     scored(tmp_path / "runs")
     moved(tmp_path / "runs", tmp_path / "archives", tmp_path / "others")
-    result = tmp_path / "others" / RUN / "result.json"
-    yesterday = json.loads(result.read_text())
-    yesterday["provenance"]["numbers"]["PROBING"] = 0
-    result.write_text(json.dumps(yesterday))
-    assert unpack(tmp_path / "archives", tmp_path / "others", LAPTOP) == {RUN: "written"}
-    assert json.loads(result.read_text())["provenance"]["numbers"]["PROBING"] == 1
+    monkeypatch.setattr("physrep.core.provenance.PROBING", 2)
+    scored(tmp_path / "today", value=0.25)
+    assert moved(tmp_path / "today", tmp_path / "archives", tmp_path / "others") == {RUN: "written"}
+    assert json.loads((tmp_path / "others" / RUN / "result.json").read_text())["value"] == 0.25
 
 
 def test_results_of_other_flows_are_refused_with_what_to_do(tmp_path, smoke_data):

@@ -86,9 +86,10 @@ def test_seeds_are_paired_where_both_have_the_same(tmp_path):
 
 
 def test_a_ratio_of_errors_is_that_of_their_means(tmp_path):
-    ours, theirs = ([run(tmp_path, name, seed=k, error=e) for k in (0, 1)] for name, e in (("jepa", 0.3), ("mae", 0.6)))
+    places = (("jepa", 0.3), ("mae", 0.6))
+    ours, theirs = ([run(tmp_path, name, seed=k, error=e) for k in range(4)] for name, e in places)
     found = error_ratio(ours, theirs, "linear")
-    assert found["low"] < found["value"] < found["high"] < 1 and found["value"] == pytest.approx(0.25, rel=0.3)
+    assert found["low"] < found["value"] < found["high"] < 1 and found["value"] < 0.5
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def test_table1_with_missing_rows():
     table = table1(summary(gappy()), "linear")
     assert table.index.tolist()[0] == "JEPA ConvNeXt" and "constant" in table.index[-1]
-    assert table.loc["JEPA ConvNeXt", "shear flow"] == 0.5 and table.loc["JEPA ConvNeXt", "active matter"] == 0.01
-    assert math.isnan(table.loc[table.index[-1], "active matter"])
+    assert table.loc["JEPA ConvNeXt", "Shear flow"] == 0.5 and table.loc["JEPA ConvNeXt", "Active matter"] == 0.01
+    assert math.isnan(table.loc[table.index[-1], "Active matter"])
     few = mean_errors(summary(gappy()))
     assert set(few.labelled_flows) == {256}, "25 labelled flows are another table"
     paper = PAPER.set_index(["objective", "system"]).mse
