@@ -70,7 +70,9 @@ def contents(folder: Path) -> dict[str, object]:
         name = str(path.relative_to(folder))
         found[name] = path.read_bytes()
         if path.suffix == ".json":
-            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+            found[name] = {
+                k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "commit", "dirty")
+            }
     return found
 
 
