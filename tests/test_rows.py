@@ -10,7 +10,6 @@ from physrep.objectives.methods import OBJECTIVES
 from physrep.results.rows import (
     PERIODIC,
     ROWS,
-    Row,
     Variant,
     make_study,
     read_rows,
