@@ -1,4 +1,4 @@
-"""The axial encoder: wraps, biases, amplitudes, saving; its cost, and training on files."""
+"""The axial encoder: wraps, attention, saving, and what is refused."""
 
 import json
 
