@@ -1,13 +1,12 @@
-"""The axial encoder: wraps, biases, amplitudes, saving; its cost, and training on files."""
+"""The axial encoder: wraps, attention, saving, and what is refused."""
 
 import json
-import math
 
 import pytest
 import torch
 from torch import nn
 
-from physrep.models.axial import Axial, AxisAttention, position_buckets, relative_positions, standardised
+from physrep.models.axial import Axial, AxisAttention
 from physrep.models.pretrained import read_encoder, save_encoder
 from physrep.objectives.emulators import NextFrame
 from physrep.physics.systems import get_system
@@ -45,17 +44,6 @@ def test_a_shift_by_a_patch_shifts_the_tokens_of_a_periodic_axis_alone(periodic,
         assert not torch.allclose(encoder(x.roll(1, 2)).view(*grid, -1).roll(-1, 0), tokens, atol=1e-3), "never in time"
 
 
-def test_distances_and_buckets_by_hand():
-    assert relative_positions(5, periodic=True)[0].tolist() == [0, 1, 2, -2, -1]
-    assert relative_positions(4, periodic=True)[0].tolist() == [0, 1, -2, -1]
-    assert relative_positions(4)[3].tolist() == [-3, -2, -1, 0]
-    for d in range(-70, 71):
-        size, exact = abs(d), 8
-        if size >= exact:  # Raffel et al.: logarithmic up to the largest distance, whose bucket takes the rest
-            size = min(15, exact + math.floor(exact * math.log(size / exact) / math.log(64 / exact) + 1e-9))
-        assert position_buckets(torch.tensor([d]), max_distance=64).item() == size + 16 * (d > 0), d
-
-
 @pytest.mark.parametrize("axes", [(1,), (2, 3)])
 def test_attention_is_the_formula_with_its_gradients(axes):
     layer = AxisAttention(8, 2, axes, layer_scale=0.7).double()
@@ -79,20 +67,6 @@ def test_attention_is_the_formula_with_its_gradients(axes):
     leaves = [x, *layer.parameters()]
     for a, b in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (found, written))):
         assert torch.allclose(a, b) and b.abs().sum() > 0
-
-
-@torch.no_grad()
-def test_standardised_samples_hide_the_amplitude_and_statistics_give_it_back():
-    x = torch.randn(2, 4, *SHAPE)
-    changed = 3 * x + torch.tensor([0.0, 1.0, 2.0, -1.0])[:, None, None, None]
-    kept, hidden = axial(), axial(normalise="sample")
-    assert (kept(changed) - kept(x)).norm() > 0.1 * kept(x).norm()
-    assert torch.allclose(hidden(changed), hidden(x), atol=1e-3)
-    told = axial(normalise="sample", statistics=True)
-    clean, (first, second) = told(changed) - told(x), (standardised(z)[1] for z in (x, changed))
-    assert torch.allclose(clean, ((second - first) @ told.statistics.weight.T)[:, None].expand_as(clean), atol=1e-3)
-    assert torch.allclose(second[:, :4], changed.mean(dim=(2, 3, 4)), atol=1e-5)
-    assert torch.isfinite(told(torch.zeros_like(x))).all(), "a constant field has no std"
 
 
 def test_what_is_no_encoder_is_refused():

@@ -134,25 +134,6 @@ def test_retrieval_by_hand():
     assert perfect == {"retrieval": 1.0, "retrieval_all": 1.0, "pairs": 2.0, "gate": 0.0}
 
 
-def test_retrieval_is_at_chance_for_what_says_nothing_of_the_trajectory():
-    flow, labels = torch.arange(200), (torch.arange(200) // 10)[:, None].expand(-1, 2).double()
-    first, second = torch.randn(2, 200, 32)
-    assert retrieval_gate(first, second, flow, labels)["gate"] == pytest.approx(1, abs=0.1)
-    assert retrieval_gate(torch.ones(200, 32), torch.ones(200, 32), flow, labels)["gate"] == 1, "ties count one half"
-    of_labels = torch.randn(20, 32)[torch.arange(200) // 10] + 0.01 * torch.randn(2, 200, 32)
-    found = retrieval_gate(*of_labels, flow, labels)
-    assert found["retrieval"] == pytest.approx(0.5, abs=0.05) and found["gate"] < 0.1, "labels alone pass the gate"
-
-
-def test_windows_of_the_same_flow_are_no_others():
-    first = torch.randn(6, 8)
-    flow, labels = torch.tensor([0, 0, 0, 1, 1, 1]), torch.zeros(6, 2)
-    found = retrieval_gate(first, first, flow, labels)
-    assert found["pairs"] == 18 and found["retrieval"] == found["retrieval_all"] == 1
-    alone = retrieval_gate(first, first, torch.zeros(6), labels)
-    assert alone["pairs"] == 0 and all(math.isnan(alone[k]) for k in ("retrieval", "retrieval_all", "gate"))
-
-
 def test_gate_of_a_pair_takes_all_tokens():
     batch, objective = pairs(8), counting(shown=0.5)
     same = batch | {"views": (batch["views"][0],) * 2, "flow": torch.arange(8), "labels": torch.zeros(8, 2)}

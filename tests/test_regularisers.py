@@ -9,10 +9,8 @@ from physrep.core.randomness import generator
 from physrep.objectives.regularisers import (
     NoRegulariser,
     PooledVICReg,
-    ProjectedDistance,
     SIGReg,
     VICReg,
-    quadrature,
     squared_covariance,
     variance_hinge,
     vicreg_terms,
@@ -171,24 +169,6 @@ def epps_pulley(u: torch.Tensor) -> torch.Tensor:
     pairs = torch.exp(-(u[:, None] - u[None]).square() / 2).mean(dim=(0, 1))
     single = torch.exp(-u.square() / 4).mean(dim=0)
     return math.sqrt(2 * math.pi) * (pairs - math.sqrt(2) * single + 1 / math.sqrt(3))
-
-
-def by_quadrature(u: torch.Tensor, t: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    "The statistic as an integral, as it stands."
-    angle, normal = u[..., None] * t, torch.exp(-t.square() / 2)
-    error = (angle.cos().mean(dim=0) - normal).square() + angle.sin().mean(dim=0).square()
-    return (error * (weights * normal)).sum(dim=-1)
-
-
-@pytest.mark.parametrize("points,t_max", [(2, 1.0), (17, 3.0), (41, 5.0)])
-def test_fast_statistic_is_the_literal_one(points, t_max):
-    t, weights = quadrature(points, t_max)
-    z, a = torch.randn(60, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, 7).double() / 5**0.5
-    literal = by_quadrature(z @ a, t, weights)
-    assert torch.allclose(ProjectedDistance.apply(z, a, t, weights), literal, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda z: ProjectedDistance.apply(z, a, t, weights), z)
-    single = ProjectedDistance.apply(10 * z.float(), a.float(), t.float(), weights.float())
-    assert torch.allclose(single.double(), by_quadrature(10 * z @ a, t, weights), atol=1e-5)
 
 
 def test_sigreg_is_n_times_the_mean_over_unit_directions(monkeypatch):

@@ -1,21 +1,16 @@
 """Tasks: how much is hidden and where, as a function of the seeds alone; what has no room is refused."""
 
-from math import ceil
-
 import numpy as np
 import pytest
 import torch
 
 from physrep.core.randomness import sample_seeds
-from physrep.data.batches import View
 from physrep.objectives.tasks import (
     Blocks,
     Future,
     Next,
-    Nothing,
     Pair,
     Tube,
-    Window,
     interpolate_hidden,
     pixel_mask,
     tube_mask,
@@ -82,12 +77,6 @@ def test_cut_lists_lie_inside_and_outside_of_the_blocks_without_preference(task)
             assert (share - flipped).abs().max() < 0.12, "raster order would prefer the top"
 
 
-def test_least_shown_is_kept():
-    for least in (0.0, 0.2):
-        shown = Blocks(2, 0.6, least_shown=least).masks(SEEDS, GRID, SHAPE)[1]
-        assert shown.sum(1).min() >= 4 * max(1, ceil(round(least * 64)))
-
-
 def test_future_hides_the_last_frames():
     pixels = pixel_mask(Future(8).masks(SEEDS, GRID, SHAPE)[0], GRID, PATCH)
     assert not pixels[:, :, :8].any() and pixels[:, :, 8:].all()
@@ -111,16 +100,6 @@ def test_future_hides_the_last_frames():
 def test_what_cannot_be_is_refused(attempt, message):
     with pytest.raises(ValueError, match=message):
         attempt()
-
-
-def test_views():
-    clip = View(16)
-    for task in (Tube(), Blocks(aspect=[0.5, 2.0]), Future(8), Nothing()):
-        assert task.views(SHAPE) == (clip,)
-    assert Next(2).views(SHAPE) == (clip, View(2, offset=16))
-    assert Window().views(SHAPE) == (clip, View(16, offset=16)) and Window(4).views(SHAPE)[1].offset == 4
-    for of in ("trajectory", "window", "labels"):
-        assert Pair(of=of).views(SHAPE) == (clip, View(16, offset=None, own_symmetry=True, of=of))
 
 
 def laplace_by_hand(image: np.ndarray, hidden: np.ndarray, periodic: tuple[bool, bool]) -> np.ndarray:

@@ -59,7 +59,7 @@ class RelativeBias(nn.Module):
         places = position_buckets(distance, buckets=self.buckets, max_distance=self.max_distance)
         return self.table[places].permute(2, 0, 1)
 
-
+# %% ../../nbs/models/axial.ipynb #47d2d38f
 _layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 

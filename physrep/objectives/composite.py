@@ -24,18 +24,7 @@ from .pictures import feature_figure, likeness_figure, pixel_figure
 from .predictors import check_options, make_predictor
 from .regularisers import REGULARISERS, NoRegulariser, PooledVICReg, Projector, Regulariser, VICReg
 from .targets import KINDS, TARGETS, FeatureTarget, PixelTarget, Target, check_choices
-from physrep.objectives.tasks import (
-    TASKS,
-    Future,
-    Next,
-    Nothing,
-    Pair,
-    Task,
-    Window,
-    clips_of,
-    interpolate_hidden,
-    pixel_mask,
-)
+from .tasks import TASKS, Future, Next, Pair, Task, Window, clips_of, interpolate_hidden, pixel_mask
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/composite.ipynb #bd1c798c
@@ -57,7 +46,7 @@ def check_combination(task: Task, kind: str, regulariser: Regulariser) -> None:
         "'change' is the difference to the last seen frame, which only tasks 'future' and 'next' have": (
             kind == "change" and not isinstance(task, Future | Next)
         ),
-        "the whole clip is shown, so its features are known: ask for pixels": not pixels and isinstance(task, Nothing),
+        "the whole clip is shown, so its features are known: ask for pixels": not pixels and task.name == "none",
         "the next frames are no clip that the encoder takes: for features take task 'window'": (
             not pixels and isinstance(task, Next)
         ),

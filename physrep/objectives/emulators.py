@@ -173,7 +173,7 @@ def _forecast_emulator(objective: Composite, task: Future) -> Emulator:
 
     return Emulator(total - ahead, ahead, lambda context: predict)
 
-
+# %% ../../nbs/objectives/emulators.ipynb #b534362e
 def _next_emulator(objective: Composite, task: Next) -> Emulator:
     "Of an objective with task `next`: a clip in, the frames after it out."
 

@@ -38,7 +38,7 @@ def _transformer(encoder: nn.Module, n_out: int, **options) -> TransformerDecode
     "A decoder on the encoder's tokens, with the encoder's kind of positions."
     return TransformerDecoder(encoder.dim, n_out, temperature=getattr(encoder, "temperature", 10000.0), **options)
 
-
+# %% ../../nbs/objectives/predictors.ipynb #0e526d62
 class MaskedPredictor(nn.Module):
     """From what is shown of a clip to the pixels of all its patches, or to the features of all its tokens.
 

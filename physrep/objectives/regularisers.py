@@ -286,9 +286,4 @@ class SIGReg(Regulariser):
         return {"loss": self.weight * value, "sigreg": value.detach()}
 
 # %% ../../nbs/objectives/regularisers.ipynb #20cb1f10
-REGULARISERS: dict[str, type[Regulariser]] = {
-    "none": NoRegulariser,
-    "vicreg": VICReg,
-    "pooled_vicreg": PooledVICReg,
-    "sigreg": SIGReg,
-}
+REGULARISERS = {"none": NoRegulariser, "vicreg": VICReg, "pooled_vicreg": PooledVICReg, "sigreg": SIGReg}
