@@ -251,7 +251,7 @@ def test_every_epoch_is_shared_and_covered(smoke_data):
         epochs = np.reshape(order, (12, n))
         assert (np.sort(epochs, axis=1) == np.arange(n)).all(), "every window once an epoch"
         assert not (epochs[0] == epochs[1]).all(), "in another order"
-        assert (epochs[0] == batches.samples.epoch(0)).all(), "that of one process"
+        assert (epochs[0] == batches.order(0)).all(), "that of one process"
 
 
 def test_a_killed_process_ends_the_others_and_the_next_call_resumes(two, smoke_data, tmp_path, capfd):
