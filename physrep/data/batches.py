@@ -154,7 +154,7 @@ class Batches:
         c, _, h, w = self.windows.shape
         return (c, self.frames, self.size or h, self.size or w)
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         "All windows `(n,)` in an order that depends on seed and epoch alone."
         if self._epoch[0] != epoch:
             draw = generator("order", self.seed, epoch)
@@ -165,7 +165,7 @@ class Batches:
         "Windows `(batch_size,)` and per-sample seeds of update `step`, which may span two epochs."
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.windows))
-        parts = {epoch: self._order(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs).tolist()}
+        parts = {epoch: self.order(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs).tolist()}
         seeds = [sample_seeds(self.seed, epoch, step, part.tolist()) for epoch, part in parts.items()]
         return np.concatenate([*parts.values()]), torch.cat(seeds)
 
