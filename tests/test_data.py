@@ -48,14 +48,11 @@ def times(folder):
 # ---- making a set
 
 
-def test_batches_of_files_hold_every_one_once_and_a_refined_set_holds_the_same_flows():
+def test_batches_of_files_hold_every_one_once():
     files = plan("shear_flow", SIM)
     batches = _batches(files, FLOWS_A_CALL["cpu"])
     assert sum(batches, []) == files and all(len({f.split for f in b}) == 1 for b in batches)
     assert [sum(len(f.seeds) for f in b) for b in batches] == [16, 8, 8, 8, 8]
-    seeds = {tuple(f.parameters.items()): f.seeds[:1] for f in files if f.split == "test"}
-    refined = plan("shear_flow", SIM.refined({"test": 1}))
-    assert {tuple(f.parameters.items()): f.seeds for f in refined} == seeds
 
 
 def test_a_set_grows_by_a_split_and_keeps_the_others(tmp_path):

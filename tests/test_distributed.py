@@ -178,7 +178,7 @@ def test_every_epoch_is_shared_and_covered(smoke_data):
                 order += [*np.stack([part[k][0] for part in parts], 1).ravel()]
         epochs = np.reshape(order, (12, n))
         assert (np.sort(epochs, axis=1) == np.arange(n)).all(), "every window once an epoch"
-        assert (epochs[0] == batches.samples.epoch(0)).all(), "in the order of one process"
+        assert (epochs[0] == batches.order(0)).all(), "in the order of one process"
 
 
 def test_a_killed_process_ends_the_others_and_the_next_call_resumes(run, two, tmp_path):

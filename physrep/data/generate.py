@@ -83,16 +83,6 @@ class SimPreset:
         parts = {name: getattr(self, name) for name in ("draws", "counts", "families")}
         return replace(self, **{name: {s: v for s, v in part.items() if s in splits} for name, part in parts.items()})
 
-    def refined(self, counts: Mapping[str, int]) -> "SimPreset":
-        """The first so many flows of each draw (or pair of the grid) of some splits once more, at twice the resolution
-        and half the time step, stored on the same grid. ValueError for a split that there is not."""
-        if unknown := sorted(counts.keys() - set(self.splits)):
-            raise ValueError(f"no split {', '.join(unknown)} to refine; valid: {', '.join(self.splits)}")
-        grid = 2 * self.grid if isinstance(self.grid, int) else tuple(2 * n for n in self.grid)
-        draws = {s: (self.draws[s][0], flows) for s, flows in counts.items() if s in self.draws}
-        on_grid = {s: flows for s, flows in counts.items() if s in self.counts}
-        return replace(self.only(tuple(counts)), grid=grid, dt=self.dt / 2, draws=draws, counts=on_grid)
-
 # %% ../../nbs/data/generate.ipynb #19ebac8f
 @dataclass(frozen=True)
 class PlannedFile:
