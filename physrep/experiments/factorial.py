@@ -105,10 +105,12 @@ def cell_run(study: Study, cell: str, system: str, *, rate: str = "middle", seed
         raise ValueError(f"unknown cell {cell!r}; valid: {', '.join(CELLS)}")
     (task, target, encoder), preset, name = CELLS[cell], study.preset, get_system(system).name
     network, _, circular = encoder.partition("_")
-    plain = preset.recipe("jepa", system=name) if task != "pair" else preset.recipe("invariance", network, name)
+    plain = preset.recipe("invariance" if task == "pair" else "jepa", system=name)
     lr = float(f"{RATES[rate] * preset.recipe('jepa', system=name).lr:.3g}")
     options: dict = {"recipe": asdict(plain) | {"lr": lr, "steps": 1}, "tag": f"{task}_{target}"}
-    if task != "pair":
+    if task == "pair":
+        options["coefficients"] = dict(preset.coefficients("invariance"))
+    else:
         wanted = [*_OPTIONS[target], *(["ratio"] if task == "tube" else [])]
         if task == "window":  # its pixels are in the patches of the tokens
             wanted += ["predictor_width", "predictor_scale"] if target != "pixels" else []
