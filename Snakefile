@@ -14,7 +14,6 @@ import yaml
 
 from physrep.core.files import project_root
 from physrep.experiments.plan import plan_jobs, read_experiments
-from physrep.results.archive import with_seeds_there
 from physrep.results.rows import make_study
 
 ROOT = project_root()
@@ -22,7 +21,7 @@ ASKED = {name: str(config.get(name) or "") for name in ("systems", "only", "rows
 ASKED = {name: value for name, value in ASKED.items() if value}
 ASKED |= {"data_dir": str(config["data"])} if config.get("data") else {}
 PRESET = str(config.get("preset") or "laptop")
-STUDY = with_seeds_there(make_study(PRESET, **ASKED))
+STUDY = make_study(PRESET, **ASKED)
 OUT = ROOT / "runs" / STUDY.preset.name
 # on a cluster every job parses this file for itself: numbers of cores and GPUs come from config there, not from the machine
 CORES, GPUS = int(config.get("cores") or workflow.cores), int(config.get("gpus") or 0)

@@ -82,20 +82,21 @@ def _row_jobs(study: Study, row: Row, system: str, after: tuple[str, ...], prior
     "The jobs that train and probe a row in a system."
     found = []
     for seeds in (study.preset.seeds, *((k,) for k in study.seeds if k not in study.preset.seeds)):
-        runs = [study.run(row, system, seed) for seed in seeds]
-        curves = {run.seed: [f.with_suffix(".json") for f in snapshot_files(run).values()] for run in runs}
-        todo = [r for r in runs if not (is_scored(r, windows=windows) and all(f.is_file() for f in curves[r.seed]))]
+        own = seeds == study.preset.seeds  # their learning curves are read, too
+        todo = []
+        for run in (study.run(row, system, seed) for seed in seeds):
+            curve = [file.with_suffix(".json") for file in snapshot_files(run).values()] if own else []
+            if not is_scored(run, windows=windows) or not all(file.is_file() for file in curve):
+                todo.append(run)
         if not todo:
             continue
-        name = f"{get_system(system).name}-{row.name}" + (
-            "" if len(seeds) > 1 or seeds == study.preset.seeds else f"-seed{seeds[0]}"
-        )
-        values = _row_parameters(row, system, [run.seed for run in todo])
+        name = f"{get_system(system).name}-{row.name}" + ("" if own else f"-seed{seeds[0]}")
+        values, waits = _row_parameters(row, system, [run.seed for run in todo]), after
         if row.kind == "trained" and not all(map(is_trained, todo)):
             found.append(Job(f"{name}-pretrain", "03_pretrain", values, after, trains=True, priority=priority + 2))
-        waits = tuple(job.name for job in found if job.name == f"{name}-pretrain") or after
-        more = {"curve": True} if any(curves.values()) else {}
-        found.append(Job(f"{name}-probe", "04_probe", values | more, waits, trains=True, priority=priority))
+            waits = (f"{name}-pretrain",)
+        values = values | ({"curve": True} if own and row.kind == "trained" else {})
+        found.append(Job(f"{name}-probe", "04_probe", values, waits, trains=True, priority=priority))
     return found
 
 
@@ -140,7 +141,7 @@ def _is_drawn(study: Study, notebook: str, figures: Sequence[str], root: Path) -
     newest += [Path(file) for row in study.kind("predictions") for file in row.predictions.values()]
     if any(file.stat().st_mtime > drawn for file in newest):
         return False
-    if any(read_json(file)["parameters"] not in ({}, study.parameters) for file in files):
+    if any(read_json(file)["parameters"] not in ({}, with_seeds_there(study).parameters) for file in files):
         return False
     states = verify(root / "figures", study.data_dir).set_index("figure").state
     return all(states[file.stem] == "current" for file in files)
@@ -212,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = vars(parser.parse_args(arguments))
     try:
         target = asked.pop("target")
-        study = with_seeds_there(make_study(**asked))
+        study = make_study(**asked)
         print(describe(plan_jobs(study, target), study))
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -75,8 +76,8 @@ def over_random(study: Study) -> pd.DataFrame:
     found = []
     for system in study.systems:
         apart = differences(study.results(system), references=("random",), rows=study.rows)
-        apart = apart[(apart.label == "mean") & [pair in blind for pair in zip(apart.objective, apart.encoder)]]
-        found.append(apart)
+        known = np.array([pair in blind for pair in zip(apart.objective, apart.encoder)])
+        found.append(apart[known & (apart.label == "mean")])
     table = pd.concat(found, ignore_index=True)
     return table.assign(verdict=verdicts(table))
 

@@ -11,7 +11,7 @@ __all__ = ['LEARNING_RATE', 'WEIGHT_DECAY', 'BATCH', 'OWN', 'TUNING_SEED', 'REPE
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,11 +136,11 @@ def trial_run(study: Study, row: tuple[str, str], number: int, seed: int = TUNIN
     "The run of a configuration of a row on the first system."
     usual, change = by_hand(study, row), configuration(study, row, number)
     about: dict = dict(seed=seed, data_dir=study.data_dir, run_dir=tuning_root(study))
-    first = resolve(study.systems[0], row[0], row[1], study.preset, **about, **usual)
-    if not number:
-        return first
-    changed = {part: {**usual[part], **change[part]} for part in usual}
-    return with_operations_of(resolve(study.systems[0], row[0], row[1], study.preset, **about, **changed), first)
+    runs = []
+    for parts in (usual, {part: {**usual[part], **change[part]} for part in usual}):
+        run = resolve(study.systems[0], row[0], row[1], study.preset, **about, **parts)
+        runs.append(replace(run, coefficients=parts["coefficients"]))  # without those of the preset's own recipe
+    return with_operations_of(runs[1], runs[0]) if number else runs[0]
 
 # %% ../../nbs/experiments/tuning.ipynb #d77aa9cd
 def _score(record: Mapping) -> float:
