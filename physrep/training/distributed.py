@@ -177,10 +177,8 @@ def connected(device: str = "auto", *, patience: float = 1800.0) -> Iterator[Alo
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store is the launcher's, and outlives processes
     about = dict(rank=rank, world_size=world, timeout=timedelta(seconds=patience))
     distributed.init_process_group(backend, store=distributed.PrefixStore(attempt, store), **about)
-    try:
-        yield Group(rank, world, name)
-    finally:
-        distributed.destroy_process_group()
+    yield Group(rank, world, name)
+    distributed.destroy_process_group()  # not after an error: it could wait for processes that are gone
 
 # %% ../../nbs/training/distributed.ipynb #cd9af1a3
 OPTIONS: dict[str, tuple[object, str]] = {
