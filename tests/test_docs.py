@@ -164,5 +164,5 @@ def test_the_book_builds_without_a_warning(tmp_path, only):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     check_site(html := tmp_path / "html", whole=not only)
     index = (html / "searchindex.js").read_text(encoding="utf-8")
-    assert "core/paths" in index and "collaps" in index, "search is a file of the site"
+    assert "core/files" in index and "collaps" in index, "search is a file of the site"
     assert "project_root" in (html / "api" / "physrep.core.files.html").read_text(encoding="utf-8")
