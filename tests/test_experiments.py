@@ -22,7 +22,7 @@ from physrep.objectives.emulators import Emulator, persistence_emulator
 from physrep.physics.measures import vrmse
 from physrep.physics.systems import SYSTEMS, get_system
 from physrep.probing.records import read_results
-from physrep.results.rows import ROWS, make_study, variant_run
+from physrep.results.rows import ROWS, Row, make_study, variant_run
 from physrep.results.table import mean_errors
 from physrep.training.cost import cost
 from physrep.training.loop import TrainingDiverged
@@ -76,13 +76,13 @@ def test_the_papers_order_is_jepa_minus_mae():
 def test_curves_are_read_from_encoders_on_the_way(study):
     row = next(row for row in study.rows if row.name == "mae-vit")
     run = study.run(row, SYSTEM)
-    assert len(snapshot_files(run)) == 3
+    on_the_way = len(snapshot_files(run))
     files = score_snapshots(run, progress=False)
     stamps = [file.stat().st_mtime_ns for file in files]
     assert [file.stat().st_mtime_ns for file in score_snapshots(run, progress=False)] == stamps, "current ones are kept"
     curves = learning_curves(replace(study, rows=(row,)))
-    assert len(curves) == 4 and set(curves.probe) == {"kernel"}, "the last one too"
-    assert ranks(curves).shape == (1, 4)
+    assert len(curves) == on_the_way + 1 > 1, "the last one too"
+    assert len(ranks(curves)) == 1
 
 
 def test_few_labels_of_probes_and_of_a_supervised_row(study):
@@ -190,7 +190,7 @@ class Truth:
 def test_a_perfect_model_makes_no_error_and_persistence_repeats_the_last_frame(flows):
     fields = flows.read(np.arange(len(flows)))
     start = flows.start
-    perfect = rollout.roll_out("perfect", Emulator(1, 1, lambda context: Truth(fields[:, :, start:])), flows)
+    perfect = rollout.roll_out(Row("perfect"), Emulator(1, 1, lambda context: Truth(fields[:, :, start:])), flows)
     assert all((error == 0).all() for error in perfect.errors.values())
     still = rollout.roll_out(rollout.PERSISTENCE, persistence_emulator(), flows)
     true = fields[:, 0, start:].double().numpy()
@@ -218,12 +218,12 @@ def test_a_forecaster_is_rolled_out_beside_its_probe(study):
 
 def test_the_same_encoders_are_asked_about_other_flows(study):
     parts = other_flows.parts(study)
-    other_flows.do_part(study, [SYSTEM], device="cpu")
+    other_flows.do_part(study, ["systems", SYSTEM], device="cpu")
     table = other_flows.other_flows_table(study)
     assert {"test", "shifted"} <= set(table.flows) and {"parameters", "state"} == set(table.asked)
     assert {"random", "mae"} <= set(table.objective) and (table.value > 0).all()
     done = {part for part in parts if part not in other_flows.parts(study)}
-    assert SYSTEM in done and other_flows.plot_other_flows(table, ROWS).axes
+    assert f"systems/{SYSTEM}" in done and other_flows.plot_other_flows(table, ROWS).axes
 
 
 def test_channels_of_another_system_are_given_by_what_they_mean():

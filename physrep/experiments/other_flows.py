@@ -205,8 +205,11 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
 # %% ../../nbs/experiments/other_flows.ipynb #53b772b8
 def _made(study: Study) -> dict:
     "What the numbers of a system rest on besides its data."
-    runs = [r.path for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)]
-    return {"runs": sorted(runs), "numbers": numbers(), "version": VERSION}
+    runs = [r for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)]
+    scored = [run.folder / "result.json" for run in runs]
+    data = [read_json(file)["data"]["test"] for file in scored if file.is_file()]
+    made = {"runs": sorted(run.path for run in runs), "data": sorted(set(data))}
+    return made | {"numbers": numbers(), "version": VERSION}
 
 
 def _file(study: Study, system: str) -> Path:

@@ -148,14 +148,16 @@ def _is_drawn(study: Study, notebook: str, figures: Sequence[str], root: Path) -
 
 
 def experiment_jobs(study: Study, notebook: str, before: Sequence[Job], *, parts: bool = True) -> list[Job]:
-    "The jobs of an experiment that are still to be done, after those `before`; `parts`: train what is missing."
+    """The jobs of an experiment that are still to be done, after those `before`; `parts`: train what is missing, those
+    that are called `encoders/...` first."""
     entry, after = read_experiments()[notebook], tuple(job.name for job in before)
-    jobs = []
+    jobs: list[Job] = []
     if parts and "parts" in entry:
         listed: list[Any] = [load_object(place, {}, "parts") for place in entry["parts"]]
         for part in (part for parts_of in listed for part in parts_of(study)):
             name = f"{notebook}-{part.replace('/', '-')}"
-            jobs.append(Job(name, notebook, {"part": part}, after, trains=True))
+            encoders = () if part.startswith("encoders/") else tuple(j.name for j in jobs if "-encoders-" in j.name)
+            jobs.append(Job(name, notebook, {"part": part}, after + encoders, trains=True))
     root = Path(study.run_dir or project_root() / "runs") / study.preset.name
     changes = [job.name for job in (*before, *jobs) if not job.simulates]
     if changes or not _is_drawn(study, notebook, entry["figures"], root):

@@ -134,7 +134,7 @@ def tuning_root(study: Study) -> Path:
 
 def trial_run(study: Study, row: tuple[str, str], number: int, seed: int = TUNING_SEED) -> Run:
     "The run of a configuration of a row on the first system."
-    usual, change = by_hand(study, row), configuration(study, row, number)
+    change, usual = configuration(study, row, number), by_hand(study, row)
     about: dict = dict(seed=seed, data_dir=study.data_dir, run_dir=tuning_root(study))
     runs = []
     for parts in (usual, {part: {**usual[part], **change[part]} for part in usual}):
@@ -164,7 +164,7 @@ def _errors(run: Run, windows: Mapping[str, Windows], progress: bool) -> dict:
     if not run.reads_labels:
         seen = {"train": probed.features["train"], "held out": valid}
         rows = score_few(seen, {"held out": valid.groups}, scaler, {ATTENTIVE_ON: FEW[ATTENTIVE_ON]}, {})
-        table = pd.DataFrame([row for row in rows if row["metric"] == "mse"])
+        table = pd.DataFrame([row for row in rows if row["metric"] == "mse"], columns=["probe", "value"])
         few = table.groupby("probe", sort=False).value.mean().to_dict()
     every = {name: float(np.mean((z - truth) ** 2)) for name, z in found.items()}
     return {"all": every, "few": few, "parameters": sum(p.numel() for p in encoder.encoder.parameters())}
