@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from physrep.core.files import read_json
+from physrep.core.files import read_json, write_json
 from physrep.data.scaling import Normaliser
 from physrep.data.windows import Windows
 from physrep.experiments import few_labels, other_flows, rollout, tuning
@@ -77,9 +77,9 @@ def test_curves_are_read_from_encoders_on_the_way(study):
     row = next(row for row in study.rows if row.name == "mae-vit")
     run = study.run(row, SYSTEM)
     on_the_way = len(snapshot_files(run))
-    files = score_snapshots(run, progress=False)
+    files = score_snapshots(run)
     stamps = [file.stat().st_mtime_ns for file in files]
-    assert [file.stat().st_mtime_ns for file in score_snapshots(run, progress=False)] == stamps, "current ones are kept"
+    assert [file.stat().st_mtime_ns for file in score_snapshots(run)] == stamps, "current ones are kept"
     curves = learning_curves(replace(study, rows=(row,)))
     assert len(curves) == on_the_way + 1 > 1, "the last one too"
     assert len(ranks(curves)) == 1
@@ -157,6 +157,7 @@ def test_a_search_ranks_its_trials_and_a_diverged_one_does_not_end_it(study, mon
 
     def train(run, **options):
         if run.recipe.lr == worst:
+            write_json(run.folder / "provenance.json", {"seconds": 1.0})
             raise TrainingDiverged("the loss is not finite in update 3")
         return pretrain(run, **options)
 
