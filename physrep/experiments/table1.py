@@ -53,9 +53,11 @@ def beside_random(errors: pd.DataFrame, rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def plot_table1(errors: pd.DataFrame, rows: Sequence[Row], probe: str = "attentive", title: str = "") -> Figure:
-    "Errors on `test` of every row but a constant, with one probe, beside random weights of the same network."
+    """Errors on `test` of every method and of statistics, with one probe, beside random weights of the same network. A
+    constant is a line, and the equations, whose error is 0.00, are left out."""
     drawn = beside_random(mean_errors(errors, probe), rows)
-    drawn = drawn[(drawn.objective != "constant") & (drawn.objective.str.partition(".")[0] != "random")]
+    left_out = drawn.objective.isin(("constant", "equations")) | drawn.objective.str.startswith("random")
+    drawn = drawn[~left_out]
     look = dict(at=1.0, at_label="a constant", second_label="random weights of the network")
     return plot_marks(with_looks(drawn, rows), xlabel=f"{ERROR} on test, {PROBE_TITLES[probe]}", title=title, **look)
 
@@ -83,9 +85,8 @@ def over_random(study: Study) -> pd.DataFrame:
 
 
 def plot_over_random(apart: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figure:
-    "Differences of all probes from random weights: a panel for each system, a line for each row and probe."
+    "Differences of one probe from random weights: a panel for each system, a line for each row."
     drawn = with_looks(apart.assign(value=apart.difference, filled=apart.verdict != "undecided"), rows)
-    drawn = drawn.assign(line=[f"{line}, {PROBE_TITLES[p]}" for line, p in zip(drawn.line, drawn.probe)])
     label = "error minus that of random weights (left of zero is better)"
     return plot_marks(drawn, xlabel=label, log=False, at=0.0, title=title)
 

@@ -91,7 +91,7 @@ def plot_marks(
                 scale_log(ax)
         axes[0].set_yticks(range(len(lines)), lines, fontsize=SMALL)
         axes[0].set_ylim(len(lines) - 0.5, -0.5)
-        fig.supxlabel(xlabel, fontsize=SMALL + 0.5)
+        axes[len(axes) // 2].set_xlabel(xlabel, fontsize=SMALL + 0.5)
         if title:
             fig.suptitle(title, fontsize=SMALL + 1.5, x=0.01, ha="left")
         handles = []
@@ -103,7 +103,7 @@ def plot_marks(
             look = dict(color="#555555", mfc="white", marker="o", ms=5, mew=1.1, lw=1.3)
             handles.append(Line2D([], [], label="hollow: not decided", **look))
         if handles:
-            fig.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=SMALL)
+            fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=SMALL)
     return fig
 
 

@@ -72,10 +72,10 @@ class Row:
 PERIODIC = {"padding_mode": "periodic"}  # circular along the axes of a system that are periodic, zeros at walls
 # fmt: off
 ROWS: tuple[Row, ...] = (
-    Row("jepa", "convnext", "JEPA ConvNeXt", "#0072B2", "s"),
+    Row("jepa", "convnext", "JEPA ConvNeXt", "#08306B", "s"),
     Row("jepa", "convnext", "JEPA periodic ConvNeXt", "#0072B2", "P", tag="circular", encoder_config=PERIODIC),
-    Row("jepa", "vit", "JEPA ViT", "#0072B2", "o"),
-    Row("jepa_ema", "vit", "masked JEPA ViT", "#56B4E9", "o"),
+    Row("jepa", "vit", "JEPA ViT", "#5BA3D9", "o"),
+    Row("jepa_ema", "vit", "masked JEPA ViT", "#00B3B3", "o"),
     Row("mae", "vit", "MAE ViT", "#D55E00", "o"),
     Row("forecast", "vit", "forecast ViT", "#E69F00", "o"),
     Row("invariance", "vit", "invariance ViT", "#CC79A7", "o"),
@@ -84,7 +84,7 @@ ROWS: tuple[Row, ...] = (
     Row("autoencoder", "vit", "autoencoder ViT", "#8C6D31", "o", main=False),
     Row("next_frame", "axial", "next frame axial", "#A50F15", "^", main=False),
     Row("disco", "vit_code", "DISCO ViT", "#88CCEE", "o", main=False),
-    Row("jepa_ema", "convnext", "masked JEPA ConvNeXt", "#56B4E9", "s", main=False),
+    Row("jepa_ema", "convnext", "masked JEPA ConvNeXt", "#00B3B3", "s", main=False),
     Row("jepa_sigreg", "convnext", "JEPA with SIGReg ConvNeXt", "#332288", "s", main=False),
     Row("mae", "convnext", "MAE ConvNeXt", "#D55E00", "s", main=False),
     Row("forecast", "convnext", "forecast ConvNeXt", "#E69F00", "s", main=False),
@@ -96,8 +96,8 @@ ROWS: tuple[Row, ...] = (
     Row("random", "convnext", "random weights periodic ConvNeXt", "#7A7A7A", "P", kind="random", tag="circular",
         encoder_config=PERIODIC),
     Row("random", "vit", "random weights ViT", "#7A7A7A", "o", kind="random"),
-    Row("statistics", "none", "summary statistics", "#6A3D9A", "D", kind="baseline"),
-    Row("spectra", "none", "statistics + spectra", "#C04FA8", "D", kind="baseline"),
+    Row("statistics", "none", "summary statistics", "#A89BD0", "D", kind="baseline"),
+    Row("spectra", "none", "statistics + spectra", "#5E3C99", "D", kind="baseline"),
     Row("equations", "none", "equation oracle", "#7F4A2E", "D", kind="baseline"),
     Row("constant", "none", "constant", "#000000", "D", kind="baseline"),
 )
