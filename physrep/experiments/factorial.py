@@ -22,7 +22,7 @@ from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..physics.systems import get_system
 from ..probing.evaluate import valid_scores
 from ..probing.records import is_current
-from ..results.comparison import log_errors, ratio_interval, read_methods, spread
+from ..results.comparison import log_errors, pooled_spread, ratio_interval, read_methods
 from ..results.panels import plot_marks
 from ..results.rows import PERIODIC, ROWS, Study, with_operations_of
 from ..training.loop import TrainingDiverged, read_metrics
@@ -187,10 +187,10 @@ def parts(study: Study) -> list[str]:
 PROBE = "kernel"
 
 
-def _draws(runs: Sequence[Run], pooled: float) -> tuple[np.ndarray, int]:
+def _draws(runs: Sequence[Run], pooled: tuple[float, int]) -> tuple[np.ndarray, int]:
     "Draws of the logarithm of the error of runs that differ in their seed, and how many there are."
     [method] = read_methods([run.folder for run in runs])
-    return log_errors(method, PROBE, spread_of_seeds=pooled), len(runs)
+    return log_errors(method, PROBE, pooled=pooled), len(runs)
 
 
 def scored_cells(study: Study, system: str) -> dict[str, list[Run]]:
@@ -211,16 +211,11 @@ def scored_cells(study: Study, system: str) -> dict[str, list[Run]]:
 
 def cell_ratios(study: Study, system: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tables of errors over random weights with intervals: a line for each cell (with its gate), and a line for the
-    geometric mean over the cells of each level. The spread of a single seed is that of the cells with several."""
+    geometric mean over the cells of each level. One or two seeds have the pooled spread of all cells."""
     found = scored_cells(study, system)
     if not found:
         raise ValueError(f"no cell is scored in {system}; `make experiment NB=08_what_matters` trains them")
-    by_seed = [
-        [log_errors(read_methods([run.folder])[0], PROBE, n_bootstrap=1)[0] for run in runs]
-        for runs in found.values()
-        if len(runs) > 1
-    ]
-    pooled = float(np.sqrt(np.mean([spread(logs) ** 2 for logs in by_seed]))) if by_seed else np.nan
+    pooled = pooled_spread([read_methods([run.folder for run in runs])[0] for runs in found.values()], PROBE)
     random: dict[str, np.ndarray] = {}
     lines, draws = [], {}
     for cell, runs in found.items():

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .jobs import is_scored, train_and_score
-from ..results.comparison import error_ratio
+from ..results.comparison import error_ratio, pooled_spread, read_methods
 from ..results.panels import plot_marks
 from ..results.rows import PERIODIC, ROWS, Study, Variant, title_of, variant_run
 
@@ -69,15 +69,19 @@ def train_variant(study: Study, name: str, seeds: Sequence[int], **options) -> N
 # %% ../../nbs/experiments/variants.ipynb #7ee2e1a4
 def variant_ratios(study: Study) -> pd.DataFrame:
     """The error of each variant over that of its row (kernel ridge, `test`, first system), with its interval over flows
-    and seeds; the variants of which something is scored, with the seeds that both have."""
-    lines = []
+    and seeds; the variants of which something is scored, with the seeds that both have. What a seed changes is pooled
+    over a row and its variants."""
+    sides = {}
     for name, variant in VARIANTS.items():
         pairs = [variant_run(study, name, variant, study.systems[0], seed) for seed in study.seeds]
-        pairs = [pair for pair in pairs if all(map(is_scored, pair))]
-        if pairs:
-            ours, theirs = ([run.folder for run in side] for side in zip(*pairs))
-            about = {"variant": name, "row": variant.row, "changed": variant.title}
-            lines.append(about | error_ratio(ours, theirs, PROBE))
+        if pairs := [pair for pair in pairs if all(map(is_scored, pair))]:
+            sides[name] = [read_methods([run.folder for run in side])[0] for side in zip(*pairs)]
+    lines = []
+    for name, (ours, theirs) in sides.items():
+        row = VARIANTS[name].row
+        alike = [side[0] for other, side in sides.items() if VARIANTS[other].row == row]
+        ratio = error_ratio(ours, theirs, PROBE, pooled=pooled_spread([theirs, *alike], PROBE))
+        lines.append({"variant": name, "row": row, "changed": VARIANTS[name].title} | ratio)
     return pd.DataFrame(lines)
 
 

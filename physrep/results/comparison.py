@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUMMARY', 'REFERENCES', 'spread', 'without_seed', 'Method', 'predictions_in', 'read_methods', 'summarise',
-           'check_metric', 'compare', 'log_errors', 'ratio_interval', 'error_ratio', 'interval_text', 'differences']
+           'check_metric', 'compare', 'pooled_spread', 'log_errors', 'ratio_interval', 'error_ratio', 'interval_text',
+           'differences']
 
 # %% ../../nbs/results/comparison.ipynb #e5ac7a7c
 import math
@@ -307,11 +308,24 @@ def compare(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/results/comparison.ipynb #2d2d3dc2
+def pooled_spread(methods: Sequence[Method], probe: str, split: str = "test") -> tuple[float, int]:
+    "Standard deviation over seeds of the logarithm of the error, pooled over methods, and its degrees of freedom."
+    known = [np.log(_by_seed(m, probe, split)["mean", "mse"]) for m in methods if len(m.seeds(probe, split)) > 1]
+    left = sum(len(logs) - 1 for logs in known)
+    squares = sum((len(logs) - 1) * np.var(logs, ddof=1) for logs in known)
+    return (math.sqrt(squares / left), left) if left else (math.nan, 0)
+
+
 def log_errors(
-    m: Method, probe: str, *, split: str = "test", n_bootstrap: int = 1000, spread_of_seeds: float = math.nan
+    m: Method,
+    probe: str,
+    *,
+    split: str = "test",
+    n_bootstrap: int = 1000,
+    pooled: tuple[float, int] = (math.nan, 0),  # of `pooled_spread`: what a seed is taken to change
 ) -> np.ndarray:
     """Draws `(1 + n_bootstrap,)` of the logarithm of the mean squared z-scored error, mean over seeds and labels; the
-    first is as measured. `spread_of_seeds`: of one seed's logarithm, taken where there is a single seed."""
+    first is as measured. Three seeds or more have a spread of their own, fewer the `pooled` one."""
     truth = m.scaler.transform(m.truth[split])
     weights, index = bootstrap_weights(m.groups[split], n_bootstrap)
     sizes = np.bincount(index)
@@ -319,12 +333,11 @@ def log_errors(
     for predicted in m.seeds(probe, split):
         squared = ((m.scaler.clip(m.scaler.transform(predicted)) - truth) ** 2).mean(axis=1)
         logs.append(np.log(weights @ np.bincount(index, squared) / (weights @ sizes)))
-    own = spread([log[0] for log in logs])
-    spread_of_seeds, left = (own, len(logs) - 1) if len(logs) > 1 else (spread_of_seeds, 2)
+    size, left = (spread([log[0] for log in logs]), len(logs) - 1) if len(logs) > 2 else pooled
     draws = np.mean(logs, axis=0)
-    if math.isfinite(spread_of_seeds):
+    if m.encoder != "none" and left:
         luck = np.random.default_rng(seed_for("seeds", m.name, probe)).standard_t(left, n_bootstrap)
-        draws[1:] += luck * spread_of_seeds / math.sqrt(len(logs))
+        draws[1:] += luck * size / math.sqrt(len(logs))
     return draws
 
 
@@ -334,12 +347,15 @@ def ratio_interval(draws: np.ndarray) -> dict[str, float]:
     return {"value": float(np.exp(draws[0])), "low": float(low), "high": float(high)}
 
 
-def error_ratio(a: _Where, b: _Where, probe: str, split: str = "test") -> dict[str, float]:
-    "The error of one method over that of another on the same windows: `value`, `low`, `high`, `seeds`."
+def error_ratio(
+    a: _Where, b: _Where, probe: str, split: str = "test", pooled: tuple[float, int] | None = None
+) -> dict[str, float]:
+    """The error of one method over that of another on the same windows: `value`, `low`, `high`, `seeds`; `pooled` as
+    for `log_errors`, by default of these two."""
     first, second = _one_method(a), _one_method(b)
     _check_same_windows(first, second, (first.name, second.name), [split])
-    spreads = [spread(np.log(_by_seed(m, probe, split)["mean", "mse"])) for m in (second, first)]
-    logs = [log_errors(m, probe, split=split, spread_of_seeds=s) for m, s in zip((first, second), spreads)]
+    pooled = pooled or pooled_spread([first, second], probe, split)
+    logs = [log_errors(m, probe, split=split, pooled=pooled) for m in (first, second)]
     return ratio_interval(logs[0] - logs[1]) | {"seeds": min(len(m.seeds(probe, split)) for m in (first, second))}
 
 # %% ../../nbs/results/comparison.ipynb #df206ed8
