@@ -24,7 +24,7 @@ NBS = ROOT / "nbs"
 PAGES = ROOT / "tools" / "docs" / "pages"
 # What the book holds, in its order: guides; packages from the lowest floor, with the notebooks to begin with. What is
 # not listed comes last, and notebooks at the top of nbs/ are in the order of their numbers.
-GUIDES = "start install which_encoder frozen_encoder own_data add_objective the_well findings"
+GUIDES = "start install contents which_encoder frozen_encoder own_data add_objective the_well findings"
 CHAPTERS = {
     "core": ("Files, seeds, records of what made a result.", "provenance"),
     "physics": ("Three solvers, statistics and spectra, an equation oracle, measures.", "systems spectral shear_flow"),
@@ -36,8 +36,8 @@ CHAPTERS = {
     ),
     "training": ("Presets (every number of a run), the loop, a run and its folder.", "presets loop watch run"),
     "probing": ("Frozen features, probes, scores and their intervals.", "frozen scores few_labels evaluate"),
-    "results": ("Rows of the table, paired differences, figures and a check of them.", "rows curves comparison verify"),
-    "experiments": ("What the experiments call.", "table1 study rollout"),
+    "results": ("Rows of the table, paired differences, figures and a check of them.", "rows table comparison verify"),
+    "experiments": ("What the experiments call.", "jobs table1 few_labels rollout"),
     "explore": ("Sliders, films and live answers: what the page of `make app` is made of.", "live pictures perturb"),
 }
 PROJECT = ("CONTRIBUTING", "CHANGELOG")
