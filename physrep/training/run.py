@@ -8,6 +8,7 @@ __all__ = ['Clip', 'Stored', 'Run', 'system_folder', 'build', 'stride_of', 'reso
 
 # %% ../../nbs/training/run.ipynb #5c2b4ec0
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -152,6 +153,9 @@ class Run:
         }
         if self.system.name not in SYSTEMS:  # one of your own: what it is decides numbers, too
             config["definition"] = asdict(self.system)
+        if own := [name for name in (self.objective, self.encoder) if ":" in name and not name.startswith("physrep.")]:
+            files = {m: importlib.util.find_spec(m).origin for m in (name.partition(":")[0] for name in own)}
+            config["own"] = {m: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:8] for m, f in files.items()}
         if self.preset.paper_labels:  # transforms and constants of the labels are the paper's
             config["paper_labels"] = {label.name: label.log for label in self.system.labels}
         return json.loads(json.dumps(config))
