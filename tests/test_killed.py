@@ -1,23 +1,28 @@
-"""A training that is killed, finds no room, or runs twice at once: a rerun is as if nothing had been.
+"""Stages that are killed, find no room, or run twice at once: a rerun is as if nothing had been.
 
-It runs in a fork of this process. A hook kills it (SIGKILL) when it opens a file for writing, renames or deletes one
-for the k-th time: every state that it leaves on the disk is between two of these moments."""
+A stage runs in a fork of this process. A hook kills it (SIGKILL) when it opens a file for writing, renames or deletes
+one for the k-th time: every state that it leaves on the disk is between two of these moments."""
 
 import errno
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from physrep.core.files import read_json
+from physrep.probing.evaluate import score_run
+from physrep.results.figures import save_figure
 from physrep.training.presets import get_preset
 from physrep.training.pretrain import pretrain
 from physrep.training.run import Run, ensure_data, resolve
@@ -28,6 +33,20 @@ if not hasattr(os, "fork"):
 
 def train(run: Run, **options: object) -> None:
     pretrain(run, progress=False, **{"say": lambda text: None, **options})
+
+
+def draw(run: Run) -> None:
+    fig = Figure(figsize=(1, 1))
+    fig.subplots().plot([0, 1])
+    save_figure(fig, run.folder, "line", pd.DataFrame({"x": [0, 1]}), {})
+
+
+STAGES: dict[str, Callable[[Run], object]] = {
+    "simulate": lambda run: ensure_data(run, workers=1, progress=False),
+    "pretrain": train,
+    "probe": lambda run: score_run(run, probes=("linear", "knn"), progress=False),
+    "figure": draw,
+}
 
 
 def forked(action: Callable[[], object], watched: Path, kill_at: int = 0) -> tuple[int, int]:
@@ -76,49 +95,71 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
+def in_folder(run: Run, root: Path) -> Run:
+    return replace(run, data_dir=root / "data", run_dir=root / "runs")
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    "A run of a second that branches twice, trained without disturbance."
-    folder, smoke = tmp_path_factory.mktemp("undisturbed"), get_preset("smoke")
-    draws = dict(draws={"train": (4, 1), "valid": (2, 1)}, families={})
+def run() -> Run:
+    "A run of a second that branches twice."
+    smoke = get_preset("smoke")
+    draws = dict(draws={"train": (4, 1), "valid": (2, 1), "test": (2, 1)}, families={})
     sim = replace(smoke.sim("shear_flow"), grid=16, store_grid=8, n_frames=8, dt=0.05, **draws)
     tiny = replace(smoke, name="tiny", sims={"shear_flow": sim}, frames=4, probe_stride=4)
     options = dict(recipe={"checkpoint_seconds": 0.0, "evaluations": 2}, steps=16, batch_size=2)
     options |= dict(coefficients={"decoder_width": 8, "patch": (2, 4, 4)})
     options |= dict(encoder_config={"dim": 8, "depth": 1, "tubelet": (2, 4, 4)})
-    run = resolve("shear_flow", "mae", "vit", tiny, data_dir=folder / "data", run_dir=folder / "runs", **options)
-    ensure_data(run, workers=1, progress=False)
-    train(run)
-    assert {"curve/1.safetensors", "curve/4.safetensors", "encoder.safetensors"} <= contents(run.folder).keys()
-    return run
+    return resolve("shear_flow", "mae", "vit", tiny, **options)
 
 
-def kill_and_finish(run: Run, folder: Path, points: int) -> None:
-    "Kills a training at random points of its work, each in a fresh folder, and finishes it."
-    work = replace(run, run_dir=folder / "whole")
-    status, total = forked(lambda: train(work), work.run_dir)
-    assert status == 0 and total > 0 and contents(work.folder) == contents(run.folder), "a fork does the same"
-    for moment in random.Random(0).sample(range(1, total + 1), min(points, total)):
-        work = replace(run, run_dir=folder / f"killed{moment}")
-        status, _ = forked(lambda: train(work), work.run_dir, moment)  # noqa: B023
+@pytest.fixture(scope="module")
+def before(run, tmp_path_factory) -> dict[str, Path]:
+    "Stage -> a folder as it is before the stage, undisturbed; `done`: after all of them."
+    root = tmp_path_factory.mktemp("undisturbed")
+    found = {"done": root / "work"}
+    found["done"].mkdir()
+    for name, stage in STAGES.items():
+        found[name] = shutil.copytree(found["done"], root / name)
+        stage(in_folder(run, found["done"]))
+    return found
+
+
+def after(before: dict[str, Path], name: str) -> dict[str, object]:
+    "The contents of the undisturbed folder after a stage."
+    names = [*STAGES, "done"]
+    return contents(before[names[names.index(name) + 1]])
+
+
+def kill_and_finish(name: str, run: Run, before: dict[str, Path], folder: Path, points: int) -> None:
+    "Kills a stage at random points of its work, each in a fresh folder, and finishes it."
+    stage, expected = STAGES[name], after(before, name)
+    whole = shutil.copytree(before[name], folder / "whole")
+    status, total = forked(lambda: stage(in_folder(run, whole)), whole)
+    assert status == 0 and total > 0 and contents(whole) == expected, "a fork does the same"
+    for moment in random.Random(name).sample(range(1, total + 1), min(points, total)):
+        work = shutil.copytree(before[name], folder / f"killed{moment}")
+        status, _ = forked(lambda: stage(in_folder(run, work)), work, moment)  # noqa: B023
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"killed at {moment} of {total}"
-        contents(work.folder)
-        train(work)
-        assert contents(work.folder) == contents(run.folder), f"killed at event {moment} of {total}"
+        contents(work)
+        stage(in_folder(run, work))
+        assert contents(work) == expected, f"killed at event {moment} of {total}"
 
 
-def test_a_killed_training_is_finished_as_if_nothing_was(run, tmp_path):
-    kill_and_finish(run, tmp_path, points=4)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_killed_stage_is_finished_as_if_nothing_was(name, run, before, tmp_path):
+    kill_and_finish(name, run, before, tmp_path, points=3)
 
 
 @pytest.mark.long
-def test_a_training_that_is_killed_anywhere_is_finished_as_if_nothing_was(run, tmp_path):
-    kill_and_finish(run, tmp_path, points=25)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_is_killed_anywhere_is_finished_as_if_nothing_was(name, run, before, tmp_path):
+    kill_and_finish(name, run, before, tmp_path, points=25)
 
 
-@pytest.mark.parametrize("writes", [0, 2, 5])
-def test_a_full_disk_is_said_and_leaves_nothing_half(writes, run, tmp_path, monkeypatch):
-    work, original, calls = replace(run, run_dir=tmp_path), os.fsync, [0]
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("writes", [0, 2])
+def test_a_full_disk_is_said_and_leaves_nothing_half(writes, name, run, before, tmp_path, monkeypatch):
+    work, original, calls = shutil.copytree(before[name], tmp_path / "work"), os.fsync, [0]
 
     def full(fd: int) -> None:
         calls[0] += 1
@@ -129,15 +170,16 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(writes, run, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            train(work)
-    contents(work.folder)
-    assert not list(work.folder.rglob("*.tmp"))
-    train(work)
-    assert contents(work.folder) == contents(run.folder)
+            STAGES[name](in_folder(run, work))
+    contents(work)
+    assert not list(work.rglob("*.tmp"))
+    STAGES[name](in_folder(run, work))
+    assert contents(work) == after(before, name)
 
 
-def test_of_two_trainings_at_once_one_waits_and_finds_the_other_finished(run, tmp_path):
-    work, children = replace(run, run_dir=tmp_path / "runs"), []
+def test_of_two_trainings_at_once_one_waits_and_finds_the_other_finished(run, before, tmp_path):
+    root, children = shutil.copytree(before["pretrain"], tmp_path / "work"), []
+    work = in_folder(run, root)
     for k in range(2):
         pid = os.fork()
         if not pid:
@@ -155,4 +197,4 @@ def test_of_two_trainings_at_once_one_waits_and_finds_the_other_finished(run, tm
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
     first, second = sorted((read_json(tmp_path / f"{k}.json") for k in range(2)), key=lambda told: told["trained"])
     assert second["trained"] and not first["trained"] and [t.endswith("is finished") for t in first["said"]] == [True]
-    assert contents(work.folder) == contents(run.folder)
+    assert contents(root) == after(before, "pretrain")
