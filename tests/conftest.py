@@ -14,14 +14,14 @@ torch.set_num_threads(1)  # for what is made once for all tests
 
 # minutes each, with the workflow or stages in processes of their own
 LONGEST = (
-    "test_reproduce.py",
+    "test_workflow.py",
     "test_command.py",
-    "test_training.py",
+    "test_experiments.py",
     "test_notebooks.py",
+    "test_docs.py",
     "test_distributed.py",
-    "test_longer.py",
-    "test_rates.py",
-    "test_native.py",
+    "test_killed.py",
+    "test_training.py",
     "test_app.py",
 )
 
