@@ -1,10 +1,11 @@
-# Runs the jobs of a plan: simulate -> pretrain -> probe -> figures. Every job is a papermill call. What is still to be done, and what
-# each job waits for, is said by `physrep.experiments.plan`; it asks the records of results whether they are current. Results are
-# written below runs/ (git-ignored); `make figures` copies figures from there. Stamps below runs/<preset>/finished/ tell jobs apart
-# within one call of Snakemake; what was done by an earlier call has no job any more.
+# Runs the jobs of a plan: simulate -> pretrain -> probe -> figures. Every job is a papermill call. What is still to be
+# done, and what each job waits for, is said by `physrep.experiments.plan`; it asks the records of results whether they
+# are current. Results are written below runs/ (git-ignored); `make figures` copies figures from there. Stamps below
+# runs/<preset>/finished/ tell jobs apart within one call of Snakemake; what an earlier call did has no job any more.
 #
-# config: target (reproduce, simulate, study, or the notebook of an experiment), preset, data, systems, rows, only, seeds as in
-# `physrep.results.rows.make_study`. On a cluster also cores (of a job that can use several) and gpus (of a job that trains).
+# config: target (reproduce, simulate, study, or the notebook of an experiment), preset, data, systems, rows, only and
+# seeds as in `physrep.results.rows.make_study`. On a cluster also cores (of a job that can use several) and gpus (of a
+# job that trains).
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from physrep.core.files import project_root
 from physrep.experiments.plan import plan_jobs, read_experiments
+from physrep.physics.systems import get_system
 from physrep.results.rows import make_study
 
 ROOT = project_root()
@@ -23,9 +25,9 @@ ASKED |= {"data_dir": str(config["data"])} if config.get("data") else {}
 PRESET = str(config.get("preset") or "laptop")
 STUDY = make_study(PRESET, **ASKED)
 OUT = ROOT / "runs" / STUDY.preset.name
-# on a cluster every job parses this file for itself: numbers of cores and GPUs come from config there, not from the machine
+# on a cluster every job parses this file for itself: cores and GPUs come from config there, not from the machine
 CORES, GPUS = int(config.get("cores") or workflow.cores), int(config.get("gpus") or 0)
-# one job at a time on a GPU, which leaves cores for jobs that need none; on the CPU as many as there are cores, one thread each
+# one job at a time on a GPU, which leaves cores for others; on the CPU as many as there are cores, one thread each
 TRAINING_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
 # systems are simulated side by side: no core waits while one of them starts or ends; a GPU has one process at a time
 WORKERS = 1 if torch.cuda.is_available() else max(1, CORES // max(1, len(STUDY.preset.sims)))
@@ -39,9 +41,10 @@ def stamp(name):
 
 
 def given_to_papermill(name, value):
-    "A parameter as an option of papermill: text stays text, e.g. a tag `2`, and 5e-05 a number, which YAML writes 5.0e-05."
+    "A parameter as an option: text stays text, e.g. a tag `2`, and 5e-05 is a number, which YAML writes 5.0e-05."
     if isinstance(value, dict):
-        return f"-y {shlex.quote(yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip())}"
+        text = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()
+        return f"-y {shlex.quote(text)}"
     if value is SIMULATING:
         return f'-p {name} "{value}"'
     return f"{'-r' if isinstance(value, str | Path) else '-p'} {name} {shlex.quote(str(value))}"
@@ -59,17 +62,18 @@ def parameters(job):
 
 
 def papermill(job):
-    """The command of a job. papermill reads a notebook from standard input if that is a pipe, so it never is one. Its output goes to
-    a log beside the notebook that it makes, progress bars to the terminal too, one line at a time; of a job that fails the end of the
-    log is shown."""
+    """The command of a job. papermill reads a notebook from standard input if that is a pipe, so it never is one. Its
+    output goes to a log beside the notebook that it makes, and progress bars to the terminal, too, one line at a time;
+    of a job that fails the end of the log is shown."""
     values = " ".join(given_to_papermill(k, v) for k, v in parameters(job).items())
     places = (OUT / "notebooks" / job.name, sys.executable, ROOT / "nbs" / f"{job.notebook}.ipynb")
     target, python, source = (shlex.quote(str(place)) for place in places)
-    bars = f"""while IFS= read -r line; do case "$line" in *%\\|*) echo "  {job.name}: ${{line##*$'\\r'}}";; esac; done"""
-    return (
-        f"mkdir -p {shlex.quote(str(OUT / 'notebooks'))} && {{ {python} -m papermill {source} {target}.ipynb --log-output "
-        f"--no-progress-bar {values} < /dev/null 2>&1 | tee {target}.log | {bars} ; }} || {{ tail -n 40 {target}.log; exit 1; }}"
-    )
+    last = f"""case "$line" in *%\\|*) echo "  {job.name}: ${{line##*$'\\r'}}";; esac"""
+    options = f"--log-output --no-progress-bar {values} < /dev/null 2>&1"
+    call = f"{python} -m papermill {source} {target}.ipynb {options} | tee {target}.log"
+    shown = f"while IFS= read -r line; do {last}; done"
+    made = f"mkdir -p {shlex.quote(str(OUT / 'notebooks'))}"
+    return f"{made} && {{ {call} | {shown} ; }} || {{ tail -n 40 {target}.log; exit 1; }}"
 
 
 if workflow.is_main_process:  # jobs of a cluster, which parse this file for themselves, leave stamps alone
@@ -77,9 +81,14 @@ if workflow.is_main_process:  # jobs of a cluster, which parse this file for the
         stamp(name).unlink(missing_ok=True)
 
 
+# what came out of a system is printed while the next one is trained
+PROBED = {s: [n for n in JOBS if n.startswith(f"{get_system(s).name}-") and "-pretrain" not in n] for s in STUDY.systems}
+PROBED = {s: names for s, names in PROBED.items() if any(name.endswith("-probe") for name in names)}
+
+
 rule all:
     default_target: True
-    input: [stamp(name) for name in JOBS]
+    input: [stamp(name) for name in (*JOBS, *(f"{get_system(s).name}-printed" for s in PROBED))]
 
 
 for job in JOBS.values():
@@ -96,14 +105,12 @@ for job in JOBS.values():
         shell: "export SIMULATING={resources.simulating}; {params.command}"
 
 
-# what came out of a system is printed while the next one is trained
-PROBED = {system: [name for name in JOBS if name.startswith(f"{system}-") and name.endswith(("-probe", "-baselines"))] for system in STUDY.systems}
 for system, names in PROBED.items():
-    if names and config.get("target") in (None, "", "reproduce"):
-        rule:
-            name: f"print_{system}".replace("-", "_").replace(":", "_")
-            input: [stamp(name) for name in names]
-            output: touch(stamp(f"{system}-printed"))
-            params: command=" ".join(shlex.quote(str(f / "result.json")) for row in STUDY.rows for f in STUDY.folders(row, system))
-            priority: 900
-            shell: "{sys.executable} -m physrep.experiments.table1 {params.command}"
+    files = [folder / "result.json" for row in STUDY.rows for folder in STUDY.folders(row, system)]
+    rule:
+        name: f"print_{get_system(system).name}".replace("-", "_")
+        input: [stamp(name) for name in names]
+        output: touch(stamp(f"{get_system(system).name}-printed"))
+        params: command=" ".join(shlex.quote(str(file)) for file in files)
+        priority: 900
+        shell: "{sys.executable} -m physrep.experiments.table1 {params.command}"
