@@ -82,13 +82,14 @@ if workflow.is_main_process:  # jobs of a cluster, which parse this file for the
 
 
 # what came out of a system is printed while the next one is trained
-PROBED = {s: [n for n in JOBS if n.startswith(f"{get_system(s).name}-") and "-pretrain" not in n] for s in STUDY.systems}
+NAMES = {system: get_system(system).name for system in STUDY.systems}
+PROBED = {s: [n for n in JOBS if n.startswith(f"{NAMES[s]}-") and "-pretrain" not in n] for s in STUDY.systems}
 PROBED = {s: names for s, names in PROBED.items() if any(name.endswith("-probe") for name in names)}
 
 
 rule all:
     default_target: True
-    input: [stamp(name) for name in (*JOBS, *(f"{get_system(s).name}-printed" for s in PROBED))]
+    input: [stamp(name) for name in (*JOBS, *(f"{NAMES[system]}-printed" for system in PROBED))]
 
 
 for job in JOBS.values():
@@ -108,9 +109,9 @@ for job in JOBS.values():
 for system, names in PROBED.items():
     files = [folder / "result.json" for row in STUDY.rows for folder in STUDY.folders(row, system)]
     rule:
-        name: f"print_{get_system(system).name}".replace("-", "_")
+        name: f"print_{NAMES[system]}".replace("-", "_")
         input: [stamp(name) for name in names]
-        output: touch(stamp(f"{get_system(system).name}-printed"))
+        output: touch(stamp(f"{NAMES[system]}-printed"))
         params: command=" ".join(shlex.quote(str(file)) for file in files)
         priority: 900
         shell: "{sys.executable} -m physrep.experiments.table1 {params.command}"

@@ -139,14 +139,11 @@ def plot_fine_tuned(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -
     return plot_marks(drawn, xlabel=f"{ERROR} on test, fine-tuned", title=title, **look)
 
 # %% ../../nbs/experiments/few_labels.ipynb #9f938b5b
-def _fine_tuned(study: Study) -> list[Row]:
-    return [row for row in study.kind("trained", "random") if not row.reads_labels]
-
-
 def parts(study: Study, finetune: bool = True) -> list[str]:
     "The jobs that are not done yet: `supervised/<row>/<system>/<seed>`, `finetune/<row>/<system>/<seed>`."
     kinds = [("supervised", TRAINED_ON_FEW, [row for row in study.rows if row.reads_labels], tuple(range(DRAWS)))]
-    kinds += [("finetune", FINE_TUNED, _fine_tuned(study), study.seeds)] if finetune else []
+    without_labels = [row for row in study.kind("trained", "random") if not row.reads_labels]
+    kinds += [("finetune", FINE_TUNED, without_labels, study.seeds)] if finetune else []
     return [
         f"{kind}/{row.name}/{system}/{seed}"
         for kind, file, rows, seeds in kinds

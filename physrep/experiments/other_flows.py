@@ -128,11 +128,6 @@ class Translated(torch.nn.Module):
         return self.encoder(torch.stack(parts, dim=1))
 
 # %% ../../nbs/experiments/other_flows.ipynb #cb345f4d
-def _with_targets(features: Features, targets: np.ndarray) -> Features:
-    "The pooled features with other labels."
-    return Features(features.pooled[:, None], targets, features.groups)
-
-
 def _fit_and_predict(
     features: Mapping[str, Features], scaler: LabelScaler, split: str = "test"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +168,8 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
                 add(row, split, "parameters", (saved.predictions[PROBE, split], saved.truth[split]))
         predicted, _ = _fit_and_predict(box_features, saved.scaler, LONG_BOX)
         add(row, LONG_BOX, "parameters", (predicted, box.targets(np.arange(len(box)))))
-        asked = {s: _with_targets(f, states[s]) for s, f in features.items() if s in ("train", "valid", "test")}
+        own = {s: features[s] for s in ("train", "valid", "test")}
+        asked = {s: Features(f.pooled[:, None], states[s], f.groups) for s, f in own.items()}
         add(row, "test", "state", _fit_and_predict(asked, state_scaler))
 
     for row in (row for row in study.rows if row.objective in CONTROLS):

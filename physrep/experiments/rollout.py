@@ -269,17 +269,11 @@ def beside_probe(table: pd.DataFrame, study: Study, rows: Sequence[Row], *, step
     return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/rollout.ipynb #6af05e8b
-def _shown(rows: Sequence[Row]) -> tuple[Row, ...]:
-    return (PERSISTENCE, *rows)
-
-
 def plot_vrmse(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figure:
     "Median VRMSE against the predicted frame, a panel for each system."
     curves = vrmse_curves(table).rename(columns={"step": "x"})
-    ylabel = "VRMSE (1: the mean of the field)"
-    return plot_curves(
-        curves, xlabel="predicted frame", ylabel=ylabel, title=title, rows=_shown(rows), log=(False, True)
-    )
+    words = dict(xlabel="predicted frame", ylabel="VRMSE (1: the mean of the field)", title=title)
+    return plot_curves(curves, rows=(PERSISTENCE, *rows), log=(False, True), **words)
 
 
 def plot_frames(

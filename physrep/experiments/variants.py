@@ -47,12 +47,6 @@ VARIANTS: dict[str, Variant] = {
 PROBE = "kernel"
 
 # %% ../../nbs/experiments/variants.ipynb #9d421b2b
-def _known(name: str) -> Variant:
-    if name not in VARIANTS:
-        raise ValueError(f"unknown variant {name!r}; valid: {', '.join(VARIANTS)}")
-    return VARIANTS[name]
-
-
 def parts(study: Study) -> list[str]:
     "The jobs of the experiment that are not done yet: `variants/<name>/<seed>`."
     jobs = [(name, seed) for name in VARIANTS for seed in study.seeds]
@@ -62,8 +56,10 @@ def parts(study: Study) -> list[str]:
 
 def train_variant(study: Study, name: str, seeds: Sequence[int], **options) -> None:
     "Trains and probes a variant with these seeds, and the row that it changes; `options`: device, progress."
+    if name not in VARIANTS:
+        raise ValueError(f"unknown variant {name!r}; valid: {', '.join(VARIANTS)}")
     for seed in seeds:
-        for run in variant_run(study, name, _known(name), study.systems[0], seed)[::-1]:
+        for run in variant_run(study, name, VARIANTS[name], study.systems[0], seed)[::-1]:
             train_and_score(run, **options)
 
 # %% ../../nbs/experiments/variants.ipynb #7ee2e1a4

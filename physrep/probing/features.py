@@ -361,11 +361,6 @@ BLOCK = 2**26  # bytes of a block of neighbouring windows, beyond that
 BLOCKS_TOGETHER = 32  # blocks whose windows are shuffled together
 
 
-def _read_through(tokens: Tensor) -> None:
-    "Touches every page of mapped tokens in their order: the disk reads them as one piece, and then they are in memory."
-    tokens.reshape(-1).view(torch.uint8)[::4096].sum()
-
-
 def shuffled(tokens: Tensor, batch_size: int, *seed: int | str, in_any_order: int = IN_ANY_ORDER) -> Iterator[Tensor]:
     """The indices of all windows of `tokens (n, tokens, d)` in random order, in batches of equal size (up to one).
 
@@ -384,7 +379,7 @@ def shuffled(tokens: Tensor, batch_size: int, *seed: int | str, in_any_order: in
     for index in order.tensor_split(batches):
         asked += len(index)
         while read < asked:
-            for block in groups.pop(0):
-                _read_through(tokens[block[0] : block[-1] + 1])
+            for block in groups.pop(0):  # every page is touched in its order: the disk reads a block as one piece
+                tokens[block[0] : block[-1] + 1].reshape(-1).view(torch.uint8)[::4096].sum()
                 read += len(block)
         yield index
