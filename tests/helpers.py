@@ -98,6 +98,11 @@ def snakemake(folder: Path, *options: str, quiet: tuple[str, ...] = ("rules", "h
     return said
 
 
+def dry_run(*options: str, **config: str) -> str:
+    "What the workflow would do in this folder."
+    return snakemake(ROOT, "--dry-run", *options, **config)
+
+
 def losses_in_training(objective: torch.nn.Module, batches, steps: int = 12) -> list[float]:
     "The loss on the first batch after each of some updates."
     first = next(batches(0))

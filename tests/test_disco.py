@@ -160,8 +160,9 @@ def test_views_of_the_same_and_of_another_window():
 
 def test_from_preset_to_probe(smoke_data, tmp_path):
     assert resolve("shear_flow", "disco", preset="smoke").encoder == "vit_code", "by default"
-    run = resolve("shear_flow", "disco", "convnext_code", preset="smoke", steps=2, batch_size=4)
-    folder = pretrain(run, smoke_data, tmp_path, progress=False, say=lambda text: None)
+    here = dict(data_dir=smoke_data, run_dir=tmp_path)
+    run = resolve("shear_flow", "disco", "convnext_code", preset="smoke", steps=2, batch_size=4, **here)
+    folder = pretrain(run, progress=False, say=lambda text: None)
     curve = pd.read_csv(folder / "curve.csv")
     assert {"gate", "gate_own", "gate_shuffled", "gate_persistence"} <= set(curve) and curve.gate.notna().all()
     encoder = load_encoder(folder)

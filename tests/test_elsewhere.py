@@ -11,7 +11,7 @@ from physrep.models.elsewhere import load_conv_predictor, load_convnext, load_vi
 from physrep.models.pretrained import load_encoder, save_encoder
 from physrep.models.vit import ViT
 from physrep.probing.evaluate import own_encoder, score_run
-from physrep.probing.reading import normaliser_for, probe_splits
+from physrep.probing.features import normaliser_for, probe_splits
 from physrep.training.run import resolve
 
 DIMS, DEPTHS = (4, 6, 8), (1, 2, 1)
@@ -201,23 +201,20 @@ def test_an_encoder_of_this_package_that_is_only_probed_keeps_its_normalisation(
             dt=0.2,
         )
         save_encoder(file, vit, "vit", **usual | facts)
-        return resolve(
-            "shear_flow", "frozen", f"{__name__}:a_saved_encoder", "smoke", encoder_config={"path": str(file)}
-        )
+        own = dict(encoder_config={"path": str(file)}, data_dir=smoke_data, run_dir=tmp_path / "runs")
+        return resolve("shear_flow", "frozen", f"{__name__}:a_saved_encoder", "smoke", **own)
 
     run = run_of()
     encoder = own_encoder(run)
-    windows = probe_splits(run, smoke_data)
+    windows = probe_splits(run)
     assert torch.equal(normaliser_for(encoder, windows["train"]).mean, torch.full((4,), 3.0)), "not that of the data"
-    assert score_run(run, smoke_data, tmp_path / "runs", probes=["knn"], windows=windows, progress=False).rows
+    assert score_run(run, probes=["knn"], windows=windows, progress=False).rows
     for wrong, said in (
         (dict(dt=0.5), "was trained on frames 0.5 apart, got dt=0.2"),
         (dict(shape=(16, 8, 8)), "was trained on grids of 8x8"),
     ):
         with pytest.raises(ValueError, match=said):
-            score_run(run_of(**wrong), smoke_data, tmp_path / "runs", probes=["knn"], windows=windows, progress=False)
-    with pytest.raises(ValueError, match="finetune starts from the attentive probe; ask for both"):
-        score_run(run, smoke_data, tmp_path / "runs", probes=["finetune"], windows=windows, progress=False)
+            score_run(run_of(**wrong), probes=["knn"], windows=windows, progress=False)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

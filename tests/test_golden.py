@@ -21,8 +21,7 @@ from physrep.core.provenance import numbers
 from physrep.models.pretrained import load_encoder
 from physrep.physics import active_matter, rayleigh_benard, shear_flow
 from physrep.physics.oracle import equation_oracle
-from physrep.physics.spectra import spectra
-from physrep.physics.statistics import summary_statistics
+from physrep.physics.statistics import spectra, summary_statistics
 from physrep.physics.systems import get_system
 from physrep.training.loop import TimeUp, read_metrics
 from physrep.training.presets import get_preset

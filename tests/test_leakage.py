@@ -15,7 +15,7 @@ from physrep.data.write import write_well
 from physrep.physics.systems import get_system
 from physrep.probing import evaluate
 from physrep.probing.evaluate import bootstrap_groups, window_flows, write_scores
-from physrep.probing.reading import probe_splits
+from physrep.probing.features import probe_splits
 from physrep.probing.records import read_predictions
 from physrep.training.run import resolve
 
@@ -80,7 +80,7 @@ def test_the_bootstrap_draws_new_parameters_with_all_their_flows(tmp_path):
 
 def test_scores_are_drawn_by_parameters(smoke_data, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "ENOUGH", 2)  # smoke has four draws
-    windows = probe_splits(resolve("shear_flow", "random", "vit", "smoke"), smoke_data)
+    windows = probe_splits(resolve("shear_flow", "random", "vit", "smoke", data_dir=smoke_data))
     test = windows["test"]
     truth = {("linear", "test"): test.targets(np.arange(len(test)))}
     scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
@@ -96,7 +96,7 @@ def test_a_flow_of_train_in_test_is_refused_wherever_splits_are_loaded(smoke_dat
     source = min((folder / "data" / "train").glob("*.hdf5"))
     shutil.copy(source, folder / "data" / "test" / source.name)
     with pytest.raises(ValueError, match="of 'test' have an initial condition that 'train' has too"):
-        probe_splits(resolve("shear_flow", "random", "vit", "smoke"), tmp_path)
+        probe_splits(resolve("shear_flow", "random", "vit", "smoke", data_dir=tmp_path))
 
 
 @pytest.mark.parametrize(

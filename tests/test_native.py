@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 from broken import well_file
-from helpers import ROOT, dry_run, papermill
+from helpers import dry_run
 from the_well.data import WellDataset
 
 from physrep.data.batches import Batches
@@ -18,6 +18,7 @@ from physrep.data.sets import find_files, find_folder
 from physrep.data.well import WellFile
 from physrep.data.windows import Windows
 from physrep.data.write import write_stats
+from physrep.experiments.command import main
 from physrep.models.pretrained import load_encoder
 from physrep.physics.systems import SYSTEMS, Field, Label, System, declaration_problem, get_system
 from physrep.results.rows import systems_of
@@ -123,33 +124,27 @@ def test_native_grids_instead_of_the_papers_crop(native, tmp_path, monkeypatch):
     vit, train = dict(dim=16, depth=1, heads=2, tubelet=(2, 16, 16)), Recipe(steps=1, batch_size=2, lr=1e-3)
     small = replace(get_preset("native"), frames=2, encoders={"vit": vit}, train={"supervised": train})
     monkeypatch.setitem(PRESETS, "native", small)
-    run = resolve(name, "supervised", "vit", preset="native")
+    run = resolve(name, "supervised", "vit", preset="native", data_dir=base, run_dir=tmp_path)
     assert run.clip.stride == paper.clip.stride == (1 if name == "active_matter" else 4) and run.crop is None
-    encoder = load_encoder(pretrain(run, base, tmp_path, progress=False))
+    encoder = load_encoder(pretrain(run, progress=False))
     assert tuple(encoder.info["shape"]) == run.clip_shape == (2, *NATIVE[name][0])
 
 
 def test_the_papers_graph_and_splits_without_leaks(native, tmp_path):
-    "`make reproduce PRESET=paper DATA=<folder>` finds what is there, and deals the shear flow out anew."
+    "`make reproduce PRESET=paper DATA=<folder>` finds what is there, and `physrep leak-free` deals it anew."
     base, name = native
-    done = dry_run(preset="paper", data=str(base))
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-2000:]
-    for rule in (f"pretrain_{name}_jepa_convnext", f"probe_{name}_baselines", "table1"):
+    said = dry_run(preset="paper", data=str(base))
+    for rule in (f"{name}_jepa_convnext_pretrain", f"{name}_baselines", "05_table1"):
         assert re.search(rf"^{rule}\s+1$", said, re.M), rule
-    assert ("leak_free" in said) == (name == "shear_flow") and "simulate" not in done.stdout
-    if name != "shear_flow":
-        return
-    options = ["nbs/00h_leak_free.ipynb", str(tmp_path / "x.ipynb"), "-p", "system", name, "-p", "data_dir", str(base)]
-    done = papermill(*options, "-p", "out_dir", str(tmp_path / "new"), cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = papermill(*options, "-p", "out_dir", str(base / "datasets"), cwd=ROOT)
-    assert "holds the published files themselves; name another out_dir" in done.stderr
-    lengths = [
-        sum(len(Windows(root, name, s, frames=FRAMES, in_memory=False)) for s in ("train", "valid", "test"))
-        for root in (base, tmp_path / "new")
-    ]
-    assert lengths == [12, 12]
+    assert "simulate" not in said
+    if name == "shear_flow":
+        new = tmp_path / "new"
+        assert main(["leak-free", name, str(base), str(new)]) == 0
+        with pytest.raises(ValueError, match="is there already; name another folder"):
+            main(["leak-free", name, str(base), str(base / "datasets")])
+        for root in (base, new):
+            windows = [Windows(root, name, s, frames=FRAMES, in_memory=False) for s in ("train", "valid", "test")]
+            assert sum(map(len, windows)) == 12
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):

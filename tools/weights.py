@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from physrep.core.files import default_data_dir
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
 from physrep.explore.readers import HEADS, STATISTICS_HEADS, errors_of
 from physrep.models.pretrained import SHIPPED, load_encoder
 from physrep.physics.statistics import summary_statistics
-from physrep.probing.baselines import measured_features
+from physrep.probing.evaluate import baseline_folder, measured_features
+from physrep.probing.features import probe_splits
 from physrep.probing.frozen import fit_probe, load_probe
-from physrep.probing.reading import probe_splits
-from physrep.training.run import baseline_folder, resolve
+from physrep.training.run import resolve
 
 SHIPPED_ROWS = [
     ("active_matter", "mae", "vit"),
@@ -40,7 +39,7 @@ def write_statistics(folder: Path, windows: Mapping[str, Windows], errors: Mappi
 if __name__ == "__main__":
     for row in SHIPPED_ROWS:
         run, target = resolve(*row, "laptop"), SHIPPED / "-".join(row)
-        folder = run.folder()
+        folder = run.folder
         if missing := [name for name in FILES if not (folder / name).is_file()]:
             raise SystemExit(f"{folder} has no {', '.join(missing)}; train and probe it first")
         target.mkdir(parents=True, exist_ok=True)
@@ -49,11 +48,11 @@ if __name__ == "__main__":
         load_encoder(target)
         for name in FILES[1:]:
             load_probe(target / name)
-        statistics, equations = (baseline_folder(n, run.system, run.preset) for n in ("statistics", "equations"))
+        statistics, equations = (baseline_folder(n, run) for n in ("statistics", "equations"))
         sources = {f"{target.name}/{head}": (folder, head) for head in HEADS}
         sources |= {f"statistics/{head}": (statistics, head) for head in STATISTICS_HEADS}
         sources |= {"equations/oracle": (equations, "oracle")}
         errors = {name: errors_of(place / "result.json", probe) for name, (place, probe) in sources.items()}
-        write_statistics(target, probe_splits(run, default_data_dir("laptop")), errors)
+        write_statistics(target, probe_splits(run), errors)
         size = sum(path.stat().st_size for path in target.iterdir())
         print(f"{target.name}: {size / 1e6:.1f} MB")
