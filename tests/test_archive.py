@@ -23,6 +23,7 @@ from physrep.results.archive import (
 )
 from physrep.results.rows import chosen_rows, make_study
 from physrep.training.presets import get_preset
+from physrep.training.run import resolve
 
 RUN = "mae-vit-01234567/seed0"
 LAPTOP = get_preset("laptop")
@@ -123,12 +124,12 @@ def test_results_of_other_flows_are_refused_with_what_to_do(tmp_path, smoke_data
         result.write_text(json.dumps(json.loads(result.read_text()) | {"data": data}))
         elsewhere = tmp_path / f"{place}_elsewhere"
         moved(folder, tmp_path / place / "archives", elsewhere / "laptop" / "shear_flow")
-        study = make_study(LAPTOP, systems="shear_flow", run_dir=elsewhere)
+        run = resolve("shear_flow", "mae", "vit", LAPTOP, data_dir=smoke_data, run_dir=elsewhere)
         if place == "same":
-            check_same_flows(study, smoke_data, "shear_flow")
+            check_same_flows(run)
             continue
         with pytest.raises(ValueError, match="0123456789abcdef.*archive remove --preset laptop"):
-            check_same_flows(study, smoke_data, "shear_flow")
+            check_same_flows(run)
 
 
 def test_seeds_are_shown_that_every_row_has(tmp_path):

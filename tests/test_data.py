@@ -404,10 +404,10 @@ def test_files_and_splits_are_of_one_kind(tmp_path, smoke_data, change, message)
     for path in (folder / "data" / "test").iterdir():
         with h5py.File(path, "r+") as file:
             change(file)
-    run = resolve("shear_flow", "mae", "vit", "smoke")
-    load_splits(run, tmp_path, ("train", "valid"), frames=4, stride=4)
+    run = resolve("shear_flow", "mae", "vit", "smoke", data_dir=tmp_path)
+    load_splits(run, ("train", "valid"), frames=4, stride=4)
     for load in (
-        lambda: load_splits(run, tmp_path, ("train", "valid", "test"), frames=4, stride=4),
+        lambda: load_splits(run, ("train", "valid", "test"), frames=4, stride=4),
         lambda: Windows(tmp_path, SHEAR, "train+test", frames=2),
     ):
         with pytest.raises(WellFormatError, match=f"test/.*{message}.*put them in sets of their own"):

@@ -29,7 +29,7 @@ from physrep.models.encoders import build_encoder
 from physrep.probing.features import cache_path, cached
 from physrep.probing.records import read_predictions
 from physrep.results.rows import read_rows
-from physrep.training.loop import Recipe, load_checkpoint, make_optimizer, save_checkpoint
+from physrep.training.loop import Recipe, load_checkpoint, make_optimizer
 from physrep.training.presets import read_preset
 from physrep.training.run import resolve
 
@@ -124,13 +124,6 @@ def test_no_module_runs_text_or_reads_what_can_run(path):
         assert keywords.get("shell", "False") == "False", f"line {node.lineno}: a shell"
 
 
-def test_the_rules_above_find_what_they_forbid(tmp_path):
-    (tmp_path / "bad.py").write_text("import torch, yaml\ntorch.load('x')\nyaml.load('x')\neval('1')\n")
-    assert [name for name, _ in calls(tmp_path / "bad.py")] == ["torch.load", "yaml.load", "eval"]
-    with pytest.raises(AssertionError, match="line 2: torch.load"):
-        test_no_module_runs_text_or_reads_what_can_run(tmp_path / "bad.py")
-
-
 @pytest.mark.parametrize("read", [read_preset, read_rows], ids=["preset", "rows"])
 def test_yaml_makes_no_objects(tmp_path, read):
     marker = tmp_path / "it-ran"
@@ -156,19 +149,6 @@ def test_an_encoder_file_runs_no_code_of_others(tmp_path, monkeypatch):
             physrep.load_encoder(place)
     with pytest.raises(SystemExit, match="it ran"):
         physrep.load_encoder(path, trust_code=True)
-
-
-@pytest.mark.parametrize("step", ["-5", "NaN", '"3"', "[]", "true", "1.5"])
-def test_a_checkpoint_whose_number_of_updates_is_none(tmp_path, step):
-    objective = torch.nn.Linear(2, 2)
-    optimizer = make_optimizer(objective, Recipe(steps=4, lr=0.1))
-    path = tmp_path / "last.safetensors"
-    save_checkpoint(path, objective, optimizer, 3)
-    assert load_checkpoint(path, objective, optimizer) == 3
-    tensors = {f"model.{name}": value for name, value in objective.state_dict().items()}
-    save_file(tensors, path, metadata={"step": step})
-    with pytest.raises(ValueError, match="last.safetensors is no checkpoint of this run .its number of updates is"):
-        load_checkpoint(path, objective, optimizer)
 
 
 # --- nothing leads out of a folder
@@ -256,7 +236,7 @@ def test_no_tag_and_no_name_of_a_preset_leads_out_of_the_folder_of_runs(tmp_path
         resolve("shear_flow", "mae", "vit", "smoke", tag=name)
     if "/" not in name and "\x00" not in name:
         (tmp_path / f"{name}.yaml").write_text("base: smoke")
-        with pytest.raises(ValueError, match="folders are called after a preset"):
+        with pytest.raises(ValueError, match="must be letters, digits"):
             read_preset(tmp_path / f"{name}.yaml")
 
 

@@ -71,13 +71,6 @@ def simulations(study: Study) -> list[Job]:
     return jobs
 
 
-def _row_parameters(row: Row, system: str, seeds: Sequence[int]) -> dict:
-    "What of a row the stages are told."
-    parts = {name: getattr(row, name) for name in ("coefficients", "encoder_config", "recipe", "tag")}
-    about = {"system": system, "objective": row.objective, "encoder": row.encoder, "seeds": " ".join(map(str, seeds))}
-    return about | {name: part for name, part in parts.items() if part}
-
-
 def _row_jobs(study: Study, row: Row, system: str, after: tuple[str, ...], priority: int, windows) -> list[Job]:
     "The jobs that train and probe a row in a system."
     found = []
@@ -91,7 +84,10 @@ def _row_jobs(study: Study, row: Row, system: str, after: tuple[str, ...], prior
         if not todo:
             continue
         name = f"{get_system(system).name}-{row.name}" + ("" if own else f"-seed{seeds[0]}")
-        values, waits = _row_parameters(row, system, [run.seed for run in todo]), after
+        about = {"system": system, "objective": row.objective, "encoder": row.encoder}
+        parts = {part: getattr(row, part) for part in ("coefficients", "encoder_config", "recipe", "tag")}
+        values = about | {"seeds": " ".join(str(run.seed) for run in todo)} | {k: v for k, v in parts.items() if v}
+        waits = after
         if row.kind == "trained" and not all(map(is_trained, todo)):
             found.append(Job(f"{name}-pretrain", "03_pretrain", values, after, trains=True, priority=priority + 2))
             waits = (f"{name}-pretrain",)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'EMULATORS', 'PERSISTENCE', 'FLOOR', 'SPECTRAL_FLOOR', 'BINS', 'INVARIANTS', 'emulator_rows',
            'load_emulator', 'parts', 'do_part', 'RolloutFlows', 'flows_of', 'frame_errors', 'Rolled', 'roll_out',
-           'roll_out_all', 'rollout_table', 'vrmse_curves', 'beside_probe', 'plot_vrmse', 'plot_frames', 'plot_probes']
+           'roll_out_all', 'rollout_table', 'beside_probe', 'plot_vrmse', 'plot_frames', 'plot_probes']
 
 # %% ../../nbs/experiments/rollout.ipynb #6f99db21
 import math
@@ -169,9 +169,8 @@ def frame_errors(predicted: np.ndarray, true: np.ndarray, flows: RolloutFlows) -
     found |= {name: _by_field(relative[..., i], flows.system) for i, name in enumerate(BINS)}
     if "velocity" in [f.name for f in flows.system.fields if f.rank == 1]:
         where = flows.system.channel_slice("velocity")
-        sides = (
-            energy_enstrophy(np.moveaxis(x[:, where], 1, 2), flows.points, flows.periodic) for x in (predicted, true)
-        )
+        velocities = (np.moveaxis(x[:, where], 1, 2) for x in (predicted, true))
+        sides = (energy_enstrophy(velocity, flows.points, flows.periodic) for velocity in velocities)
         for name, here, there in zip(INVARIANTS, *sides):
             found[name] = ((here - there) / np.maximum(there, FLOOR * there.mean()))[:, None]
     return found
@@ -249,12 +248,6 @@ def rollout_table(rolled: Sequence[Rolled], flows: RolloutFlows) -> pd.DataFrame
     return pd.concat(parts, ignore_index=True)
 
 
-def vrmse_curves(table: pd.DataFrame) -> pd.DataFrame:
-    "Median VRMSE of each row against the step, mean over fields and seeds."
-    keys = ["system", "objective", "encoder", "step"]
-    return table[table.metric == "vrmse"].groupby(keys, sort=False)["median"].mean().rename("value").reset_index()
-
-
 def beside_probe(table: pd.DataFrame, study: Study, rows: Sequence[Row], *, step: int, probe: str) -> pd.DataFrame:
     "Each run's VRMSE at a step (median over flows, mean over fields) and the error of a probe on `test`."
     mean = table[(table.metric == "vrmse") & (table.step == step)]
@@ -270,8 +263,9 @@ def beside_probe(table: pd.DataFrame, study: Study, rows: Sequence[Row], *, step
 
 # %% ../../nbs/experiments/rollout.ipynb #6af05e8b
 def plot_vrmse(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figure:
-    "Median VRMSE against the predicted frame, a panel for each system."
-    curves = vrmse_curves(table).rename(columns={"step": "x"})
+    "Median VRMSE, mean over fields and seeds, against the predicted frame; a panel for each system."
+    by_step = table[table.metric == "vrmse"].rename(columns={"step": "x", "median": "value"})
+    curves = by_step.groupby(["system", "objective", "encoder", "x"], sort=False)["value"].mean().reset_index()
     words = dict(xlabel="predicted frame", ylabel="VRMSE (1: the mean of the field)", title=title)
     return plot_curves(curves, rows=(PERSISTENCE, *rows), log=(False, True), **words)
 

@@ -53,9 +53,4 @@ def retrieval_gate(
     other = flow[:, None] != flow
     equal = other & torch.isclose(labels[:, None], labels, rtol=0, atol=1e-5).all(dim=2)
     found, anywhere = (float(nearer[where].mean()) for where in (equal, other))
-    return {
-        "retrieval": found,
-        "retrieval_all": anywhere,
-        "pairs": float(equal.sum()),
-        "gate": 2 * (1 - anywhere),
-    }
+    return {"retrieval": found, "retrieval_all": anywhere, "pairs": float(equal.sum()), "gate": 2 * (1 - anywhere)}

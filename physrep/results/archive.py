@@ -24,6 +24,7 @@ from ..data.sets import find_files, fingerprint
 from ..probing.records import is_current
 from .rows import Study
 from ..training.presets import Preset, get_preset
+from ..training.run import Run, system_folder
 
 # %% ../../nbs/results/archive.ipynb #e24c1e4a
 _KEPT = re.compile(r"(?:curve/)?\w+\.json|(?:curve|metrics)\.csv|predictions(?:_finetuned)?\.safetensors")
@@ -185,18 +186,19 @@ def unpack(archives: str | Path, folder: str | Path, preset: Preset) -> dict[str
     return state
 
 # %% ../../nbs/results/archive.ipynb #17113be3
-def check_same_flows(study: Study, data_dir: str | Path, system: str) -> None:
-    """ValueError if a result that was unpacked is of other fields than those in `data_dir`, with what to do."""
+def check_same_flows(run: Run) -> None:
+    """ValueError if a result of the system that was unpacked is of other fields than the data of a run, with what to
+    do."""
     here: dict[str, str] = {}
-    for _, run in _scored(study.place(system)):
-        for split, told in read_json(run / "result.json").get("data", {}).items() if is_unpacked(run) else ():
-            here.setdefault(split, fingerprint(find_files(data_dir, system, split)))
+    for _, folder in _scored(system_folder(run.preset, run.system, run.run_dir)):
+        for split, told in read_json(folder / "result.json").get("data", {}).items() if is_unpacked(folder) else ():
+            here.setdefault(split, fingerprint(find_files(run.data_folder, run.system, split)))
             if here[split] != told:
                 raise ValueError(
-                    f"{run} was scored on other flows of split {split!r} (fingerprint {told}) than those in {data_dir} "
+                    f"{folder} was scored on other flows of {split!r} ({told}) than those in {run.data_folder} "
                     f"({here[split]}), so nothing can be paired with it. Are they of another preset or version, or "
                     "simulated on a GPU? `python -m physrep.results.archive remove --preset "
-                    f"{study.preset.name}` takes the results from elsewhere out of runs/, and `make reproduce` trains "
+                    f"{run.preset.name}` takes the results from elsewhere out of runs/, and `make reproduce` trains "
                     "these rows here"
                 )
 

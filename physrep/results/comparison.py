@@ -216,11 +216,6 @@ def _one_method(where: _Where) -> Method:
         raise ValueError(f"{where} holds {len(found)} methods ({names}): name the seeds of one for each side")
     return found[0]
 
-
-def _seed_differences(a: Sequence[float], b: Sequence[float], same: bool) -> tuple[float, ...]:
-    "Each seed of `a` minus the same seed of `b`, where both have the same seeds; else minus the mean of `b`."
-    return tuple(np.subtract(a, b if same else np.mean(b)).tolist())
-
 # %% ../../nbs/results/comparison.ipynb #7ddb2c39
 def _paired(a: Method, b: Method, probes: tuple[str, str], split: str, n_bootstrap: int, seed: int) -> list[dict]:
     "Rows {label, metric, a, b, difference, low, high, by_seed, seeds_a, seeds_b, n} of the paired difference a - b."
@@ -244,7 +239,8 @@ def _paired(a: Method, b: Method, probes: tuple[str, str], split: str, n_bootstr
                 "difference": row["value"],
                 "low": row["low"],
                 "high": row["high"],
-                "by_seed": _seed_differences(by_seed[0], by_seed[1], same),
+                # each seed of `a` minus the same seed of `b`, where they have the same seeds; else minus their mean
+                "by_seed": tuple(np.subtract(by_seed[0], by_seed[1] if same else np.mean(by_seed[1])).tolist()),
                 "seeds_a": len(first),
                 "seeds_b": len(second),
                 "n": row["n"],

@@ -415,25 +415,36 @@ def _given(path: Path) -> dict:
     return given
 
 
+def _over(base: Preset | None, key: str, values: Any) -> Any:
+    "The fields of an entry of `train` over those that the base has for the same row."
+    row, _, system = key.partition("@")
+    method, _, encoder = row.partition("-")
+    method, _, tag = method.partition(".")
+    found = base._entry("train", method, encoder, system, tag) if base and isinstance(values, Mapping) else None
+    return {**vars(found), **values} if found else values
+
+
 def read_preset(path: str | Path) -> Preset:
     """The preset in a YAML file: the fields of `Preset`, with `sims` (system -> fields of `SimPreset`) and `train`
-    (row -> fields of `Recipe`). `base` is a name or another file, beside this one or from the working directory. Its
-    name, and the folders of its data and runs, are those of the file. ValueError names the file and the field that is
-    wrong."""
+    (row -> fields of `Recipe`). `base` is a name or another file, beside this one or from the working directory; what
+    a recipe does not name is as in the base. Its name, and the folders of its data and runs, are those of the file.
+    ValueError names the file and the field that is wrong."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no preset file {path}; valid names: {', '.join(PRESETS)}")
-    given = _given(path)
-    for name, cls in (("sims", SimPreset), ("train", Recipe)):
-        if isinstance(entries := given.get(name), Mapping):
-            given[name] = {key: _built(cls, value, f"{path}: {name}.{key}") for key, value in entries.items()}
-    values = {"name": path.stem, "description": f"from {path.name}", "objectives": {}, "train": {}, **given}
+    given, base = _given(path), None
     if "base" in given:
         beside = path.parent / str(given["base"])
         try:
             base = get_preset(beside if beside.is_file() else str(given["base"]))
         except ValueError as error:
             raise ValueError(f"{path}: base: {error}") from error
+    for name, cls in (("sims", SimPreset), ("train", Recipe)):
+        if isinstance(entries := given.get(name), Mapping):
+            whole = {key: value if name == "sims" else _over(base, key, value) for key, value in entries.items()}
+            given[name] = {key: _built(cls, value, f"{path}: {name}.{key}") for key, value in whole.items()}
+    values = {"name": path.stem, "description": f"from {path.name}", "objectives": {}, "train": {}, **given}
+    if base:
         values = {f.name: getattr(base, f.name) for f in fields(Preset)} | values | {"base": base}
         for name in ("sims", "encoders"):
             if isinstance(given.get(name), Mapping):
@@ -462,5 +473,7 @@ def _check_names(preset: Preset, path: Path) -> None:
     for what, names in used.items():
         if unknown := [name for name in names if name not in there[what]]:
             raise ValueError(f"{path}: unknown {what} {', '.join(unknown)}; valid: {', '.join(there[what])}")
+    if preset.probe_stride == 0 or preset.train_stride == 0:
+        raise ValueError(f"{path}: probe_stride and train_stride must be at least 1, or null for the paper's")
     if min(preset.seeds) < 0 or len(set(preset.seeds)) < len(preset.seeds):
         raise ValueError(f"{path}: seeds must be different numbers from 0, got {list(preset.seeds)}")
