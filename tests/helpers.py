@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,11 @@ def snakemake(folder: Path, *options: str, quiet: tuple[str, ...] = ("rules", "h
         process.kill()
     assert process.returncode == 0, said[-5000:]
     return said
+
+
+def jobs_of(said: str) -> set[str]:
+    "The jobs that the workflow lists, without `all`."
+    return set(re.findall(r"^(\w+) +\d+$", said, re.M)) - {"all", "total"}
 
 
 def dry_run(*options: str, **config: str) -> str:
