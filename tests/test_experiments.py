@@ -37,7 +37,9 @@ ONLY = "mae-vit,forecast-vit,supervised-vit,random-vit"
 @pytest.fixture(scope="module")
 def study(smoke_data, tmp_path_factory):
     "Four rows of one system and seed, trained and probed."
-    preset = replace(get_preset("smoke"), seeds=(0,))
+    smoke = get_preset("smoke")
+    recipes = {name: replace(recipe, evaluations=1) for name, recipe in smoke.train.items()}
+    preset = replace(smoke, seeds=(0,), train=recipes)
     made = make_study(preset, systems=SYSTEM, only=ONLY, data_dir=smoke_data, run_dir=tmp_path_factory.mktemp("runs"))
     for row in made.kind("trained", "random"):
         train_and_score(made.run(row, SYSTEM), progress=False)
@@ -141,9 +143,7 @@ def test_every_trial_of_a_row_starts_from_its_recipe_by_hand():
 
 def test_recipes_of_the_laptop_preset_are_by_hand_or_those_that_the_committed_trials_choose():
     found = tuning.chosen_configurations(pd.read_csv(ROOT / "figures" / "tuning.csv"))
-    chosen = {
-        row.pair: found.set_index("row").chosen[title_of(*row.pair)] for row in LAPTOP.kind("trained") if not row.tag
-    }
+    chosen = dict(zip(found.row, found.chosen))
     rows = [row for row in LAPTOP.kind("trained") if not row.tag]
     for row in rows:
         hand, trial = (tuning.trial_run(LAPTOP, row.pair, k) for k in (0, chosen[title_of(*row.pair)]))
