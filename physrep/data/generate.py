@@ -66,8 +66,8 @@ class SimPreset:
         for split, number in (*self.draws.items(), *self.counts.items()):
             if np.min(number) < 1 or not split.isidentifier():
                 raise ValueError(f"a split is a folder of at least 1 of everything, got {split!r}: {number}")
-        if min(self.dt, self.frame_dt, self.n_frames, self.store_grid, *self.box) <= 0:
-            raise ValueError(f"dt, frame_dt, n_frames, store_grid and box must be positive, got dt={self.dt:g}: {self}")
+        if min(self.dt, self.frame_dt, self.n_frames, *self.box) <= 0:
+            raise ValueError(f"dt, frame_dt, n_frames and box must be positive, got dt={self.dt:g}: {self}")
         if unknown := sorted(self.families.keys() - set(self.splits)):
             raise ValueError(f"no split {', '.join(unknown)} to give a family to; valid: {', '.join(self.splits)}")
 
