@@ -149,6 +149,7 @@ def test_a_preset_and_an_objective_of_ones_own_by_command(own, importable, monke
     assert "is of data 0000" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path, monkeypatch):
     folder = copied(tmp_path / "clone")
     (folder / "short.yaml").write_text("base: smoke\nseeds: [0]\n")

@@ -99,6 +99,7 @@ def test_few_labels_of_probes_and_of_a_supervised_row(study):
         few_labels.train_on_few(study.run(study.rows[0], SYSTEM))
 
 
+@pytest.mark.long  # operations of 57 cells are counted
 def test_every_cell_takes_as_many_operations_as_mae():
     usual = cost(cell_run(LAPTOP, PAPER["VideoMAE"], SYSTEM))["total"]
     for cell in CELLS:

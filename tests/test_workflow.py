@@ -82,33 +82,35 @@ def made_by(plan: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def twice(tmp_path_factory) -> tuple[Path, Path]:
-    "One system and seed, two rows of the table and two of a user's own, in two folders."
-    folder = tmp_path_factory.mktemp("few")
-    for name in ("first", "second"):
-        snakemake(own_folder(folder / name), **FEW)
-    return folder / "first" / "runs", folder / "second" / "runs"
+def once(tmp_path_factory) -> Path:
+    "The runs of one system and seed, two rows of the table and two of a user's own."
+    folder = own_folder(tmp_path_factory.mktemp("few") / "first")
+    snakemake(folder, **FEW)
+    return folder / "runs"
 
 
-def test_few_rows_are_the_same_to_the_byte(twice):
+@pytest.mark.long
+def test_few_rows_are_the_same_to_the_byte(once, tmp_path):
+    snakemake(own_folder(tmp_path / "second"), **FEW)
+    twice = once, tmp_path / "second" / "runs"
     assert {"table1.csv", "over_random.csv", "metrics.csv"} <= {p.name for p in same_files(twice, "*.csv")}
     assert len(same_files(twice, "encoder.safetensors")) == 3, "all rows but bands, which has no weights"
     for name in ("predictions.safetensors", "probe-attentive.safetensors", "*.png"):
         assert len(same_files(twice, name)) >= 4, name
 
 
-def test_rows_of_ones_own_stand_in_the_table(twice):
-    table = pd.read_csv(twice[0] / "few" / "figures" / "table1.csv")
+def test_rows_of_ones_own_stand_in_the_table(once):
+    table = pd.read_csv(once / "few" / "figures" / "table1.csv")
     probes = table[table.split == "test"].groupby(["objective", "encoder"]).probe.agg(set)
     assert probes["frozen", "make_bands"] == probes["MeanField", "vit"] == {"linear", "knn", "kernel", "attentive"}
     assert {("forecast", "vit"), ("random", "vit"), ("statistics", "none")} <= set(probes.index)
-    picture = (twice[0] / "few" / "figures" / "table1.svg").read_text()
+    picture = (once / "few" / "figures" / "table1.svg").read_text()
     assert "#ff0000" in picture, "the colour that the file asks for"
 
 
-def test_only_what_is_missing_is_made(twice):
+def test_only_what_is_missing_is_made(once):
     "Nothing the second time; a further seed its own jobs; another recipe its row."
-    root = twice[0].parent
+    root = once.parent
     assert jobs_of(snakemake(root, "--dry-run", **FEW)) == set()
     more = made_by(snakemake(root, "--dry-run", seeds="3", **FEW))
     assert {"shear_flow_forecast_vit_seed3_pretrain", "shear_flow_random_vit_seed3_probe"} <= more
@@ -120,9 +122,9 @@ def test_only_what_is_missing_is_made(twice):
     rows.write_text(OWN_ROWS)
 
 
-def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(twice, tmp_path):
+def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(once, tmp_path):
     "On a machine with archives, without encoders and data: the figures of before."
-    first, folder = twice[0].parent, copied(tmp_path / "elsewhere")
+    first, folder = once.parent, copied(tmp_path / "elsewhere")
     shutil.copy(first / "few.yaml", folder)
     place, preset = Path("runs") / "few" / "shear_flow", read_preset(first / "few.yaml")
     pack(first / place, tmp_path / "archives", preset)
@@ -169,7 +171,7 @@ def test_every_target_of_every_preset_can_be_planned(tmp_path):
 
 
 @pytest.mark.long
-def test_a_workflow_that_is_killed_is_finished_as_if_nothing_was(twice, tmp_path):
+def test_a_workflow_that_is_killed_is_finished_as_if_nothing_was(once, tmp_path):
     "SIGKILL for the workflow, its stages and their kernels, again and again."
     folder, deaths = own_folder(tmp_path / "killed"), 0
     for seconds in (15, 20, 30):
@@ -187,7 +189,7 @@ def test_a_workflow_that_is_killed_is_finished_as_if_nothing_was(twice, tmp_path
     assert deaths >= 2
     snakemake(folder, **FEW)
     for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors", "table1.csv"):
-        assert same_files((twice[0], folder / "runs"), name), name
+        assert same_files((once, folder / "runs"), name), name
 
 
 @pytest.mark.long
