@@ -62,7 +62,12 @@ def execute(path: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done = subprocess.run(command, cwd=path.parent, env=environment, **quiet)
-    return f"{name_of(path)} failed:\n{done.stdout[-3000:]}" if done.returncode else ""
+    if done.returncode:
+        return f"{name_of(path)} failed:\n{done.stdout[-3000:]}"
+    notebook = nbformat.read(path, 4)
+    tidy([c for c in notebook.cells if c.cell_type == "code"])
+    nbformat.write(notebook, path)
+    return ""
 
 
 def smaller(image: str) -> str:
@@ -72,6 +77,17 @@ def smaller(image: str) -> str:
     made = io.BytesIO()
     Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB").quantize(256).save(made, "PNG", optimize=True)
     return min(base64.b64encode(made.getvalue()).decode(), image.strip(), key=len)
+
+
+def tidy(cells: list) -> None:
+    "Outputs without warnings, progress bars and paths of this machine, and with smaller pictures."
+    for cell in cells:
+        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        for o in cell.outputs:
+            if o.output_type == "stream":
+                o.text = o.text.replace(f"{ROOT}/", "")
+            elif "image/png" in o.get("data", {}):
+                o.data["image/png"] = smaller(o.data["image/png"])
 
 
 def take_outputs(path: Path, executed: Path) -> None:
@@ -84,13 +100,8 @@ def take_outputs(path: Path, executed: Path) -> None:
     if [c.source for c in theirs] != [c.source for c in mine]:
         raise ValueError(f"{executed} was made from another version of {path.name}; draw its figures with make again")
     for cell, other in zip(mine, theirs):
-        cell.outputs = [o for o in other.outputs if not (o.output_type == "stream" and o.name == "stderr")]
-        cell.execution_count = None
-        for o in cell.outputs:
-            if o.output_type == "stream":
-                o.text = o.text.replace(f"{ROOT}/", "")
-            elif "image/png" in o.get("data", {}):
-                o.data["image/png"] = smaller(o.data["image/png"])
+        cell.outputs, cell.execution_count = other.outputs, None
+    tidy(mine)
     nbformat.write(notebook, path)
 
 
