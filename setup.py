@@ -42,6 +42,7 @@ setuptools.setup(
         "hub": cfg["hub_requirements"].split(),
         "remote": cfg["remote_requirements"].split(),
         "slurm": cfg["slurm_requirements"].split(),
+        "well": cfg["well_requirements"].split(),
     },
     zip_safe=False,
 )

@@ -13,9 +13,9 @@ import pytest
 from browser import FRAMES, answers, enter, free_port, open_browser, rows_of, wait_for
 
 from physrep.explore.page import answers_html
-from physrep.explore.perturb import Change, changes_html, compare, rests_on, rests_png
+from physrep.explore.perturb import Change, before_and_after, changes_html, rests_on, rests_png
 from physrep.explore.readers import Session
-from physrep.explore.sets import open_flow, pairs_of
+from physrep.explore.sets import open_flow, parameters_in
 
 ROOT = Path(__file__).resolve().parent.parent
 if find_spec("voila") is None or find_spec("playwright") is None:
@@ -89,7 +89,7 @@ def test_data_are_made_on_the_spot_and_shown(page, keep, data_dir):
     page.locator(".physrep-make").click()
     page.locator(".physrep-status", has_text="Made 3 flows").wait_for()
     page.locator(".physrep-read tr", has_text="the truth").wait_for()
-    path = next(iter(pairs_of(data_dir / "explore" / "shear_flow", "shear_flow", "flows").values()))
+    path = next(iter(parameters_in(data_dir / "explore" / "shear_flow", "shear_flow", "flows").values()))
     flow = open_flow(path, "shear_flow")
     assert answers(page, ".physrep-read") == rows_of(answers_html(Session("shear_flow").read(0, flow)))
     keep("1_data")
@@ -121,12 +121,12 @@ def test_what_is_changed_or_hidden_moves_the_answers_as_the_library_says(page, k
         (lambda: enter(page, ".physrep-hide-x", "0.25 – 0.75"), Change(x=(0.25, 0.75), y=(0.0, 1.0))),
         (lambda: enter(page, ".physrep-hide-y", "0.50 – 1.00"), Change(x=(0.25, 0.75), y=(0.5, 1.0))),
     ]
-    assert answers(page, ".physrep-changes") == rows_of(changes_html(compare(middle, FRAMES - 16, Change())))
+    assert answers(page, ".physrep-changes") == rows_of(changes_html(before_and_after(middle, FRAMES - 16, Change())))
     for do, change in steps:
         before = page.locator(".physrep-changes").inner_text()
         do()
         page.wait_for_function("text => document.querySelector('.physrep-changes').innerText != text", arg=before)
-        wanted = rows_of(changes_html(compare(middle, FRAMES - 16, change)))
+        wanted = rows_of(changes_html(before_and_after(middle, FRAMES - 16, change)))
         assert answers(page, ".physrep-changes") == wanted, change
         if change.noise:
             keep("4_what_it_saw")

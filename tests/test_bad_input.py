@@ -135,6 +135,8 @@ PRESETS = [
     ("base: smoke\nseeds: [0, 0]", "seeds must be different numbers from 0, got [0, 0]"),
     ("base: smoke\nprobe_stride: 0", "probe_stride and train_stride must be at least 1"),
     ("base: smoke\ntrain: {mae: {steps: 2, lr: .nan}}", "train.mae: lr must be float, got nan"),
+    ("base: smoke\ntrain: {jepa_ema: {steps: 5}}", "'jepa_ema': this method is called 'masked_jepa'"),
+    ("base: smoke\nobjectives: {jepa_ema-vit: {ratio: 0.5}}", "'jepa_ema-vit': this method is called 'masked_jepa'"),
     ("base: smoke\ntuned: {mae-vit: {recipe: {lr: 0.1}}}", "tuned", "train"),
     (
         SIM + "draws: {train: [1, 1]}, frame_dt: 0.1, dt: -0.1}}",
@@ -276,7 +278,7 @@ COMMANDS = [
     (["pretain"], 2, "unknown command 'pretain'; valid: simulate, pretrain, probe, compare"),
     (["simulate", "--workers", "two"], 2, "argument --workers: invalid int value: 'two'"),
     (["pretrain", "--recipe", "[1]"], 2, "must be a mapping such as '{variance: 40}', got '[1]'"),
-    (["probe", "own"], 2, "'own' is no place of a function; write my_package.module:make_encoder"),
+    (["probe", "own"], 2, "'own' is no import path of a function; write my_package.module:make_encoder"),
     (["compare", "no.csv", "--reference", "nowhere"], 1, "no file no.csv; `physrep compare no.csv --template"),
     (["leak-free", "shear_flow", "nowhere", "out"], 1, "nowhere"),
     (["verify", "nowhere"], 2, "nowhere"),

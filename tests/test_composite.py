@@ -20,7 +20,7 @@ from physrep.objectives.emulators import Forecast, NextFrame
 from physrep.objectives.invariance import Invariance
 from physrep.objectives.jepa import JEPA, JEPASig, MaskedJEPA
 from physrep.objectives.mae import MAE, AutoEncoder
-from physrep.objectives.predictors import places_of
+from physrep.objectives.predictors import positions_of
 from physrep.objectives.tasks import Blocks, Future, Next, Tube, Window, pixel_mask, tube_mask
 from physrep.physics.systems import get_system
 from physrep.training.loop import Recipe, TimeUp, train
@@ -149,7 +149,7 @@ class Places(nn.Module):
         return self.code.expand(len(x), -1, -1)
 
 
-def test_a_code_of_places_satisfies_vicreg_but_not_its_centred_form():
+def test_a_code_of_positions_satisfies_vicreg_but_not_its_centred_form():
     plain, centred = (JEPA(Places(), centre=centre, **FIT)(clips(16)) for centre in (False, True))
     assert plain["variance"] < 0.25 * centred["variance"], "tokens differ from each other, as if they told clips apart"
     assert centred["variance"] == pytest.approx(2 * 0.5 * (1 - math.sqrt(1e-4))), "both sides are constant at a place"
@@ -172,8 +172,8 @@ def test_whitening_is_fitted_once_on_the_first_training_batch():
 def test_a_dense_encoder_may_have_patches_of_its_own():
     objective = Composite(encoder("convnext"), task="tube", predictor={"patch": [4, 8, 8]}, **FIT)
     assert objective.predictor.patch_grid == (2, 2, 2) and objective.target.patch == (4, 8, 8)
-    with pytest.raises(ValueError, match="same number of places"):
-        places_of(torch.tensor([[True, False], [True, True]]))
+    with pytest.raises(ValueError, match="same number of positions"):
+        positions_of(torch.tensor([[True, False], [True, True]]))
 
 
 # views and noise
@@ -248,7 +248,7 @@ def test_a_share_of_the_tokens_of_each_view_is_computed_by_its_seeds(shown, k):
         assert not torch.equal(first, second), "each view has its own subset"
         assert len({tuple(row) for row in first.tolist()}) == 4, "each sample has its own subset"
     one = {"fields": batch["fields"][2:3], "seeds": batch["seeds"][2:3]}
-    assert torch.equal(objective.places(one)[1], second[2:3]), "a sample's subset does not depend on its neighbours"
+    assert torch.equal(objective.positions(one)[1], second[2:3]), "a sample's subset does not depend on its neighbours"
 
 
 def test_every_token_is_computed_in_evaluation_mode_and_without_tubelets():
@@ -257,7 +257,7 @@ def test_every_token_is_computed_in_evaluation_mode_and_without_tubelets():
     assert not torch.equal(half(batch)["loss"], whole(batch)["loss"])
     assert torch.equal(half.eval()(batch)["loss"], whole.eval()(batch)["loss"])
     assert half.encoder.asked[2:] == [None, None]
-    assert Invariance(encoder("convnext"), shown=0.5, **FIT).places(batch) == (None, None)
+    assert Invariance(encoder("convnext"), shown=0.5, **FIT).positions(batch) == (None, None)
 
 
 # training

@@ -35,7 +35,7 @@ OPERATORS = {"disco"}  # its integrator computes in float32
 CASES: dict[str, tuple[str, dict]] = {name: (name, {}) for name in PRESETS["smoke"].train} | {
     "accumulated": ("jepa", {"recipe": {"accumulate": 2}, "coefficients": {"noise": 0.5}}),
     "average": ("jepa", {"coefficients": {"target": "ema", "chunks": 2, "centre": False}}),
-    "blocks": ("jepa_ema", {"coefficients": {"mask": "blocks"}}),
+    "blocks": ("masked_jepa", {"coefficients": {"mask": "blocks"}}),
     "whitened": ("forecast", {"coefficients": {"target": "whitened"}}),
     "means of places": (
         "physrep.objectives.cells:Cell",

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from physrep.core.names import short_name
-from physrep.models.convnext import Block, ConvNeXt, DepthwiseConv3d, pad_space
+from physrep.models.convnext import ConvNeXt, ConvNeXtBlock, DepthwiseConv3d, pad_space
 from physrep.models.encoders import build_encoder
 from physrep.models.heads import AttentiveHead, ConvDecoder, ConvPredictor, LinearHead, MLPHead, TransformerDecoder
 from physrep.models.vit import ViT, patchify, sincos_positions, token_grid, unpatchify
@@ -76,7 +76,7 @@ def test_padding_modes_against_explicit_padding(mode):
 @pytest.mark.parametrize("shape, kernel", [((4, 24, 20), 7), ((1, 3, 3), 7), ((3, 40, 40), (1, 3, 3))])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_blocked_block_equals_plain(shape, kernel, dtype, tolerance):
-    block = Block(16, kernel, layer_scale=0.5)
+    block = ConvNeXtBlock(16, kernel, layer_scale=0.5)
     for p in (block.norm.weight, block.norm.bias, block.scale, block.fc1.bias, block.fc2.bias):
         nn.init.normal_(p, std=0.5)
     block, x = block.to(dtype), torch.randn(3, 16, *shape, dtype=dtype)
@@ -90,7 +90,7 @@ def weigh(sizes: list, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_recomputing_blocks_keeps_less_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(Block, "forward", Block.plain)  # as on a GPU
+    monkeypatch.setattr(ConvNeXtBlock, "forward", ConvNeXtBlock.plain)  # as on a GPU
     encoder, x = ConvNeXt(4, widths=(8, 16), depths=(3, 3), strides=2), torch.randn(2, 4, 8, 16, 16)
     found, kept = [], []
     for encoder.recompute in (False, True):

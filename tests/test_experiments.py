@@ -13,7 +13,7 @@ from physrep.data.scaling import Normaliser
 from physrep.data.windows import Windows
 from physrep.experiments import few_labels, other_flows, rollout, tuning
 from physrep.experiments.benchmarks import plainly, reading_file, time_readers, time_updates
-from physrep.experiments.factorial import CELLS, PAPER, cell_ratios, cell_run, plot_factorial, train_cell
+from physrep.experiments.factorial import CELLS, PAPER_CELLS, cell_ratios, cell_run, plot_factorial, train_cell
 from physrep.experiments.jobs import is_trained, train_and_score
 from physrep.experiments.learning_curves import learning_curves, ranks, score_snapshots, snapshot_files
 from physrep.experiments.table1 import over_random, paper_order, plot_paper_order, plot_table1, study_errors
@@ -57,7 +57,7 @@ def test_what_is_done_is_not_done_again_and_other_flows_are_not_taken_for_it(stu
 
 def test_table_and_differences(study):
     errors = mean_errors(study_errors(study), "attentive")
-    assert set(zip(errors.objective, errors.encoder)) == {row.pair for row in study.rows}
+    assert set(zip(errors.objective, errors.encoder)) == {row.key for row in study.rows}
     assert plot_table1(errors, study.rows).axes
     apart = over_random(study)
     assert set(apart.objective) == {"mae", "forecast"}, "trained without labels"
@@ -101,7 +101,7 @@ def test_few_labels_of_probes_and_of_a_supervised_row(study):
 
 @pytest.mark.long  # operations of 57 cells are counted
 def test_every_cell_takes_as_many_operations_as_mae():
-    usual = cost(cell_run(LAPTOP, PAPER["VideoMAE"], SYSTEM))["total"]
+    usual = cost(cell_run(LAPTOP, PAPER_CELLS["VideoMAE"], SYSTEM))["total"]
     for cell in CELLS:
         assert cost(cell_run(LAPTOP, cell, SYSTEM))["total"] == pytest.approx(usual, rel=0.05), cell
     with pytest.raises(ValueError, match="unknown cell 'tube-pixel-vit'; valid: tube-pixels-vit"):
@@ -109,7 +109,7 @@ def test_every_cell_takes_as_many_operations_as_mae():
 
 
 def test_a_cell_over_random_weights(study):
-    train_cell(study, PAPER["VideoMAE"], SYSTEM, [0], progress=False)
+    train_cell(study, PAPER_CELLS["VideoMAE"], SYSTEM, [0], progress=False)
     cells, levels = cell_ratios(study, SYSTEM)
     [line] = cells.itertuples()
     assert line.low < line.value < line.high and set(levels.level) == {"tube", "pixels", "vit"}
@@ -147,7 +147,7 @@ def test_recipes_of_the_laptop_preset_are_by_hand_or_those_that_the_committed_tr
     chosen = dict(zip(found.row, found.chosen))
     rows = [row for row in LAPTOP.kind("trained") if not row.tag]
     for row in rows:
-        hand, trial = (tuning.trial_run(LAPTOP, row.pair, k) for k in (0, chosen[title_of(*row.pair)]))
+        hand, trial = (tuning.trial_run(LAPTOP, row.key, k) for k in (0, chosen[title_of(*row.key)]))
         for system in LAPTOP.systems:
             run = LAPTOP.run(row, system)
             lr = run.recipe.lr

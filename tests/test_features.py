@@ -271,7 +271,7 @@ def test_windows_beyond_memory_are_shuffled_in_blocks(monkeypatch, count):
     tokens = torch.arange(count)[:, None, None].expand(-1, 4, 8).half().contiguous()  # 64 bytes a window
     in_memory = list(shuffled(tokens, 32, "some", 0))
     assert torch.equal(torch.cat(in_memory), torch.randperm(count, generator=generator("some", 0)))
-    monkeypatch.setattr(module, "BLOCK", 64 * 10)
+    monkeypatch.setattr(module, "READ_AT_ONCE", 64 * 10)
     monkeypatch.setattr(module, "BLOCKS_TOGETHER", 5)
     seen = list(shuffled(tokens, 32, "some", 0, in_any_order=63))
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(count))

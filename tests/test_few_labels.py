@@ -8,7 +8,7 @@ from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import get_system
 from physrep.probing import few_labels
 from physrep.probing.features import Features
-from physrep.probing.few_labels import draw_flows, fit_few, of_flows, score_few
+from physrep.probing.few_labels import draw_flows, features_of, fit_few, score_few
 from physrep.probing.frozen import AttentiveRecipe, fit_probe
 
 SYSTEM = get_system("shear_flow")
@@ -30,7 +30,7 @@ def test_draws_are_whole_flows_spread_evenly_and_the_same_for_every_encoder():
     other = Features(torch.randn(120, 1, 7), features.labels, features.groups)
     for number in (2, 8, 40):
         flows = [draw_flows(features, scaler, number, k) for k in range(3)]
-        assert all(len(set(f)) == number for f in flows) and len(of_flows(features, flows[0])) == 3 * number
+        assert all(len(set(f)) == number for f in flows) and len(features_of(features, flows[0])) == 3 * number
         assert np.array_equal(flows[1], draw_flows(other, scaler, number, 1))
         assert number == 40 or set(flows[0]) != set(flows[1])
     rank = features.labels[::3].argsort(0).argsort(0) / 39  # of each flow and label, from 0 to 1
@@ -51,13 +51,13 @@ def test_the_candidate_is_taken_that_is_best_on_the_flows_left_out(name):
     scaler = LabelScaler.fit(SYSTEM, features.labels)
     error = np.zeros(())
     for part in few_labels._parts(features.groups, few_labels.FOLDS):
-        out, rest = (of_flows(features, groups) for groups in (part, np.setdiff1d(features.groups, part)))
+        out, rest = (features_of(features, groups) for groups in (part, np.setdiff1d(features.groups, part)))
         trials = fit_probe(name, rest, out, scaler).trials
         error = error + len(out) / len(features) * np.array([trial["valid_mse"] for trial in trials])
     best = fit_probe(name, features, features, scaler).trials[int(np.argmin(error))]
     assert fit_few(name, features, scaler).chosen == {k: v for k, v in best.items() if k != "valid_mse"}
     with pytest.raises(ValueError, match="at least two flows"):
-        fit_few(name, of_flows(features, np.array([3])), scaler)
+        fit_few(name, features_of(features, np.array([3])), scaler)
 
 
 def test_flows_are_left_out_and_not_windows():

@@ -34,9 +34,9 @@ QUESTIONS = [
     (Future(4), "values", {"mean", "persistence"}),
     (Next(2), "change", {"mean", "persistence"}),
     (Nothing(), "values", {"mean"}),
-    (Tube(), "ema", {"mean", "place"}),
-    (Future(4), "ema", {"mean", "place"}),
-    (Window(4), "ema", {"mean", "place", "copy"}),
+    (Tube(), "ema", {"mean", "position"}),
+    (Future(4), "ema", {"mean", "position"}),
+    (Window(4), "ema", {"mean", "position", "copy"}),
 ]
 
 

@@ -78,7 +78,7 @@ def physics() -> Numbers:
 
 SMALL = {"vit": dict(dim=16, tubelet=(4, 4, 4)), "convnext": {}, "axial": dict(dim=16)}
 SHORTER = {"jepa": dict(horizon=4), "jepa_sigreg": dict(offset=4), "forecast": dict(frames=4)}
-ROWS = [(method, encoder) for method in ("jepa", "mae", "jepa_ema", "forecast") for encoder in ("vit", "convnext")]
+ROWS = [(method, encoder) for method in ("jepa", "mae", "masked_jepa", "forecast") for encoder in ("vit", "convnext")]
 ROWS += [(method, "vit") for method in ("jepa_sigreg", "invariance", "autoencoder", "supervised", "random")]
 ROWS += [("next_frame", "axial"), ("disco", "vit_code")]
 

@@ -10,7 +10,7 @@ from torch import nn
 from physrep.core.randomness import sample_seeds
 from physrep.models.encoders import ENCODERS
 from physrep.objectives.composite import Composite
-from physrep.objectives.methods import OBJECTIVES, build_objective, check_pair, objective_class, objective_module
+from physrep.objectives.methods import OBJECTIVES, build_objective, check_row, objective_class, objective_module
 from physrep.objectives.regularisers import NoRegulariser
 from physrep.objectives.supervised import RandomEncoder
 from physrep.objectives.targets import PixelTarget
@@ -64,7 +64,7 @@ def test_random_numbers_come_from_the_seeds_alone(name):
         torch.manual_seed(5)
         assert torch.equal(objective(batch)["loss"], first)
         other = objective(batch | {"seeds": batch["seeds"] + 1})["loss"]
-    assert torch.equal(other, first) == (name not in ("jepa", "jepa_ema", "mae")), "masks and noise"
+    assert torch.equal(other, first) == (name not in ("jepa", "masked_jepa", "mae")), "masks and noise"
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -93,7 +93,7 @@ def test_gradients_of_micro_batches_average_to_those_of_the_batch(name, backbone
         assert torch.allclose(p.grad, whole[key], rtol=1e-3, atol=1e-6), key
 
 
-@pytest.mark.parametrize("name", ["mae", "jepa_ema", "jepa_sigreg"])
+@pytest.mark.parametrize("name", ["mae", "masked_jepa", "jepa_sigreg"])
 def test_bfloat16(name):
     objective = make(name, "vit")
     batch = batch_of(objective)
@@ -128,8 +128,8 @@ WRONG = [
     ("jepa", dict(chunks=0), "chunks must be at least 1"),
     ("jepa", dict(time_kernel=2), "time_kernel must be odd"),
     ("jepa", dict(covarience=1.0), "no coefficient covarience; it has: invariance, variance"),
-    ("jepa_ema", dict(count=2), "count are of mask 'blocks'"),
-    ("jepa_ema", dict(mask="block"), "unknown mask 'block'; valid: tube, blocks"),
+    ("masked_jepa", dict(count=2), "count are of mask 'blocks'"),
+    ("masked_jepa", dict(mask="block"), "unknown mask 'block'; valid: tube, blocks"),
     ("jepa_sigreg", dict(slices=0), "slices >= 1"),
     ("mae", dict(ratio=1.0), "ratio of 1.0 hides 16 of the 16"),
     ("mae", dict(target_norm="batch"), "unknown target_norm 'batch'; valid: none, patch"),
@@ -154,7 +154,7 @@ WRONG = [
     ("composite", dict(task="next", target="ema"), "take task 'window'"),
     ("composite", dict(task="none", target="ema"), "ask for pixels"),
     ("composite", dict(task="pair", target="ema", regulariser="sigreg"), "take target 'shared'"),
-    ("composite", dict(task="pair", target="shared", regulariser="vicreg"), "no places in common"),
+    ("composite", dict(task="pair", target="shared", regulariser="vicreg"), "no pixels and no positions"),
     (
         "composite",
         dict(task="pair", target="shared", regulariser={"name": "pooled_vicreg", "invariance": 0.0}),
@@ -234,15 +234,15 @@ def test_objectives_of_another_package():
     cls = objective_class(name)
     assert (cls.default_encoder, cls.encoders, cls.trains) == ("vit", None, True)
     assert objective_module(name) == __name__ and objective_module("random") == "objectives.supervised"
-    assert check_pair(name, None) == "vit" and check_pair(f"{__name__}:Picky", None) == "convnext"
-    assert check_pair("mae", "lab.nets:make_encoder") == "lab.nets:make_encoder"
+    assert check_row(name, None) == "vit" and check_row(f"{__name__}:Picky", None) == "convnext"
+    assert check_row("mae", "lab.nets:make_encoder") == "lab.nets:make_encoder"
     objective = build_objective(name, encoder("vit"), **FIT, weight=0.5)
     assert (objective.frames, objective.shape, objective.weight) == (8, SHAPE, 0.5)
     objective(batch_of(objective))["loss"].backward()
 
 
 NAMES = [
-    ("jeppa", "unknown objective 'jeppa'; valid: jepa, jepa_ema, .*random, frozen, or \"my_package.module:name\""),
+    ("jeppa", "unknown objective 'jeppa'; valid: jepa, masked_jepa, .*random, frozen, or \"my_package.module:name\""),
     ("lab/losses:Means", "is not of the form"),
     ("no_such_package:Means", "module no_such_package cannot be imported"),
     (f"{__name__}:Meens", "has no 'Meens'; it has: .*Means"),
@@ -266,7 +266,7 @@ def test_pairs_and_options_that_do_not_fit():
         (("mae", "lab.nets:"), "is not of the form"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_pair(*pair)
+            check_row(*pair)
     with pytest.raises(ValueError, match="has no coefficient wieght; it has: weight"):
         build_objective(f"{__name__}:Means", encoder("vit"), **FIT, wieght=0.5)
     with pytest.raises(ValueError, match="has no .encoder after it was built"):

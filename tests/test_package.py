@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from physrep.objectives.methods import objective_class
+from physrep.results.rows import chosen_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "physrep"
 # from the bottom: a package imports only from itself and from those before it
@@ -88,6 +91,21 @@ def test_wheel_and_sdist_work_without_the_repository(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr[-2000:]
         assert place is unpacked or "PHYSREP_ROOT" in done.stdout
+
+
+def test_citation_and_changelog_name_the_version():
+    version = settings()["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == version
+
+
+def test_names_of_version_02_say_what_they_are_called_now():
+    with pytest.raises(ImportError, match="use physrep.training.run.Run"):
+        from physrep.training.run import Setup  # noqa: F401
+    with pytest.raises(ValueError, match="'jepa_ema-vit': this method is called 'masked_jepa' since version 0.3"):
+        chosen_rows("jepa_ema-vit")
+    with pytest.raises(ValueError, match="objective 'jepa_ema': this method is called 'masked_jepa'"):
+        objective_class("jepa_ema")
 
 
 def test_tags_survive_nbdev_clean():

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from physrep.core import provenance as module
-from physrep.core.provenance import changed, numbers, provenance
+from physrep.core.provenance import numbers, old_numbers, provenance
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ from physrep.core.provenance import changed, numbers, provenance
 def test_a_record_is_stale_by_the_integers_that_it_depends_on(then, kinds, stale, monkeypatch):
     for name, value in {"PHYSICS": 1, "TRAINING": 2, "PROBING": 3}.items():
         monkeypatch.setattr(module, name, value)
-    assert changed({"numbers": then} if then else {}, *kinds) == stale
-    assert changed(provenance()) == [] and numbers("TRAINING") == {"TRAINING": 2}
+    assert old_numbers({"numbers": then} if then else {}, *kinds) == stale
+    assert old_numbers(provenance()) == [] and numbers("TRAINING") == {"TRAINING": 2}
 
 
 def test_the_commit_is_that_of_the_checkout_and_of_no_other_project(tmp_path, monkeypatch):

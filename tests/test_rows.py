@@ -62,8 +62,8 @@ rows:
     jepa, mine, dino, rival = read_rows(written(tmp_path, text))
     run = make_study("smoke").run(jepa, "shear_flow", seed=1)
     assert run.coefficients["horizon"] == 2 and run.recipe.steps == 7 and run.tag == "near" and run.seed == 1
-    assert mine.pair == ("Mine", "convnext") and title_of(*mine.pair, rows=(mine,)) == "Mine"
-    assert dino.kind == "frozen" and dino.pair == ("frozen", "make_encoder")
+    assert mine.key == ("Mine", "convnext") and title_of(*mine.key, rows=(mine,)) == "Mine"
+    assert dino.kind == "frozen" and dino.key == ("frozen", "make_encoder")
     assert rival.predictions == {"shear_flow": str(tmp_path / "deep" / "rival.csv"), "active_matter": "/x.csv"}
     study = make_study("smoke", systems="shear_flow,rayleigh_benard", rows=tmp_path / "rows.yaml", run_dir=tmp_path)
     assert study.folders(rival, "rayleigh_benard") == [], "the file is of two systems"
@@ -99,9 +99,9 @@ def test_files_that_are_no_rows_are_named(tmp_path, text):
 
 
 def test_order_and_titles_of_unknown_rows():
-    pairs = [row.pair for row in ROWS[::-1]] + [("zz", "own"), ("aa", "own")]
+    pairs = [row.key for row in ROWS[::-1]] + [("zz", "own"), ("aa", "own")]
     table = pd.DataFrame(pairs, columns=["objective", "encoder"])
-    encoded, baselines = ([row.pair for row in ROWS if (row.kind == "baseline") == one] for one in (False, True))
+    encoded, baselines = ([row.key for row in ROWS if (row.kind == "baseline") == one] for one in (False, True))
     assert row_order(table) == [*encoded, ("aa", "own"), ("zz", "own"), *baselines]
     assert title_of("my.losses:Mine", "vit") == "Mine ViT"
 

@@ -31,7 +31,7 @@ def test_every_sample_hides_and_shows_as_much(task):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.9])
-def test_tubes_hide_the_same_places_of_all_frames_without_preference(ratio):
+def test_tubes_hide_the_same_positions_of_all_frames_without_preference(ratio):
     mask = tube_mask(torch.arange(400), (3, 5, 7), ratio).view(400, 3, 35)
     assert (mask.sum(dim=2) == round(ratio * 35)).all() and (mask == mask[:, :1]).all()
     assert mask[:, 0].float().mean(dim=0).sub(ratio).abs().max() < 0.12
@@ -87,7 +87,7 @@ def test_future_hides_the_last_frames():
     [
         (lambda: Tube(0.01).masks(SEEDS, (4, 4, 4), SHAPE), "hides 0 of the 16"),
         (lambda: Tube(0.99).masks(SEEDS, (4, 4, 4), SHAPE), "hides 16 of the 16"),
-        (lambda: Blocks(1, 0.9).masks(SEEDS, (4, 2, 2), SHAPE), "takes 2 x 2 of the 2 x 2 places"),
+        (lambda: Blocks(1, 0.9).masks(SEEDS, (4, 2, 2), SHAPE), "takes 2 x 2 of the 2 x 2 positions"),
         (lambda: Blocks(80, 0.5).masks(SEEDS, GRID, SHAPE), "in 100 draws: choose fewer or smaller blocks"),
         (lambda: Future(16).masks(SEEDS, GRID, SHAPE), "at least one must be shown"),
         (lambda: Future(6).masks(SEEDS, GRID, SHAPE), "multiple of the 4 frames of a token"),

@@ -73,12 +73,12 @@ def test_partner_keeps_its_distance_and_reaches_every_place(shear, gap):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_partner_is_what_the_place_says(smoke_data, in_memory):
+def test_partner_is_what_the_task_says(smoke_data, in_memory):
     windows = Windows(smoke_data, SHEAR, "train", frames=8, stride=2, in_memory=in_memory)
     served = ViewBatches(windows, [CLIP, PAIR], **options(windows, augment=False, noise=0.0))
     indices, seeds = served.samples(2)
     second = next(served(2))["views"][1]
-    for i, (k, start) in enumerate(served.places(1, indices, seeds)):
+    for i, (k, start) in enumerate(served.starts(1, indices, seeds)):
         out = np.empty((4, 8, 32, 32), dtype=np.float32)
         windows.copy(k, start, out)
         assert torch.equal(second[i], served.normaliser(torch.from_numpy(out)[None])[0])

@@ -198,7 +198,7 @@ def test_the_whole_smoke_preset_is_reproduced(tmp_path):
     table = pd.read_csv(tmp_path / "whole" / "runs" / "smoke" / "figures" / "table1.csv")
     study = make_study("smoke")
     assert set(table.system) == set(study.systems)
-    assert {row.pair for row in study.rows} == set(zip(table.objective, table.encoder))
+    assert {row.key for row in study.rows} == set(zip(table.objective, table.encoder))
 
 
 CODE = """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
-from physrep.explore.readers import HEADS, STATISTICS_HEADS, errors_of
+from physrep.explore.readers import SHOWN_PROBES, STATISTICS_HEADS, errors_of
 from physrep.models.pretrained import SHIPPED, load_encoder
 from physrep.physics.statistics import summary_statistics
 from physrep.probing.evaluate import baseline_folder, measured_features
@@ -49,7 +49,7 @@ if __name__ == "__main__":
         for name in FILES[1:]:
             load_probe(target / name)
         statistics, equations = (baseline_folder(n, run) for n in ("statistics", "equations"))
-        sources = {f"{target.name}/{head}": (folder, head) for head in HEADS}
+        sources = {f"{target.name}/{head}": (folder, head) for head in SHOWN_PROBES}
         sources |= {f"statistics/{head}": (statistics, head) for head in STATISTICS_HEADS}
         sources |= {"equations/oracle": (equations, "oracle")}
         errors = {name: errors_of(place / "result.json", probe) for name, (place, probe) in sources.items()}

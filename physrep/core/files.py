@@ -102,9 +102,9 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     taken: set[int] = set()
     for name, tensor in module.state_dict().items():
         tensor = tensor.detach().cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in taken else tensor
-        taken.add(place)
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if storage in taken else tensor
+        taken.add(storage)
     return found
 
 

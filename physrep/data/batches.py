@@ -280,7 +280,7 @@ class View:
 
 
 def read_frames(views: Sequence[View]) -> int:
-    """Frames that the views at fixed places take together: what `Windows` must be made with.
+    """Frames that the views at fixed frames take together: what `Windows` must be made with.
 
     ValueError unless the first view starts at 0 and has no symmetry of its own."""
     if not views or views[0].offset != 0 or views[0].own_symmetry:
@@ -332,14 +332,14 @@ class Partners:
         before = start - self.view.gap - self.view.frames + 1
         return np.array([(trajectory, 0, max(before, 0)), (trajectory, after, max(last - after + 1, 0))])
 
-    def count(self, places: np.ndarray) -> np.ndarray:
-        "How many starts `(n,)` a partner of the windows at `places (n, 2)` has."
-        return np.array([self.runs(k, start)[:, 2].sum() for k, start in places], dtype=int)
+    def count(self, starts: np.ndarray) -> np.ndarray:
+        "How many starts `(n,)` a partner of the windows at `starts (n, 2)` (trajectory, frame) has."
+        return np.array([self.runs(k, start)[:, 2].sum() for k, start in starts], dtype=int)
 
-    def draw(self, places: np.ndarray, u: np.ndarray) -> np.ndarray:
-        "Partners `(b, 2)` of (trajectory, start) for windows at `places (b, 2)`, picked by `u (b,)` in [0, 1)."
-        found = np.empty_like(places)
-        for slot, (k, start), x in zip(found, places, u):
+    def draw(self, starts: np.ndarray, u: np.ndarray) -> np.ndarray:
+        "Partners `(b, 2)` of (trajectory, start) for windows at `starts (b, 2)`, picked by `u (b,)` in [0, 1)."
+        found = np.empty_like(starts)
+        for slot, (k, start), x in zip(found, starts, u):
             trajectory, first, n = self.runs(k, start).T
             ends = n.cumsum()
             pick = int(x * ends[-1])
@@ -378,7 +378,7 @@ class ViewBatches(Batches):
         self.frames = self.views[0].frames
         self._shared = max(v.start + v.frames for v in self.views if v.start is not None and not v.own_symmetry)
 
-    def places(self, view: int, indices: np.ndarray, seeds: torch.Tensor) -> np.ndarray:
+    def starts(self, view: int, indices: np.ndarray, seeds: torch.Tensor) -> np.ndarray:
         "Where a view of these windows lies: `(b, 2)` of (trajectory, first frame)."
         first = self.windows.index[indices]
         if view not in self.partners:
@@ -406,6 +406,6 @@ class ViewBatches(Batches):
         if view.start is not None:
             return x[:, :, view.start : view.start + view.frames]
         out = self._buffer(i, len(indices), view.frames)
-        for slot, (k, first) in zip(out.numpy(), self.places(i, indices, seeds)):
+        for slot, (k, first) in zip(out.numpy(), self.starts(i, indices, seeds)):
             self.windows.copy(k, first, slot)
         return out.to(self.device)

@@ -26,27 +26,27 @@ from fsspec.spec import AbstractBufferedFile
 from ..core.files import atomic_path
 
 # %% ../../nbs/data/remote.ipynb #72432c78
-def is_address(place: object) -> bool:
-    "Whether a place is on a network: text such as `s3://bucket/folder`, or a path that was made of such text."
-    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(place)))
+def is_address(path: object) -> bool:
+    "Whether a path is on a network: text such as `s3://bucket/folder`, or a path that was made of such text."
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(path)))
 
 
-def as_path(place: str | os.PathLike) -> Any:
-    """A place as a path: `pathlib.Path` on this machine, `upath.UPath` for an address. Both have `/` and `glob`.
+def as_path(path: str | os.PathLike) -> Any:
+    """`pathlib.Path` for a path on this machine, `upath.UPath` for an address. Both have `/` and `glob`.
 
     Raises ValueError for an address if the package that reads it is not installed, or if no store is known by it."""
-    text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])", r"\1://", str(place))  # pathlib takes a slash away
+    text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])", r"\1://", str(path))  # pathlib takes a slash away
     if not is_address(text):
-        return Path(place)
+        return Path(path)
     try:
         from upath import UPath
 
-        path: Any = place if isinstance(place, UPath) else UPath(text)
-        path.fs  # noqa: B018  (finds the package of the protocol)
+        found: Any = path if isinstance(path, UPath) else UPath(text)
+        found.fs  # noqa: B018  (finds the package of the protocol)
     except (ImportError, ValueError) as error:
         needs = 'pip install "physrep[remote]", and for some stores a package of their own (s3fs, gcsfs, aiohttp)'
-        raise ValueError(f"{place}: {error}; an address needs {needs}") from error
-    return path
+        raise ValueError(f"{path}: {error}; an address needs {needs}") from error
+    return found
 
 # %% ../../nbs/data/remote.ipynb #5c0d9f3a
 BLOCK = 2**20  # bytes
@@ -206,7 +206,7 @@ class RemoteFile(AbstractBufferedFile):
         if state is None:
             raise FileNotFoundError(f"{path}: no such file")
         super().__init__(path.fs, path.path, size=state[0], cache_type="none")
-        self.place, self.name = path, str(path)
+        self.path, self.name = path, str(path)
         self.key = hashlib.sha256(f"{path}\n{state}".encode()).hexdigest()[:32]
         self.blocks = blocks or block_cache()
 
@@ -217,7 +217,7 @@ class RemoteFile(AbstractBufferedFile):
         found = [self.blocks.get(self.key, k, min(BLOCK, self.size - k * BLOCK)) for k in range(first, last + 1)]
         if None in found:
             i, j = found.index(None), len(found) - found[::-1].index(None)
-            fetched = fetch(self.place, (first + i) * BLOCK, min(self.size, (first + j) * BLOCK))
+            fetched = fetch(self.path, (first + i) * BLOCK, min(self.size, (first + j) * BLOCK))
             for k in range(i, j):
                 found[k] = fetched[(k - i) * BLOCK : (k - i + 1) * BLOCK]
                 self.blocks.put(self.key, first + k, found[k])

@@ -49,8 +49,8 @@ def find_folder(root: str | os.PathLike, system: System | str) -> Path:
     system = get_system(system) if isinstance(system, str) else system
     folder, _ = _first_with(root, system, "data/*/*")
     if folder is None:
-        places = " or ".join(str(folder / "data" / "<split>") for folder in _folders(root, system))
-        raise FileNotFoundError(f"no .h5 or .hdf5 files of {system.name} in {places}")
+        tried = " or ".join(str(folder / "data" / "<split>") for folder in _folders(root, system))
+        raise FileNotFoundError(f"no .h5 or .hdf5 files of {system.name} in {tried}")
     return folder
 
 
@@ -64,8 +64,8 @@ def find_files(root: str | os.PathLike, system: System | str, split: str) -> lis
         folders = [folder / "data" for folder in _folders(root, system)]
         splits = [str(d) for folder in folders for d in sorted(folder.glob("*")) if hdf5_files(d, "*")]
         exist = f"splits with files: {', '.join(splits)}" if splits else "there are no files of any split"
-        places = " or ".join(str(folder / split) for folder in folders)
-        raise FileNotFoundError(f"no .h5 or .hdf5 files of {system.name} in {places}; {exist}")
+        tried = " or ".join(str(folder / split) for folder in folders)
+        raise FileNotFoundError(f"no .h5 or .hdf5 files of {system.name} in {tried}; {exist}")
     return files
 
 # %% ../../nbs/data/sets.ipynb #bfffcad9
@@ -85,8 +85,8 @@ def read_stats(
     candidates = [root] if is_file else [folder / "stats.yaml" for folder in _folders(root, system)]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
-        places = " or ".join(str(p) for p in candidates)
-        raise FileNotFoundError(f"no statistics of {system.name} at {places}; write_stats makes them")
+        tried = " or ".join(str(p) for p in candidates)
+        raise FileNotFoundError(f"no statistics of {system.name} at {tried}; write_stats makes them")
     try:
         with open_bytes(path) as file:
             raw = yaml.safe_load(file.read().decode())
@@ -151,18 +151,18 @@ def fingerprint(files: Iterable[str | os.PathLike]) -> str:
     paths = [as_path(f) if is_address(f) else Path(f).resolve() for f in files]
     if not paths:
         raise ValueError("no files to take the fingerprint of")
-    places = {str(p): p for p in sorted(paths, key=str)}
-    versions = tuple((place, state_of(path)) for place, path in places.items())
+    paths_by_name = {str(p): p for p in sorted(paths, key=str)}
+    versions = tuple((name, state_of(path)) for name, path in paths_by_name.items())
     if (found := _KNOWN.get(versions)) is None:
-        found, alone = _fingerprint(places)
+        found, alone = _fingerprint(paths_by_name)
         if alone:
             _KNOWN[versions] = found
     return found
 
 
-def _fingerprint(places: Mapping[str, os.PathLike]) -> tuple[str, bool]:
+def _fingerprint(paths: Mapping[str, os.PathLike]) -> tuple[str, bool]:
     "The fingerprint of files, and whether they hold all that they show."
-    common = os.path.commonpath([os.path.dirname(place) for place in places])
+    common = os.path.commonpath([os.path.dirname(name) for name in paths])
     digest, borrowed = hashlib.sha256(), []
 
     def add(*parts: bytes) -> None:
@@ -177,9 +177,9 @@ def _fingerprint(places: Mapping[str, os.PathLike]) -> tuple[str, bool]:
             add(str(item.dtype).encode(), str(item.shape).encode(), *map(_describe, _sampled(item)))
             borrowed.append(item.is_virtual or bool(item.external))
 
-    for place, path in places.items():
+    for name, path in paths.items():
         with open_hdf5(path) as file:
-            add(os.path.relpath(place, common).replace(os.sep, "/").encode())
+            add(os.path.relpath(name, common).replace(os.sep, "/").encode())
             if RECIPE in file.attrs:
                 add(RECIPE.encode(), _describe(file.attrs[RECIPE]))
                 continue

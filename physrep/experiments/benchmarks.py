@@ -27,7 +27,7 @@ from ..data.generate import SimPreset
 from ..data.well import WellFile
 from ..data.write import write_well
 from ..models import vit
-from ..models.vit import Block
+from ..models.vit import TransformerBlock
 from ..objectives import predictors, targets
 from ..physics.shear_flow import simulate
 from ..physics.spectral import SimulationBlewUp
@@ -54,8 +54,8 @@ def timed_in_turn(
     return {name: float(np.median(some)) for name, some in seconds.items()}
 
 # %% ../../nbs/experiments/benchmarks.ipynb #667d7c22
-def plain_block(block: Block, x: torch.Tensor) -> torch.Tensor:
-    "What a `Block` of `models.vit` makes of tokens `(b, n, d)`, written down plainly."
+def plain_block(block: TransformerBlock, x: torch.Tensor) -> torch.Tensor:
+    "What a `TransformerBlock` of `models.vit` makes of tokens `(b, n, d)`, written down plainly."
     b, n, d = x.shape
     y = block.norm1(x)
     layers = zip(block.qkv.weight.chunk(3), block.qkv.bias.chunk(3))
@@ -78,7 +78,7 @@ def plainly() -> Iterator[None]:
     before, settings.fp32_precision = settings.fp32_precision, "ieee"
     try:
         with ExitStack() as stack:
-            stack.enter_context(patch.object(Block, "forward", plain_block))
+            stack.enter_context(patch.object(TransformerBlock, "forward", plain_block))
             for module in (vit, predictors, targets):
                 stack.enter_context(patch.object(module, "patchify", plain_patches))
             yield
@@ -123,14 +123,14 @@ def time_updates(
         usual = study.run(row, study.systems[0])
         ways: dict[str, Callable[[], object]] = {}
         runs = {n: replace(usual, recipe=replace(usual.recipe, batch_size=n, accumulate=1)) for n in batch_sizes}
-        plainly_too = any(isinstance(part, Block) for part in build(usual).modules())
+        plainly_too = any(isinstance(part, TransformerBlock) for part in build(usual).modules())
         for n, run in runs.items():
             ways |= {f"{n}": _update(run, False, device)}
             ways |= {f"{n} plain": _update(run, True, device)} if plainly_too else {}
         seconds = timed_in_turn(ways, repeats, clock)
         for n, run in runs.items():
             one = seconds[f"{n}"]
-            about = {"objective": row.pair[0], "encoder": row.pair[1], "batch_size": n, "seconds": one}
+            about = {"objective": row.key[0], "encoder": row.key[1], "batch_size": n, "seconds": one}
             about |= {"windows_per_second": n / one, "gflops": cost(run)["train"] * n / one / 1e9}
             lines.append(about | {"times_plain": seconds.get(f"{n} plain", np.nan) / one})
     return pd.DataFrame(lines)

@@ -136,7 +136,7 @@ def _stage(command: str, arguments: Sequence[str]) -> int:
     output = values.pop("output", None)
     if own := values.pop("own", None):
         if ":" not in own:
-            parser.error(f"{own!r} is no place of a function; write my_package.module:make_encoder")
+            parser.error(f"{own!r} is no import path of a function; write my_package.module:make_encoder")
         values |= {"objective": "frozen", "encoder": own}
     return run_stage(command, values, output)
 
@@ -183,13 +183,13 @@ def _leak_free(arguments: Sequence[str]) -> int:
     parser.add_argument("data", help="folder of the published set: it holds <system>/data/train/*.hdf5")
     parser.add_argument("out", help="a new folder: <out>/<system>/data/... refers to the published files")
     asked = parser.parse_args(arguments)
-    place = Path(asked.out) / asked.system
-    if place.exists():
-        raise ValueError(f"{place} is there already; name another folder")
+    folder = Path(asked.out) / asked.system
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; name another folder")
     print(leakage.leakage(leakage.find_flows(asked.data, asked.system)).to_string())
     dealt = leakage.write_leak_free(asked.data, asked.out, asked.system)
     moved = int((dealt.split != dealt.published).sum())
-    print(f"{moved} of {len(dealt)} trajectories moved to another split; {place} refers to the published files")
+    print(f"{moved} of {len(dealt)} trajectories moved to another split; {folder} refers to the published files")
     return 0
 
 

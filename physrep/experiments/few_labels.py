@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ..core.files import project_root
 from ..core.provenance import provenance
-from ..data.windows import of_flows
+from ..data.windows import windows_of
 from .jobs import is_scored, train_and_score
 from .table1 import verdicts
 from ..models.pretrained import load_encoder
@@ -59,7 +59,7 @@ def train_on_few(run: Run, *, numbers: Sequence[int] = tuple(FEW), device: str =
     rows: list[dict] = []
     draw = run.seed % DRAWS
     for number in (n for n in numbers if n < len(np.unique(labelled.groups))):
-        few = of_flows(whole["train"], draw_flows(labelled, scaler, number, draw))
+        few = windows_of(whole["train"], draw_flows(labelled, scaler, number, draw))
         one = replace(run, run_dir=Path(run.run_dir or project_root() / "runs") / "few" / str(number))
         folder = pretrain(one, windows={"train": few, "valid": whole["valid"]}, device=device, progress=progress)
         encoder, own_scaler, head = load_encoder(folder, device), label_scaler(run, few), restore(one, device).head
@@ -89,8 +89,8 @@ def few_table(study: Study, probe: str = "kernel") -> pd.DataFrame:
     files = [folder / name for folder in folders for name in ("result.json", "few.json")]
     df = read_results([file for file in files if file.is_file()])
     df = df[(df.metric == "mse") & (df.label == "mean") & (df.split == "test") & (df.probe == probe)]
-    alone = [row.pair for row in study.rows if row.reads_labels]
-    df = df[[pair not in alone for pair in zip(df.objective, df.encoder)]]
+    alone = [row.key for row in study.rows if row.reads_labels]
+    df = df[[key not in alone for key in zip(df.objective, df.encoder)]]
     own = [run.folder for row in study.rows if row.reads_labels for s in study.systems for run in study.runs(row, s)]
     files = [folder / name for folder in own for name in ("result.json", TRAINED_ON_FEW)]
     heads = read_results([file for file in files if file.is_file()]) if own else df.head(0)
@@ -115,11 +115,11 @@ def fine_tuned_table(study: Study) -> pd.DataFrame:
         return pd.DataFrame()
     methods = {(m.system.name, m.objective, m.encoder): m for m in read_methods(files)}
     table = mean_errors(summarise(list(methods.values())), "finetune").reset_index(drop=True)
-    own = {row.pair: random_of(row, study.rows) for row in study.rows}
+    own = {row.key: random_of(row, study.rows) for row in study.rows}
     lines = []
     for key in zip(table.system, table.objective, table.encoder):
         random = own.get(key[1:])
-        other = methods.get((key[0], *random.pair)) if random else None
+        other = methods.get((key[0], *random.key)) if random else None
         if other is None:
             lines.append({})
             continue

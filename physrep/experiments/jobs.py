@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Mapping
 
 from ..core.files import read_json
-from ..core.provenance import changed
+from ..core.provenance import old_numbers
 from ..data.windows import Windows
 from ..probing.evaluate import score_run
 from ..probing.features import probe_splits
@@ -35,8 +35,8 @@ def is_trained(run: Run) -> bool:
     record = read_json(path)
     with contextlib.suppress(FileNotFoundError):  # data that are not here cannot be others
         data = "-".join(w.fingerprint() for w in training_windows(run).values())
-        return not changed(record, "PHYSICS", "TRAINING") and record["data"] == data
-    return not changed(record, "PHYSICS", "TRAINING")
+        return not old_numbers(record, "PHYSICS", "TRAINING") and record["data"] == data
+    return not old_numbers(record, "PHYSICS", "TRAINING")
 
 
 def train_and_score(run: Run, *, encoder: bool = False, device: str = "cpu", progress: bool = True) -> None:

@@ -91,12 +91,12 @@ def longer_box(system: str, sim: SimPreset, times: int = 2) -> SimPreset:
 
 def box_windows(run: Run, **options) -> Windows:
     "Windows of a run's system in the longer box, cut to the grid of the others; simulated where they are missing."
-    place = Path(f"{run.data_folder}_box")
+    folder = Path(f"{run.data_folder}_box")
     sim = run.preset.sim(run.system.name)
-    make_dataset(run.system.name, longer_box(run.system.name, sim), place, **options)
+    make_dataset(run.system.name, longer_box(run.system.name, sim), folder, **options)
     stride = stride_of(run.system, run.preset.probe_stride, default=run.clip.frames)
     crop = ((0, sim.store_grid), (0, sim.store_grid))
-    return Windows(place, run.system, LONG_BOX, frames=run.clip.frames, stride=stride, crop=crop)
+    return Windows(folder, run.system, LONG_BOX, frames=run.clip.frames, stride=stride, crop=crop)
 
 
 def _as_cut(windows: Windows) -> Windows:
@@ -121,10 +121,10 @@ class Translated(torch.nn.Module):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
         have = shared_names(system)
-        self.places = [have.index(name) if name in have else None for name in shared_names(own)]
+        self.channels = [have.index(name) if name in have else None for name in shared_names(own)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [torch.zeros_like(x[:, 0]) if i is None else x[:, i] for i in self.places]
+        parts = [torch.zeros_like(x[:, 0]) if i is None else x[:, i] for i in self.channels]
         return self.encoder(torch.stack(parts, dim=1))
 
 # %% ../../nbs/experiments/other_flows.ipynb #cb345f4d
@@ -158,7 +158,7 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
     found: dict[tuple, list[tuple[np.ndarray, np.ndarray]]] = {}  # -> (predictions, truth) of each seed
 
     def add(row: Row, flows: str, asked: str, pair: tuple[np.ndarray, np.ndarray], trained_on: str = "") -> None:
-        found.setdefault((row.pair, flows, asked, trained_on or system), []).append(pair)
+        found.setdefault((row.key, flows, asked, trained_on or system), []).append(pair)
 
     def ask(row: Row, folder: Path, features: Mapping[str, Features], box_features: Mapping[str, Features]) -> None:
         "The same questions for an encoder and for the controls."
@@ -175,7 +175,7 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
     for row in (row for row in study.rows if row.objective in CONTROLS):
         cuts = {**{s: _as_cut(windows[s]) for s in ("train", "valid")}, LONG_BOX: box}
         read = measured_features(windows, MEASURES[row.objective])
-        ask(row, study.place(system) / row.objective, read, measured_features(cuts, MEASURES[row.objective]))
+        ask(row, study.system_folder(system) / row.objective, read, measured_features(cuts, MEASURES[row.objective]))
     for row, run in [(one, run) for one in study.kind("trained", "random") for run in study.runs(one, system)]:
         features = _read_encoder(run, {**windows, LONG_BOX: box})
         ask(row, run.folder, features, features)
@@ -188,12 +188,12 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
                 add(row, "another system", "parameters", answer, other)
     groups = {s: bootstrap_groups(w, windows["train"]) for s, w in {**windows, LONG_BOX: box}.items()}
     rows = []
-    for (pair, flows, asked, trained_on), answers in found.items():
+    for (key, flows, asked, trained_on), answers in found.items():
         split = "test" if flows == "another system" else flows
         scaler = state_scaler if asked == "state" else label_scaler(first, windows["train"])
         scored = score_seeds([p for p, _ in answers], answers[0][1], groups[split], scaler.system, scaler)
         [mean] = [line for line in scored if line["metric"] == "mse" and line["label"] == "mean"]
-        about = {"system": first.system.name, "objective": pair[0], "encoder": pair[1], "flows": flows, "asked": asked}
+        about = {"system": first.system.name, "objective": key[0], "encoder": key[1], "flows": flows, "asked": asked}
         numbers_of = {name: mean[name] for name in ("value", "low", "high")}
         rows.append(about | {"trained_on": trained_on, "seeds": len(answers)} | numbers_of)
     return rows
@@ -209,7 +209,7 @@ def _made(study: Study) -> dict:
 
 
 def _file(study: Study, system: str) -> Path:
-    return study.place(system) / "other_flows.json"
+    return study.system_folder(system) / "other_flows.json"
 
 
 def parts(study: Study) -> list[str]:
@@ -258,9 +258,9 @@ def plot_other_flows(table: pd.DataFrame, rows: Sequence[Row] = ROWS, title: str
     logs = kinds.assign(log=np.log(kinds.value))
     means = np.exp(logs.groupby(["kind", "objective", "encoder"], sort=False).log.mean()).rename("value").reset_index()
     known = {(m.kind, m.objective, m.encoder): m.value for m in means.itertuples()}
-    own = {row.pair: random_of(row, rows) for row in rows}
+    own = {row.key: random_of(row, rows) for row in rows}
     keys = list(zip(means.kind, means.objective, means.encoder))
-    second = [known.get((kind, *own[o, e].pair)) if own.get((o, e)) else math.nan for kind, o, e in keys]
+    second = [known.get((kind, *own[o, e].key)) if own.get((o, e)) else math.nan for kind, o, e in keys]
     drawn = with_looks(means.assign(system=means.kind, second=second), rows)
     drawn = drawn[drawn.objective.str.partition(".")[0] != "random"]
     panels = {name: text for name, text in PANELS.items() if name in set(drawn.panel)}

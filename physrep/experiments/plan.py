@@ -105,7 +105,7 @@ def table_jobs(study: Study, data: Sequence[Job] = ()) -> list[Job]:
         windows = None if after else _windows(study, system)
         asked = dict(probing=study.preset.probing(), windows=windows)
         asked["config"] = baseline_config(study.run(study.kind("trained", "random", "frozen")[0], system))
-        files = [study.place(system) / b / "result.json" for b in baselines_for(get_system(system))]
+        files = [study.system_folder(system) / b / "result.json" for b in baselines_for(get_system(system))]
         if any(not is_current(file, **asked) for file in files):
             values = {"system": system, "objective": "baselines"}
             jobs.append(Job(f"{name}-baselines", "04_probe", values, after, priority=priority))
@@ -133,7 +133,7 @@ def _is_drawn(study: Study, notebook: str, figures: Sequence[str], root: Path) -
         return False
     drawn, files = executed.stat().st_mtime, [file for file in files if file.is_file()]
     newest = [project_root() / "nbs" / f"{notebook}.ipynb"]
-    newest += [f for s in study.systems for f in study.place(s).glob("*/**/*.json")]
+    newest += [f for s in study.systems for f in study.system_folder(s).glob("*/**/*.json")]
     newest += [Path(file) for row in study.kind("predictions") for file in row.predictions.values()]
     if any(file.stat().st_mtime > drawn for file in newest):
         return False
@@ -149,7 +149,7 @@ def experiment_jobs(study: Study, notebook: str, before: Sequence[Job], *, parts
     entry, after = read_experiments()[notebook], tuple(job.name for job in before)
     jobs: list[Job] = []
     if parts and "parts" in entry:
-        listed: list[Any] = [load_object(place, {}, "parts") for place in entry["parts"]]
+        listed: list[Any] = [load_object(path, {}, "parts") for path in entry["parts"]]
         for part in (part for parts_of in listed for part in parts_of(study)):
             name = f"{notebook}-{part.replace('/', '-')}"
             encoders = () if part.startswith("encoders/") else tuple(j.name for j in jobs if "-encoders-" in j.name)
@@ -184,7 +184,7 @@ def seconds_of(job: Job, study: Study) -> float:
     if job.notebook != "03_pretrain":
         return 0.0
     encoder = str(job.parameters["encoder"]).rpartition(":")[2]
-    names = study.place(job.parameters["system"]).glob(f"*-{encoder}-*/seed*/provenance.json")
+    names = study.system_folder(job.parameters["system"]).glob(f"*-{encoder}-*/seed*/provenance.json")
     objective = str(job.parameters["objective"]).rpartition(":")[2]
     known = [read_json(f).get("seconds", 0.0) for f in names if f.parents[1].name.startswith(objective)]
     return max(known, default=0.0) * len(str(job.parameters["seeds"]).split())

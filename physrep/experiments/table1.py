@@ -35,7 +35,7 @@ def score_predictions(study: Study) -> None:
     for row, system in [(row, system) for row in study.kind("predictions") for system in study.systems]:
         for folder in study.folders(row, system):
             path = row.predictions[get_system(system).name]
-            write_csv_row(path, reference_for([study.place(system) / "constant"], path), folder)
+            write_csv_row(path, reference_for([study.system_folder(system) / "constant"], path), folder)
 
 
 def study_errors(study: Study) -> pd.DataFrame:
@@ -47,9 +47,9 @@ def study_errors(study: Study) -> pd.DataFrame:
 def beside_random(errors: pd.DataFrame, rows: Sequence[Row]) -> pd.DataFrame:
     "A table of errors (of one probe) with the error of random weights of the same network as `second`."
     known = {(one.system, one.objective, one.encoder): one.value for one in errors.itertuples()}
-    own = {row.pair: random_of(row, rows) for row in rows}
+    own = {row.key: random_of(row, rows) for row in rows}
     keys = zip(errors.system, errors.objective, errors.encoder)
-    return errors.assign(second=[known.get((s, *own[o, e].pair)) if own.get((o, e)) else None for s, o, e in keys])
+    return errors.assign(second=[known.get((s, *own[o, e].key)) if own.get((o, e)) else None for s, o, e in keys])
 
 
 def plot_table1(errors: pd.DataFrame, rows: Sequence[Row], probe: str = "attentive", title: str = "") -> Figure:
@@ -72,13 +72,13 @@ def over_random(study: Study) -> pd.DataFrame:
     """Of each training without labels and each probe, the mean over labels of its difference on `test` from random
     weights of the same network: the lines of `differences` with a `verdict`. Empty without a row to compare with."""
     untrained = [row.network for row in study.kind("random")]
-    blind = [row.pair for row in study.kind("trained") if not row.reads_labels and row.network in untrained]
+    blind = [row.key for row in study.kind("trained") if not row.reads_labels and row.network in untrained]
     if not blind:
         return pd.DataFrame()
     found = []
     for system in study.systems:
         apart = differences(study.results(system), references=("random",), rows=study.rows)
-        known = np.array([pair in blind for pair in zip(apart.objective, apart.encoder)])
+        known = np.array([key in blind for key in zip(apart.objective, apart.encoder)])
         found.append(apart[known & (apart.label == "mean")])
     table = pd.concat(found, ignore_index=True)
     return table.assign(verdict=verdicts(table))
@@ -139,11 +139,11 @@ def trained_table(study: Study) -> pd.DataFrame:
     best trivial answer), effective rank and std of its features, and why it is not called trained, if so."""
     curves = read_curves([folder for system in study.systems for folder in study.results(system)])
     found = []
-    for pair in row_order(curves, study.rows):
-        mine = curves[(curves.objective == pair[0]) & (curves.encoder == pair[1]) & (curves.windows > 0)]
+    for key in row_order(curves, study.rows):
+        mine = curves[(curves.objective == key[0]) & (curves.encoder == key[1]) & (curves.windows > 0)]
         for (system, seed), run in mine.groupby(["system", "seed"], sort=False):
             last = run.sort_values("step").iloc[-1].dropna()
-            about = {"system": system, "row": title_of(*pair, rows=study.rows), "seed": seed}
+            about = {"system": system, "row": title_of(*key, rows=study.rows), "seed": seed}
             about |= {name: last.get(name) for name in ("windows", "gate", "effective_rank", "feature_std")}
             found.append(about | {"not trained, because": "; ".join(shortcomings(last))})
     return pd.DataFrame(found)
@@ -167,8 +167,8 @@ def printed_errors(results: Sequence[str | Path]) -> str:
     "Errors on `test`, mean over labels and seeds, of every row and probe in these results of a system, as text."
     table = read_results(results)
     table = table[(table.metric == "mse") & (table.label == "mean") & (table.split == "test")]
-    titles = {pair: title_of(*pair) for pair in row_order(table)}
-    errors = table.assign(row=[titles[pair] for pair in zip(table.objective, table.encoder)])
+    titles = {key: title_of(*key) for key in row_order(table)}
+    errors = table.assign(row=[titles[key] for key in zip(table.objective, table.encoder)])
     errors = errors.pivot_table(index="row", columns="probe", values="value", sort=False)
     errors = errors.reindex(index=titles.values(), columns=ordered(errors.columns, PROBE_ORDER))
     names = ", ".join(map(system_title, table.system.unique()))

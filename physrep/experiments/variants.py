@@ -23,7 +23,7 @@ VARIANTS: dict[str, Variant] = {
     "paper_weights": Variant("jepa-vit", "the paper's weights 2/40/2", coefficients={"invariance": 2.0}),
     "near": Variant("jepa-vit", "4 frames ahead in place of 16", coefficients={"horizon": 4}),
     "noise": Variant("jepa-vit", "noise of 0.1 std on the clips", noise=0.1),
-    "blocks": Variant("jepa_ema-vit", "blocks hidden in place of tubes", coefficients={"mask": "blocks"}),
+    "blocks": Variant("masked_jepa-vit", "blocks hidden in place of tubes", coefficients={"mask": "blocks"}),
     "nothing_hidden": Variant("mae-vit", "nothing hidden: an autoencoder", objective="autoencoder"),
     "more_hidden": Variant("mae-vit", "90 % hidden", coefficients={"ratio": 0.9}),
     "flat_tokens": Variant(
@@ -85,7 +85,7 @@ def plot_variants(table: pd.DataFrame, title: str = "") -> Figure:
     "A line for each variant, below the title of its row."
     looks = {row.name: row for row in ROWS}
     rows = [looks[name] for name in table.row]
-    lines = [f"{title_of(*row.pair)}: {changed}" for row, changed in zip(rows, table.changed)]
+    lines = [f"{title_of(*row.key)}: {changed}" for row, changed in zip(rows, table.changed)]
     drawn = table.assign(
         line=lines, color=[row.color for row in rows], marker=[row.marker for row in rows], panel="all"
     )

@@ -36,7 +36,7 @@ class Cloud:
     windows: Windows
     index: np.ndarray  # (n,) which of the windows
     features: np.ndarray  # (n, d), each with standard deviation 1
-    places: np.ndarray  # (n, 2), the first two principal components
+    points: np.ndarray  # (n, 2), the first two principal components
     shares: tuple[float, float]  # of the variance
     labels: np.ndarray  # (n, n_labels)
 
@@ -89,17 +89,17 @@ def map_picture(cloud: Cloud, label: int, chosen: int | None = None) -> tuple[by
     norm = (LogNorm if about.log else Normalize)(values.min(), values.max())
     fig = Figure(figsize=MAP, dpi=100)
     ax, bar = fig.add_axes((0.1, 0.12, 0.7, 0.83)), fig.add_axes((0.82, 0.12, 0.025, 0.83))
-    drawn = ax.scatter(*cloud.places.T, c=values, cmap="cividis", norm=norm, s=42, edgecolors="white", linewidths=0.6)
+    drawn = ax.scatter(*cloud.points.T, c=values, cmap="cividis", norm=norm, s=42, edgecolors="white", linewidths=0.6)
     fig.colorbar(drawn, cax=bar).set_label(label_word(about.name))
     ax.set(xlabel=f"first direction ({cloud.shares[0]:.0%} of the variance)")
     ax.set(ylabel=f"second direction ({cloud.shares[1]:.0%})")
     ax.tick_params(labelsize=8)
     if chosen is not None:
-        near = cloud.places[cloud.neighbours(chosen)]
+        near = cloud.points[cloud.neighbours(chosen)]
         ax.scatter(*near.T, s=130, facecolors="none", edgecolors="#D55E00", linewidths=1.6)
-        ax.scatter(*cloud.places[chosen], s=170, facecolors="none", edgecolors="black", linewidths=2.2)
+        ax.scatter(*cloud.points[chosen], s=170, facecolors="none", edgecolors="black", linewidths=2.2)
     png = png_of(fig)
-    left, bottom = fig.transFigure.inverted().transform(ax.transData.transform(cloud.places)).T
+    left, bottom = fig.transFigure.inverted().transform(ax.transData.transform(cloud.points)).T
     return png, 100 * np.stack([left, 1 - bottom], axis=1)
 
 # %% ../../nbs/explore/latent.ipynb #d4067ccb

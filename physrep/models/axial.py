@@ -56,8 +56,8 @@ class RelativeBias(nn.Module):
 
     def forward(self, n: int, *, periodic: bool = False) -> Tensor:
         distance = self.distance(n, periodic).to(self.table.device)
-        places = position_buckets(distance, buckets=self.buckets, max_distance=self.max_distance)
-        return self.table[places].permute(2, 0, 1)
+        positions = position_buckets(distance, buckets=self.buckets, max_distance=self.max_distance)
+        return self.table[positions].permute(2, 0, 1)
 
 # %% ../../nbs/models/axial.ipynb #47d2d38f
 _layer_norm = partial(nn.LayerNorm, eps=1e-6)

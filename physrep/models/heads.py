@@ -11,9 +11,8 @@ import torch
 from einops import einsum, rearrange
 from torch import nn
 
-from .convnext import Block as ConvBlock
-from .vit import Block as TransformerBlock
-from .vit import init_transformer, kept_positions
+from .convnext import ConvNeXtBlock
+from .vit import TransformerBlock, init_transformer, kept_positions
 from ..physics.systems import System
 
 # %% ../../nbs/models/heads.ipynb #4b52990b
@@ -116,7 +115,7 @@ class ConvPredictor(nn.Module):
             raise ValueError(f"time_kernel must be odd and positive (1: no mixing of frames), got {time_kernel}")
         hidden = hidden or 2 * dim
         self.widen = nn.Conv2d(dim, hidden, 2, padding=1)
-        self.block = ConvBlock(hidden, (1, kernel_size, kernel_size), layer_scale=layer_scale)
+        self.block = ConvNeXtBlock(hidden, (1, kernel_size, kernel_size), layer_scale=layer_scale)
         self.narrow = nn.Conv2d(hidden, dim, 2)
         self.mix = nn.Conv3d(dim, dim, (time_kernel, 1, 1), padding="same", groups=dim) if time_kernel > 1 else None
 
@@ -139,10 +138,10 @@ def last_frame_after(z: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tenso
 
 
 class TransformerDecoder(nn.Module):
-    """A narrow transformer from visible tokens to one vector for each place.
+    """A narrow transformer from visible tokens to one vector for each position.
 
-    In: tokens `(b, k, d)`, their places `keep (b, k)` and the grid. Out: `(b, n, n_out)`. With `from_last` the visible
-    tokens are those of the first token frames, in order, and later places start from the last of them.
+    In: tokens `(b, k, d)`, their positions `keep (b, k)` and the grid. Out: `(b, n, n_out)`. With `from_last` the
+    visible tokens are those of the first token frames, in order, and later positions start from the last of them.
     `width` is half the encoder's by default. He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022)."""
 
     def __init__(
@@ -192,7 +191,7 @@ class ConvDecoder(nn.Module):
         self.n_channels, self.cell = n_channels, tuple(cell)
         self.embed = nn.Linear(dim, width)
         kernel = (1, kernel_size, kernel_size)
-        self.block = ConvBlock(width, kernel, layer_scale=1.0)  # a single block is not to start as the identity
+        self.block = ConvNeXtBlock(width, kernel, layer_scale=1.0)  # a single block is not to start as the identity
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_channels * cell[0] * cell[1] * cell[2]))
 
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:

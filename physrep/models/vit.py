@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CACHE', 'KEPT', 'token_grid', 'patchify', 'unpatchify', 'sincos_positions', 'kept_positions', 'ProductAttention',
-           'attention', 'Block', 'init_transformer', 'ViT']
+           'attention', 'TransformerBlock', 'init_transformer', 'ViT']
 
 # %% ../../nbs/models/vit.ipynb #777ffc32
 from collections.abc import Sequence
@@ -141,7 +141,7 @@ def attention(qkv: Tensor) -> Tensor:
         return way(qkv.to(torch.promote_types(qkv.dtype, torch.float32))).to(qkv.dtype)
 
 # %% ../../nbs/models/vit.ipynb #320be864
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm transformer block on tokens `(b, n, d)`: attention and MLP, each with LayerNorm before it.
 
     ValueError for a width that the number of heads does not divide."""
@@ -169,7 +169,7 @@ def init_transformer(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-    if isinstance(module, Block):
+    if isinstance(module, TransformerBlock):
         for w in module.qkv.weight.chunk(3):
             nn.init.xavier_uniform_(w)
 
@@ -202,7 +202,7 @@ class ViT(nn.Module):
             "mlp_ratio": mlp_ratio, "temperature": temperature,
         }  # fmt: skip
         self.embed = nn.Linear(in_channels * tubelet[0] * tubelet[1] * tubelet[2], dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_transformer)
 

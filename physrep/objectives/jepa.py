@@ -43,7 +43,7 @@ class JEPA(Composite):
         predictor_hidden: int | None = None,  # width inside the predictor; None: 2 d
         predictor_scale: float = 1e-6,  # of its residual branch at the start; 1e-6 shuts it for hundreds of updates
         time_kernel: int = 1,  # token frames that the predictor mixes (odd)
-        centre: bool = False,  # VICReg takes features without their mean over the batch at each place
+        centre: bool = False,  # VICReg takes features without their mean over the batch at each position
     ):
         super().__init__(
             encoder,
@@ -83,7 +83,7 @@ class JEPASig(Composite):
         predictor: str = "conv",  # or 'transformer'
         predictor_width: int | None = None,  # None: twice the encoder's (conv), half of it (transformer)
         predictor_scale: float = 0.1,  # of the residual branch at the start, conv only; the paper's is 1e-6
-        centre: bool = False,  # SIGReg takes features without their mean over the batch at each place
+        centre: bool = False,  # SIGReg takes features without their mean over the batch at each position
     ):
         super().__init__(
             encoder,

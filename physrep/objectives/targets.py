@@ -43,8 +43,8 @@ def _picked(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return tokens
     if not mask.any():
         raise ValueError("the mask hides no token: there is nothing to predict")
-    places = mask.flatten().nonzero()[:, 0]
-    return tokens.flatten(0, 1).index_select(0, places.to(tokens.device))[None]
+    positions = mask.flatten().nonzero()[:, 0]
+    return tokens.flatten(0, 1).index_select(0, positions.to(tokens.device))[None]
 
 # %% ../../nbs/objectives/targets.ipynb #85df84ef
 class Target(nn.Module):

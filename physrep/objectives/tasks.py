@@ -56,7 +56,7 @@ def clips_of(
         return tuple(batch_fields({"fields": x}, frames=v.frames, **fit) for x, v in both)
     if any(v.start is None or v.own_symmetry for v in views):
         raise ValueError(
-            "a view at a place or under a symmetry of its own needs a batch with 'views': use "
+            "a view at a position or under a symmetry of its own needs a batch with 'views': use "
             "ViewBatches(windows, objective.views, ...) of physrep.data.batches, not Batches"
         )
     x = batch_fields(batch, frames=read_frames(views), **fit)
@@ -88,7 +88,7 @@ def pixel_mask(mask: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int,
 # %% ../../nbs/objectives/tasks.ipynb #ab125c68
 @dataclass(frozen=True)
 class Tube(Task):
-    "What is behind the hidden tubes? A share of the places is hidden in all frames. Tong et al., VideoMAE (2022)."
+    "What is behind the hidden tubes? A share of the positions is hidden in all frames. Tong et al., VideoMAE (2022)."
 
     ratio: float = 0.75  # share of hidden tubes
 
@@ -109,7 +109,7 @@ class Blocks(Task):
     count: int = 8  # blocks, which may overlap
     scale: float = 0.15  # area of each, as a share of the frame
     aspect: tuple[float, float] = (0.75, 1.5)  # range of height over width, in tokens
-    least_shown: float = 0.05  # share of the frame that stays visible; V-JEPA asks for one place
+    least_shown: float = 0.05  # share of the frame that stays visible; V-JEPA asks for one position
 
     name: ClassVar[str] = "blocks"
     hides: ClassVar[bool] = True
@@ -130,44 +130,44 @@ class Blocks(Task):
         return height, width
 
     def least(self, grid: tuple[int, int, int]) -> int:
-        "How many places must stay visible. ValueError if a block of some aspect leaves fewer, wherever it is."
+        "How many positions must stay visible. ValueError if a block of some aspect leaves fewer, wherever it is."
         _, h, w = grid
         least = max(1, round(self.least_shown * h * w))
         for aspect in torch.linspace(*self.aspect, 50).tolist():
             height, width = self.size(grid, aspect)
             if h * w - height * width < least:
                 raise ValueError(
-                    f"a block of scale {self.scale} takes {height} x {width} of the {h} x {w} places of a frame, and at"
-                    f" least {least} must stay visible: choose a smaller scale or smaller patches"
+                    f"a block of scale {self.scale} takes {height} x {width} of the {h} x {w} positions of a frame, and"
+                    f" at least {least} must stay visible: choose a smaller scale or smaller patches"
                 )
         return least
 
     def masks(self, seeds, grid, shape):
-        places = _block_places(self, seeds, grid)
-        keys = rand_samples(seeds, places.shape[1:], name="blocks order")
-        both = (_fewest(places, keys), _fewest(~places, keys))
+        positions = _block_positions(self, seeds, grid)
+        keys = rand_samples(seeds, positions.shape[1:], name="blocks order")
+        both = (_fewest(positions, keys), _fewest(~positions, keys))
         return tuple(repeat(m, "b hw -> b (t hw)", t=grid[0]) for m in both)
 
 # %% ../../nbs/objectives/tasks.ipynb #0491fdbf
 def _fewest(mask: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    "As many places of each `mask (b, n)` as the emptiest has: those with the smallest `keys (b, n)`."
+    "As many positions of each `mask (b, n)` as the emptiest has: those with the smallest `keys (b, n)`."
     n = int(mask.sum(dim=1).min())
     order = keys.masked_fill(~mask, 2.0).argsort(dim=1)
     return torch.zeros_like(mask).scatter(1, order[:, :n], True)
 
 
-def _blocks(seeds: torch.Tensor, size: tuple[int, int], places: tuple[int, int], count: int, name: str) -> torch.Tensor:
-    "Union `(b, h w)` of `count` blocks of one size at random positions in a frame of `places` (h, w)."
+def _blocks(seeds: torch.Tensor, size: tuple[int, int], frame: tuple[int, int], count: int, name: str) -> torch.Tensor:
+    "Union `(b, h w)` of `count` blocks of one size at random positions in a `frame` of (h, w) tokens."
     u = rand_samples(seeds, (count, 2), name=name)
     inside = []
     for axis in (0, 1):
-        first = (u[:, :, axis] * (places[axis] - size[axis] + 1)).floor()[:, :, None]
-        at = torch.arange(places[axis])
+        first = (u[:, :, axis] * (frame[axis] - size[axis] + 1)).floor()[:, :, None]
+        at = torch.arange(frame[axis])
         inside.append((at >= first) & (at < first + size[axis]))
     return (inside[0][:, :, :, None] & inside[1][:, :, None, :]).any(dim=1).flatten(1)
 
 
-def _block_places(task: Blocks, seeds: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+def _block_positions(task: Blocks, seeds: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
     "Union `(b, h' w')` of the blocks of each sample, drawn again where it leaves too little to show."
     _, h, w = grid
     least = task.least(grid)
@@ -184,8 +184,8 @@ def _block_places(task: Blocks, seeds: torch.Tensor, grid: tuple[int, int, int])
         if not len(missing):
             return found
     raise ValueError(
-        f"{task.count} blocks of {size[0]} x {size[1]} tokens leave fewer than {least} of the {h} x {w} places visible "
-        "in 100 draws: choose fewer or smaller blocks, or a smaller least_shown"
+        f"{task.count} blocks of {size[0]} x {size[1]} tokens leave fewer than {least} of the {h} x {w} positions "
+        "visible in 100 draws: choose fewer or smaller blocks, or a smaller least_shown"
     )
 
 # %% ../../nbs/objectives/tasks.ipynb #d2adf423
@@ -260,7 +260,7 @@ class Pair(Task):
         other = View(shape[0], offset=None, gap=self.gap, own_symmetry=True, of=self.of)
         return View(shape[0]), other
 
-    def places(self, seeds: torch.Tensor, view: int, tokens: int) -> torch.Tensor:
+    def positions(self, seeds: torch.Tensor, view: int, tokens: int) -> torch.Tensor:
         "Indices `(b, k)` of the shown tokens of view 0 or 1, in order: another random subset for each sample and view."
         order = rand_samples(seeds, (tokens,), name=f"pair view {view}").argsort(dim=1)
         return order[:, : max(1, round(self.shown * tokens))].sort(dim=1).values
@@ -291,7 +291,7 @@ def _laplacian(size: tuple[int, int], periodic: tuple[bool, bool]) -> sparse.csr
 @torch.no_grad()
 def interpolate_hidden(
     fields: torch.Tensor,  # (b, c, t, h, w)
-    mask: torch.Tensor,  # (b, n) of patches, True where not shown: the same places in all frames
+    mask: torch.Tensor,  # (b, n) of patches, True where not shown: the same positions in all frames
     patch: tuple[int, int, int],  # frames and pixels of a patch
     *,
     periodic: tuple[bool, bool] = (False, False),  # whether neighbours wrap along the two axes

@@ -95,7 +95,7 @@ def layer_grid(
 ) -> LayerGrid:
     "Nodes, vertical modes and matrices of a grid."
     nx, ny = spectral.check_grid("grid", grid)
-    lx, ly = spectral.check_pair("box", box, float)
+    lx, ly = spectral.per_axis("box", box, float)
     if not (0 < lx < np.inf and ly == 1):
         raise ValueError(f"box must be (Lx, 1.0) with Lx > 0, because the height is the unit of length, got {box!r}")
     y, weight, derivative = legendre_nodes(ny)

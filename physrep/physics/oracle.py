@@ -17,7 +17,7 @@ import torch
 from .active_matter import BETA, D_R, D_T, closure
 from .shear_flow import tendency
 from .spectral import resize_spectrum, spectral_grid, to_spectrum
-from .statistics import check_fields, periodic_axes, point_positions
+from .statistics import check_fields, closed_axes, point_positions
 from .systems import System, get_system
 
 # %% ../../nbs/physics/oracle.ipynb #18476788
@@ -122,8 +122,9 @@ def _integrals(
 ) -> Callable[..., np.ndarray]:
     """A function `integral(f, kx, ky, kt=0)`: the integral of f times derivatives of the bump.
 
-    f is `(b, t, h, w)`, real or complex, and the result `(b, places)`, for every place of the bump. With `kt=None` the
-    integral is over space only, at every frame. `heights` `(w,)` where the points along y are not `spacing[1]` apart.
+    f is `(b, t, h, w)`, real or complex, and the result `(b, positions)`, for every position of the bump. With
+    `kt=None` the integral is over space only, at every frame. `heights` `(w,)` where the points along y are not
+    `spacing[1]` apart.
     """
     t, h, w = shape
     y = spacing[1] * np.arange(w) if heights is None else heights
@@ -274,21 +275,21 @@ def equation_oracle(
     x = check_fields(fields, system, dt, spacing, MIN_FRAMES, heights)
     if min(x.shape[3:]) < MIN_POINTS:
         raise ValueError(f"an oracle needs {MIN_POINTS} points along both axes, got {x.shape[3]} x {x.shape[4]}")
-    options = dict(dt=dt, spacing=tuple(spacing), method=method, periodic=periodic_axes(system, periodic))
+    options = dict(dt=dt, spacing=tuple(spacing), method=method, periodic=closed_axes(system, periodic))
     if heights is not None:
         options["heights"] = point_positions(heights, system, x.shape[4], spacing[1])
     parts = [ORACLES[system.name](x[i : i + chunk], **options) for i in range(0, len(x), chunk)]
     return np.concatenate(parts) if parts else np.empty((0, len(system.labels)))
 
 # %% ../../nbs/physics/oracle.ipynb #99ff87b7
-SHORT_RADIUS = 6.0  # half-width of the bump in time for convection and active matter, frames: six places in 16
+SHORT_RADIUS = 6.0  # half-width of the bump in time for convection and active matter, frames: six positions in 16
 ROUNDS = 10  # of weighting for these
 
 
 def _layer_equations(
     fields: np.ndarray, dt: float, spacing: tuple[float, float], heights: np.ndarray | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Left and right sides of `left = diffusivity * right`, `(b, places)` each, for vorticity and for buoyancy.
+    """Left and right sides of `left = diffusivity * right`, `(b, positions)` each, for vorticity and for buoyancy.
 
     `fields` are clips `(b, 4, t, h, w)` of convection.
     """

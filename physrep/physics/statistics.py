@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'FRAMES', 'SMALLEST', 'SHELLS', 'SPECTRA', 'SMALLEST_POWER', 'check_fields', 'point_positions',
-           'periodic_axes', 'summary_statistics', 'statistics_names', 'wave_power', 'wavenumbers', 'wave_shells',
+           'closed_axes', 'summary_statistics', 'statistics_names', 'wave_power', 'wavenumbers', 'wave_shells',
            'spectra', 'spectra_names']
 
 # %% ../../nbs/physics/statistics.ipynb #372493da
@@ -55,7 +55,7 @@ def point_positions(heights: np.ndarray | None, system: System, n: int, step: fl
     return y
 
 
-def periodic_axes(system: System, periodic: bool | None) -> tuple[bool, bool]:
+def closed_axes(system: System, periodic: bool | None) -> tuple[bool, bool]:
     "Which axes close on themselves: those of the system, or none where the field is a crop (`periodic=False`)."
     axes = tuple(b == "periodic" for b in system.boundary)
     if periodic and not all(axes):
@@ -94,7 +94,7 @@ def summary_statistics(
     """
     system = get_system(system) if isinstance(system, str) else system
     x = check_fields(fields, system, dt, spacing, FRAMES + 1, heights)
-    axes = periodic_axes(system, periodic)
+    axes = closed_axes(system, periodic)
     steps = spacing
     if heights is not None:
         steps = (spacing[0], np.diff(point_positions(heights, system, x.shape[4], spacing[1])))
@@ -187,7 +187,7 @@ def spectra(
     """
     system = get_system(system) if isinstance(system, str) else system
     x = check_fields(fields, system, dt, spacing, 2, heights)
-    axes = periodic_axes(system, periodic)
+    axes = closed_axes(system, periodic)
     y = None if heights is None else point_positions(heights, system, x.shape[4], spacing[1])
     steps = spacing if y is None else (spacing[0], (y[-1] - y[0]) / (len(y) - 1))
     index = wave_shells(wavenumbers(x.shape[3:], steps, axes), np.pi / max(steps))

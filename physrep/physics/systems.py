@@ -219,7 +219,7 @@ def declaration_problem(system: System) -> str:
 
 # %% ../../nbs/physics/systems.ipynb #cee8910b
 def get_system(name: str) -> System:
-    "The system of that name, or of your own by its place, `my_package.module:SYSTEM`."
+    "The system of that name, or of your own by its import path, `my_package.module:SYSTEM`."
     if name in SYSTEMS:
         return SYSTEMS[name]
     if ":" not in name:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENOUGH', 'MEASURES', 'BASELINES', 'Scored', 'bootstrap_groups', 'window_flows', 'write_scores', 'write_few',
-           'score_encoder', 'Reader', 'own_encoder', 'made_of', 'score_run', 'coverage', 'valid_scores',
+           'score_encoder', 'FrozenFunction', 'own_encoder', 'made_of', 'score_run', 'coverage', 'valid_scores',
            'predict_windows', 'measure', 'statistics_and_spectra', 'measured_features', 'baselines_for',
            'baseline_folder', 'baseline_config', 'score_baseline']
 
@@ -23,7 +23,7 @@ import torch
 
 from ..core.files import read_json
 from ..core.names import load_object
-from ..core.provenance import changed, provenance
+from ..core.provenance import old_numbers, provenance
 from ..data.leakage import find_flows
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
@@ -158,7 +158,7 @@ def score_encoder(
     return write_scores(folder, probed.predictions, windows, scaler, **row, **made)
 
 # %% ../../nbs/probing/evaluate.ipynb #bde7fbad
-class Reader(torch.nn.Module):
+class FrozenFunction(torch.nn.Module):
     "A callable from clips `(b, c, t, h, w)` to tokens `(b, n, d)` as a frozen module."
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], name: str):
@@ -178,7 +178,7 @@ class Reader(torch.nn.Module):
         return tokens if tokens.ndim == 3 else tokens[:, None]
 
 
-def own_encoder(run: Run, device: str = "cpu") -> Reader | LoadedEncoder:
+def own_encoder(run: Run, device: str = "cpu") -> FrozenFunction | LoadedEncoder:
     """The user's encoder of a row that is only probed: what `my_package.module:make_encoder` returns when it is called
     with those of `system`, `shape` (t, h, w), `in_channels` that it has arguments for, and the run's `encoder_config`.
 
@@ -195,7 +195,7 @@ def own_encoder(run: Run, device: str = "cpu") -> Reader | LoadedEncoder:
         raise ValueError(f"{run.encoder} returned {type(encoder).__name__}; a callable from clips to tokens is needed")
     if isinstance(encoder, torch.nn.Module):
         encoder = encoder.to(device).eval().requires_grad_(False)
-    return Reader(encoder, run.encoder)
+    return FrozenFunction(encoder, run.encoder)
 
 # %% ../../nbs/probing/evaluate.ipynb #59336f4a
 def made_of(run: Run) -> dict:
@@ -211,7 +211,7 @@ def _encoder_of(run: Run, device: str) -> torch.nn.Module:
 def _check_trained(run: Run) -> None:
     "ValueError for an encoder that other code has trained: its errors would count as those of today's code."
     path = run.folder / "provenance.json"
-    if path.is_file() and (why := changed(read_json(path), "PHYSICS", "TRAINING")):
+    if path.is_file() and (why := old_numbers(read_json(path), "PHYSICS", "TRAINING")):
         raise ValueError(
             f"the encoder in {run.folder} was trained by other code than today's ({', '.join(why)}); train it again "
             "(physrep pretrain, or make), which puts it aside, or go back to the commit in provenance.json"

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..core.files import atomic_path, read_json, write_json
-from ..core.provenance import changed
+from ..core.provenance import old_numbers
 from ..data.scaling import LabelScaler
 from ..data.windows import Windows
 from ..physics.systems import SYSTEMS, Label, System, get_system
@@ -99,10 +99,10 @@ def read_results(where: str | Path | Sequence[str | Path]) -> pd.DataFrame:
 
     Raises FileNotFoundError if there is none, ValueError that names the file for a broken or foreign one and for a row
     that is there twice."""
-    places = [Path(where)] if isinstance(where, str | os.PathLike) else [Path(p) for p in where]
-    files = [f for p in places for f in (sorted(p.rglob("result.json")) if p.is_dir() else [p])]
+    paths = [Path(where)] if isinstance(where, str | os.PathLike) else [Path(p) for p in where]
+    files = [f for p in paths for f in (sorted(p.rglob("result.json")) if p.is_dir() else [p])]
     if not files:
-        raise FileNotFoundError(f"no result.json below {', '.join(map(str, places)) or 'an empty list'}")
+        raise FileNotFoundError(f"no result.json below {', '.join(map(str, paths)) or 'an empty list'}")
     found = {}
     for file in files:  # one that is listed twice is read once
         try:
@@ -133,7 +133,7 @@ def stale(
     found = read_json(file)
     if "config" not in found and "provenance" not in found:
         return []
-    reasons = changed(found.get("provenance", {}))
+    reasons = old_numbers(found.get("provenance", {}))
     for part, asked in {"config": config, "probing": probing}.items():
         if asked is not None:
             today, then = json.loads(json.dumps(dict(asked))), found.get(part, {})  # tuples are lists in a file

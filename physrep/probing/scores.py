@@ -112,9 +112,9 @@ def _seed_draws(
 
     per_seed = [_draws(p, truth, scaler, weights, index) for p in predictions]
     n, draws = len(predictions), len(weights) - 1
-    places = (rng.permutation(draws) + 0.5) / draws if draws else np.zeros(0)
+    quantiles = (rng.permutation(draws) + 0.5) / draws if draws else np.zeros(0)
     alike = per_seed if n > 1 else [_draws(p, truth, scaler, weights[:1], index) for p in like]
-    student = stats.t.ppf(places, len(alike) - 1) if len(alike) > 1 else np.zeros(draws)
+    student = stats.t.ppf(quantiles, len(alike) - 1) if len(alike) > 1 else np.zeros(draws)
     found = {}
     for m in METRICS:
         found[m] = np.mean([one[m] for one in per_seed], axis=0)

@@ -157,9 +157,9 @@ def save_pretrained(
     if isinstance(source, LoadedEncoder):
         encoder, files, records = source, [], {}
     else:
-        encoder, place = pretrained.load_encoder(source), model_folder(source)
-        files = sorted(place.glob("probe-*.safetensors"))
-        records = {f.name: read_json(f) for f in (place / "result.json", place / "config.json") if f.is_file()}
+        encoder, trained = pretrained.load_encoder(source), model_folder(source)
+        files = sorted(trained.glob("probe-*.safetensors"))
+        records = {f.name: read_json(f) for f in (trained / "result.json", trained / "config.json") if f.is_file()}
     probes = {path: frozen.load_probe(path) for path in files}
     for path, probe in probes.items():
         if probe.info.get("encoder") != encoder_digest(encoder):

@@ -148,7 +148,7 @@ def remove_unpacked(folder: str | Path) -> bool:
         if file.is_relative_to(folder) and file.is_file() and _digest(file) == digest:
             file.unlink()
     (folder / _UNPACKED).unlink()
-    for inside in (*(place for place in folder.glob("*") if place.is_dir()), folder):
+    for inside in (*(part for part in folder.glob("*") if part.is_dir()), folder):
         if not any(inside.iterdir()):
             inside.rmdir()
     return True

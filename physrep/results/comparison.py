@@ -109,18 +109,18 @@ _Place = str | Path | Method | Predictions
 _Where = _Place | Sequence[_Place]  # a folder, a predictions file, or a list of them; what was read already, too
 
 
-def predictions_in(places: Sequence[str | Path | Predictions]) -> list[Predictions]:
+def predictions_in(where: Sequence[str | Path | Predictions]) -> list[Predictions]:
     "All predictions below folders, in files, and those that were read already; FileNotFoundError if there are none."
     found: dict[object, Predictions] = {}
-    for place in places:
-        if isinstance(place, Predictions):
-            found[id(place)] = place
+    for one in where:
+        if isinstance(one, Predictions):
+            found[id(one)] = one
             continue
-        for file in sorted(Path(place).rglob("predictions.safetensors")) if Path(place).is_dir() else [Path(place)]:
+        for file in sorted(Path(one).rglob("predictions.safetensors")) if Path(one).is_dir() else [Path(one)]:
             if file not in found:  # a file listed twice is read once
                 found[file] = read_predictions(file)
     if not found:
-        where = ", ".join(map(str, places)) or "an empty list"
+        where = ", ".join(map(str, where)) or "an empty list"
         raise FileNotFoundError(f"no predictions.safetensors below {where}; the probe stage writes them")
     return list(found.values())
 
@@ -141,12 +141,12 @@ def _method_of(members: Sequence[Predictions]) -> Method:
                 m.data[split] = p.data[split]
                 first[split] = other if split in other.data else p  # the next are compared with one that has it
         seed = p.info["seed"]
-        for place, values in p.predictions.items():
-            if seed in m.predictions.setdefault(place, {}):
-                both = f"{first[place, seed].path} and {p.path}"
-                raise ValueError(f"{both} both have seed {seed}, probe and split {place} of {m.name}")
-            first[place, seed] = p
-            m.predictions[place][seed] = values
+        for read, values in p.predictions.items():
+            if seed in m.predictions.setdefault(read, {}):
+                both = f"{first[read, seed].path} and {p.path}"
+                raise ValueError(f"{both} both have seed {seed}, probe and split {read} of {m.name}")
+            first[read, seed] = p
+            m.predictions[read][seed] = values
     return m
 
 # %% ../../nbs/results/comparison.ipynb #3d95e878
@@ -157,17 +157,17 @@ def read_methods(where: _Where) -> list[Method]:
     Raises FileNotFoundError if there is none, ValueError that names both files if two have the same seed, probe and
     split of a method, or other windows or fields.
     """
-    places = [where] if isinstance(where, (str, os.PathLike, Method, Predictions)) else list(where)
-    methods = [place for place in places if isinstance(place, Method)]
+    where = [where] if isinstance(where, (str, os.PathLike, Method, Predictions)) else list(where)
+    methods = [one for one in where if isinstance(one, Method)]
     members: dict[tuple, list[Predictions]] = {}
-    if methods and len(methods) == len(places):
+    if methods and len(methods) == len(where):
         return methods
-    for p in predictions_in([place for place in places if not isinstance(place, Method)]):
+    for p in predictions_in([one for one in where if not isinstance(one, Method)]):
         names = ("system", "objective", "encoder", "labelled_flows", "draw")
         key = (*(p.info[name] for name in names), without_seed(p.info["run"]))
         members.setdefault(key, []).append(p)
     methods += [_method_of(group) for group in members.values()]
-    rank = {pair: i for i, pair in enumerate(row_order(methods))}
+    rank = {key: i for i, key in enumerate(row_order(methods))}
     return sorted(
         methods, key=lambda m: (m.system.name, rank[m.objective, m.encoder], m.labelled_flows, m.draw, m.name)
     )
@@ -382,9 +382,9 @@ def _reference(
     task = (m.system.name, m.labelled_flows, m.draw)
     same = [r for r in methods if (r.system.name, r.labelled_flows, r.draw) == task]
     if objective == "random":
-        row = next((row for row in rows if row.pair == (m.objective, m.encoder)), None)
+        row = next((row for row in rows if row.key == (m.objective, m.encoder)), None)
         own = random_of(row, rows) if row else None
-        found = [(r, probe) for r in same if own and (r.objective, r.encoder) == own.pair and probe in r.probes(split)]
+        found = [(r, probe) for r in same if own and (r.objective, r.encoder) == own.key and probe in r.probes(split)]
     else:
         found = [(r, _best_probe(r, split)) for r in same if r.objective == objective and r.probes(split)]
     if len(found) > 1:

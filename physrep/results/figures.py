@@ -138,5 +138,5 @@ def study_record(notebook: str, study: Study, **extra: object) -> dict:
 
     folders = {system: study.results(system) for system in study.systems}
     data = {s: read_json(some[0] / "result.json").get("data", {}) for s, some in folders.items()}
-    runs = {s: [str(f.relative_to(study.place(s))) for f in some] for s, some in folders.items()}
+    runs = {s: [str(f.relative_to(study.system_folder(s))) for f in some] for s, some in folders.items()}
     return figure_record(notebook, study.preset, runs=runs, data=data, parameters=study.parameters, **extra)

@@ -109,14 +109,14 @@ def plot_marks(
 
 def with_looks(table: pd.DataFrame, rows: Sequence[Row] = ROWS) -> pd.DataFrame:
     "A table of results with `panel` (its system), `line` (title of the row), colour and marker, in the order of rows."
-    order = {pair: i for i, pair in enumerate(row_order(table, rows))}
-    pairs = list(zip(table.objective, table.encoder))
+    order = {key: i for i, key in enumerate(row_order(table, rows))}
+    keys = list(zip(table.objective, table.encoder))
     found = table.assign(
         panel=table.system,
-        line=[title_of(*pair, rows=rows) for pair in pairs],
-        color=[color_of(*pair, rows) for pair in pairs],
-        marker=[marker_of(pair[1], pair[0], rows) for pair in pairs],
-        order=[order[pair] for pair in pairs],
+        line=[title_of(*key, rows=rows) for key in keys],
+        color=[color_of(*key, rows) for key in keys],
+        marker=[marker_of(key[1], key[0], rows) for key in keys],
+        order=[order[key] for key in keys],
     )
     return found.sort_values("order", kind="stable").drop(columns="order")
 
@@ -135,7 +135,7 @@ def plot_curves(
 ) -> Figure:
     "Curves of each row in each system: the mean of equal x, with a bar from the lowest to the highest value."
     panels = panels or {s: system_title(s) for s in ordered(table.system, tuple(SYSTEMS))}
-    pairs = row_order(table, rows)
+    keys = row_order(table, rows)
     with using_style():
         fig = Figure(figsize=(WIDTH, 3.5 + 0.2 * bool(title)), layout="constrained")
         axes = fig.subplots(1, len(panels), squeeze=False, sharex=True)[0]
@@ -145,13 +145,13 @@ def plot_curves(
                 style = {"vit": "--", "none": ":"}.get(one.encoder, "-.")
                 label = title_of(one.objective, one.encoder, rows=rows)
                 ax.axhline(one.value, ls=style, label=label, **look)
-            for i, pair in enumerate(pairs):
-                mine = table[(table.system == system) & (table.objective == pair[0]) & (table.encoder == pair[1])]
+            for i, key in enumerate(keys):
+                mine = table[(table.system == system) & (table.objective == key[0]) & (table.encoder == key[1])]
                 found = mine.groupby("x").value.agg(["mean", "min", "max"])
-                place = found.index * 1.012 ** (i - len(pairs) / 2) if log[0] else found.index  # beside each other
-                look = dict(color=color_of(*pair, rows), label=title_of(*pair, rows=rows))
-                ax.plot(place, found["mean"], marker=marker_of(pair[1], pair[0], rows), ms=4, lw=1.2, **look)
-                ax.vlines(place, found["min"], found["max"], color=look["color"], lw=0.8, alpha=0.7)
+                x = found.index * 1.012 ** (i - len(keys) / 2) if log[0] else found.index  # beside each other
+                look = dict(color=color_of(*key, rows), label=title_of(*key, rows=rows))
+                ax.plot(x, found["mean"], marker=marker_of(key[1], key[0], rows), ms=4, lw=1.2, **look)
+                ax.vlines(x, found["min"], found["max"], color=look["color"], lw=0.8, alpha=0.7)
             if log[1]:
                 scale_log(ax, "y")
             if log[0]:

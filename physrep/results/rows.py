@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 
 from ..core.files import default_data_dir
-from ..core.names import check_numbers, seeds_in, short_name, split_name, tagged
+from ..core.names import refuse_old_name, refuse_text_numbers, seeds_in, short_name, split_name, tagged
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES, objective_class
@@ -48,7 +48,7 @@ class Row:
     predictions: dict = field(default_factory=dict, hash=False)  # system -> CSV, see `results.submissions`
 
     @property
-    def pair(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, str]:
         """(objective, encoder) as they stand in results: of `my_package.module:Class` it is `Class`, and a variant of a
         row has its tag, `jepa.near`."""
         return tagged(short_name(self.objective), self.tag), short_name(self.encoder)
@@ -56,7 +56,7 @@ class Row:
     @property
     def name(self) -> str:
         "The row in names of jobs, files and presets, e.g. `mae-vit`."
-        return "-".join(self.pair)
+        return "-".join(self.key)
 
     @property
     def network(self) -> tuple[str, dict]:
@@ -75,7 +75,7 @@ ROWS: tuple[Row, ...] = (
     Row("jepa", "convnext", "JEPA ConvNeXt", "#08306B", "s"),
     Row("jepa", "convnext", "JEPA periodic ConvNeXt", "#0072B2", "P", tag="circular", encoder_config=PERIODIC),
     Row("jepa", "vit", "JEPA ViT", "#5BA3D9", "o"),
-    Row("jepa_ema", "vit", "masked JEPA ViT", "#00B3B3", "o"),
+    Row("masked_jepa", "vit", "masked JEPA ViT", "#00B3B3", "o"),
     Row("mae", "vit", "MAE ViT", "#D55E00", "o"),
     Row("forecast", "vit", "forecast ViT", "#E69F00", "o"),
     Row("invariance", "vit", "invariance ViT", "#CC79A7", "o"),
@@ -84,7 +84,7 @@ ROWS: tuple[Row, ...] = (
     Row("autoencoder", "vit", "autoencoder ViT", "#8C6D31", "o", main=False),
     Row("next_frame", "axial", "next frame axial", "#A50F15", "^", main=False),
     Row("disco", "vit_code", "DISCO ViT", "#88CCEE", "o", main=False),
-    Row("jepa_ema", "convnext", "masked JEPA ConvNeXt", "#00B3B3", "s", main=False),
+    Row("masked_jepa", "convnext", "masked JEPA ConvNeXt", "#00B3B3", "s", main=False),
     Row("jepa_sigreg", "convnext", "JEPA with SIGReg ConvNeXt", "#332288", "s", main=False),
     Row("mae", "convnext", "MAE ConvNeXt", "#D55E00", "s", main=False),
     Row("forecast", "convnext", "forecast ConvNeXt", "#E69F00", "s", main=False),
@@ -113,6 +113,7 @@ def chosen_rows(only: str = "", rows: Sequence[Row] = ROWS) -> tuple[Row, ...]:
     names = only.split(",")
     valid = [row.name for row in rows if row.kind != "baseline"]
     if unknown := [name for name in names if name not in valid]:
+        refuse_old_name(unknown[0], "row")
         raise ValueError(f"unknown row {', '.join(unknown)}; valid: all, {', '.join(valid)}")
     return tuple(row for row in rows if row.kind == "baseline" or row.name in names)
 
@@ -141,7 +142,7 @@ SPLIT_ORDER = ("valid", "test", "shifted")
 def _find(objective: str | None, encoder: str | None, rows: Sequence[Row]) -> Row | None:
     "The first row with that objective and encoder; None stands for any."
     for row in rows:
-        if objective in (None, row.objective, row.pair[0]) and encoder in (None, row.encoder, row.pair[1]):
+        if objective in (None, row.objective, row.key[0]) and encoder in (None, row.encoder, row.key[1]):
             return row
     return None
 
@@ -183,14 +184,14 @@ def ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:
 def row_order(measured: pd.DataFrame | Sequence[Any], rows: Sequence[Row] = ROWS) -> list[tuple[str, str]]:
     "The different (objective, encoder) of a table, or of what has the two as attributes, in the order of `rows`."
     if isinstance(measured, pd.DataFrame):
-        pairs = set(zip(measured.objective, measured.encoder))
+        keys = set(zip(measured.objective, measured.encoder))
     else:
-        pairs = {m.pair if getattr(m, "tag", "") else (m.objective, m.encoder) for m in measured}
-    place: dict[tuple[str, str], tuple[bool, int]] = {}
+        keys = {m.key if getattr(m, "tag", "") else (m.objective, m.encoder) for m in measured}
+    order: dict[tuple[str, str], tuple[bool, int]] = {}
     for i, row in enumerate(rows):
-        for pair in (row.pair, (row.objective, row.encoder)):
-            place.setdefault(pair, (row.kind == "baseline", i))
-    return sorted(pairs, key=lambda pair: (*place.get(pair, (False, len(rows))), pair))
+        for key in (row.key, (row.objective, row.encoder)):
+            order.setdefault(key, (row.kind == "baseline", i))
+    return sorted(keys, key=lambda key: (*order.get(key, (False, len(rows))), key))
 
 # %% ../../nbs/results/rows.ipynb #bace79c7
 _CHANGES = ("coefficients", "encoder_config", "recipe", "predictions")
@@ -215,7 +216,7 @@ def _row_from(entry: object, folder: Path) -> Row:
         raise ValueError(f"{' and '.join(missing)} missing; a row has an objective and an encoder")
     if not is_color_like(entry.get("color", "k")) or entry.get("marker", "o") not in Line2D.markers:
         raise ValueError(f"color {entry.get('color')!r} or marker {entry.get('marker')!r} is none of matplotlib's")
-    check_numbers("it", {name: entry[name] for name in _CHANGES if name in entry})
+    refuse_text_numbers("it", {name: entry[name] for name in _CHANGES if name in entry})
     if "predictions" in entry:
         if not re.fullmatch(r"[\w.]+", entry["objective"]) or entry["objective"] in OBJECTIVES or entry.get("tag"):
             raise ValueError(
@@ -271,14 +272,14 @@ class Study:
             raise ValueError(f"row {row.name} has no run: it is of kind {row.kind}")
         parts = dict(coefficients=row.coefficients, encoder_config=row.encoder_config, recipe=row.recipe, tag=row.tag)
         seed = self.seeds[0] if seed is None else seed
-        places = dict(data_dir=self.data_dir, run_dir=self.run_dir)
-        return resolve(system, row.objective, row.encoder, self.preset, seed=seed, **places, **parts)
+        folders = dict(data_dir=self.data_dir, run_dir=self.run_dir)
+        return resolve(system, row.objective, row.encoder, self.preset, seed=seed, **folders, **parts)
 
     def runs(self, row: Row, system: str) -> list[Run]:
         "The runs of a row in a system, one a seed."
         return [self.run(row, system, seed) for seed in self.seeds]
 
-    def place(self, system: str) -> Path:
+    def system_folder(self, system: str) -> Path:
         "The folder of all runs and baselines of a system."
         return system_folder(self.preset, get_system(system), self.run_dir)
 
@@ -290,7 +291,7 @@ class Study:
         if row.objective == "equations" and not has_oracle(named):
             return []
         if row.kind in ("baseline", "predictions"):
-            return [self.place(system) / row.objective]
+            return [self.system_folder(system) / row.objective]
         return [run.folder for run in self.runs(row, system)]
 
     def results(self, system: str) -> list[Path]:
@@ -299,8 +300,8 @@ class Study:
         if missing := [f"{f.parent.name}/{f.name}" for f in folders if not (f / "result.json").is_file()]:
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             raise FileNotFoundError(
-                f"no results yet of {', '.join(missing[:8])}{more} below {self.place(system)}; `make reproduce` makes "
-                "them, `make unpack` takes committed ones"
+                f"no results yet of {', '.join(missing[:8])}{more} below {self.system_folder(system)}; `make "
+                "reproduce` makes them, `make unpack` takes committed ones"
             )
         return folders
 

@@ -57,8 +57,8 @@ def table1(
 ) -> pd.DataFrame:
     "Mean error of every row with one probe: lines by title, a column for each system, the count of seeds."
     found = mean_errors(summary, probe, split)
-    titles = {pair: title_of(*pair, rows=rows) for pair in row_order(found, rows)}
-    found = found.assign(row=[titles[pair] for pair in zip(found.objective, found.encoder)])
+    titles = {key: title_of(*key, rows=rows) for key in row_order(found, rows)}
+    found = found.assign(row=[titles[key] for key in zip(found.objective, found.encoder)])
     table = found.pivot(index="row", columns="system", values="value").reindex(list(titles.values()))
     table = table[ordered(table.columns, tuple(SYSTEMS))].rename(columns=system_title)
     return table.assign(seeds=found.groupby("row").seeds.min())

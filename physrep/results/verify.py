@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.files import default_data_dir, project_root, read_json
 from ..core.names import load_object
-from ..core.provenance import changed
+from ..core.provenance import old_numbers
 from ..data.sets import find_files, fingerprint
 from ..physics.systems import SYSTEMS
 from .rows import ROWS, Study
@@ -75,7 +75,7 @@ def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
         record = read_json(folder / f"{name}.json")
         broken = _broken_files(folder, record)
         place = Path(data_dir or default_data_dir(record["preset"]))
-        stale = changed(record, *record["kinds"]) if record["kinds"] else []
+        stale = old_numbers(record, *record["kinds"]) if record["kinds"] else []
         now = {version: load_object(version, {}, "version") for version in record["experiment"]}
         stale += [f"{k} was {v}, is {now[k]}" for k, v in record["experiment"].items() if now[k] != v]
         data, unchecked = _changed_data(record, place)

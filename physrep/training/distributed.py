@@ -26,9 +26,9 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.devices import memory_available, pick_device
-from ..core.names import check_numbers, seeds_in
+from ..core.names import refuse_text_numbers, seeds_in
 from ..data.batches import Batches
-from ..objectives.composite import Composite, without_place
+from ..objectives.composite import Composite, without_position
 from ..objectives.regularisers import NoRegulariser, PooledVICReg
 from ..objectives.supervised import Supervised
 from ..objectives.tasks import Blocks
@@ -63,8 +63,8 @@ def mean_over_samples(objective: nn.Module) -> bool:
         return isinstance(objective, Supervised)
     outside = [name for name in normed if not name.startswith("regulariser.")]
     fitted = getattr(objective.target, "whitening", None) is not None
-    by_place = getattr(objective, "by_place", False)  # of cells
-    return not (outside or fitted or by_place or isinstance(objective.task, Blocks))
+    by_position = getattr(objective, "by_position", False)  # of cells
+    return not (outside or fitted or by_position or isinstance(objective.task, Blocks))
 
 
 def gather_features(objective: Composite) -> None:
@@ -79,7 +79,7 @@ def gather_features(objective: Composite) -> None:
                 sides = [(x if x.dtype == torch.float64 else x.float()) for x in sides]
                 sides = [x.mean(dim=1, keepdim=True) if x.ndim == 3 else x for x in sides]
             sides = [gather(x) for x in sides]
-        return tuple(without_place(x) if centre else x for x in sides), kwargs
+        return tuple(without_position(x) if centre else x for x in sides), kwargs
 
     objective.regulariser.register_forward_pre_hook(whole, with_kwargs=True)
 
@@ -209,7 +209,7 @@ def mapping(text: str) -> dict:
     "A mapping written as YAML, such as `{variance: 40}`; an error of `argparse` for anything else."
     try:
         value = yaml.safe_load(text)
-        check_numbers("it", value)
+        refuse_text_numbers("it", value)
     except (yaml.YAMLError, TypeError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(value, dict):

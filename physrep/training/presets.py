@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..core.names import refuse_old_name
 from ..data.generate import SOLVERS, SimPreset
 from ..models.encoders import ENCODERS
 from ..objectives.methods import OBJECTIVES
@@ -145,7 +146,7 @@ _PREDICTOR = dict(predictor_scale=0.1, predictor_hidden=64)
 _DECODER = dict(decoder_width=64, decoder_depth=2)
 _LAPTOP_OBJECTIVES: dict[str, dict] = {
     "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, centre=True, **_PREDICTOR),
-    "jepa_ema": dict(mask="tube", ratio=0.75, momentum=0.99, predictor_depth=2),
+    "masked_jepa": dict(mask="tube", ratio=0.75, momentum=0.99, predictor_depth=2),
     "jepa_sigreg": dict(offset=16, sigreg=0.05, centre=True, predictor_scale=0.1, predictor_width=64),
     "mae": dict(ratio=0.75, patch=(4, 4, 4), **_DECODER),
     "forecast": dict(frames=8, patch=(4, 4, 4), **_DECODER),
@@ -166,7 +167,7 @@ def _three_minutes(steps: int, batch_size: int, lr: float, weight_decay: float =
 _LAPTOP_TRAIN = {
     "jepa": _three_minutes(700, batch_size=16, lr=1e-3),
     "jepa-convnext": _three_minutes(750, batch_size=16, lr=1e-3),
-    "jepa_ema": _three_minutes(1700, batch_size=16, lr=1e-3),
+    "masked_jepa": _three_minutes(1700, batch_size=16, lr=1e-3),
     "jepa_sigreg": _three_minutes(550, batch_size=16, lr=1e-3),
     "mae": _three_minutes(3200, batch_size=8, lr=2e-3),
     "forecast": _three_minutes(2600, batch_size=8, lr=4e-3),
@@ -180,7 +181,7 @@ _LAPTOP_TRAIN = {
 # %% ../../nbs/training/presets.ipynb #5d3e81aa
 _TUNED_OBJECTIVES = {
     "jepa-vit": _LAPTOP_OBJECTIVES["jepa"] | dict(invariance=10.0),
-    "jepa_ema-vit": _LAPTOP_OBJECTIVES["jepa_ema"] | dict(ratio=0.9),
+    "masked_jepa-vit": _LAPTOP_OBJECTIVES["masked_jepa"] | dict(ratio=0.9),
     "mae-vit": _LAPTOP_OBJECTIVES["mae"] | dict(ratio=0.5, target_norm="none"),
     "forecast-vit": _LAPTOP_OBJECTIVES["forecast"] | dict(frames=4, target="change"),
     "invariance-vit": _LAPTOP_OBJECTIVES["invariance"] | dict(shown=0.25, covariance=25.0),
@@ -188,7 +189,7 @@ _TUNED_OBJECTIVES = {
 _TUNED_TRAIN = {
     "jepa-convnext": _three_minutes(750, batch_size=16, lr=5e-5),
     "jepa-vit": _three_minutes(700, batch_size=16, lr=5.1e-4, weight_decay=0.015),
-    "jepa_ema-vit": _three_minutes(2047, batch_size=16, lr=5.1e-4, weight_decay=0.015),
+    "masked_jepa-vit": _three_minutes(2047, batch_size=16, lr=5.1e-4, weight_decay=0.015),
     "mae-vit": _three_minutes(4842, batch_size=4, lr=6.6e-3, weight_decay=0.2),
     "forecast-vit": _three_minutes(1999, batch_size=8, lr=1.9e-3, weight_decay=0.077),
     "invariance-vit": _three_minutes(923, batch_size=64, lr=1.9e-3, weight_decay=0.077),
@@ -198,8 +199,8 @@ _NOT_TUNED = {  # row in a system -> what it keeps of those above
     "jepa-convnext@rayleigh_benard": "jepa-convnext",
     "jepa.circular-convnext@active_matter": "jepa-convnext",
     "jepa-vit@active_matter": "jepa",
-    "jepa_ema-vit@rayleigh_benard": "jepa_ema",
-    "jepa_ema-vit@active_matter": "jepa_ema",
+    "masked_jepa-vit@rayleigh_benard": "masked_jepa",
+    "masked_jepa-vit@active_matter": "masked_jepa",
     "mae-vit@rayleigh_benard": "mae",
     "forecast-vit@rayleigh_benard": "forecast",
     "supervised-vit@rayleigh_benard": "supervised",
@@ -264,7 +265,7 @@ _GPU = Preset(
         name: Recipe(steps=steps, batch_size=batch_size, lr=1e-3, precision="bfloat16")
         for name, (steps, batch_size) in {
             "jepa": (1500, 16),
-            "jepa_ema": (3000, 32),
+            "masked_jepa": (3000, 32),
             "jepa_sigreg": (1500, 16),
             "mae": (3000, 32),
             "forecast": (3000, 32),
@@ -302,13 +303,13 @@ _PAPER = Preset(
         "mae": dict(
             ratio=0.9, patch=(2, 16, 16), target_norm="patch", decoder_width=192, decoder_depth=4, decoder_heads=3
         ),
-        "jepa_ema": dict(ratio=0.9),
+        "masked_jepa": dict(ratio=0.9),
         "disco": dict(stages=4, hidden=64),
         "invariance": dict(shown=0.25),  # its losses need many pairs at once
     },
     train=_paper_recipes(
         jepa=32,
-        jepa_ema=16,
+        masked_jepa=16,
         jepa_sigreg=32,
         mae=8,
         forecast=16,
@@ -369,7 +370,7 @@ def _fits(value: object, kind: Any) -> bool:
 
 
 def _built(cls: type, values: object, where: str) -> Any:
-    "An instance of a dataclass from a mapping; ValueError that names the place, and unknown, missing or wrong fields."
+    "An instance of a dataclass from a mapping; ValueError that names where, and unknown, missing or wrong fields."
     known = get_type_hints(cls)
     names = ", ".join(name for name in known if name != "name")  # that of a preset is no field of its file
     if not isinstance(values, Mapping):
@@ -388,7 +389,7 @@ def _built(cls: type, values: object, where: str) -> Any:
 
 
 def recipe_from(values: Mapping, where: str) -> Recipe:
-    "A recipe from its fields; ValueError that names the place, and what is unknown, missing or no such value."
+    "A recipe from its fields; ValueError that names where, and what is unknown, missing or no such value."
     return _built(Recipe, values, where)
 
 # %% ../../nbs/training/presets.ipynb #f5c5d17e
@@ -412,6 +413,9 @@ def _given(path: Path) -> dict:
             f"{path}: `tuned` is no field any more. Write the recipe of a row under train, as mae-vit, or as "
             "mae-vit@shear_flow for one system, and its coefficients likewise under objectives"
         )
+    for field in ("train", "objectives"):
+        for key in given[field] if isinstance(given.get(field), dict) else ():
+            refuse_old_name(str(key), f"{path}: {field}:")
     return given
 
 

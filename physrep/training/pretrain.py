@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from ..core.devices import fast_products, keep_memory
 from ..core.files import read_json, write_json
-from ..core.provenance import changed, provenance
+from ..core.provenance import old_numbers, provenance
 from ..data.batches import Batches, ViewBatches
 from ..data.scaling import Normaliser
 from ..data.windows import Windows
@@ -44,7 +44,7 @@ def claim(run: Run, record: dict, resume: bool, say: Callable[[str], None] = pri
     path = folder / "provenance.json"
     trained = path.is_file() and (finished or (folder / "checkpoint").is_dir())  # here, not elsewhere
     old = read_json(path) if trained else {}
-    stale = changed(old, "PHYSICS", "TRAINING") if old else []
+    stale = old_numbers(old, "PHYSICS", "TRAINING") if old else []
     if old and old.get("data") != record["data"]:
         stale.append("its data changed")
     if old and not resume:

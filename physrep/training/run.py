@@ -28,7 +28,7 @@ from ..data.sets import find_files
 from ..data.well import WellFile
 from ..data.windows import Windows, check_alike, check_disjoint
 from ..models.encoders import ENCODERS, build_encoder
-from ..objectives.methods import build_objective, check_pair, objective_class
+from ..objectives.methods import RANDOM_KEYS, build_objective, check_row, objective_class
 from ..physics.systems import SYSTEMS, System, get_system
 from .loop import Recipe
 from .presets import Preset, get_preset, recipe_from
@@ -204,11 +204,23 @@ def build(run: Run) -> torch.nn.Module:
         encoder = build_encoder(run.encoder, in_channels=run.system.n_channels, **run.encoder_config)
         if hasattr(encoder, "wrap_for"):  # which axes are periodic
             encoder.wrap_for(run.seen_system)
-        torch.manual_seed(seed_for("objective", run.objective, run.seed))
+        torch.manual_seed(seed_for("objective", RANDOM_KEYS.get(run.objective, run.objective), run.seed))
         asked = dict(system=run.seen_system, shape=run.clip_shape)
         return build_objective(run.objective, encoder, **asked, **run.coefficients)
 
 
+def __getattr__(name: str) -> object:  # of version 0.2, until 0.4
+    if name in _GONE:
+        raise ImportError(f"physrep.training.run.{name} is gone since version 0.3: use {_GONE[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_GONE = {
+    "Setup": "physrep.training.run.Run",
+    "baseline_folder": "physrep.results.rows.Study.results",
+    "seen_system": "Run.seen_system",
+    "network_key": "Run.network_key",
+}
 _ASKED: dict[tuple, tuple[int, tuple]] = {}  # frames and views of objectives that were built before, by `network_key`
 
 # %% ../../nbs/training/run.ipynb #6079f0ac
@@ -290,7 +302,7 @@ def resolve(
     with zeros at walls, and where the paper's crop cuts an axis. Raises ValueError for unknown names and impossible
     values; the message lists the valid ones."""
     preset = get_preset(preset)
-    encoder = check_pair(objective, encoder)
+    encoder = check_row(objective, encoder)
     if objective == "frozen" and ":" not in encoder:
         raise ValueError(
             f"objective frozen probes an encoder of your own: my_package.module:make_encoder, not {encoder!r}"
