@@ -108,6 +108,7 @@ def test_every_cell_takes_as_many_operations_as_mae():
         cell_run(LAPTOP, "tube-pixel-vit", SYSTEM)
 
 
+@pytest.mark.long
 def test_a_cell_over_random_weights(study):
     train_cell(study, PAPER_CELLS["VideoMAE"], SYSTEM, [0], progress=False)
     cells, levels = cell_ratios(study, SYSTEM)
@@ -117,6 +118,7 @@ def test_a_cell_over_random_weights(study):
     assert plot_factorial(levels, cells).axes
 
 
+@pytest.mark.long
 def test_every_variant_costs_what_its_row_costs():
     for name, variant in VARIANTS.items():
         run, usual = variant_run(LAPTOP, name, variant, SYSTEM)
@@ -154,6 +156,7 @@ def test_recipes_of_the_laptop_preset_are_by_hand_or_those_that_the_committed_tr
             assert lr in (hand.recipe.lr, trial.recipe.lr), f"{row.name} of {system} has learning rate {lr}"
 
 
+@pytest.mark.long
 def test_a_search_ranks_its_trials_and_a_diverged_one_does_not_end_it(study, monkeypatch):
     row, worst = ("mae", "vit"), tuning.trial_run(study, ("mae", "vit"), 1).recipe.lr
 
