@@ -127,6 +127,7 @@ def test_every_variant_costs_what_its_row_costs():
             assert cost(run)["total"] == pytest.approx(cost(usual)["total"], rel=0.05), name
 
 
+@pytest.mark.long
 def test_a_variant_over_its_row(study):
     train_variant(study, "more_hidden", [0], progress=False)
     [line] = variant_ratios(study).itertuples()

@@ -243,6 +243,7 @@ assert [p.suffix for p in folder.iterdir()] == [".safetensors"], "the file of ex
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory that does not count mapped files")
+@pytest.mark.long
 def test_tokens_larger_than_memory(tmp_path):
     "With room for 150 MB, 400 MB of tokens are extracted, kept, pooled and taken in any order, but not without a file."
     for limit, fits in ((2**24, True), (2**40, False)):

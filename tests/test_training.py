@@ -40,6 +40,7 @@ def equal(one: Path, two: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.long
 def test_the_learning_curve_is_of_finished_encoders(smoke):
     "A run of 64 updates finishes encoders after 1, 4 and 16; each is that of a shorter run with the same warm-up."
     folder = pretrain(smoke("forecast", steps=64, recipe={"warmup": 1 / 32}), **quiet)
