@@ -305,7 +305,7 @@ def plot_probes(both: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Fig
                 ax.plot([r.vrmse, r.vrmse], [r.low, r.high], color=row.color, lw=1)
                 name = title_of(*row.key, rows=rows)
                 ax.plot(r.vrmse, r.error, row.marker, color=row.color, ms=5, label=name)
-            ax.set(ylim=(0, None), xlim=(0, None))
+            ax.set(ylim=(0, 1.05 * here.high.max()), xlim=(0, 1.1 * here.vrmse.max()))
             ax.set_title(in_lines(system_title(str(system))), fontsize=SMALL + 0.5)
             ax.set_xlabel(f"VRMSE of frame {both.step.iloc[0]}", fontsize=SMALL)
             ax.grid()

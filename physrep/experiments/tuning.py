@@ -250,7 +250,7 @@ def plot_tuning(table: pd.DataFrame, title: str = "") -> Figure:
         ax = fig.subplots()
         for y, row in enumerate(rows):
             part = table[(table.objective == row[0]) & (table.encoder == row[1]) & (table.seed == TUNING_SEED)]
-            ax.plot(part.score, np.full(len(part), y), "o", ms=5, color=color_of(row[0]), alpha=0.6, mec="none")
+            ax.plot(part.score, np.full(len(part), y), "o", ms=5, color=color_of(*row), alpha=0.6, mec="none")
             hand = part[part.number == 0]
             ax.plot(hand.score, np.full(len(hand), y), "o", ms=9, mfc="none", mec="black", label="" if y else "by hand")
         ax.set_yticks(range(len(rows)), [title_of(*row) for row in rows], fontsize=SMALL)
