@@ -57,6 +57,26 @@ def test_links_lead_somewhere(path):
     assert not broken_links(path)
 
 
+def test_numbers_of_readme_and_findings_are_those_of_the_figures():
+    done = subprocess.run([sys.executable, "tools/readme_numbers.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_contents_list_every_notebook_and_guide_once():
+    listed = [name for names in build.notebooks().values() for name in names]
+    there = (p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    assert sorted(listed) == sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in there)
+    assert sorted([*build.listed(r"\((\w+)\.md\)"), "contents"]) == sorted(p.stem for p in build.PAGES.glob("*.md"))
+
+
+def test_a_folder_of_others_is_not_written_anew(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "thesis.tex").touch()
+    with pytest.raises(SystemExit, match="was not made by this script"):
+        build.stage(tmp_path / "source")
+    assert (tmp_path / "source" / "thesis.tex").exists()
+
+
 def test_the_check_of_links_sees_broken_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     page = tmp_path / "a.md"

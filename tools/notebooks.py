@@ -1,7 +1,7 @@
 """Brings notebooks and what is made of them up to date.
 
     python tools/notebooks.py [--preset laptop] [names]    execute, clean, export
-    python tools/notebooks.py --readme                     README.md from nbs/index.ipynb
+    python tools/notebooks.py --readme                     README.md from nbs/index.ipynb, and the lines *Next*
 
 Notebooks of the library are executed in place; stages and experiments get their outputs from the runs of a preset. With
 names (core/files, 03_pretrain) only those.
@@ -126,6 +126,29 @@ def from_root(text: str) -> str:
     return text.replace("](../", "](")
 
 
+def write_next() -> None:
+    "The line *Next* at the end of every notebook, which leads along the page of contents."
+    text = (ROOT / "tools/docs/pages/contents.md").read_text(encoding="utf-8")
+    road = [NBS / f"{name}.ipynb" for name in re.findall(r"/nbs/([\w/]+)\.ipynb", text)]
+    for path, following in zip(road, [*road[1:], None]):
+        line = "**Next:** this is the end of the road."
+        if following:
+            told = nbformat.read(following, 4)
+            told = "\n".join(c.source for c in told.cells if c.cell_type == "markdown")
+            title, about = (re.search(rf"^{mark} (.+)", told, re.M)[1].strip() for mark in "#>")
+            line = f"**Next:** [{title}]({os.path.relpath(following, path.parent)}): {about}"
+        notebook = nbformat.read(path, 4)
+        texts = [c for c in notebook.cells if c.cell_type == "markdown"]
+        last = next((c for c in texts if "**Next:**" in c.source), None)
+        if last is None:
+            notebook.cells.append(last := nbformat.v4.new_markdown_cell(id=f"next-{path.stem}"[:64]))
+        rest = re.sub(r"\n*^\*\*Next:\*\*.*(?:\n(?!\n).*)*", "", last.source, flags=re.M).rstrip()
+        wanted = f"{rest}\n\n{line}".lstrip()
+        if last.source != wanted:
+            last.source = wanted
+            nbformat.write(notebook, path)
+
+
 def write_readme() -> None:
     "README.md: the text of nbs/index.ipynb."
     cells = [c.source for c in nbformat.read(NBS / "index.ipynb", 4).cells if c.cell_type == "markdown"]
@@ -162,5 +185,6 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     if asked.readme:
         write_readme()
+        write_next()
     else:
         update(chosen(asked.names), asked.preset)

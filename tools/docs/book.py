@@ -1,10 +1,14 @@
 """The book's extension of Sphinx: anchors as Jupyter makes them, equations as MathML, and docstrings in Markdown."""
 
+import ast
+import inspect
+import io
 import re
+import textwrap
+import tokenize
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
-from fastcore.docments import docments
 from sphinx.util import logging
 
 # commands that the converter of docutils lacks, in others that it has
@@ -49,12 +53,26 @@ def to_rst(line: str) -> str:
     return "".join(parts)
 
 
+def beside_arguments(thing: object) -> dict[str, str]:
+    "Comments beside the arguments of a function, or the fields of a dataclass: name -> text."
+    code = textwrap.dedent(inspect.getsource(thing))
+    defined = ast.parse(code).body[0]
+    last = defined.body[0].lineno if isinstance(defined, ast.FunctionDef) else len(code.splitlines()) + 1
+    first, found = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        row = token.start[0]
+        if token.type == tokenize.NAME:
+            first.setdefault(row, token.string)
+        elif token.type == tokenize.COMMENT and row < last and first.get(row) in inspect.signature(thing).parameters:
+            found.setdefault(first[row], token.string.lstrip("# "))
+    return found
+
+
 def process_docstring(app, what: str, name: str, thing: object, options, lines: list[str]) -> None:
     "Docstrings are Markdown, and arguments are described in comments beside them; Sphinx reads RST."
     lines[:] = [to_rst(line) for line in lines]
     if what in ("function", "method") or (what == "class" and "__dataclass_fields__" in vars(thing)):
-        told = {name: text for name, text in docments(thing).items() if text and name != "return"}
-        lines += ["", *(f":param {name}: {to_rst(' '.join(text.split()))}" for name, text in told.items()), ""]
+        lines += ["", *(f":param {name}: {to_rst(text)}" for name, text in beside_arguments(thing).items()), ""]
 
 
 def setup(app) -> dict:

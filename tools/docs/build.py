@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -22,52 +21,22 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent.parent
 NBS = ROOT / "nbs"
 PAGES = ROOT / "tools" / "docs" / "pages"
-# What the book holds, in its order: guides; packages from the lowest floor, with the notebooks to begin with. What is
-# not listed comes last, and notebooks at the top of nbs/ are in the order of their numbers.
-GUIDES = "start install contents which_encoder frozen_encoder own_data add_objective the_well findings"
-CHAPTERS = {
-    "core": ("Files, seeds, records of what made a result.", "provenance"),
-    "physics": ("Three solvers, statistics and spectra, an equation oracle, measures.", "systems spectral shear_flow"),
-    "data": ("The Well's files, windows, batches, leaks between splits.", "well windows leakage remote"),
-    "models": ("Encoders, heads, saved encoders.", "convnext vit axial avit pretrained"),
-    "objectives": (
-        "What an encoder is trained for, in parts: task, predictor, target, regulariser.",
-        "tasks jepa mae forecast disco invariance methods",
-    ),
-    "training": ("Presets (every number of a run), the loop, a run and its folder.", "presets loop watch run"),
-    "probing": ("Frozen features, probes, scores and their intervals.", "frozen scores few_labels evaluate"),
-    "results": ("Rows of the table, paired differences, figures and a check of them.", "rows table comparison verify"),
-    "experiments": ("What the experiments call.", "jobs table1 few_labels rollout"),
-    "explore": ("Sliders, films and live answers: what the page of `make app` is made of.", "live pictures perturb"),
-}
+CONTENTS = PAGES / "contents.md"  # what the book holds, in its order
 PROJECT = ("CONTRIBUTING", "CHANGELOG")
+MARK = ".made-by-make-docs"
 
 
-def in_order(names: Iterable[str], first: str) -> list[str]:
-    "Those of `first` that there are, then the others by name."
-    order = {name: i for i, name in enumerate(first.split())}
-    return sorted(names, key=lambda name: (order.get(name, len(order)), name))
-
-
-def chapter(folder: str) -> list[str]:
-    "Names (`physics/oracle`) of the notebooks of a package, each after those that it imports."
-    left = in_order((p.stem for p in (NBS / folder).glob("*.ipynb")), CHAPTERS.get(folder, ("", ""))[1])
-    uses = {}
-    for name in left:
-        code = (ROOT / "physrep" / folder / f"{name}.py").read_text(encoding="utf-8")
-        uses[name] = set(re.findall(r"\w+", " ".join(re.findall(r"^from \.(?!\.).*", code, re.M)))) - {name}
-    order: list[str] = []
-    while left:
-        order.append(next(name for name in left if not uses[name] & set(left)))  # Python refuses a circle
-        left.remove(order[-1])
-    return [f"{folder}/{name}" for name in order]
+def listed(pattern: str) -> list:
+    "What a pattern finds in the page of contents, in its order."
+    return re.findall(pattern, CONTENTS.read_text(encoding="utf-8"), re.M)
 
 
 def notebooks() -> dict[str, list[str]]:
-    "Names of all notebooks in reading order, by folder; the empty name is for those at the top."
-    folders = (p.name for p in NBS.iterdir() if any(p.glob("*.ipynb")))
-    top = sorted(p.stem for p in NBS.glob("*.ipynb"))
-    return {"": top} | {folder: chapter(folder) for folder in in_order(folders, " ".join(CHAPTERS))}
+    "Names (`physics/oracle`) of all notebooks in reading order, by folder; the empty name is for those at the top."
+    found: dict[str, list[str]] = {"": ["index"]}
+    for name in listed(r"/nbs/([\w/]+)\.ipynb"):
+        found.setdefault(name.rpartition("/")[0], []).append(name)
+    return found
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -131,9 +100,9 @@ def toctree(entries: list[str]) -> str:
     return "\n".join(["```{toctree}", ":hidden:", ":maxdepth: 2", "", *entries, "```"])
 
 
-def contents(title: str, subtitle: str, entries: list[str], listed: str = "") -> str:
+def contents(title: str, subtitle: str, entries: list[str], lines: str = "") -> str:
     "A page of contents."
-    return f"# {title}\n\n> {subtitle}\n\n{listed}\n\n{toctree([f'/{e}' for e in entries])}\n"
+    return f"# {title}\n\n> {subtitle}\n\n{lines}\n\n{toctree([f'/{e}' for e in entries])}\n"
 
 
 def listing(paths: list[Path]) -> str:
@@ -157,7 +126,11 @@ def figures_page(kept: list[str]) -> str:
 
 def stage(folder: Path, only: tuple[str, ...] = ("",)) -> list[str]:
     "Writes the source of the book to a folder, anew; `only`: beginnings of names of notebooks. Returns their names."
+    if folder.exists() and not (folder / MARK).is_file():
+        raise SystemExit(f"{folder} was not made by this script, which writes it anew; name another --out")
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
 
     def write(name: str, text: str) -> None:
         "A page, and the pictures and files that it links."
@@ -174,21 +147,21 @@ def stage(folder: Path, only: tuple[str, ...] = ("",)) -> list[str]:
     kept = [n for names in found.values() for n in names]
     for name in kept:
         write(f"nbs/{name}.ipynb", nbformat.writes(page_of(name)))
-    guides = [f"tools/docs/pages/{g}" for g in in_order((p.stem for p in PAGES.glob("*.md")), GUIDES)]
+    guides = [f"tools/docs/pages/{g}" for g in ("contents", *listed(r"\((\w+)\.md\)"))]
     for name in (*guides, *PROJECT):
         write(f"{name}.md", (ROOT / f"{name}.md").read_text(encoding="utf-8").replace("README.md", "index.md"))
     stages = [n for n in found.pop("") if n != "glossary"]
     paths = {n: NBS / f"{n}.ipynb" for n in kept}
-    told = {c: CHAPTERS.get(c, ("", ""))[0] for c, names in found.items() if names}
+    told = {c: about for c, about in listed(r"^\| (\w+) \| (.+?) \| \[") if found.get(c)}
     for c, about in told.items():
         entries = [f"nbs/{n}" for n in found[c]]
         write(f"nbs/{c}/index.md", contents(c, about, entries, listing([paths[n] for n in found[c]])))
-    listed = "\n".join(f"- [{c}](/nbs/{c}/index.md): {about}" for c, about in told.items())
+    lines = "\n".join(f"- [{c}](/nbs/{c}/index.md): {about}" for c, about in told.items())
     about = "Every module is a notebook that explains it, shows it and tests it. A chapter builds on those above it."
-    write("library.md", contents("Library", about, [f"nbs/{c}/index" for c in told], listed))
+    write("library.md", contents("Library", about, [f"nbs/{c}/index" for c in told], lines))
     about = "The notebooks that one runs: each has a cell of parameters, for `papermill` or the command `physrep`."
-    listed = listing([paths[n] for n in stages])
-    write("stages.md", contents("Stages and experiments", about, [f"nbs/{n}" for n in stages], listed))
+    lines = listing([paths[n] for n in stages])
+    write("stages.md", contents("Stages and experiments", about, [f"nbs/{n}" for n in stages], lines))
     about = "Pages for a purpose: what to type, in which order, and what it costs."
     write("guides.md", contents("Guides", about, guides, listing([ROOT / f"{g}.md" for g in guides])))
     write("project.md", contents("Project", "How to take part, and what has changed.", list(PROJECT)))
