@@ -309,7 +309,7 @@ def plot_benchmarks(updates: pd.DataFrame, reading: pd.DataFrame, solving: pd.Da
             right.plot(one.seconds, one.error, "o-", ms=4, label=name, **look)
         scale_log(right, "x")
         right.set_yscale("log")
-        right.set_xlabel("core-seconds of a shear flow", fontsize=SMALL)
+        right.set_xlabel("core-seconds of\na shear flow", fontsize=SMALL)
         right.set_ylabel("error of the velocity", fontsize=SMALL)
         right.legend(fontsize=SMALL, loc="upper center", bbox_to_anchor=(0.3, -0.3))
         if title:
