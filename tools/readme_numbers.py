@@ -94,6 +94,18 @@ def shifted_best() -> float:
     return found[[o.partition(".")[0] not in ("random", "supervised") and e != "none" for o, e in found.index]].min()
 
 
+def halved() -> tuple[int, int, int]:
+    "Encoders, and those with less than half the error of a constant on `test` and on flows that start in another way."
+    found = table("other_flows")
+    found = found[(found.asked == "parameters") & (found.encoder != "none") & (found.trained_on == found.system)]
+    test, shifted = (found[found.flows == flows].value for flows in ("test", "shifted"))
+    return len(test), int((test < 0.5).sum()), int((shifted < 0.5).sum())
+
+
+def speed(reader: str) -> float:
+    return table("benchmarks").set_index("reader").windows_per_second[reader]
+
+
 def digits(value: float, n: int = 2) -> str:
     return f"{value:.{n}f}"
 
@@ -153,6 +165,12 @@ PAGE: dict[str, Callable[[], tuple]] = {
         digits(rollout_error("persistence")),
     ),
     r"that of forecasts, (\S+)\. Least": lambda: (digits(shifted_best()),),
+    r"Of (\d+) encoders (\d+) have less than half the error of a constant on `test`, and (\d+) on": lambda: halved(),
+    r"update of a ViT is (\S+) times": lambda: (digits(table("benchmarks").times_plain.median()),),
+    r"read (\S+) times as fast as by The Well's own reader, and (\S+) times": lambda: (
+        digits(speed("physrep") / speed("The Well's reader"), 1),
+        digits(speed("physrep") / speed("copy in memory")),
+    ),
 }
 
 
