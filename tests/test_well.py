@@ -181,6 +181,13 @@ def test_labels_and_times_by_name_order_and_alias_that_may_vary(tmp_path):
     assert file.time.shape == (3, FRAMES) and file.dt == 0.5
 
 
+def test_points_in_nanometres_are_as_even_as_those_in_metres(tmp_path):
+    uneven = np.array([0.0, 1, 2, 3, 4, 6, 7, 8])
+    for unit in (1.0, 1e-9):
+        path = change(well_file(tmp_path / f"{unit}.hdf5"), replace("dimensions/x", uneven * unit))
+        assert np.isnan(WellFile(path, "shear_flow").spacing[0])
+
+
 def test_the_spacing_of_a_square_box_on_an_uneven_grid_is_that_of_the_file(tmp_path):
     "A published shear flow has a box of 1 x 2 whose longer axis is labelled from 0 to 1; one that we wrote has not."
     fields = make_fields("shear_flow", grid=(8, 16))

@@ -10,6 +10,7 @@ __all__ = ['project_root', 'default_data_dir', 'atomic_path', 'write_json', 'rea
 import hashlib
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     "A temporary path beside `path`; it takes its place when the block ends, and is removed if the block fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # threads and containers share a pid
     try:
         yield temporary
         with open(temporary, "rb") as f:

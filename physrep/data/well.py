@@ -212,9 +212,13 @@ def _read_fields(path: Path, file: h5py.File, system: System) -> list[_Stored]:
 def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ...]) -> np.ndarray:
     "Times as float64 `(T,)` or `(B, T)`; WellFormatError if these or the axes do not fit the fields `(B, T, x, y)`."
     time = _member(path, file, "dimensions/time")[()].astype(np.float64)
-    if time.shape not in (shape[1:2], shape[:2]) or not np.isfinite(time).all() or (np.diff(time) <= 0).any():
+    steps = np.diff(time)
+    if time.shape not in (shape[1:2], shape[:2]) or not np.isfinite(time).all() or (steps <= 0).any():
         what = f"be finite, increase, and have the shape {shape[1:2]} or {shape[:2]}; it is {time.shape}"
         raise WellFormatError(f"{path}: dimensions/time must {what}")
+    if steps.size and np.abs(steps / np.median(steps) - 1).max() > 0.01:
+        what = f"between {steps.min():g} and {steps.max():g} apart"
+        raise WellFormatError(f"{path}: by dimensions/time frames are {what}; they must be evenly spaced, to 1 %")
     axes = [_text(a) for a in file["dimensions"].attrs.get("spatial_dims", system.axes)]
     if axes != list(system.axes):
         asked = f"the axes of {system.name} are {list(system.axes)}"
@@ -251,7 +255,9 @@ def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
     spacing = []
     for axis in system.axes:
         steps = np.diff(_points(file, axis))
-        even = len(steps) > 0 and np.allclose(steps, steps.mean(), rtol=1e-3)
+        if (steps <= 0).any():
+            raise WellFormatError(f"{file.filename}: dimensions/{axis} must increase; it has a step of {steps.min():g}")
+        even = len(steps) > 0 and np.allclose(steps, steps.mean(), rtol=1e-3, atol=0)
         spacing.append(float(f"{steps.mean():.6g}") if even else math.nan)
     ours = INITIAL_CONDITION in file or WRITTEN_BY in file.attrs
     if system.name == "shear_flow" and not ours and math.isclose(2 * spacing[1], spacing[0], rel_tol=0.01):
