@@ -144,7 +144,9 @@ PAGE: dict[str, Callable[[], tuple]] = {
     r"without labels is (\S+) on the shear flow": lambda: (digits(best_without_labels("shear_flow")),),
     r"on the periodic ConvNeXt\), (\S+) in convection": lambda: (digits(best_without_labels("rayleigh_benard"), 3),),
     r"\(invariance\) and (\S+) in active matter": lambda: (digits(best_without_labels("active_matter")),),
-    r"with (\S+) on the shear flow\. Least": lambda: (digits(errors("kernel")["shear_flow", "spectra", "none"], 3),),
+    r"with (\S+) on the shear flow\. In convection their": lambda: (
+        digits(errors("kernel")["shear_flow", "spectra", "none"], 3),
+    ),
     r"In convection it has (\S+), and the same network trained on these labels has (\S+)\.": lambda: (
         digits(few("rayleigh_benard", "invariance", 16)),
         digits(few("rayleigh_benard", "supervised", 16)),
@@ -160,14 +162,15 @@ PAGE: dict[str, Callable[[], tuple]] = {
         digits(trial("jepa", "convnext")[0]),
         digits(trial("jepa", "convnext").min()),
     ),
-    r"frame 8 in each system: (\S+) on the shear flow, where the last given frame has (\S+)\.": lambda: (
+    r"frame 8 in each system: (\S+) on the shear flow, where the last given frame, held still, has (\S+)\.": lambda: (
         digits(rollout_error("forecast")),
         digits(rollout_error("persistence")),
     ),
-    r"that of forecasts, (\S+)\. Least": lambda: (digits(shifted_best()),),
-    r"Of (\d+) encoders (\d+) have less than half the error of a constant on `test`, and (\d+) on": lambda: halved(),
+    r"attentive error is that of forecasts, (\S+)\. Summary": lambda: (digits(shifted_best()),),
+    r"ones among them, (\d+) have less than half the error of a constant on `test`, and (\d+) on": lambda: halved()[1:],
+    r"Of (\d+) encoders, with random": lambda: halved()[:1],
     r"update of a ViT is (\S+) times": lambda: (digits(table("benchmarks").times_plain.median()),),
-    r"read (\S+) times as fast as by The Well's own reader, and (\S+) times": lambda: (
+    r"read (\S+) times as fast as by The Well's own reader, which is (\S+) of": lambda: (
         digits(speed("physrep") / speed("The Well's reader"), 1),
         digits(speed("physrep") / speed("copy in memory")),
     ),
