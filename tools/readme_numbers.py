@@ -119,7 +119,7 @@ def readme_row(key: tuple[str, str]) -> tuple[str, ...]:
 README: dict[str, Callable[[], tuple]] = {
     rf"\| {title} \| (\S+) \| (\S+) \| (\S+) \|": (lambda key=key: readme_row(key)) for title, key in ROWS.items()
 } | {
-    r"the higher error in (\d+) of (\d+) comparisons": lambda: (
+    r"MAE on a ViT in (\d+) of (\d+) comparisons": lambda: (
         *verdicts("paper_order", "worse"),
         len(table("paper_order")),
     ),
