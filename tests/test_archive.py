@@ -32,12 +32,12 @@ LAPTOP = get_preset("laptop")
 def scored(folder: Path, run: str = RUN, value: float = 0.5, **record: object) -> Path:
     "The folder of a run as probing leaves it, with files that are not kept; `record` over what made it."
     target = folder / run
-    (target / "curve").mkdir(parents=True)
+    target.mkdir(parents=True)
     result = {"value": value, "provenance": provenance() | record, "probing": LAPTOP.probing()}
     (target / "result.json").write_text(json.dumps(result))
-    for name in ("few.json", "curve.csv", "metrics.csv", "predictions.safetensors", "config.json", "curve/11.json"):
+    for name in ("few.json", "curve.csv", "metrics.csv", "predictions.safetensors", "config.json"):
         (target / name).write_bytes(f"{name} of {run}".encode())
-    for name in ("encoder.safetensors", "probe-linear.safetensors", "curve/11.safetensors", ".lock"):
+    for name in ("encoder.safetensors", "probe-linear.safetensors", ".lock"):
         (target / name).write_bytes(b"weights")
     return target
 
@@ -60,7 +60,7 @@ def test_what_a_table_needs_comes_back_to_the_byte_and_nothing_else(tmp_path):
     found = contents(tmp_path / "others" / RUN)
     found.pop(".unpacked")
     assert found == {name: path.read_bytes() for name, path in kept_files(there).items()}
-    assert "curve/11.json" in found and not [name for name in found if "encoder" in name or "probe" in name]
+    assert "few.json" in found and not [name for name in found if "encoder" in name or "probe" in name]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["archives", "others", "runs"]
 
 

@@ -158,8 +158,9 @@ def test_a_run_of_two_processes_is_that_of_one(run, one, two):
         a, b = pd.read_csv(one / name), pd.read_csv(other / name)
         assert set(a) - set(b) <= {"relative"} and set(b) <= set(a)
         assert np.allclose(a[b.columns], b, rtol=1e-4, atol=1e-5, equal_nan=True), name
-    for name in ("encoder.safetensors", "curve/4.safetensors"):
-        a, b = load_file(one / name), load_file(other / name)
+    single = replace(run, run_dir=one.parents[3])
+    for length in (16, 4):
+        a, b = (load_file(each.at(length).folder / "encoder.safetensors") for each in (single, double))
         assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-5) for k in a)
 
 
@@ -198,7 +199,7 @@ def test_a_killed_process_ends_the_others_and_the_next_call_resumes(run, two, tm
     start = time.monotonic()
     assert forked(dies) == [1, -signal.SIGKILL]
     assert time.monotonic() - start < 50, "without waiting for the patience of 60 seconds"
-    assert (run.folder / "checkpoint" / "last.safetensors").is_file()
+    assert (run.trunk / "checkpoint" / "last.safetensors").is_file()
     assert not (run.folder / "encoder.safetensors").exists()
     shutil.copytree(tmp_path / "together", tmp_path / "alone")
     assert forked(lambda group: pretrain(run, group=group, **quiet)) == [0, 0]
@@ -255,8 +256,8 @@ def test_wrong_options_are_named(option, message, capsys):
 
 def test_one_process_needs_no_launcher_and_leaves_no_result_of_another_encoder(smoke_data, tmp_path, capsys):
     folder = resolve("shear_flow", "random", "vit", "smoke", run_dir=tmp_path).folder
-    (folder / "curve").mkdir(parents=True)
-    for name in ("result.json", "result_finetuned.json", "curve/11.json", ".unpacked"):
+    folder.mkdir(parents=True)
+    for name in ("result.json", "result_finetuned.json", "result-kernel.json", ".unpacked"):
         (folder / name).write_text("{}")  # as `make unpack` leaves them
     names = ["--system", "shear_flow", "--objective", "random", "--encoder", "vit", "--preset", "smoke"]
     assert distributed.main([*names, "--data-dir", str(smoke_data), "--run-dir", str(tmp_path)]) == 0

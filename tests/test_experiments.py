@@ -15,7 +15,7 @@ from physrep.experiments import few_labels, other_flows, rollout, tuning
 from physrep.experiments.benchmarks import plainly, reading_file, time_readers, time_updates
 from physrep.experiments.factorial import CELLS, PAPER_CELLS, cell_ratios, cell_run, plot_factorial, train_cell
 from physrep.experiments.jobs import is_trained, train_and_score
-from physrep.experiments.learning_curves import learning_curves, ranks, score_snapshots, snapshot_files
+from physrep.experiments.learning_curves import learning_curves, ranks, score_snapshots, shorter_runs
 from physrep.experiments.table1 import over_random, paper_order, plot_paper_order, plot_table1, study_errors
 from physrep.experiments.variants import VARIANTS, plot_variants, train_variant, variant_ratios
 from physrep.objectives.emulators import Emulator, persistence_emulator
@@ -78,7 +78,7 @@ def test_the_papers_order_is_jepa_minus_mae():
 def test_curves_are_read_from_encoders_on_the_way(study):
     row = next(row for row in study.rows if row.name == "mae-vit")
     run = study.run(row, SYSTEM)
-    on_the_way = len(snapshot_files(run))
+    on_the_way = len(shorter_runs(run))
     files = score_snapshots(run)
     stamps = [file.stat().st_mtime_ns for file in files]
     assert [file.stat().st_mtime_ns for file in score_snapshots(run)] == stamps, "current ones are kept"

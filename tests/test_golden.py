@@ -114,11 +114,11 @@ def training() -> Numbers:
         run, folder = small_run(method, encoder), trained(method, encoder)
         batches = training_batches(run, training_windows(run))
         fields = next(iter(batches["valid"].evaluation(4)))["fields"][:, :, :8]
-        for name in ("encoder", "curve/2") if run.recipe else ("encoder",):
+        for length in (6, 2) if run.recipe else (0,):
             with torch.no_grad():
-                tokens = load_encoder(folder / f"{name}.safetensors").encoder.eval()(fields)
+                tokens = load_encoder(run.at(length).folder).encoder.eval()(fields)
             # a bias that no loss depends on goes where rounding sends it
-            found[f"{method}-{encoder}, {name}"] = fingerprint(tokens - tokens.mean(0))
+            found[f"{method}-{encoder}, {length} updates"] = fingerprint(tokens - tokens.mean(0))
         for table, columns in (("metrics", ("loss", "valid_loss", "effective_rank")), ("curve", ("online", "gate"))):
             rows = read_metrics(folder / f"{table}.csv")
             for column in columns:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from physrep.results.rows import ROWS
+from physrep.training.cost import cost
 from physrep.training.loop import Recipe
-from physrep.training.presets import PRESETS, Preset, read_preset
+from physrep.training.presets import PRESETS, TFLOP, Preset, read_preset
 from physrep.training.run import resolve
 
 SYSTEMS = ("shear_flow", "rayleigh_benard", "active_matter")
@@ -44,9 +46,8 @@ def test_the_most_specific_name_counts():
     }.items():
         assert mine.recipe("mae", encoder, system, tag).steps == steps
         assert resolve(system, "mae", encoder, mine, tag=tag).recipe.steps == steps
+        assert resolve(system, "mae", encoder, mine, tag=tag, length=16).recipe.steps == 16 * steps
     assert mine.recipe("my:Own", "vit", "shear_flow").steps == 2, "that of mae for one from outside"
-    rates = {s: resolve(s, "jepa", "convnext", "paper").recipe.lr for s in ("active_matter", "shear_flow")}
-    assert rates == {"active_matter": 1e-3, "shear_flow": 1e-4}, "the paper's"
 
 
 @pytest.mark.parametrize(
@@ -55,12 +56,13 @@ def test_the_most_specific_name_counts():
         ("mae", {(e, s) for e in ("vit", "convnext") for s in SYSTEMS}),
         ("mae@shear_flow", {("vit", "shear_flow"), ("convnext", "shear_flow")}),
         ("mae-vit", {("vit", s) for s in SYSTEMS}),
-        ("mae-vit@rayleigh_benard", {("vit", "rayleigh_benard")}),
+        ("mae-vit@active_matter", {("vit", "active_matter")}),
     ],
 )
 def test_an_entry_of_a_file_replaces_all_of_the_base_that_its_name_covers(tmp_path, entry, changed):
-    "Preset laptop holds mae, mae-vit and mae-vit@rayleigh_benard."
-    text = f"base: laptop\ntrain: {{{entry}: {{steps: 5, lr: 1.0e-3}}}}\nobjectives: {{{entry}: {{ratio: 0.25}}}}\n"
+    "Preset laptop holds mae, mae-vit and mae-vit@active_matter."
+    text = "base: laptop\nlength: 1\n"
+    text += f"train: {{{entry}: {{steps: 5, lr: 1.0e-3}}}}\nobjectives: {{{entry}: {{ratio: 0.25}}}}\n"
     mine, base = preset(tmp_path, text), PRESETS["laptop"]
     for row in ((encoder, system) for encoder in ("vit", "convnext") for system in SYSTEMS):
         found = mine.recipe("mae", *row).steps == 5, mine.coefficients("mae", *row) == {"ratio": 0.25}
@@ -105,7 +107,7 @@ SIM = "{ranges: {Re: [4.0, 5.0]}, grid: 8, store_grid: 8, n_frames: 4, frame_dt:
         ("train: {mae: 3}", "train.mae must be a mapping of steps, lr"),
         ("train: {mae: {steps: 2.5, lr: 0.1}}", "train.mae: steps must be int, got 2.5"),
         ("train: {mae: {steps: 2, lr: 0.1, betas: 3}}", "train.mae: betas must be tuple.float, float., got 3"),
-        ("train: {mae: {steps: 2, lr: 0.1, warmup: 1.5}}", "train.mae: warmup must be a share"),
+        ("train: {mae: {steps: 2, lr: 0.1, warmup: 1.5}}", "train.mae: warmup must be int, got 1.5"),
         ("train: {jeppa: {steps: 5, lr: 1.0e-4}}", "unknown method jeppa; valid: jepa"),
         ("objectives: {mae@shear: {ratio: 0.5}}", "unknown system shear"),
         ("train: {mae-vti: {steps: 5, lr: 1.0e-4}}", "unknown encoder vti"),
@@ -121,3 +123,12 @@ def test_a_wrong_value_is_named_with_its_file_and_field(tmp_path, line, message)
 def test_a_name_of_the_library_is_taken(tmp_path):
     with pytest.raises(ValueError, match="laptop.yaml: data and runs are kept under the name of the preset"):
         preset(tmp_path, "base: smoke\n", "laptop")
+
+
+@pytest.mark.long
+def test_length_1_takes_ten_tflop_in_every_row_and_system():
+    for row in (row for row in ROWS if row.kind == "trained"):
+        for system in SYSTEMS:
+            options = dict(tag=row.tag, encoder_config=row.encoder_config, length=1.0)
+            total = cost(resolve(system, row.objective, row.encoder, "laptop", **options))["total"]
+            assert total == pytest.approx(TFLOP * 1e12, rel=0.02), (row.name, system)

@@ -41,16 +41,23 @@ def equal(one: Path, two: Path) -> bool:
 
 
 @pytest.mark.long
-def test_the_learning_curve_is_of_finished_encoders(smoke):
-    "A run of 64 updates finishes encoders after 1, 4 and 16; each is that of a shorter run with the same warm-up."
-    folder = pretrain(smoke("forecast", steps=64, recipe={"warmup": 1 / 32}), **quiet)
+def test_a_run_is_a_branch_of_a_longer_one(smoke, tmp_path):
+    "A run of 64 updates finishes encoders after 4 and 16; each is that of a shorter run, which goes on to the longer."
+    longer = smoke("forecast", steps=64)
+    folder = pretrain(longer, **quiet)
     curve = pd.read_csv(folder / "curve.csv")
-    assert curve.step.tolist() == [0, 1, 4, 16, 64]
+    assert curve.step.tolist() == [0, 4, 16, 64]
     assert {"online", "online_Reynolds", "online_Schmidt", "gate", "gate_persistence", "effective_rank"} <= set(curve)
-    other = pretrain(smoke("forecast", steps=16, recipe={"warmup": 1 / 8}), **quiet)
-    assert equal(folder / "curve" / "16.safetensors", other / "encoder.safetensors")
-    assert load_encoder(folder / "curve" / "16.safetensors").info["objective"] == "forecast"
-    assert curve.online[3] == pd.read_csv(other / "curve.csv").online.iloc[-1]
+    alone = replace(longer.at(16), run_dir=tmp_path / "alone")
+    other = pretrain(alone, **quiet)
+    for file in ("encoder.safetensors", "objective.safetensors", "curve.csv"):
+        assert (longer.at(16).folder / file).read_bytes() == (other / file).read_bytes(), file
+    pretrain(alone.at(64), **quiet)
+    for file in ("encoder.safetensors", "objective.safetensors", "curve.csv"):
+        assert (folder / file).read_bytes() == (alone.at(64).folder / file).read_bytes(), f"{file}, from a trunk"
+    assert load_encoder(other).info["objective"] == "forecast"
+    with pytest.raises(ValueError, match="has done 51 updates, and an encoder of 5 branches off at 4"):
+        pretrain(alone.at(5), **quiet)
     random = pretrain(smoke("random", "vit"), **quiet)
     assert pd.read_csv(random / "curve.csv").online.tolist() == [curve.online[0]], "where it starts from"
     assert pd.read_csv(random / "metrics.csv").effective_rank[0] > 1, "random weights are watched, too"
@@ -79,12 +86,15 @@ def test_in_pieces(objective, change, smoke, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "my_twice", sys.modules[__name__])
     run = smoke(objective, "vit", steps=4, recipe=change)
     for pieces in (1, 2, 3):
-        with pytest.raises(TimeUp, match=f"at update {pieces} of 4"):
+        with pytest.raises(TimeUp, match=f"at update {pieces} of"):
             pretrain(run, minutes=1e-9, **quiet)
     done = pretrain(run, minutes=1e-9, **quiet)
-    whole = pretrain(replace(run, run_dir=tmp_path / "whole"), **quiet)
-    for file in ("encoder.safetensors", "curve.csv", "metrics.csv", "checkpoint/last.safetensors"):
+    other = replace(run, run_dir=tmp_path / "whole")
+    whole = pretrain(other, **quiet)
+    for file in ("encoder.safetensors", "curve.csv", "metrics.csv"):
         assert (whole / file).read_bytes() == (done / file).read_bytes(), file
+    left = [sorted(p.name for p in one.trunk.rglob("checkpoint/*")) for one in (run, other)]
+    assert left[0] == left[1] == ["last.csv", "last.safetensors"], "from where a longer run goes on"
 
 
 def test_a_diverging_run_keeps_its_checkpoint(smoke):
@@ -92,7 +102,7 @@ def test_a_diverging_run_keeps_its_checkpoint(smoke):
     with pytest.raises(TrainingDiverged, match=r"at step \d+ \(learning rate .*seeds .*The last checkpoint is kept"):
         pretrain(run, **quiet)
     assert not (run.folder / "encoder.safetensors").exists()
-    tensors = load_file(run.folder / "checkpoint" / "last.safetensors")
+    tensors = load_file(run.trunk / "checkpoint" / "last.safetensors")
     assert all(torch.isfinite(t).all() for t in tensors.values())
 
 
@@ -145,15 +155,16 @@ def test_time_elsewhere_does_not_count(smoke):
     run = smoke("mae")
     write_json(run.folder / "provenance.json", {"data": "d", "seconds": 50.0})
     assert not claim(run, {"data": "d"}, True)
-    assert read_json(run.folder / "provenance.json")["seconds"] == 0.0
+    assert read_json(run.trunk / "provenance.json")["seconds"] == 0.0
 
 
 @pytest.mark.parametrize(
     "wrong, message",
     [
         ({"system": "shear"}, "unknown system 'shear'; valid: shear_flow, rayleigh_benard, active_matter"),
-        ({"recipe": {"warmup": -3.0}}, "warmup must be a share"),
-        ({"recipe": {"warmup": None}}, "recipe: warmup must be float, got None"),
+        ({"recipe": {"warmup": -3}}, "warmup must be a number of updates"),
+        ({"recipe": {"warmup": 0.02}}, "recipe: warmup must be int, got 0.02"),
+        ({"length": 0.0}, "length must be a positive number"),
         ({"recipe": {"betas": 0.9}}, "recipe: betas must be tuple"),
         ({"recipe": {"foo": 1}}, "recipe has no field foo; it has: steps"),
         ({"recipe": {"weight_decay": float("inf")}}, "weight_decay must be float, got inf"),
@@ -184,10 +195,17 @@ def test_data_and_coefficients_are_asked_for_before_any_work(smoke):
 
 def test_a_run_is_all_that_decides_numbers(smoke_data):
     run = resolve("shear_flow", "mae", preset="smoke")
-    same = (dict(seed=3), dict(recipe={"evaluations": 7}), dict(data_dir=smoke_data), dict(run_dir="elsewhere"))
+    same = (
+        dict(seed=3),
+        dict(recipe={"evaluations": 7}),
+        dict(steps=9),
+        dict(length=16),
+        dict(data_dir=smoke_data),
+        dict(run_dir="elsewhere"),
+    )
     assert {resolve("shear_flow", "mae", preset="smoke", **one).hash for one in same} == {run.hash}
     others = [dict(lr=2e-3), dict(coefficients={"ratio": 0.25}), dict(encoder_config={"depth": 2}), dict(tag="x")]
-    others += [dict(recipe={"warmup": 0.3}), dict(preset=replace(get_preset("smoke"), paper_labels=True))]
+    others += [dict(recipe={"warmup": 30}), dict(preset=replace(get_preset("smoke"), paper_labels=True))]
     hashes = {resolve("shear_flow", "mae", **{"preset": "smoke", **other}).hash for other in others}
     assert len(hashes | {run.hash}) == 1 + len(others)
     a, b = (build(run.with_seed(s)).encoder.state_dict() for s in (0, 1))

@@ -24,7 +24,7 @@ from ..data.generate import is_complete
 from ..data.remote import is_address
 from ..data.windows import Windows
 from .jobs import is_scored, is_trained
-from .learning_curves import snapshot_files
+from .learning_curves import CURVE_RESULT, shorter_runs
 from ..physics.systems import get_system
 from ..probing.evaluate import baseline_config, baselines_for
 from ..probing.features import probe_splits
@@ -78,7 +78,7 @@ def _row_jobs(study: Study, row: Row, system: str, after: tuple[str, ...], prior
         own = seeds == study.preset.seeds  # their learning curves are read, too
         todo = []
         for run in (study.run(row, system, seed) for seed in seeds):
-            curve = [file.with_suffix(".json") for file in snapshot_files(run).values()] if own else []
+            curve = [one.folder / CURVE_RESULT for one in shorter_runs(run)] if own else []
             if not is_scored(run, windows=windows) or not all(file.is_file() for file in curve):
                 todo.append(run)
         if not todo:

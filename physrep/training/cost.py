@@ -137,7 +137,7 @@ def memory_needed(run: Run) -> int:
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.recipe.precision == "bfloat16"),
     ):
         parts = objective(example_batch(run, objective, few))  # noqa: F841  its graph holds the tensors
-    copies = 8 if branches(run.recipe) else 4  # an encoder of the curve is finished beside the run
+    copies = 8 if len(branches(run.recipe)) > 1 else 4  # a shorter encoder is finished beside the trunk
     return copies * sum(weights.values()) + sum(held.values()) * windows // few
 
 

@@ -191,7 +191,8 @@ OPTIONS: dict[str, tuple[object, str]] = {
     "data_dir": ("", "folder of the data set; default: data/<preset>"),
     "run_dir": ("", "folder of the runs; default: runs/"),
     "device": ("auto", "auto, cpu or cuda"),
-    "steps": (0, "updates; 0: the preset's"),
+    "length": (0.0, "of the training, 1 for about 10 TFLOP; 0: the preset's"),
+    "steps": (0, "updates, in place of a length; 0: those of the length"),
     "batch_size": (0, "windows an update, of all processes; 0: the preset's"),
     "lr": (0.0, "peak learning rate; 0: the preset's"),
     "resume": (True, "go on from a checkpoint, keep a finished run"),
@@ -244,13 +245,13 @@ def check_share(run: Run, group: Alone) -> None:
 
 
 # what is said of an encoder in the folder of its run, and that it is from elsewhere
-_SCORES = (".unpacked", "*result*.json", "few.json", "predictions*.safetensors", "curve/*.json")
+_SCORES = (".unpacked", "*result*.json", "few.json", "predictions*.safetensors")
 
 
 def train_parsed(asked: argparse.Namespace, group: Alone) -> list[Path]:
     "The folders of the runs of a command line, one for each seed. Data that are missing are simulated by one process."
     torch.set_num_threads(asked.threads)
-    names = ("steps", "batch_size", "lr", "data_dir", "run_dir")
+    names = ("length", "steps", "batch_size", "lr", "data_dir", "run_dir")
     changes = {name: getattr(asked, name) or None for name in names}
     changes |= {name: getattr(asked, name) for name in ("tag", "coefficients", "encoder_config", "recipe")}
     run = resolve(asked.system, asked.objective, asked.encoder, asked.preset, seed=asked.seed, **changes)
@@ -259,7 +260,7 @@ def train_parsed(asked: argparse.Namespace, group: Alone) -> list[Path]:
     ensure_data(run, device=group.device, minutes=minutes)  # the others wait at its lock
     folders = []
     for one in (run.with_seed(seed) for seed in seeds_in(asked.seeds) or [asked.seed]):
-        trained = any((one.folder / name).exists() for name in ("encoder.safetensors", "checkpoint"))
+        trained = (one.folder / "encoder.safetensors").exists() or (one.trunk / "checkpoint").exists()
         for file in (file for pattern in _SCORES for file in one.folder.glob(pattern)):
             if group.leads and not trained:  # they are of an encoder elsewhere
                 file.unlink()

@@ -10,6 +10,7 @@ __all__ = ['Clip', 'Stored', 'Run', 'system_folder', 'build', 'stride_of', 'reso
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -172,15 +173,33 @@ class Run:
         its tag, `jepa.near`."""
         return tagged(short_name(self.objective), self.tag), short_name(self.encoder)
 
+    def _named(self, *length: str) -> str:
+        return f"{'-'.join((*self.row, self.hash, *length))}/seed{self.seed}"
+
     @property
     def path(self) -> str:
-        "`<objective>[.tag]-<encoder>-<hash>/seed<k>`, as it stands in tables."
-        return f"{'-'.join((*self.row, self.hash))}/seed{self.seed}"
+        """`<objective>[.tag]-<encoder>-<hash>[-<updates>]/seed<k>`, as it stands in tables; with the number of updates
+        where runs of several lengths share a trunk."""
+        return self._named(str(self.recipe.steps)) if self.recipe and self.has_trunk else self._named()
 
     @property
     def folder(self) -> Path:
-        "`<run_dir>/<preset>/<system>/<path>`."
+        "`<run_dir>/<preset>/<system>/<path>`: the encoder, and what is measured of it."
         return system_folder(self.preset, self.system, self.run_dir) / self.path
+
+    @property
+    def has_trunk(self) -> bool:
+        "Whether a longer run goes on from this one: under a constant schedule."
+        return self.recipe is not None and self.recipe.schedule == "constant"
+
+    @property
+    def trunk(self) -> Path:
+        "The folder of its checkpoints and metrics, which runs of all lengths share; without a trunk its own."
+        return system_folder(self.preset, self.system, self.run_dir) / self._named()
+
+    def at(self, steps: int) -> "Run":
+        "The same run with another number of updates: another branch of its trunk."
+        return replace(self, recipe=replace(self.recipe, steps=steps)) if self.recipe else self
 
     @property
     def data_folder(self) -> str | Path:
@@ -224,11 +243,13 @@ _GONE = {
 _ASKED: dict[tuple, tuple[int, tuple]] = {}  # frames and views of objectives that were built before, by `network_key`
 
 # %% ../../nbs/training/run.ipynb #6079f0ac
-def _recipe(preset: Preset, row: tuple[str, str, str, str], changes: Mapping) -> Recipe | None:
-    "The recipe of a row `(objective, encoder, system, tag)` with changes; None where nothing is trained."
+def _recipe(preset: Preset, row: tuple[str, str, str, str], length: float, changes: Mapping) -> Recipe | None:
+    """The recipe of a row `(objective, encoder, system, tag)` with so many times its updates, and with changes; None
+    where nothing is trained."""
     if not objective_class(row[0]).trains:
         return None
-    return recipe_from({**asdict(preset.recipe(*row)), **changes}, "recipe")
+    usual = preset.recipe(*row)
+    return recipe_from({**asdict(usual), "steps": max(1, round(length * usual.steps)), **changes}, "recipe")
 
 
 def _clip_size(system: System, preset: Preset, data: SimPreset | Stored) -> int | None:
@@ -288,7 +309,8 @@ def resolve(
     preset: str | Path | Preset = "laptop",
     *,
     seed: int = 0,
-    steps: int | None = None,  # updates; default: the preset's, as are the next two
+    length: float | None = None,  # of the training, 1 for about 10 TFLOP; default: the preset's
+    steps: int | None = None,  # updates, in place of a length; default: the preset's, as are the next two
     batch_size: int | None = None,
     lr: float | None = None,
     tag: str = "",  # marks a variant in the folder's name
@@ -313,6 +335,8 @@ def resolve(
     if tag and not tag.replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"tag may hold letters, digits, '.' and '_', got {tag!r}")
     changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
+    if length is not None and not 0 < length < math.inf:
+        raise ValueError(f"length must be a positive number, times 10 TFLOP, got {length}")
     row = (objective, encoder, system.name, tag)
     data = preset.sims.get(system.name) or _stored(system, preset, data_dir)
     return _padding(
@@ -325,7 +349,7 @@ def resolve(
             tag=tag,
             encoder_config=_json({**preset.encoder_config(encoder), **(encoder_config or {})}),
             coefficients=_json({**preset.coefficients(*row), **(coefficients or {})}),
-            recipe=_recipe(preset, row, {**changes, **(recipe or {})}),
+            recipe=_recipe(preset, row, preset.length if length is None else length, {**changes, **(recipe or {})}),
             clip=Clip(
                 frames=preset.frames,
                 size=_clip_size(system, preset, data),
