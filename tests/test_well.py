@@ -346,7 +346,7 @@ def test_a_fingerprint_is_of_the_values_and_nothing_else(tmp_path):
         fingerprint(files)
 
 
-@pytest.mark.parametrize("n", [1, 3, 6, 7, 8, 16])
+@pytest.mark.parametrize("n", [1, 6, 9])
 def test_a_fingerprint_sees_any_field_of_any_trajectory(n, tmp_path):
     path = make(tmp_path / "a.hdf5", n=n, fields=make_fields("shear_flow", n=n, grid=(40, 48)))
     prints = {fingerprint([path])}

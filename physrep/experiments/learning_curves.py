@@ -17,7 +17,7 @@ from ..core.provenance import provenance
 from ..data.windows import Windows
 from ..models.pretrained import load_encoder
 from ..probing.evaluate import bootstrap_groups
-from ..probing.features import probe_splits
+from ..probing.features import main_split, probe_splits
 from ..probing.frozen import probe_encoder
 from ..probing.records import is_current, read_results, write_result
 from ..probing.scores import score
@@ -39,15 +39,17 @@ def snapshot_files(run: Run) -> dict[int, Path]:
 def score_snapshots(
     run: Run,  # finished
     *,
-    windows: Mapping[str, Windows] | None = None,  # train, valid and test of `probe_splits`, for several runs
+    windows: Mapping[str, Windows] | None = None,  # of `probe_splits`, for several runs
     device: str = "cpu",
 ) -> list[Path]:
     "Probes the encoders that a run kept on its way; returns the files of their rows. What is current is kept."
-    windows = windows or probe_splits(run, ("train", "valid", "test"))
+    windows = windows or probe_splits(run)
+    split = main_split(windows)
+    windows = {s: windows[s] for s in ("train", "valid", split)}
     scaler = label_scaler(run, windows["train"])
-    groups = bootstrap_groups(windows["test"], windows["train"])
+    groups = bootstrap_groups(windows[split], windows["train"])
     about = {"system": run.system.name, "objective": run.row[0], "encoder": run.row[1], "seed": run.seed}
-    about |= {"split": "test", "probe": CURVE_PROBE, "labelled_flows": len(np.unique(windows["train"].groups))}
+    about |= {"split": split, "probe": CURVE_PROBE, "labelled_flows": len(np.unique(windows["train"].groups))}
     record = provenance(device=device)
     paths = []
     for step, file in snapshot_files(run).items():
@@ -58,8 +60,8 @@ def score_snapshots(
         encoder = load_encoder(file, device)
         options = dict(size=run.clip.size, scratch=file.parent, device=device, progress=False)
         probed = probe_encoder(encoder, windows, scaler, run.preset, probes=[CURVE_PROBE], seed=run.seed, **options)
-        truth = probed.features["test"].labels
-        scored = score(probed.predictions[CURVE_PROBE, "test"], truth, groups, run.system, scaler)
+        truth = probed.features[split].labels
+        scored = score(probed.predictions[CURVE_PROBE, split], truth, groups, run.system, scaler)
         rows = [{**about, "draw": 0, "run": f"{run.path}/curve/{step}", **row} for row in scored]
         made = dict(config=run.as_dict(), hash=run.hash, data={s: w.fingerprint() for s, w in windows.items()})
         write_result(paths[-1], rows, **made, provenance=record, seconds=round(time.monotonic() - started, 1))
@@ -67,8 +69,9 @@ def score_snapshots(
 
 # %% ../../nbs/experiments/learning_curves.ipynb #8074f75e
 def learning_curves(study: Study) -> pd.DataFrame:
-    """The errors on `test` of the encoders of every trained row on its way, the last one too: `system`, `objective`,
-    `encoder`, `seed`, `value`, `low`, `high`, `step`, `operations`. Runs without encoders on the way are left out."""
+    """The errors (on the `main_split`) of the encoders of every trained row on its way, the last one too: `system`,
+    `objective`, `encoder`, `seed`, `split`, `value`, `low`, `high`, `step`, `operations`. Runs without encoders on the
+    way are left out."""
     found = []
     for run in (r for row in study.kind("trained") for s in study.systems for r in study.runs(row, s)):
         files = {run.folder / "result.json": run.recipe.steps}
@@ -77,11 +80,11 @@ def learning_curves(study: Study) -> pd.DataFrame:
         for path, step in files.items():
             if path.is_file():
                 part = read_results([path])
-                part = part[(part.metric == "mse") & (part.split == "test") & (part.label == "mean")]
-                part = part[part.probe == CURVE_PROBE]
+                part = part[(part.metric == "mse") & (part.label == "mean") & (part.probe == CURVE_PROBE)]
                 found.append(part.assign(step=step, operations=round(total * step / run.recipe.steps)))
-    columns = ["system", "objective", "encoder", "seed", "value", "low", "high", "step", "operations"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    columns = ["system", "objective", "encoder", "seed", "split", "value", "low", "high", "step", "operations"]
+    table = pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    return table[table.split == main_split(set(table.split))].reset_index(drop=True)
 
 
 def ranks(curves: pd.DataFrame) -> pd.DataFrame:
