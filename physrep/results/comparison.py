@@ -296,7 +296,7 @@ def compare(
         check_metric(metric)
     rows = []
     for a, b in combinations([_one_method(r) for r in runs], 2):
-        shown = split or main_split(a.truth.keys() & b.truth)
+        shown = split or main_split({*a.truth, *b.truth})
         for pair in _pairs_of_probes(a, b, shown, probe):
             named = pair[0] if pair[0] == pair[1] else " - ".join(pair)
             about = {"first": a.name, "second": b.name, "probe": named, "split": shown}
@@ -351,7 +351,7 @@ def error_ratio(a: _Where, b: _Where, probe: str, split: str = "", pooled: tuple
     """The error of one method over that of another on the same windows: `value`, `low`, `high`, `seeds`, `split`;
     `pooled` as for `log_errors`, by default of these two."""
     first, second = _one_method(a), _one_method(b)
-    split = split or main_split(first.truth.keys() & second.truth)
+    split = split or main_split({*first.truth, *second.truth})
     _check_same_windows(first, second, (first.name, second.name), [split])
     pooled = pooled or pooled_spread([first, second], probe, split)
     logs = [log_errors(m, probe, split=split, pooled=pooled) for m in (first, second)]
