@@ -47,6 +47,17 @@ def times(folder):
 # ---- making a set
 
 
+def test_a_version_has_parameters_and_initial_conditions_of_its_own():
+    for name, sim in get_preset("laptop").sims.items():
+        new, old = (plan(name, replace(sim, version=version)) for version in (3, 2))
+        assert sim.version == 3 and {f.split for f in new} == {"train", "unlabelled", "valid", "test", "shifted"}
+        seeds, parameters = zip(
+            *[({s for f in p for s in f.seeds}, {str(f.parameters) for f in p}) for p in (new, old)]
+        )
+        assert len(seeds[0]) == 2 * len(parameters[0]) == 1504 and not seeds[0] & seeds[1]
+        assert not parameters[0] & parameters[1]
+
+
 def test_batches_of_files_hold_every_one_once():
     files = plan("shear_flow", SIM)
     batches = _batches(files, FLOWS_A_CALL["cpu"])
@@ -401,16 +412,16 @@ def cut(dimension, axis, part):
 )
 def test_files_and_splits_are_of_one_kind(tmp_path, smoke_data, change, message):
     folder = shutil.copytree(smoke_data / "shear_flow", tmp_path / "shear_flow")
-    for path in (folder / "data" / "test").iterdir():
+    for path in (folder / "data" / "valid").iterdir():
         with h5py.File(path, "r+") as file:
             change(file)
     run = resolve("shear_flow", "mae", "vit", "smoke", data_dir=tmp_path)
-    load_splits(run, ("train", "valid"), frames=4, stride=4)
+    load_splits(run, ("train", "unlabelled"), frames=4, stride=4)
     for load in (
-        lambda: load_splits(run, ("train", "valid", "test"), frames=4, stride=4),
-        lambda: Windows(tmp_path, SHEAR, "train+test", frames=2),
+        lambda: load_splits(run, ("train", "unlabelled", "valid"), frames=4, stride=4),
+        lambda: Windows(tmp_path, SHEAR, "train+valid", frames=2),
     ):
-        with pytest.raises(WellFormatError, match=f"test/.*{message}.*put them in sets of their own"):
+        with pytest.raises(WellFormatError, match=f"valid/.*{message}.*put them in sets of their own"):
             load()
 
 

@@ -1,5 +1,6 @@
 """Every experiment on small runs of preset smoke, and what the committed numbers of one rest on."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +15,14 @@ from physrep.data.windows import Windows
 from physrep.experiments import few_labels, other_flows, rollout, tuning
 from physrep.experiments.benchmarks import plainly, reading_file, time_readers, time_updates
 from physrep.experiments.factorial import CELLS, PAPER_CELLS, cell_ratios, cell_run, plot_factorial, train_cell
-from physrep.experiments.jobs import is_trained, train_and_score
+from physrep.experiments.jobs import is_scored, is_trained, train_and_score
 from physrep.experiments.learning_curves import learning_curves, ranks, score_snapshots, shorter_runs
 from physrep.experiments.table1 import over_random, paper_order, plot_paper_order, plot_table1, study_errors
 from physrep.experiments.variants import VARIANTS, plot_variants, train_variant, variant_ratios
 from physrep.objectives.emulators import Emulator, persistence_emulator
 from physrep.physics.measures import vrmse
 from physrep.physics.systems import SYSTEMS, get_system
+from physrep.probing.features import main_split, open_splits, probe_splits
 from physrep.probing.records import read_results
 from physrep.results.rows import ROWS, Row, make_study, title_of, variant_run
 from physrep.results.table import mean_errors
@@ -28,6 +30,7 @@ from physrep.training.cost import cost
 from physrep.training.loop import TrainingDiverged
 from physrep.training.presets import get_preset
 from physrep.training.pretrain import pretrain
+from physrep.training.run import Stored
 
 LAPTOP = make_study("laptop")
 SYSTEM = "shear_flow"
@@ -67,12 +70,13 @@ def test_table_and_differences(study):
 def test_the_papers_order_is_jepa_minus_mae():
     table = pd.read_csv(ROOT / "figures" / "paper_order.csv")
     errors = pd.read_csv(ROOT / "figures" / "table1.csv")
-    errors = errors[(errors.split == "test") & (errors.label == "mean") & (errors.metric == "mse")]
+    split = main_split(set(errors.split))
+    errors = errors[(errors.split == split) & (errors.label == "mean") & (errors.metric == "mse")]
     value = errors.set_index(["system", "objective", "encoder", "probe"]).value
     for line in table.itertuples():
         ours = value[line.system, "jepa", "convnext", line.probe] - value[line.system, "mae", "vit", line.probe]
         assert line.difference == pytest.approx(ours, abs=2e-4)
-    assert plot_paper_order(table).axes and paper_order.__doc__
+    assert plot_paper_order(table.assign(split=split)).axes and paper_order.__doc__
 
 
 def test_curves_are_read_from_encoders_on_the_way(study):
@@ -215,7 +219,7 @@ def test_a_forecaster_is_rolled_out_beside_its_probe(study):
     assert {"forecast", "persistence"} <= set(table.objective) and np.isfinite(table["median"]).all()
     both = rollout.beside_probe(table, study, rows, step=2, probe="linear")
     assert len(both) == 1 and rollout.plot_probes(both, rows).axes and rollout.plot_vrmse(table, rows).axes
-    x = Windows(study.data_dir, SYSTEM, "test", frames=16, stride=16).read([0, 1])
+    x = Windows(study.data_dir, SYSTEM, "valid", frames=16, stride=16).read([0, 1])
     emulator = rollout.load_emulator(run)
     norm = Normaliser.load(run.data_folder, run.system)
     assert emulator.context < 16 and norm(x).shape == x.shape
@@ -227,10 +231,46 @@ def test_the_same_encoders_are_asked_about_other_flows(study):
     parts = other_flows.parts(study)
     other_flows.do_part(study, ["systems", SYSTEM], device="cpu")
     table = other_flows.other_flows_table(study)
-    assert {"test", "shifted"} <= set(table.flows) and {"parameters", "state"} == set(table.asked)
+    assert set(table.flows) == {"valid"} and {"parameters", "state"} == set(table.asked)
     assert {"random", "mae"} <= set(table.objective) and (table.value > 0).all()
     done = {part for part in parts if part not in other_flows.parts(study)}
     assert f"systems/{SYSTEM}" in done and other_flows.plot_other_flows(table, ROWS).axes
+
+
+def test_closed_splits_of_simulated_flows_are_not_scored(study, monkeypatch):
+    run = study.run(study.rows[0], SYSTEM)
+    for split in ("test", "shifted", "train+test"):
+        with pytest.raises(ValueError, match="of simulated shear_flow may not be scored: test, shifted, long_box are"):
+            probe_splits(run, ("train", split))
+        with pytest.raises(ValueError, match="may not be scored"):
+            rollout.flows_of(run, split)
+    with pytest.raises(ValueError, match="^long_box of simulated"):
+        other_flows.box_windows(run)
+    assert list(probe_splits(run)) == ["train", "valid"] == list(read_json(run.folder / "result.json")["data"])
+    assert open_splits(replace(run, data=Stored((32, 32)))) == ("train", "valid", "test"), "of The Well, or one's own"
+    assert "shifted" in open_splits(replace(run, data=replace(run.data, version=2))), "has been looked at"
+    errors = study_errors(study)
+    assert "on valid" in plot_table1(errors, study.rows).axes[0].get_xlabel()
+    assert is_scored(run)
+    monkeypatch.setattr("physrep.training.run.CLOSED", ())
+    assert not is_scored(run), "what was opened is missing"
+
+
+@pytest.mark.long  # simulates the longer box
+def test_once_open_every_split_is_scored(study, monkeypatch, tmp_path):
+    monkeypatch.setattr("physrep.training.run.CLOSED", ())
+    rows = tuple(row for row in study.rows if row.name in ("mae-vit", "random-vit"))
+    opened = replace(study, rows=rows, run_dir=tmp_path / "runs", data_dir=tmp_path / "data")
+    shutil.copytree(study.data_dir / SYSTEM, tmp_path / "data" / SYSTEM)
+    for row in rows:
+        train_and_score(opened.run(row, SYSTEM), progress=False)
+    other_flows.do_part(opened, ["systems", SYSTEM])
+    table = other_flows.other_flows_table(opened)
+    assert set(table.flows) == {"test", "shifted", "long_box"}
+    assert set(study_errors(opened).split) == {"valid", "test", "shifted"}
+    assert set(mean_errors(study_errors(opened), "kernel").split) == {"test"}
+    few = read_results(opened.run(rows[0], SYSTEM).folder / "few.json")
+    assert set(few.split) == {"valid", "test", "shifted"}
 
 
 def test_channels_of_another_system_are_given_by_what_they_mean():

@@ -48,6 +48,8 @@ def test_the_most_specific_name_counts():
         assert resolve(system, "mae", encoder, mine, tag=tag).recipe.steps == steps
         assert resolve(system, "mae", encoder, mine, tag=tag, length=16).recipe.steps == 16 * steps
     assert mine.recipe("my:Own", "vit", "shear_flow").steps == 2, "that of mae for one from outside"
+    rates = {resolve(s, "jepa", "convnext", "paper").recipe.lr for s in ("active_matter", "shear_flow")}
+    assert rates == {1e-4}, "one rule for all rows"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 from helpers import ROOT, copied, jobs_of, snakemake, started
 
 from physrep.experiments.plan import plan_jobs, read_experiments
+from physrep.probing.features import main_split
 from physrep.results.archive import pack, unpack
 from physrep.results.rows import make_study
 from physrep.training.presets import get_preset, read_preset
@@ -101,7 +102,7 @@ def test_few_rows_are_the_same_to_the_byte(once, tmp_path):
 
 def test_rows_of_ones_own_stand_in_the_table(once):
     table = pd.read_csv(once / "few" / "figures" / "table1.csv")
-    probes = table[table.split == "test"].groupby(["objective", "encoder"]).probe.agg(set)
+    probes = table[table.split == main_split(set(table.split))].groupby(["objective", "encoder"]).probe.agg(set)
     assert probes["frozen", "make_bands"] == probes["MeanField", "vit"] == {"linear", "knn", "kernel", "attentive"}
     assert {("forecast", "vit"), ("random", "vit"), ("statistics", "none")} <= set(probes.index)
     picture = (once / "few" / "figures" / "table1.svg").read_text()

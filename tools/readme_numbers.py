@@ -14,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from physrep.probing.features import main_split
+
 ROOT = Path(__file__).resolve().parent.parent
 INDEX, FINDINGS = ROOT / "nbs" / "index.ipynb", ROOT / "tools" / "docs" / "pages" / "findings.md"
 SYSTEMS = ("shear_flow", "rayleigh_benard", "active_matter")
@@ -36,9 +38,9 @@ def table(name: str) -> pd.DataFrame:
 
 
 def errors(probe: str, **where: object) -> pd.Series:
-    "Mean error on `test` with all labels: (system, objective, encoder) -> value."
+    "Mean error on the split that tables show, with all labels: (system, objective, encoder) -> value."
     found = table("table1")
-    asked = dict(probe=probe, split="test", label="mean", metric="mse") | where
+    asked = dict(probe=probe, split=main_split(set(found.split)), label="mean", metric="mse") | where
     for column, value in asked.items():
         found = found[found[column] == value]
     most = found.groupby("system").labelled_flows.transform("max")

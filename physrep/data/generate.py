@@ -34,7 +34,7 @@ from .write import write_stats, write_well
 from ..physics.systems import get_system
 
 # %% ../../nbs/data/generate.ipynb #7334055c
-VERSION = 2  # of the benchmark: other parameters and initial conditions than before in every split that is drawn
+VERSION = 3  # of the benchmark: other parameters and initial conditions than before in every split that is drawn
 
 
 @dataclass(frozen=True)

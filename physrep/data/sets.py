@@ -9,7 +9,7 @@ __all__ = ['STATS', 'hdf5_files', 'find_folder', 'find_files', 'read_stats', 'fi
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import h5py
@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from .remote import as_path, is_address, open_bytes, state_of
-from .well import RECIPE, WellFormatError, is_of, open_hdf5
+from .well import INITIAL_CONDITION, RECIPE, WellFormatError, is_of, open_hdf5
 from ..physics.systems import System, get_system
 
 # %% ../../nbs/data/sets.ipynb #e929c637
@@ -117,18 +117,20 @@ def _stat(what: str, shape: tuple[int, ...], told: object) -> np.ndarray:
 
 # %% ../../nbs/data/sets.ipynb #25d8830d
 _WHOLE = 2**16  # bytes up to which an array is hashed completely
-_N_BLOCKS, _BLOCK_ROWS = 8, 8
+_N_BLOCKS, _BLOCK_ROWS = 8, 8  # at least, and one for each trajectory
 
 
 def _sampled(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
-    "All of a small dataset; else blocks of rows, spread evenly over trajectories and frames (axes 0, 1) and axis 2."
+    """All of a small dataset; else blocks of rows, spread evenly over trajectories and frames (axes 0, 1) and axis 2.
+    No trajectory is left out: of seven or more these are the first frame of the first and the last frame of each."""
     if dataset.shape is None or dataset.nbytes <= _WHOLE or dataset.ndim < 3:
         yield np.asarray(dataset[()])
         return
     outer, rows = dataset.shape[0] * dataset.shape[1], dataset.shape[2]
-    for i in range(_N_BLOCKS):
-        b, t = divmod(i * (outer - 1) // (_N_BLOCKS - 1), dataset.shape[1])
-        row = i * max(0, rows - _BLOCK_ROWS) // (_N_BLOCKS - 1)
+    n = max(_N_BLOCKS, dataset.shape[0] + 1)
+    for i in range(n):
+        b, t = divmod(i * (outer - 1) // (n - 1), dataset.shape[1])
+        row = i * max(0, rows - _BLOCK_ROWS) // (n - 1)
         yield dataset[b, t, row : row + _BLOCK_ROWS]
 
 
@@ -143,27 +145,26 @@ _KNOWN: dict[tuple, str] = {}  # fingerprints of files, each with its version
 
 
 def fingerprint(files: Iterable[str | os.PathLike]) -> str:
-    """Hash (16 hex digits) of files by names and recipes; of files without one by sizes, attributes, small arrays and
-    sampled blocks. Raises WellFormatError.
+    """Hash (16 hex digits) of files, in the order of their names, by recipes, labels and initial conditions; of files
+    without a recipe by sizes, attributes, small arrays and sampled blocks. Raises WellFormatError.
 
     Files that did not change since a process asked for it are not read again, but for those that show parts of
     others."""
-    paths = [as_path(f) if is_address(f) else Path(f).resolve() for f in files]
+    paths = [as_path(f) if is_address(f) else Path(f).absolute() for f in files]
     if not paths:
         raise ValueError("no files to take the fingerprint of")
     paths_by_name = {str(p): p for p in sorted(paths, key=str)}
     versions = tuple((name, state_of(path)) for name, path in paths_by_name.items())
     if (found := _KNOWN.get(versions)) is None:
-        found, alone = _fingerprint(paths_by_name)
+        found, alone = _fingerprint(paths_by_name.values())
         if alone:
             _KNOWN[versions] = found
     return found
 
 
-def _fingerprint(paths: Mapping[str, os.PathLike]) -> tuple[str, bool]:
+def _fingerprint(paths: Iterable[os.PathLike]) -> tuple[str, bool]:
     "The fingerprint of files, and whether they hold all that they show."
-    common = os.path.commonpath([os.path.dirname(name) for name in paths])
-    digest, borrowed = hashlib.sha256(), []
+    digest, borrowed, told = hashlib.sha256(), [], ("scalars", INITIAL_CONDITION)
 
     def add(*parts: bytes) -> None:
         for part in parts:  # with its length, so that no two lists of parts run into the same bytes
@@ -177,11 +178,11 @@ def _fingerprint(paths: Mapping[str, os.PathLike]) -> tuple[str, bool]:
             add(str(item.dtype).encode(), str(item.shape).encode(), *map(_describe, _sampled(item)))
             borrowed.append(item.is_virtual or bool(item.external))
 
-    for name, path in paths.items():
+    for path in paths:
         with open_hdf5(path) as file:
-            add(os.path.relpath(name, common).replace(os.sep, "/").encode())
             if RECIPE in file.attrs:
                 add(RECIPE.encode(), _describe(file.attrs[RECIPE]))
+                file.visititems(lambda name, item: visit(name, item) if name.startswith(told) else None)
                 continue
             add(str(state_of(path)[0]).encode())
             visit("/", file)

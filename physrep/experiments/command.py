@@ -154,7 +154,9 @@ def _compare(arguments: Sequence[str]) -> int:
     parser.add_argument("csv", help="file of predictions; with --template the file that is written")
     ours = "folders of our runs or baselines on the data"
     parser.add_argument("--reference", nargs="+", required=True, metavar="FOLDER", help=ours)
-    parser.add_argument("--split", default=None, help="split of lines that name none [the file's, or test]")
+    parser.add_argument(
+        "--split", default=None, help="split of lines that name none [the file's, or the one in tables]"
+    )
     parser.add_argument("--version", default=None, help="fingerprint of the split [the one in the file's first line]")
     parser.add_argument("--any-version", action="store_true", help="although the version of the data is unknown")
     parser.add_argument("--metric", default="mse", help="mse, r2 or relative_error [mse]")
@@ -163,8 +165,8 @@ def _compare(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     options = dict(split=asked.split, version=asked.version, any_version=asked.any_version)
     if asked.template:
-        split = asked.split or "test"
-        print(submissions.write_windows_csv(submissions.reference_for(asked.reference, split=split), asked.csv, split))
+        reference = submissions.reference_for(asked.reference, split=asked.split)
+        print(submissions.write_windows_csv(reference, asked.csv, asked.split or ""))
     elif asked.into:
         reference = submissions.reference_for(asked.reference, asked.csv, split=asked.split)
         print(submissions.write_csv_row(asked.csv, reference, asked.into, **options))

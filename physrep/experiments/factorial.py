@@ -21,6 +21,7 @@ from .jobs import is_scored, train_and_score
 from ..objectives.cells import CELL_TARGETS, CELL_TASKS
 from ..physics.systems import get_system
 from ..probing.evaluate import valid_scores
+from ..probing.features import main_split
 from ..probing.records import is_current
 from ..results.comparison import log_errors, pooled_spread, ratio_interval, read_methods
 from ..results.panels import plot_marks
@@ -187,10 +188,11 @@ def parts(study: Study) -> list[str]:
 PROBE = "kernel"
 
 
-def _draws(runs: Sequence[Run], pooled: tuple[float, int]) -> tuple[np.ndarray, int]:
-    "Draws of the logarithm of the error of runs that differ in their seed, and how many there are."
+def _draws(runs: Sequence[Run], pooled: tuple[float, int]) -> tuple[np.ndarray, str]:
+    "Draws of the logarithm of the error of runs that differ in their seed, and on which split."
     [method] = read_methods([run.folder for run in runs])
-    return log_errors(method, PROBE, pooled=pooled), len(runs)
+    split = main_split(method.truth)
+    return log_errors(method, PROBE, split=split, pooled=pooled), split
 
 
 def scored_cells(study: Study, system: str) -> dict[str, list[Run]]:
@@ -225,11 +227,11 @@ def cell_ratios(study: Study, system: str) -> tuple[pd.DataFrame, pd.DataFrame]:
             config = PERIODIC if circular else {}
             [untrained] = [row for row in ROWS if row.kind == "random" and row.network == (network, config)]
             random[encoder], _ = _draws(study.runs(untrained, system), pooled)
-        logs, seeds = _draws(runs, pooled)
+        logs, split = _draws(runs, pooled)
         draws[cell] = logs - random[encoder]
         gates = [shortcomings(read_metrics(run.folder / "curve.csv")[-1]) for run in runs]
-        about = {"system": system, "cell": cell, "task": task, "target": target, "encoder": encoder, "seeds": seeds}
-        about |= {"error": float(np.exp(logs[0])), "failed its gate": sum(map(bool, gates))}
+        about = {"system": system, "cell": cell, "task": task, "target": target, "encoder": encoder, "seeds": len(runs)}
+        about |= {"split": split, "error": float(np.exp(logs[0])), "failed its gate": sum(map(bool, gates))}
         lines.append(about | ratio_interval(draws[cell]))
     levels = []
     crossed = {cell: levels for cell, levels in CELLS.items() if levels[0] != "pair" and cell in draws}
@@ -263,5 +265,5 @@ def plot_factorial(levels: pd.DataFrame, cells: pd.DataFrame, title: str = "") -
     paper = paper.assign(line=paper.cell.map(names))
     both = pd.concat([means, paper], ignore_index=True)
     both = both.assign(panel=both.system, color=both.group.map(_COLORS), filled=(both.low > 1) | (both.high < 1))
-    label = "error over that of random weights (left of 1: training helped)"
+    label = f"error on {cells.split.iloc[0]} over that of random weights (left of 1: training helped)"
     return plot_marks(both, xlabel=label, at=1.0, title=title)

@@ -23,7 +23,7 @@ from .jobs import is_scored, train_and_score
 from .table1 import verdicts
 from ..models.pretrained import load_encoder
 from ..probing.evaluate import bootstrap_groups
-from ..probing.features import Features, features_of, probe_splits
+from ..probing.features import Features, features_of, main_split, probe_splits
 from ..probing.few_labels import FEW, draw_flows, score_few
 from ..probing.finetune import FINE_TUNED, fine_tune
 from ..probing.records import is_current, read_results, write_result
@@ -52,7 +52,7 @@ def train_on_few(run: Run, *, numbers: Sequence[int] = tuple(FEW), device: str =
     if is_current(path, windows=windows, **made):
         return path
     whole, scaler = training_windows(run), label_scaler(run, windows["train"])
-    groups = {s: bootstrap_groups(w, windows["train"]) for s, w in windows.items() if s not in ("train", "valid")}
+    groups = {s: bootstrap_groups(w, windows["train"]) for s, w in windows.items() if s != "train"}
     labels = windows["train"].targets(np.arange(len(windows["train"])))
     labelled = Features(torch.zeros(len(labels), 1, 1), labels, windows["train"].window_groups())
     about = {"system": run.system.name, "objective": run.row[0], "encoder": run.row[1], "seed": run.seed}
@@ -83,18 +83,19 @@ def train_on_few(run: Run, *, numbers: Sequence[int] = tuple(FEW), device: str =
 
 # %% ../../nbs/experiments/few_labels.ipynb #927c048f
 def few_table(study: Study, probe: str = "kernel") -> pd.DataFrame:
-    """Errors by the number of labelled flows: columns as in results, mean over labels. Labels alone are the supervised
-    rows, with their own head."""
+    """Errors on the `main_split` by the number of labelled flows: columns as in results, mean over labels. Labels alone
+    are the supervised rows, with their own head."""
     folders = [folder for system in study.systems for folder in study.results(system)]
     files = [folder / name for folder in folders for name in ("result.json", "few.json")]
     df = read_results([file for file in files if file.is_file()])
-    df = df[(df.metric == "mse") & (df.label == "mean") & (df.split == "test") & (df.probe == probe)]
+    split = main_split(set(df.split))
+    df = df[(df.metric == "mse") & (df.label == "mean") & (df.split == split) & (df.probe == probe)]
     alone = [row.key for row in study.rows if row.reads_labels]
     df = df[[key not in alone for key in zip(df.objective, df.encoder)]]
     own = [run.folder for row in study.rows if row.reads_labels for s in study.systems for run in study.runs(row, s)]
     files = [folder / name for folder in own for name in ("result.json", TRAINED_ON_FEW)]
     heads = read_results([file for file in files if file.is_file()]) if own else df.head(0)
-    heads = heads[(heads.metric == "mse") & (heads.label == "mean") & (heads.split == "test") & (heads.probe == "head")]
+    heads = heads[(heads.metric == "mse") & (heads.label == "mean") & (heads.split == split) & (heads.probe == "head")]
     return pd.concat([df, heads], ignore_index=True)
 
 
@@ -102,13 +103,13 @@ def plot_few(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figur
     "Error against the number of labelled flows, bars over draws and seeds."
     found = table.rename(columns={"labelled_flows": "x"})
     ticks = sorted(found.x.unique())
-    ylabel = f"{ERROR}, {PROBE_TITLES[table.probe.iloc[0]]}"
+    ylabel = f"{ERROR} on {table.split.iloc[0]}, {PROBE_TITLES[table.probe.iloc[0]]}"
     return plot_curves(found, xlabel="labelled flows", ylabel=ylabel, ticks=ticks, rows=rows, title=title)
 
 # %% ../../nbs/experiments/few_labels.ipynb #f2017d32
 def fine_tuned_table(study: Study) -> pd.DataFrame:
-    """Errors on `test` of the rows that were fine-tuned, mean over labels and seeds, beside random weights of the same
-    network (`second`), and the paired `difference` from these with its interval and `verdict`."""
+    """Errors on the `main_split` of the rows that were fine-tuned, mean over labels and seeds, beside random weights of
+    the same network (`second`), and the paired `difference` from these with its interval and `verdict`."""
     runs = [r for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)]
     files = [run.folder / FINE_TUNED_PREDICTIONS for run in runs if (run.folder / FINE_TUNED).is_file()]
     if not files:
@@ -127,7 +128,7 @@ def fine_tuned_table(study: Study) -> pd.DataFrame:
         names = {"difference": "difference", "low": "difference_low", "high": "difference_high"}
         one = found[list(names)].rename(columns=names).iloc[0].to_dict()
         lines.append({"second": found.b.item(), **one, "verdict": verdicts(found)[0]})
-    columns = ["system", "objective", "encoder", "value", "low", "high", "seeds"]
+    columns = ["system", "objective", "encoder", "split", "value", "low", "high", "seeds"]
     return pd.concat([table[columns], pd.DataFrame(lines)], axis=1)
 
 
@@ -136,7 +137,7 @@ def plot_fine_tuned(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -
     drawn = with_looks(table.dropna(subset=["second"]), rows)
     drawn = drawn.assign(filled=drawn.verdict != "undecided")
     look = dict(at=1.0, at_label="a constant", second_label="random weights, trained alike")
-    return plot_marks(drawn, xlabel=f"{ERROR} on test, fine-tuned", title=title, **look)
+    return plot_marks(drawn, xlabel=f"{ERROR} on {drawn.split.iloc[0]}, fine-tuned", title=title, **look)
 
 # %% ../../nbs/experiments/few_labels.ipynb #9f938b5b
 def parts(study: Study, finetune: bool = True) -> list[str]:

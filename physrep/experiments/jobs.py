@@ -13,7 +13,7 @@ from ..core.files import read_json
 from ..core.provenance import old_numbers
 from ..data.windows import Windows
 from ..probing.evaluate import score_run
-from ..probing.features import probe_splits
+from ..probing.features import open_splits, probe_splits
 from ..probing.records import is_current
 from ..results.archive import remove_unpacked
 from ..training.pretrain import pretrain, training_windows
@@ -22,7 +22,9 @@ from ..training.run import Run
 # %% ../../nbs/experiments/jobs.ipynb #7d422936
 def is_scored(run: Run, file: str = "result.json", windows: Mapping[str, Windows] | None = None) -> bool:
     "Whether a result of a run is there and current, also for the data of these windows (of `probe_splits`)."
-    return is_current(run.folder / file, config=run.as_dict(), probing=run.preset.probing(), windows=windows)
+    path = run.folder / file
+    current = is_current(path, config=run.as_dict(), probing=run.preset.probing(), windows=windows)
+    return current and read_json(path).get("data", {}).keys() >= set(open_splits(run))  # none was opened since
 
 
 def is_trained(run: Run) -> bool:

@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.windows import Windows
 from .jobs import is_scored
 from ..probing.evaluate import score_run
-from ..probing.features import probe_splits
+from ..probing.features import main_split, probe_splits
 from ..probing.records import read_results
 from ..results.rows import Study
 from ..training.cost import cost
@@ -49,8 +49,9 @@ def score_snapshots(
 
 # %% ../../nbs/experiments/learning_curves.ipynb #8074f75e
 def learning_curves(study: Study) -> pd.DataFrame:
-    """The errors on `test` of the encoders of every trained row on its way, the last one too: `system`, `objective`,
-    `encoder`, `seed`, `value`, `low`, `high`, `step`, `operations`. Runs without encoders on the way are left out."""
+    """The errors (on the `main_split`) of the encoders of every trained row on its way, the last one too: `system`,
+    `objective`, `encoder`, `seed`, `split`, `value`, `low`, `high`, `step`, `operations`. Runs without encoders on the
+    way are left out."""
     found = []
     for run in (r for row in study.kind("trained") for s in study.systems for r in study.runs(row, s)):
         files = {one.folder / CURVE_RESULT: one.recipe.steps for one in shorter_runs(run)}
@@ -59,11 +60,11 @@ def learning_curves(study: Study) -> pd.DataFrame:
         for path, step in files.items():
             if path.is_file():
                 part = read_results([path])
-                part = part[(part.metric == "mse") & (part.split == "test") & (part.label == "mean")]
-                part = part[part.probe == CURVE_PROBE]
+                part = part[(part.metric == "mse") & (part.label == "mean") & (part.probe == CURVE_PROBE)]
                 found.append(part.assign(step=step, operations=round(total * step / run.recipe.steps)))
-    columns = ["system", "objective", "encoder", "seed", "value", "low", "high", "step", "operations"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    columns = ["system", "objective", "encoder", "seed", "split", "value", "low", "high", "step", "operations"]
+    table = pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    return table[table.split == main_split(set(table.split))].reset_index(drop=True)
 
 
 def ranks(curves: pd.DataFrame) -> pd.DataFrame:

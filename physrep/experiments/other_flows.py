@@ -28,13 +28,13 @@ from ..models.pretrained import load_encoder
 from ..physics.measures import defect_count, wall_nusselt, wave_energy
 from ..physics.systems import Field, Label, System
 from ..probing.evaluate import MEASURES, bootstrap_groups, measured_features
-from ..probing.features import Features, features_of, probe_splits
+from ..probing.features import SHIFTED, Features, features_of, main_split, probe_splits
 from ..probing.frozen import fit_probe
 from ..probing.records import read_predictions
 from ..probing.scores import score_seeds
 from ..results.panels import ERROR, plot_marks, with_looks
 from ..results.rows import CONTROLS, ROWS, Row, Study, random_of
-from ..training.run import Run, label_scaler, stride_of
+from ..training.run import Run, check_open, is_closed, label_scaler, stride_of
 
 VERSION = 1  # raised by hand when the numbers of this experiment change
 PROBE = "kernel"  # kernel ridge on the mean token, fitted on `train` and chosen on `valid`
@@ -77,20 +77,23 @@ def state_targets(windows: Windows, memory: int = 2**27) -> np.ndarray:
     return np.maximum(values, 0.01) if state.log else values
 
 # %% ../../nbs/experiments/other_flows.ipynb #390a61ab
-LONG_BOX = "shifted_box"  # the name of the split
+LONG_BOX = "long_box"  # the name of the split
 _SHORTER = {"shear_flow": 4, "rayleigh_benard": 2, "active_matter": 4}  # by how much the time step is divided
 
 
 def longer_box(system: str, sim: SimPreset, times: int = 2) -> SimPreset:
-    "A box so many times as long along x, with as many draws of the parameters as `shifted` has."
+    "A box so many times as long along x, with half as many draws of the parameters as `shifted` has."
     nx, ny = (sim.grid, sim.grid) if isinstance(sim.grid, int) else sim.grid
     grid = dict(grid=(times * nx, ny), store_grid=(times * sim.store_grid, sim.store_grid))
     box = dict(box=(times * sim.box[0], sim.box[1]), dt=sim.dt / _SHORTER.get(system, 1))
-    return replace(sim, draws={LONG_BOX: sim.draws["shifted"]}, counts={}, families={}, **grid, **box)
+    draws, flows = sim.draws["shifted"]
+    return replace(sim, draws={LONG_BOX: ((draws + 1) // 2, flows)}, counts={}, families={}, **grid, **box)
 
 
 def box_windows(run: Run, **options) -> Windows:
-    "Windows of a run's system in the longer box, cut to the grid of the others; simulated where they are missing."
+    """Windows of a run's system in the longer box, cut to the grid of the others; simulated where they are missing.
+    ValueError while they are closed."""
+    check_open(run, [LONG_BOX])
     folder = Path(f"{run.data_folder}_box")
     sim = run.preset.sim(run.system.name)
     make_dataset(run.system.name, longer_box(run.system.name, sim), folder, **options)
@@ -129,7 +132,7 @@ class Translated(torch.nn.Module):
 
 # %% ../../nbs/experiments/other_flows.ipynb #cb345f4d
 def _fit_and_predict(
-    features: Mapping[str, Features], scaler: LabelScaler, split: str = "test"
+    features: Mapping[str, Features], scaler: LabelScaler, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
     "Predictions of a new probe on a split, and what is true there."
     probe = fit_probe(PROBE, features["train"], features["valid"], scaler)
@@ -146,13 +149,14 @@ def _read_encoder(run: Run, windows: Mapping[str, Windows], encoder: torch.nn.Mo
 
 
 def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]:
-    """Errors of all rows of a study with an encoder, and of the controls, in a system, by `flows` (test, shifted,
-    longer box, another system) and what is `asked` (parameters, state): rows {system, objective, encoder, flows, asked,
-    trained_on, value, low, high, seeds}."""
+    """Errors of all rows of a study with an encoder, and of the controls, in a system, by `flows` (test or valid,
+    shifted, long_box, another system) and what is `asked` (parameters, state): rows {system, objective, encoder, flows,
+    asked, trained_on, value, low, high, seeds}. Splits that are closed are left out."""
     first = study.run(study.kind("random")[0], system)
     windows = probe_splits(first)
-    box = box_windows(first, device=device)
-    check_disjoint(*windows.values(), box)
+    main = main_split(windows)
+    box = {} if is_closed(first, LONG_BOX) else {LONG_BOX: box_windows(first, device=device)}
+    check_disjoint(*windows.values(), *box.values())
     states = {split: state_targets(w) for split, w in windows.items()}
     state_scaler = LabelScaler.fit(state_system(first.system), states["train"])
     found: dict[tuple, list[tuple[np.ndarray, np.ndarray]]] = {}  # -> (predictions, truth) of each seed
@@ -163,33 +167,33 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
     def ask(row: Row, folder: Path, features: Mapping[str, Features], box_features: Mapping[str, Features]) -> None:
         "The same questions for an encoder and for the controls."
         saved = read_predictions(folder)
-        for split in ("test", "shifted"):
+        for split in (main, SHIFTED):
             if (PROBE, split) in saved.predictions:
                 add(row, split, "parameters", (saved.predictions[PROBE, split], saved.truth[split]))
-        predicted, _ = _fit_and_predict(box_features, saved.scaler, LONG_BOX)
-        add(row, LONG_BOX, "parameters", (predicted, box.targets(np.arange(len(box)))))
-        own = {s: features[s] for s in ("train", "valid", "test")}
+        for split in box:
+            add(row, split, "parameters", _fit_and_predict(box_features, saved.scaler, split))
+        own = {s: features[s] for s in ("train", "valid", main)}
         asked = {s: Features(f.pooled[:, None], states[s], f.groups) for s, f in own.items()}
-        add(row, "test", "state", _fit_and_predict(asked, state_scaler))
+        add(row, main, "state", _fit_and_predict(asked, state_scaler, main))
 
     for row in (row for row in study.rows if row.objective in CONTROLS):
-        cuts = {**{s: _as_cut(windows[s]) for s in ("train", "valid")}, LONG_BOX: box}
+        cuts = {**{s: _as_cut(windows[s]) for s in ("train", "valid") if box}, **box}
         read = measured_features(windows, MEASURES[row.objective])
         ask(row, study.system_folder(system) / row.objective, read, measured_features(cuts, MEASURES[row.objective]))
     for row, run in [(one, run) for one in study.kind("trained", "random") for run in study.runs(one, system)]:
-        features = _read_encoder(run, {**windows, LONG_BOX: box})
+        features = _read_encoder(run, {**windows, **box})
         ask(row, run.folder, features, features)
         for other in (name for name in study.systems if name != system):
             there = study.run(row, other, run.seed)
             if there.clip_shape == run.clip_shape:
                 encoder = Translated(load_encoder(there.folder).encoder, there.system, run.system)
-                read = _read_encoder(run, {s: windows[s] for s in ("train", "valid", "test")}, encoder)
-                answer = _fit_and_predict(read, label_scaler(run, windows["train"]))
+                read = _read_encoder(run, {s: windows[s] for s in ("train", "valid", main)}, encoder)
+                answer = _fit_and_predict(read, label_scaler(run, windows["train"]), main)
                 add(row, "another system", "parameters", answer, other)
-    groups = {s: bootstrap_groups(w, windows["train"]) for s, w in {**windows, LONG_BOX: box}.items()}
+    groups = {s: bootstrap_groups(w, windows["train"]) for s, w in {**windows, **box}.items()}
     rows = []
     for (key, flows, asked, trained_on), answers in found.items():
-        split = "test" if flows == "another system" else flows
+        split = main if flows == "another system" else flows
         scaler = state_scaler if asked == "state" else label_scaler(first, windows["train"])
         scored = score_seeds([p for p, _ in answers], answers[0][1], groups[split], scaler.system, scaler)
         [mean] = [line for line in scored if line["metric"] == "mse" and line["label"] == "mean"]
@@ -203,8 +207,9 @@ def _made(study: Study) -> dict:
     "What the numbers of a system rest on besides its data."
     runs = [r for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)]
     scored = [run.folder / "result.json" for run in runs]
-    data = [read_json(file)["data"]["test"] for file in scored if file.is_file()]
-    made = {"runs": sorted(run.path for run in runs), "data": sorted(set(data))}
+    data = [read_json(file)["data"] for file in scored if file.is_file()]
+    told = sorted({f"{split} {one[split]}" for one in data for split in one})
+    made = {"runs": sorted(run.path for run in runs), "data": told}
     return made | {"numbers": numbers(), "version": VERSION}
 
 
@@ -245,10 +250,12 @@ def other_flows_table(study: Study) -> pd.DataFrame:
 # %% ../../nbs/experiments/other_flows.ipynb #823db0b9
 PANELS = {
     "test, parameters": "test",
+    "valid, parameters": "valid",
     "shifted, parameters": "starts in another way",
     f"{LONG_BOX}, parameters": "longer box",
     "another system, parameters": "another system",
     "test, state": "test: state of the flow",
+    "valid, state": "valid: state of the flow",
 }
 
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from ..core.files import read_json
 from ..core.names import short_name, tagged
 from ..physics.systems import get_system
+from ..probing.features import main_split
 from ..probing.records import read_results
 from ..results.comparison import compare, differences, interval_text, summarise
 from ..results.panels import ERROR, interval_is_clear, plot_marks, with_looks
@@ -53,13 +54,14 @@ def beside_random(errors: pd.DataFrame, rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def plot_table1(errors: pd.DataFrame, rows: Sequence[Row], probe: str = "attentive", title: str = "") -> Figure:
-    """Errors on `test` of every method and of statistics, with one probe, beside random weights of the same network. A
-    constant is a line, and the equations, whose error is 0.00, are left out."""
+    """Errors on the `main_split` of every method and of statistics, with one probe, beside random weights of the same
+    network. A constant is a line, and the equations, whose error is 0.00, are left out."""
     drawn = beside_random(mean_errors(errors, probe), rows)
     left_out = drawn.objective.isin(("constant", "equations")) | drawn.objective.str.startswith("random")
     drawn = drawn[~left_out]
     look = dict(at=1.0, at_label="a constant", second_label="random weights of the network")
-    return plot_marks(with_looks(drawn, rows), xlabel=f"{ERROR} on test, {PROBE_TITLES[probe]}", title=title, **look)
+    xlabel = f"{ERROR} on {drawn.split.iloc[0]}, {PROBE_TITLES[probe]}"
+    return plot_marks(with_looks(drawn, rows), xlabel=xlabel, title=title, **look)
 
 # %% ../../nbs/experiments/table1.ipynb #ef3ad43d
 def verdicts(paired: pd.DataFrame) -> list[str]:
@@ -69,8 +71,9 @@ def verdicts(paired: pd.DataFrame) -> list[str]:
 
 
 def over_random(study: Study) -> pd.DataFrame:
-    """Of each training without labels and each probe, the mean over labels of its difference on `test` from random
-    weights of the same network: the lines of `differences` with a `verdict`. Empty without a row to compare with."""
+    """Of each training without labels and each probe, the mean over labels of its difference on the `main_split`
+    from random weights of the same network: the lines of `differences` with a `verdict`. Empty without a row to compare
+    with."""
     untrained = [row.network for row in study.kind("random")]
     blind = [row.key for row in study.kind("trained") if not row.reads_labels and row.network in untrained]
     if not blind:
@@ -87,7 +90,7 @@ def over_random(study: Study) -> pd.DataFrame:
 def plot_over_random(apart: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figure:
     "Differences of one probe from random weights: a panel for each system, a line for each row."
     drawn = with_looks(apart.assign(value=apart.difference, filled=apart.verdict != "undecided"), rows)
-    label = "error minus that of random weights (left of zero is better)"
+    label = f"error on {apart.split.iloc[0]} minus that of random weights (left of zero is better)"
     return plot_marks(drawn, xlabel=label, log=False, at=0.0, title=title)
 
 # %% ../../nbs/experiments/table1.ipynb #9254fd9e
@@ -95,8 +98,8 @@ PAPER_ROWS = ("jepa-convnext", "mae-vit")  # the paper's JEPA and VideoMAE
 
 
 def paper_order(study: Study) -> pd.DataFrame:
-    """JEPA's error on `test` minus that of MAE in each system that has both rows, with each probe: `difference`, `low`,
-    `high`, `by_seed`, `text`, `verdict`."""
+    """JEPA's error on the `main_split` minus that of MAE in each system that has both rows, with each probe: `split`,
+    `difference`, `low`, `high`, `by_seed`, `text`, `verdict`."""
     pair = [row for name in PAPER_ROWS for row in study.rows if row.name == name]
     if len(pair) < 2:
         return pd.DataFrame()
@@ -106,7 +109,7 @@ def paper_order(study: Study) -> pd.DataFrame:
         found.append(table[table.label == "mean"].assign(system=system))
     table = pd.concat(found, ignore_index=True)
     text = [interval_text(*numbers, 3) for numbers in zip(table.difference, table.low, table.high)]
-    columns = ["system", "probe", "difference", "low", "high", "by_seed", "seeds_a", "seeds_b"]
+    columns = ["system", "probe", "split", "difference", "low", "high", "by_seed", "seeds_a", "seeds_b"]
     return table[columns].assign(text=text, verdict=verdicts(table))
 
 
@@ -114,7 +117,7 @@ def plot_paper_order(table: pd.DataFrame, title: str = "") -> Figure:
     "The difference of JEPA and MAE with each probe, a panel for each system."
     drawn = table.assign(panel=table.system, line=[PROBE_TITLES[p] for p in table.probe], value=table.difference)
     drawn = drawn.assign(filled=table.verdict != "undecided", color="#0072B2", marker="s")
-    label = "error of JEPA ConvNeXt minus that of MAE ViT (right of zero: MAE is better)"
+    label = f"error on {table.split.iloc[0]} of JEPA ConvNeXt minus that of MAE ViT (right of zero: MAE is better)"
     lines = [PROBE_TITLES[p] for p in ordered(table.probe, PROBE_ORDER)]
     return plot_marks(drawn, xlabel=label, log=False, at=0.0, lines=lines, title=title)
 
@@ -164,16 +167,17 @@ def cost_table(study: Study) -> pd.DataFrame:
 
 # %% ../../nbs/experiments/table1.ipynb #4f00bf9d
 def printed_errors(results: Sequence[str | Path]) -> str:
-    "Errors on `test`, mean over labels and seeds, of every row and probe in these results of a system, as text."
+    "Errors on the `main_split`, mean over labels and seeds, of every row and probe in results of a system, as text."
     table = read_results(results)
-    table = table[(table.metric == "mse") & (table.label == "mean") & (table.split == "test")]
+    split = main_split(set(table.split))
+    table = table[(table.metric == "mse") & (table.label == "mean") & (table.split == split)]
     titles = {key: title_of(*key) for key in row_order(table)}
     errors = table.assign(row=[titles[key] for key in zip(table.objective, table.encoder)])
     errors = errors.pivot_table(index="row", columns="probe", values="value", sort=False)
     errors = errors.reindex(index=titles.values(), columns=ordered(errors.columns, PROBE_ORDER))
     names = ", ".join(map(system_title, table.system.unique()))
     text = errors.to_string(float_format="{:.3f}".format, na_rep="-")
-    return f"== {names}: {ERROR} on test (1: always the mean label)\n{text}"
+    return f"== {names}: {ERROR} on {split} (1: always the mean label)\n{text}"
 
 
 if __name__ == "__main__" and "__file__" in globals():  # as a command, not in a notebook

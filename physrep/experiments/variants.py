@@ -37,7 +37,7 @@ VARIANTS: dict[str, Variant] = {
     "wide": Variant("forecast-vit", "a network twice as wide", encoder_config={"dim": 128, "heads": 4}),
     "same_window": Variant("invariance-vit", "the same window twice", coefficients={"of": "window"}),
     "far_pairs": Variant("invariance-vit", "at least 8 frames between windows", coefficients={"gap": 8}),
-    "labelled_only": Variant("invariance-vit", "256 flows in place of 512", recipe={"unlabelled": False}),
+    "labelled_only": Variant("invariance-vit", "256 flows in place of 1,024", recipe={"unlabelled": False}),
     "equal_labels": Variant("invariance-vit", "another flow, equal labels", coefficients={"of": "labels"}),
     **{
         f"{name}_convnext": Variant(f"{name}-vit", "a ConvNeXt in place of the ViT", encoder="convnext")
@@ -64,9 +64,9 @@ def train_variant(study: Study, name: str, seeds: Sequence[int], **options) -> N
 
 # %% ../../nbs/experiments/variants.ipynb #7ee2e1a4
 def variant_ratios(study: Study) -> pd.DataFrame:
-    """The error of each variant over that of its row (kernel ridge, `test`, first system), with its interval over flows
-    and seeds; the variants of which something is scored, with the seeds that both have. What a seed changes is pooled
-    over a row and its variants."""
+    """The error of each variant over that of its row (kernel ridge, `main_split`, first system), with its interval over
+    flows and seeds; the variants of which something is scored, with the seeds that both have. What a seed changes is
+    pooled over a row and its variants."""
     sides = {}
     for name, variant in VARIANTS.items():
         pairs = [variant_run(study, name, variant, study.systems[0], seed) for seed in study.seeds]
@@ -90,5 +90,5 @@ def plot_variants(table: pd.DataFrame, title: str = "") -> Figure:
         line=lines, color=[row.color for row in rows], marker=[row.marker for row in rows], panel="all"
     )
     drawn = drawn.assign(filled=(table.low > 1) | (table.high < 1))
-    label = "error over that of the row (left of 1: the change helps)"
+    label = f"error on {table.split.iloc[0]} over that of the row (left of 1: the change helps)"
     return plot_marks(drawn, xlabel=label, at=1.0, panels={"all": ""}, title=title)

@@ -121,7 +121,7 @@ def write_few(
 ) -> Path:
     "Writes `few.json`, rows of probes that are fitted on few labelled flows (`FEW`); none where `train` has few flows."
     about = {"system": scaler.system.name, **about}
-    groups = {s: bootstrap_groups(w, windows["train"]) for s, w in windows.items() if s not in ("train", "valid")}
+    groups = {s: bootstrap_groups(w, windows["train"]) for s, w in windows.items() if s != "train"}
     recipe = attentive_recipe(preset) if preset else None
     rows = score_few(features, groups, scaler, FEW, about, recipe=recipe, device=device)
     path = Path(folder) / "few.json"

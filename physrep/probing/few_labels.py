@@ -138,7 +138,7 @@ def fit_attentive_on_few(
 
 def score_few(
     features: Mapping[str, Features],  # by split, with `train`
-    groups: Mapping[str, np.ndarray],  # of the bootstrap, by split
+    groups: Mapping[str, np.ndarray],  # of the bootstrap, by split that is scored
     scaler: LabelScaler,  # of all labels: errors are z-scored with it
     draws: Mapping[int, int],  # number of flows -> draws of that many
     about: Mapping,  # of the rows: system, objective, encoder, seed, run
@@ -147,9 +147,8 @@ def score_few(
     recipe: AttentiveRecipe | None = None,  # of an attentive probe, which is fitted as well
     device: str = "cpu",
 ) -> list[dict]:
-    "Rows of probes that are fitted on few flows of `train`, on every other split but `valid`, which they may not see."
+    "Rows of probes that are fitted on few flows of `train`, and see no other split before they are scored on it."
     rows = []
-    scored = [split for split in features if split not in ("train", "valid")]
     number_of_flows = len(np.unique(features["train"].groups))
     if recipe:
         updates = min(FEW_UPDATES, recipe.epochs * math.ceil(len(features["train"]) / recipe.batch_size))
@@ -160,7 +159,7 @@ def score_few(
         if recipe and number == ATTENTIVE_ON and draw == 0:
             options = dict(updates=updates, recipe=recipe, seed=about["seed"], device=device)
             fitted["attentive"] = fit_attentive_on_few(few, own, **options)
-        for (name, probe), split in ((pair, s) for pair in fitted.items() for s in scored):
+        for (name, probe), split in ((pair, s) for pair in fitted.items() for s in groups):
             kind = dict(probe=name, split=split, labelled_flows=number, draw=draw)
             whole = features[split]
             found = score(probe.predict(whole), whole.labels, groups[split], scaler.system, scaler)

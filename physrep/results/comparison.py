@@ -22,6 +22,7 @@ import pandas as pd
 from ..core.randomness import seed_for
 from ..data.scaling import LabelScaler
 from ..physics.systems import System
+from ..probing.features import main_split
 from ..probing.records import MEASURED, SCHEMA, Predictions, read_predictions
 from ..probing.scores import METRICS, bootstrap_weights, difference_seeds, score, score_seeds
 from .rows import CONTROLS, PROBE_ORDER, ROWS, SPLIT_ORDER, Row, ordered, random_of, row_order
@@ -275,7 +276,7 @@ def _pairs_of_probes(a: Method, b: Method, split: str, probe: str | tuple[str, s
 
 def compare(
     *runs: _Where,  # each the seeds of one method: a folder, a predictions file, or a list of them
-    split: str = "test",
+    split: str = "",  # default: the `main_split` of each pair
     probe: str | tuple[str, str] | None = None,  # default: all that both have; a pair: of the first and of the second
     metric: str | None = None,  # default: all
     n_bootstrap: int = 1000,
@@ -295,17 +296,19 @@ def compare(
         check_metric(metric)
     rows = []
     for a, b in combinations([_one_method(r) for r in runs], 2):
-        for pair in _pairs_of_probes(a, b, split, probe):
+        shown = split or main_split({*a.truth, *b.truth})
+        for pair in _pairs_of_probes(a, b, shown, probe):
             named = pair[0] if pair[0] == pair[1] else " - ".join(pair)
-            about = {"first": a.name, "second": b.name, "probe": named, "split": split}
-            for row in _paired(a, b, pair, split, n_bootstrap, seed):
+            about = {"first": a.name, "second": b.name, "probe": named, "split": shown}
+            for row in _paired(a, b, pair, shown, n_bootstrap, seed):
                 if metric in (None, row["metric"]):
                     rows.append(about | row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/results/comparison.ipynb #2d2d3dc2
-def pooled_spread(methods: Sequence[Method], probe: str, split: str = "test") -> tuple[float, int]:
+def pooled_spread(methods: Sequence[Method], probe: str, split: str = "") -> tuple[float, int]:
     "Standard deviation over seeds of the logarithm of the error, pooled over methods, and its degrees of freedom."
+    split = split or main_split({s for m in methods for s in m.truth})
     known = [np.log(_by_seed(m, probe, split)["mean", "mse"]) for m in methods if len(m.seeds(probe, split)) > 1]
     left = sum(len(logs) - 1 for logs in known)
     squares = sum((len(logs) - 1) * np.var(logs, ddof=1) for logs in known)
@@ -316,12 +319,13 @@ def log_errors(
     m: Method,
     probe: str,
     *,
-    split: str = "test",
+    split: str = "",  # default: the `main_split`
     n_bootstrap: int = 1000,
     pooled: tuple[float, int] = (math.nan, 0),  # of `pooled_spread`: what a seed is taken to change
 ) -> np.ndarray:
     """Draws `(1 + n_bootstrap,)` of the logarithm of the mean squared z-scored error, mean over seeds and labels; the
     first is as measured. Three seeds or more have a spread of their own, fewer the `pooled` one."""
+    split = split or main_split(m.truth)
     truth = m.scaler.transform(m.truth[split])
     weights, index = bootstrap_weights(m.groups[split], n_bootstrap)
     sizes = np.bincount(index)
@@ -343,16 +347,16 @@ def ratio_interval(draws: np.ndarray) -> dict[str, float]:
     return {"value": float(np.exp(draws[0])), "low": float(low), "high": float(high)}
 
 
-def error_ratio(
-    a: _Where, b: _Where, probe: str, split: str = "test", pooled: tuple[float, int] | None = None
-) -> dict[str, float]:
-    """The error of one method over that of another on the same windows: `value`, `low`, `high`, `seeds`; `pooled` as
-    for `log_errors`, by default of these two."""
+def error_ratio(a: _Where, b: _Where, probe: str, split: str = "", pooled: tuple[float, int] | None = None) -> dict:
+    """The error of one method over that of another on the same windows: `value`, `low`, `high`, `seeds`, `split`;
+    `pooled` as for `log_errors`, by default of these two."""
     first, second = _one_method(a), _one_method(b)
+    split = split or main_split({*first.truth, *second.truth})
     _check_same_windows(first, second, (first.name, second.name), [split])
     pooled = pooled or pooled_spread([first, second], probe, split)
     logs = [log_errors(m, probe, split=split, pooled=pooled) for m in (first, second)]
-    return ratio_interval(logs[0] - logs[1]) | {"seeds": min(len(m.seeds(probe, split)) for m in (first, second))}
+    seeds = min(len(m.seeds(probe, split)) for m in (first, second))
+    return ratio_interval(logs[0] - logs[1]) | {"seeds": seeds, "split": split}
 
 # %% ../../nbs/results/comparison.ipynb #df206ed8
 REFERENCES = ("random", *CONTROLS)  # objectives of the rows that the others are compared with
@@ -410,7 +414,7 @@ def differences(
     *,
     references: Sequence[str] = REFERENCES,
     rows: Sequence[Row] = ROWS,  # that say which random weights have the network of a row
-    split: str = "test",
+    split: str = "",  # default: the `main_split` of all
     metric: str = "mse",
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -425,6 +429,7 @@ def differences(
     """
     check_metric(metric)
     methods = read_methods(where)
+    split = split or main_split({s for m in methods for s in m.truth})
     lines = []
     for m, probe, objective in _asked(methods, references, split):
         found = _reference(m, probe, methods, objective, split, rows)

@@ -136,7 +136,7 @@ PROBE_TITLES = {
     "constant": "constant",
 }
 PROBE_ORDER = tuple(PROBE_TITLES)
-SPLIT_ORDER = ("valid", "test", "shifted")
+SPLIT_ORDER = ("valid", "test", "shifted", "long_box")
 
 
 def _find(objective: str | None, encoder: str | None, rows: Sequence[Row]) -> Row | None:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import atomic_path, read_json
+from ..probing.features import main_split
 from ..probing.records import Predictions, write_predictions, write_result
 from ..probing.scores import score
 from .comparison import check_metric, compare, interval_text, predictions_in, read_methods, summarise
@@ -24,9 +25,10 @@ CSV_COLUMNS = ("window", "label", "value")
 OPTIONAL = ("split", "seed", "probe", "flow")
 
 
-def write_windows_csv(reference: Predictions, path: str | Path, split: str = "test") -> Path:
-    "Writes a CSV of all windows and labels of a split, with empty values. FileExistsError if the file is there."
-    path = Path(path)
+def write_windows_csv(reference: Predictions, path: str | Path, split: str = "") -> Path:
+    """Writes a CSV of all windows and labels of a split (default: the `main_split`), with empty values.
+    FileExistsError if the file is there."""
+    path, split = Path(path), split or main_split(reference.truth)
     if path.exists():
         raise FileExistsError(f"{path} is there already, and may hold predictions: delete it, or name another file")
     if split not in reference.truth or split not in reference.data:
@@ -107,7 +109,7 @@ def predictions_from_csv(
     reference: Predictions,  # of a run on the same windows, with truth, groups and scaling
     *,
     name: str | None = None,  # the objective in tables; default: the name of the file
-    split: str | None = None,  # of lines that name none; default: the header's, or test
+    split: str | None = None,  # of lines that name none; default: the header's, or the `main_split`
     version: str | None = None,  # fingerprint of the split; default: the header's
     any_version: bool = False,  # do not compare fingerprints
 ) -> list[Predictions]:
@@ -118,7 +120,7 @@ def predictions_from_csv(
     system, versions = _header(path)
     if system not in (None, reference.scaler.system.name):
         raise ValueError(f"{path} is of system {system}, {reference.path} of {reference.scaler.system.name}")
-    split = split or next(iter(versions), "test")
+    split = split or next(iter(versions), main_split(reference.truth))
     table = _table(path, reference, split)
     versions |= {split: version} if version else {}
     for where in () if any_version else sorted(set(table.split)):
@@ -179,11 +181,12 @@ def reference_for(
     runs: Sequence[str | Path | Predictions],  # folders or files
     path: str | Path | None = None,  # the CSV; None for one that is still to be written
     *,
-    split: str | None = None,  # default: the CSV's, or test
+    split: str | None = None,  # default: the CSV's, or the `main_split`
 ) -> Predictions:
     "Our predictions that a CSV is held against: of its system and split, with a fingerprint if any has one."
     system, versions = _header(Path(path)) if path else (None, {})
-    files, split = predictions_in(runs), split or next(iter(versions), "test")
+    files = predictions_in(runs)
+    split = split or next(iter(versions), main_split({s for p in files for s in p.truth}))
     fits = [p for p in files if system in (None, p.info["system"]) and split in p.truth]
     systems = sorted({p.info["system"] for p in fits})
     if len(systems) != 1:
@@ -197,7 +200,7 @@ def reference_for(
 def compare_csv(
     path: str | Path,
     *runs: str | Path | Predictions,  # ours: folders or files, of as many methods as there are
-    split: str | None = None,  # default: the CSV's, or test
+    split: str | None = None,  # default: the CSV's, or the `main_split`
     metric: str = "mse",
     n_bootstrap: int = 1000,
     **options: object,  # name, version, any_version: of `predictions_from_csv`
@@ -205,8 +208,8 @@ def compare_csv(
     """Two tables with 95 % intervals: what a CSV scores (probe, label, value, low, high, text), and its paired
     differences from our runs on the same windows (second, probe, label, a, b, difference, low, high, by_seed, text)."""
     check_metric(metric)
-    split = split or next(iter(_header(Path(path))[1]), "test")
     files = predictions_in(runs)
+    split = split or next(iter(_header(Path(path))[1]), main_split({s for p in files for s in p.truth}))
     reference = reference_for(files, path, split=split)
     [method] = read_methods(predictions_from_csv(path, reference, split=split, **options))
     scores = summarise(method, n_bootstrap=n_bootstrap).query("metric == @metric and split == @split")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ..physics.systems import SYSTEMS, get_system
+from ..probing.features import main_split
 from .rows import ROWS, Row, ordered, row_order, title_of
 
 # %% ../../nbs/results/table.ipynb #fba2ae45
@@ -36,10 +37,11 @@ def system_title(name: str) -> str:
     return get_system(name).title if name in SYSTEMS else name
 
 
-def mean_errors(summary: pd.DataFrame, probe: str | None = None, split: str = "test") -> pd.DataFrame:
+def mean_errors(summary: pd.DataFrame, probe: str | None = None, split: str = "") -> pd.DataFrame:
     """The lines of a summary (`comparison.summarise`) that a table shows: z-scored squared error, mean over labels, all
-    labelled flows, on one split, of one probe. Rows that this probe cannot read (the equations, a constant) have their
-    own."""
+    labelled flows, on one split (default: the `main_split`), of one probe. Rows that this probe cannot read (the
+    equations, a constant) have their own."""
+    split = split or main_split(set(summary.split))
     found = summary[(summary.metric == "mse") & (summary.label == "mean") & (summary.split == split)]
     most = found.groupby("system").labelled_flows.transform("max")
     found = found[(found.labelled_flows == most) & (found.draw == 0)]
@@ -53,7 +55,7 @@ def mean_errors(summary: pd.DataFrame, probe: str | None = None, split: str = "t
 
 
 def table1(
-    summary: pd.DataFrame, probe: str = "attentive", rows: Sequence[Row] = ROWS, split: str = "test"
+    summary: pd.DataFrame, probe: str = "attentive", rows: Sequence[Row] = ROWS, split: str = ""
 ) -> pd.DataFrame:
     "Mean error of every row with one probe: lines by title, a column for each system, the count of seeds."
     found = mean_errors(summary, probe, split)
