@@ -23,20 +23,24 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # set by targets, not by an environment that happens to have a variable of that name
 TARGET :=
+SPACE = $(error $(1)="$($(1))" has a space, and make cannot tell it from two words: rename it, or name a link to it)
+$(foreach name,PRESET NB PROFILE VENV,$(if $(word 2,$($(name))),$(call SPACE,$(name))))
 # a preset of your own is the path of a .yaml file, and is called after it
 NAME := $(basename $(notdir $(PRESET)))
-DRAWN := runs/$(NAME)/figures
+# figures of one system, of some rows or of rows of one's own lie apart and do not take the place of those that are committed
+SELECTION := $(SYSTEM)$(ONLY)$(ROWS)
+DRAWN := runs/$(NAME)$(if $(SELECTION),/selection)/figures
 # the committed figures are those of the laptop preset
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
-# figures of one system, of some rows or of rows of one's own are not meant to take the place of those that are committed
-PART := $(SYSTEM)$(ONLY)$(ROWS)
 CONFIG = preset=$(PRESET) target=$(TARGET) data="$(DATA)" systems="$(SYSTEM)" rows="$(ROWS)" only="$(ONLY)" seeds="$(SEEDS)" \
   $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
 # with a profile, jobs run where it says, e.g. on a cluster
 SNAKE = $(BIN)/python tools/workflow.py $(NAME) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) \
   --nolock --rerun-incomplete --rerun-triggers mtime --keep-going --quiet rules host --config $(CONFIG) </dev/null
-KEEP = echo "== the committed figures are as they were; $(if $(PART),these are in $(DRAWN)/,make figures copies $(DRAWN)/ to $(FIGURES)/)"
+KEEP = echo "== the committed figures are as they were; $(if $(SELECTION),these are in $(DRAWN)/,make figures copies $(DRAWN)/ to $(FIGURES)/)"
 CODE := nbs tests tools setup.py
+# the code of this folder, also where the environment was copied with another clone or is that of another one
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # one torch thread a process: on small grids two are slower than one, and jobs run side by side
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -66,7 +70,7 @@ reproduce: TARGET = reproduce
 reproduce: $(READY)  ## simulate, pretrain, probe, draw the main tables and figures, and compare them with the committed ones
 	@echo "== preset $(PRESET): simulate -> pretrain -> probe -> figures, $(CORES) jobs at a time; what is done already is kept"
 	@$(SNAKE)
-	@echo "== done: figures with their data (png, svg, csv, json) in $(DRAWN)/, executed notebooks in runs/$(NAME)/notebooks/"
+	@echo "== done: figures with their data (png, svg, csv, json) in $(DRAWN)/, executed notebooks in $(dir $(DRAWN))notebooks/"
 	@$(BIN)/python tools/compare_figures.py $(DRAWN) $(FIGURES)
 	@$(KEEP)
 
@@ -86,6 +90,7 @@ experiment: $(READY)  ## one experiment of nbs/experiments.yaml, with all that i
 	@$(KEEP)
 
 figures:  ## copy the figures that PRESET's runs have drawn over the committed ones
+	@test -z "$(SELECTION)" || { echo "figures of SYSTEM=, ONLY= or ROWS= stay in $(DRAWN)/: the committed ones show every row"; exit 2; }
 	@ls $(DRAWN)/*.png >/dev/null 2>&1 || { echo "no figures in $(DRAWN)/; make reproduce draws them"; exit 1; }
 	@mkdir -p $(FIGURES) && cp $(DRAWN)/* $(FIGURES)/
 	@echo "$$(ls $(DRAWN)/*.png | wc -l) figure(s) with their data copied to $(FIGURES)/"

@@ -177,6 +177,9 @@ def test_flows_that_are_rounded_differently_have_the_fingerprint_of_their_recipe
         file["t0_fields/tracer"][0, 0] *= 1 + 1e-6
     assert fingerprints(tmp_path) == before
     with h5py.File(path, "r+") as file:
+        file.attrs[RECIPE] = generate.recipe_digest("shear_flow", TINY, "test", "cuda")
+    assert fingerprints(tmp_path)["test"] != before["test"], "begun on a GPU, finished on the CPU"
+    with h5py.File(path, "r+") as file:
         del file.attrs[RECIPE]
     changed = fingerprints(tmp_path)
     assert changed["test"] != before["test"] and changed["train"] == before["train"]

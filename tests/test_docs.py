@@ -75,6 +75,10 @@ def test_a_folder_of_others_is_not_written_anew(tmp_path):
     with pytest.raises(SystemExit, match="was not made by this script"):
         build.stage(tmp_path / "source")
     assert (tmp_path / "source" / "thesis.tex").exists()
+    (tmp_path / "site" / "html").mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "tools" / "docs" / "build.py"), "--out", str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "html was not made by this script" in done.stderr
 
 
 def test_the_check_of_links_sees_broken_ones(tmp_path, monkeypatch):

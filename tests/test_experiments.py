@@ -98,7 +98,10 @@ def test_few_labels_of_probes_and_of_a_supervised_row(study):
     found = read_results(path)
     assert set(found.labelled_flows) == {2} and {"head", "kernel"} <= set(found.probe)
     table = few_labels.few_table(study)
-    assert set(table[table.objective == "supervised"].probe) == {"head"}
+    supervised = table[table.objective == "supervised"]
+    assert set(supervised.probe) == {"head"} and 2 in set(supervised.labelled_flows)
+    other = few_labels.few_table(replace(study, preset=replace(study.preset, probe_epochs=1)))
+    assert 2 not in set(other.labelled_flows), "a preset that probes in another way"
     with pytest.raises(ValueError, match="reads no labels"):
         few_labels.train_on_few(study.run(study.rows[0], SYSTEM))
 

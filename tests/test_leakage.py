@@ -126,6 +126,15 @@ def test_other_systems_are_twins_in_all_fields(tmp_path, system, labels):
     assert lines.loc["test", "windows"] == 2 and len(ranges) == 3 * get_system(system).n_channels
 
 
+@pytest.mark.parametrize("seed, flows", [(1, 2), (0, 1)], ids=["another start", "rounding"])
+def test_a_field_of_large_values_hides_no_other(tmp_path, seed, flows):
+    for split, k, temperature in (("train", 0, 300.0), ("test", seed, np.nextafter(np.float32(300), 400))):
+        fields = {"buoyancy": np.full((1, 2, 8, 16), temperature), "velocity": 2e-3 * velocity(seed=k)}
+        labels = {"Prandtl": 1.0, "Rayleigh": 1e6}
+        write(tmp_path, split, [0], labels, "rayleigh_benard", pressure=np.zeros((1, 2, 8, 16)), **fields)
+    assert find_flows(tmp_path, "rayleigh_benard", ["train", "test"]).flow.nunique() == flows
+
+
 def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
     path = write(tmp_path, "train", [0], n_frames=4, tracer=np.ones((1, 4, 8, 16)))
     with h5py.File(path, "r+") as f:

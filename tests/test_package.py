@@ -4,16 +4,20 @@ import ast
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from physrep.data.generate import make_dataset
 from physrep.objectives.methods import objective_class
 from physrep.results.rows import chosen_rows
+from physrep.training.presets import get_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "physrep"
@@ -127,9 +131,14 @@ def test_clean_keeps_data_that_were_not_simulated(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
     for name in simulated:
         (tmp_path / "data" / name / "plan.json").write_text("{}")
+    sim = replace(get_preset("smoke").sim("shear_flow").only(()), draws={"train": (1, 1)}, n_frames=2)
+    train = make_dataset("shear_flow", sim, tmp_path / "data" / "simulated", workers=1, progress=False) / "data/train"
+    shutil.copytree(train.parents[1], tmp_path / "data" / "mixed" / "shear_flow")
+    (tmp_path / "data" / "mixed" / "shear_flow" / "data" / "train" / "mine.hdf5").write_bytes(b"days of work")
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "data" / "the_well")
     (tmp_path / "data" / "README.md").touch()
     (tmp_path / "runs").mkdir()
     made, kept = ({str(p.relative_to(tmp_path)) for p in some} for some in made_and_kept(tmp_path))
-    assert made == {"runs", "data/laptop", "data/both/rayleigh_benard", "data/linked"}, "of a link only the link"
-    assert kept == {"data/the_well", "data/both/shear_flow"}
+    ours = {"runs", "data/laptop", "data/simulated", "data/both/rayleigh_benard", "data/linked"}
+    assert made == ours, "of a link only the link"
+    assert kept == {"data/the_well", "data/both/shear_flow", "data/mixed"}

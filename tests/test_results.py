@@ -18,6 +18,7 @@ from physrep.probing.records import SCHEMA, is_current, read_results, stale, wri
 from physrep.results.comparison import spread
 from physrep.results.figures import figure_record, save_figure
 from physrep.results.panels import interval_is_clear, plot_marks
+from physrep.results.rows import make_study
 from physrep.results.table import PAPER, mean_errors, table1
 from physrep.results.verify import main, verify
 from physrep.training.presets import get_preset
@@ -135,6 +136,16 @@ def test_what_changed_since_a_figure_was_drawn_is_named(tmp_path, smoke_data, mo
     assert state(tmp_path)[0] == "current", "this figure does not depend on probes"
     monkeypatch.setattr(physrep.core.provenance, "TRAINING", 2)
     assert state(tmp_path) == ("stale", ["TRAINING was 1, is 2"])
+
+
+def test_a_figure_of_a_selection_does_not_pass_for_that_of_all_rows(tmp_path):
+    usual = make_study("smoke").parameters
+    drawn(tmp_path, parameters=usual)
+    assert state(tmp_path) == ("current", [])
+    drawn(tmp_path, parameters=usual | {"systems": ["shear_flow"]})
+    assert state(tmp_path) == ("stale", [f"systems are shear_flow, not {', '.join(usual['systems'])}"])
+    drawn(tmp_path, parameters=usual | {"rows": [*usual["rows"], "mine-vit"]})
+    assert state(tmp_path)[0] == "stale"
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "csv", "json"])

@@ -116,7 +116,9 @@ GOOD = make_fields("shear_flow")
         ({"parameters": {"Reynolds": 1e4}}, "missing: Schmidt"),
         ({"parameters": {"Reynolds": 1e4, "Schmidt": np.nan}}, "Schmidt must be one finite number"),
         ({"parameters": {"Reynolds": 1e39, "Schmidt": 1.0}}, "Reynolds must be one finite number .in float32."),
+        ({"parameters": {"Reynolds": 1e-46, "Schmidt": 1.0}}, "Reynolds must be one finite number .in float32: 1e-38"),
         ({"parameters": {"Reynolds": 0.0, "Schmidt": 1.0}}, "Reynolds must be positive"),
+        ({"parameters": PARAMETERS["shear_flow"] | {"n_trajectories": 7}}, "n_trajectories belong to the format"),
         ({"fields": {"tracer": np.zeros((1, 2, 3, 4))}}, "tracer, pressure, velocity"),
         ({"fields": GOOD | {"velocity": np.zeros((3, FRAMES, NX, NY, 3))}}, "velocity must be"),
         ({"fields": GOOD | {"pressure": np.full((3, FRAMES, NX, NY), np.inf)}}, "pressure of trajectory 0 holds NaN"),
@@ -127,6 +129,7 @@ GOOD = make_fields("shear_flow")
         ({"name": "rayleigh_benard", "coordinates": None}, r"coordinates\['y'\]: the nodes between walls"),
         ({"attributes": {"dataset_name": "mine"}}, "dataset_name belong"),
         ({"initial_conditions": [1, 2]}, "must be 3 integers"),
+        ({"initial_conditions": [0.2, 0.4, 0.6]}, "must be 3 integers, got an array float64"),
         ({"path": "a.nc"}, ".hdf5 or .h5"),
     ],
 )
@@ -134,6 +137,12 @@ def test_wrong_input_is_refused_before_writing(tmp_path, wrong, says):
     with pytest.raises(ValueError, match=says):
         make(tmp_path / wrong.get("path", "a.hdf5"), **{k: v for k, v in wrong.items() if k != "path"})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_holds_any_number_of_labelled_trajectories(tmp_path):
+    labels = {"Reynolds": np.arange(1.0, 8301.0), "Schmidt": 1.0}
+    path = well_file(tmp_path / "a.hdf5", shape=(8300, 1, 2, 2), parameters=labels)
+    assert np.array_equal(WellFile(path, "shear_flow").labels["Reynolds"], labels["Reynolds"])
 
 
 @pytest.mark.parametrize("dtype", ["<f8", ">f4", "<f2"])

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -101,11 +103,11 @@ def test_few_rows_are_the_same_to_the_byte(once, tmp_path):
 
 
 def test_rows_of_ones_own_stand_in_the_table(once):
-    table = pd.read_csv(once / "few" / "figures" / "table1.csv")
+    table = pd.read_csv(once / "few" / "selection" / "figures" / "table1.csv")
     probes = table[table.split == main_split(set(table.split))].groupby(["objective", "encoder"]).probe.agg(set)
     assert probes["frozen", "make_bands"] == probes["MeanField", "vit"] == {"linear", "knn", "kernel", "attentive"}
     assert {("forecast", "vit"), ("random", "vit"), ("statistics", "none")} <= set(probes.index)
-    picture = (once / "few" / "figures" / "table1.svg").read_text()
+    picture = (once / "few" / "selection" / "figures" / "table1.svg").read_text()
     assert "#ff0000" in picture, "the colour that the file asks for"
 
 
@@ -138,7 +140,9 @@ def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(
     snakemake(folder, **table)
     assert not (folder / "data").exists() and not list((folder / "runs").rglob("encoder.safetensors"))
     for name in ("table1.csv", "over_random.csv"):
-        drawn, before = (pd.read_csv(root / "runs" / "few" / "figures" / name) for root in (folder, first))
+        drawn, before = (
+            pd.read_csv(root / "runs" / "few" / "selection" / "figures" / name) for root in (folder, first)
+        )
         rows = before[~before.objective.isin(["frozen", "MeanField"])]
         pd.testing.assert_frame_equal(drawn, rows.reset_index(drop=True))
 
@@ -148,6 +152,7 @@ def test_commands_take_text_that_looks_like_a_number_and_folders_with_spaces(tmp
     (folder / "two.yaml").write_text('rows: [{objective: jepa, encoder: vit, tag: "2"}]')
     said = snakemake(folder, "--dry-run", "--printshellcmds", quiet=("host",), systems="shear_flow", rows="two.yaml")
     assert "-r tag 2" in said and '-p workers "$SIMULATING"' in said
+    assert f"-r figure_dir '{folder}/runs/smoke/selection/figures'" in said, "of two.yaml and one system"
     command = next(line for line in said.splitlines() if "03_pretrain.ipynb" in line)
     words = subprocess.run(["bash", "-c", f"set -- {command.partition('papermill ')[2].partition(' <')[0]}; echo $1"],
                            capture_output=True, text=True).stdout  # fmt: skip
@@ -211,10 +216,10 @@ sys.exit(main("few", "--version", root=Path(sys.argv[1])))
 HOLD = "import sys, time, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(60)"
 
 
-def start(root: Path) -> subprocess.Popen:
+def start(root: Path, stdin: int | None = None) -> subprocess.Popen:
     "A workflow of preset `few` that prints the version of snakemake, on runs below `root`."
-    command = [sys.executable, "-c", CODE, str(root)]
-    return subprocess.Popen(command, cwd=ROOT / "tools", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, pipe = [sys.executable, "-c", CODE, str(root)], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT / "tools", stdin=stdin, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_a_second_workflow_waits_for_the_first(tmp_path):
@@ -236,3 +241,61 @@ def test_a_killed_workflow_keeps_nobody_waiting(tmp_path):
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert "waiting" not in start(tmp_path).communicate(timeout=60)[0]
+
+
+def test_snakemake_keeps_the_lock_when_what_started_it_is_killed(tmp_path):
+    (tmp_path / "snakemake.py").write_text("import sys; print('begun', flush=True); sys.stdin.read()")
+    first = start(tmp_path, stdin=subprocess.PIPE)
+    assert first.stdout.readline() == "begun\n"
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    lock = filelock.FileLock(tmp_path / "runs" / "few" / ".workflow.lock")
+    with pytest.raises(filelock.Timeout):
+        lock.acquire(timeout=0)
+    first.stdin.close()  # now it ends
+    lock.acquire(timeout=30)
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    "A clone with an environment in which another clone is installed."
+    folder = tmp_path / "clone"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / "tools").mkdir()
+    for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt", "tools/weights.py"):
+        shutil.copy(ROOT / name, folder / name)
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    (folder / ".venv" / ".ready").touch()
+    return folder
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", *arguments], cwd=folder, env=own, capture_output=True, text=True)
+
+
+def test_a_clone_runs_its_own_code_and_writes_its_own_weights(clone):
+    assert runpy.run_path(str(clone / "tools" / "weights.py"))["WEIGHTS"] == clone / "physrep" / "weights"
+    (clone / "physrep").mkdir()
+    (clone / "physrep" / "__init__.py").touch()
+    (clone / "tools" / "weights.py").write_text("import physrep; print(physrep.__file__)")
+    assert make(clone, "weights").stdout.strip() == str(clone / "physrep" / "__init__.py")
+
+
+def test_figures_of_a_selection_are_not_copied_over_the_committed_ones(clone):
+    for place in ("runs/laptop/figures", "runs/laptop/selection/figures"):
+        (clone / place).mkdir(parents=True)
+        (clone / place / "table1.png").write_text(place)
+    for selection in ("SYSTEM=shear_flow", "ONLY=mae-vit", "ROWS=rows.yaml"):
+        done = make(clone, "figures", selection)
+        assert done.returncode and "stay in runs/laptop/selection/figures/" in done.stdout
+    assert not (clone / "figures").exists()
+    assert make(clone, "figures").returncode == 0
+    assert (clone / "figures" / "table1.png").read_text() == "runs/laptop/figures"
+
+
+def test_a_preset_whose_name_has_a_space_is_refused_at_once(clone):
+    done = make(clone, "reproduce", "PRESET=my preset.yaml")
+    assert done.returncode and 'PRESET="my preset.yaml" has a space' in done.stderr and not (clone / "runs").exists()

@@ -11,13 +11,14 @@ from pathlib import Path
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
 from physrep.explore.readers import SHOWN_PROBES, STATISTICS_HEADS, errors_of
-from physrep.models.pretrained import SHIPPED, load_encoder
+from physrep.models.pretrained import load_encoder
 from physrep.physics.statistics import summary_statistics
 from physrep.probing.evaluate import baseline_folder, measured_features
 from physrep.probing.features import probe_splits
 from physrep.probing.frozen import fit_probe, load_probe
 from physrep.training.run import resolve
 
+WEIGHTS = Path(__file__).resolve().parent.parent / "physrep" / "weights"  # here, wherever physrep is imported from
 SHIPPED_ROWS = [
     ("active_matter", "mae", "vit"),
     ("rayleigh_benard", "invariance", "vit"),
@@ -38,7 +39,7 @@ def write_statistics(folder: Path, windows: Mapping[str, Windows], errors: Mappi
 
 if __name__ == "__main__":
     for row in SHIPPED_ROWS:
-        run, target = resolve(*row, "laptop"), SHIPPED / "-".join(row)
+        run, target = resolve(*row, "laptop"), WEIGHTS / "-".join(row)
         folder = run.folder
         if missing := [name for name in FILES if not (folder / name).is_file()]:
             raise SystemExit(f"{folder} has no {', '.join(missing)}; train and probe it first")

@@ -3,15 +3,15 @@
     python tools/workflow.py laptop table1 --cores 2 --config preset=laptop
 
 First comes the name of the preset, then what snakemake takes. Snakemake deletes the outputs of a job before it starts,
-so a second workflow would take results away from the first one. The lock ends with its process, however that ends.
+so a second workflow would take results away from the first one. Snakemake inherits the lock, which ends with the last
+process that holds it: also where only this one is killed.
 """
 
+import fcntl
 import signal
 import subprocess
 import sys
 from pathlib import Path
-
-import filelock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,19 +20,20 @@ def main(preset: str, *arguments: str, root: Path = ROOT) -> int:
     "Runs snakemake with these arguments while no other call works on the runs of that preset; its exit code."
     folder = root / "runs" / preset
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".workflow.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"== another make works on runs/{preset}; waiting until it is done", flush=True)
-        lock.acquire()
-    with lock, subprocess.Popen([sys.executable, "-m", "snakemake", *arguments], cwd=root) as child:
-        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:  # snakemake was told, too, and ends its jobs
-                continue
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    with open(folder / ".workflow.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"== another make works on runs/{preset}; waiting until it is done", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(command, cwd=root, pass_fds=[lock.fileno()]) as child:
+            signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+            while True:
+                try:
+                    return child.wait()
+                except KeyboardInterrupt:  # snakemake was told, too, and ends its jobs
+                    continue
 
 
 if __name__ == "__main__":

@@ -149,25 +149,29 @@ def plot_corners(w: Windows, n_times: int = 4) -> Figure:
 
 # %% ../../nbs/data/leakage.ipynb #cecbb1ad
 def _first_frames(file: WellFile, points: int = 16) -> np.ndarray:
-    """The first frame `(B, k)` on a coarse grid: of the velocity where a label acts on a passive field only (`group`
+    """The first frame `(B, c, k)` on a coarse grid: of the velocity where a label acts on a passive field only (`group`
     names the others), else of all fields."""
     system = file.system
     has_velocity = any(f.name == "velocity" for f in system.fields)
     channels = system.channel_slice("velocity") if system.group and has_velocity else slice(None)
     x, y = (slice(None, None, max(1, n // points)) for n in file.grid)
-    return np.stack([file.window(i, 0, 1)[channels, 0, x, y].ravel() for i in range(file.n_trajectories)])
+    frames = np.stack([file.window(i, 0, 1)[channels, 0, x, y] for i in range(file.n_trajectories)])
+    return frames.reshape(*frames.shape[:2], -1)
 
 
 def _clusters(features: np.ndarray, tolerance: float) -> np.ndarray:
-    """Cluster number `(n,)`: rows `(n, k)` that differ nowhere by more than `tolerance` times the standard deviation
-    are together. A row that is not finite is alone."""
+    """Cluster number `(n,)`: rows `(n, c, k)` that differ nowhere by more than `tolerance` times the standard deviation
+    of the channel are together. A row that is not finite is alone."""
     from sklearn.cluster import DBSCAN  # here: most stages import this module and look for no leak
 
-    sound = np.isfinite(features).all(axis=1)
+    sound = np.isfinite(features).all(axis=(1, 2))
     found = -1 - np.arange(len(features))  # each alone
     if sound.any():
-        radius = tolerance * max(float(features[sound].std()), 1e-12)
-        found[sound] = DBSCAN(eps=radius, min_samples=1, metric="chebyshev").fit_predict(features[sound])
+        x = features[sound].astype(np.float64)
+        # at least a hundredth of the largest value: less, times the tolerance, is what float32 rounds
+        scale = np.maximum(x.std((0, 2)), 0.01 * np.abs(x).max((0, 2))) + 1e-12
+        x = (x / scale[:, None]).reshape(len(x), -1)
+        found[sound] = DBSCAN(eps=tolerance, min_samples=1, metric="chebyshev").fit_predict(x)
     return pd.factorize(found)[0]
 
 # %% ../../nbs/data/leakage.ipynb #1b7deec7
@@ -176,7 +180,7 @@ def find_flows(
     system: System | str,
     splits: Sequence[str] = ("train", "valid", "test"),
     *,
-    tolerance: float = 1e-4,  # of the standard deviation of the values compared
+    tolerance: float = 1e-4,  # of the standard deviation of each channel compared
 ) -> pd.DataFrame:
     """A line per trajectory: `split`, `file`, `trajectory`, its labels, and `flow`, a number that is equal for those
     that start alike and agree in `System.group`."""
@@ -193,7 +197,7 @@ def find_flows(
     table = pd.DataFrame(lines)
     table["flow"] = 0
     # grids of different sizes, and files with and without a record, are never twins
-    kinds = pd.Series([len(s) for s in starts])
+    kinds = pd.Series([s.size for s in starts])
     for _, part in table.groupby([kinds, *(table[name] for name in system.group)]):
         rows = part.index
         values = np.stack([starts[i] for i in rows])

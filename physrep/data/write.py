@@ -27,7 +27,7 @@ def _strings(names: Iterable[str]) -> np.ndarray:
     return np.array(list(names), dtype=h5py.string_dtype())
 
 
-def _as_array(value: object, dtype: type) -> np.ndarray:
+def _as_array(value: object, dtype: type | None) -> np.ndarray:
     "A NumPy array from an array, a list or a tensor on any device."
     return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, dtype=dtype)
 
@@ -51,15 +51,16 @@ def _checked_fields(system: System, fields: Mapping[str, object]) -> dict[str, n
 
 
 def _checked_parameters(system: System, parameters: Mapping[str, object], n_trajectories: int) -> dict[str, np.ndarray]:
-    "Parameters as float64 arrays `()` or `(B,)`; ValueError if a label is missing, or a value is not finite."
+    "Parameters as float64 arrays `()` or `(B,)`; ValueError if a label is missing, or float32 cannot hold a value."
     if missing := [name for name in system.label_names if name not in parameters]:
         raise ValueError(f"{system.name} has the labels {', '.join(system.label_names)}; missing: {', '.join(missing)}")
     values = {name: _as_array(value, np.float64) for name, value in parameters.items()}
     for name, value in values.items():
         with np.errstate(over="ignore"):
-            finite = np.isfinite(value.astype(np.float32)).all()
-        if value.shape not in ((), (n_trajectories,)) or not finite:
-            what = f"one finite number (in float32) or {n_trajectories}, one per trajectory"
+            stored = value.astype(np.float32)
+        held = np.isfinite(stored).all() and np.allclose(stored, value, rtol=1e-6, atol=0)  # 1e-46 would become 0
+        if value.shape not in ((), (n_trajectories,)) or not held:
+            what = f"one finite number (in float32: 1e-38 to 3e38) or {n_trajectories}, one per trajectory"
             raise ValueError(f"{name} must be {what}, got {parameters[name]}")
     for label in system.labels:  # what no reader would take, such as a Reynolds number of 0
         label.transform(values[label.name])
@@ -166,25 +167,28 @@ def write_well(
     coordinates = _checked_coordinates(system, tuple(grid), coordinates or {}, box)
     time = _increasing("time", time, np.float64, (t,), (b, t))
     header = {"dataset_name": system.name, "grid_type": "cartesian", "n_spatial_dims": 2, "n_trajectories": b}
-    header |= {"simulation_parameters": _strings(values)} | {n: v if v.ndim else float(v) for n, v in values.items()}
-    if taken := sorted(header.keys() & (attributes or {}).keys()):
-        raise ValueError(f"{path}: the attributes {', '.join(taken)} belong to the format")
+    header |= {"simulation_parameters": _strings(values)}
+    header |= {WRITTEN_BY: "physrep"} if initial_conditions is None else {}  # or their dataset marks the file
+    names = [*header, *values, *(attributes or {})]
+    if taken := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: {', '.join(taken)} belong to the format or are there twice; choose other names")
     if initial_conditions is not None:
-        initial_conditions = _as_array(initial_conditions, np.int64)
-        if initial_conditions.shape != (b,):
-            raise ValueError(f"initial_conditions must be {b} integers, got an array {initial_conditions.shape}")
+        initial_conditions = _as_array(initial_conditions, None)
+        if initial_conditions.shape != (b,) or initial_conditions.dtype.kind not in "iu":
+            got = f"{initial_conditions.dtype} {initial_conditions.shape}"
+            raise ValueError(f"initial_conditions must be {b} integers, got an array {got}")
     if compression is not None and chunks is None:
         chunks = (1, 1, *grid)
     page = {"alignment_threshold": 4096, "alignment_interval": 4096}
     with atomic_path(path) as partial, h5py.File(partial, "w", **page) as file:
-        file.attrs.update(header | dict(attributes or {}))
+        # an attribute holds 64 KB: what varies stands in `scalars` alone
+        constants = {name: float(value) for name, value in values.items() if not value.ndim}
+        file.attrs.update(header | constants | dict(attributes or {}))
         _put_frame(file, system, coordinates, time)
         _put_scalars(file, values)
         _put_fields(file, system, arrays, chunks, compression=compression)
-        if initial_conditions is None:
-            file.attrs[WRITTEN_BY] = "physrep"
-        else:  # which marks the file as well
-            file[INITIAL_CONDITION] = initial_conditions
+        if initial_conditions is not None:
+            file[INITIAL_CONDITION] = initial_conditions.astype(np.int64)
     return path
 
 # %% ../../nbs/data/write.ipynb #233079fa

@@ -92,8 +92,10 @@ def few_table(study: Study, probe: str = "kernel") -> pd.DataFrame:
     df = df[(df.metric == "mse") & (df.label == "mean") & (df.split == split) & (df.probe == probe)]
     alone = [row.key for row in study.rows if row.reads_labels]
     df = df[[key not in alone for key in zip(df.objective, df.encoder)]]
-    own = [run.folder for row in study.rows if row.reads_labels for s in study.systems for run in study.runs(row, s)]
-    files = [folder / name for folder in own for name in ("result.json", TRAINED_ON_FEW)]
+    own = [(row, system) for row in study.rows if row.reads_labels for system in study.systems]
+    files = [run.folder / "result.json" for pair in own for run in study.runs(*pair)]
+    few = [study.run(*pair, draw) for pair in own for draw in range(DRAWS)]
+    files += [run.folder / TRAINED_ON_FEW for run in few if is_scored(run, TRAINED_ON_FEW)]
     heads = read_results([file for file in files if file.is_file()]) if own else df.head(0)
     heads = heads[(heads.metric == "mse") & (heads.label == "mean") & (heads.split == split) & (heads.probe == "head")]
     return pd.concat([df, heads], ignore_index=True)
@@ -111,7 +113,7 @@ def fine_tuned_table(study: Study) -> pd.DataFrame:
     """Errors on the `main_split` of the rows that were fine-tuned, mean over labels and seeds, beside random weights of
     the same network (`second`), and the paired `difference` from these with its interval and `verdict`."""
     runs = [r for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)]
-    files = [run.folder / FINE_TUNED_PREDICTIONS for run in runs if (run.folder / FINE_TUNED).is_file()]
+    files = [run.folder / FINE_TUNED_PREDICTIONS for run in runs if is_scored(run, FINE_TUNED)]
     if not files:
         return pd.DataFrame()
     methods = {(m.system.name, m.objective, m.encoder): m for m in read_methods(files)}

@@ -19,7 +19,7 @@ from ..core.names import load_object
 from ..core.provenance import old_numbers
 from ..data.sets import find_files, fingerprint
 from ..physics.systems import SYSTEMS
-from .rows import ROWS, Study
+from .rows import ROWS, Study, chosen_rows
 from ..training.presets import PRESETS, get_preset
 
 # %% ../../nbs/results/verify.ipynb #2ec20651
@@ -48,6 +48,14 @@ def _changed_runs(record: Mapping, data_dir: Path) -> list[str]:
             if today != name:
                 why.append(f"{system}: run {name} is {today} today: its configuration changed")
     return why
+
+
+def _selected(record: Mapping) -> list[str]:
+    "What a figure of SYSTEM=, ONLY= or ROWS= shows in place of all rows in all systems of its preset."
+    preset = get_preset(record["preset"])
+    usual = {"rows": [row.name for row in chosen_rows()]} | ({"systems": preset.systems} if preset.sims else {})
+    shown = {name: record["parameters"].get(name, usual[name]) for name in usual}
+    return [f"{k} are {', '.join(v)}, not {', '.join(usual[k])}" for k, v in shown.items() if {*v} != {*usual[k]}]
 
 
 def _changed_data(record: Mapping, data_dir: Path) -> tuple[list[str], list[str]]:
@@ -83,7 +91,7 @@ def _verify_one(folder: Path, name: str, data_dir: str | Path | None) -> dict:
             probing = json.loads(json.dumps(PRESETS[record["preset"]].probing()))
             if record["probing"] != probing and "PROBING" in record["kinds"]:
                 stale.append(f"preset {record['preset']} probes with {probing}, then with {record['probing']}")
-            stale += _changed_runs(record, place)
+            stale += _changed_runs(record, place) + _selected(record)
         stale += data
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return line | {"why": [f"no record that can be read ({type(error).__name__}: {error}); draw it again"]}

@@ -181,6 +181,8 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     os.environ["BOOK_ONLY"] = " ".join(asked.only)  # see conf.py
     out = asked.out.resolve()
+    if (out / "html").exists() and not (out / "source" / MARK).is_file():
+        raise SystemExit(f"{out / 'html'} was not made by this script, which writes into it; name another --out")
     stage(out / "source", tuple(asked.only))
     options = ["-b", "html", "-c", str(Path(__file__).parent), "-d", str(out / "doctrees")]
     code = sphinx([*options, "--quiet", "--fail-on-warning", str(out / "source"), str(out / "html")])
