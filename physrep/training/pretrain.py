@@ -25,6 +25,7 @@ from ..data.batches import Batches, ViewBatches
 from ..data.scaling import Normaliser
 from ..data.windows import Windows
 from ..models.pretrained import save_encoder
+from ..objectives.methods import kept_encoder
 from .loop import ALONE, Alone, load_checkpoint, make_optimizer, read_metrics, train, write_metrics
 from .run import Run, build, label_scaler, load_splits
 from .watch import Watch, evaluate_objective
@@ -70,8 +71,8 @@ def training_windows(run: Run) -> dict[str, Windows]:
 
 
 def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cpu") -> dict[str, Batches]:
-    """Batches of `train` (symmetries and noise as the run has them) and of `valid` (plain), with the views that the
-    objective asks for. ValueError for trajectories without room for them."""
+    """Batches of `train` (symmetries and noise as the run has them) and of `valid` (plain, but pairs under their
+    symmetries), with the views that the objective asks for. ValueError for trajectories without room for them."""
     options = dict(
         normaliser=Normaliser.load(windows["train"].root, run.system),
         scaler=label_scaler(run, windows["train"]),
@@ -89,9 +90,10 @@ def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cp
             f"{run.preset.name} has none: set `augment: true` in a preset of your own, or take other frames"
         )
     make = partial(ViewBatches, views=run.views) if run.views else Batches
+    own = run.clip.augment and bool(run.views)  # held-out pairs lie under symmetries of their own, too
     return {
         "train": make(windows["train"], batch_size=size, accumulate=parts, **changes, **options),
-        "valid": make(windows["valid"], batch_size=size // parts, **options),
+        "valid": make(windows["valid"], batch_size=size // parts, augment=own, **options),
     }
 
 # %% ../../nbs/training/pretrain.ipynb #bfbcbf07
@@ -143,7 +145,7 @@ def _train_claimed(
         if recipe and 0 < step < recipe.steps:
             save(encoder, f"curve/{step}")
 
-    watch = Watch(plain, batches["valid"], folder, run.system.label_names, keep)
+    watch = Watch(plain, batches, folder, run.system.label_names, keep)
     record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
     before = read_json(folder / "provenance.json")["seconds"] if group.leads else 0.0
     started = time.monotonic()
@@ -161,7 +163,7 @@ def _train_claimed(
         if group.leads:
             write_json(folder / "provenance.json", {**record, "seconds": round(before + time.monotonic() - started, 1)})
     if group.leads:
-        save(objective.encoder)
+        save(kept_encoder(objective))
 
 # %% ../../nbs/training/pretrain.ipynb #65ed6e44
 def restore(run: Run, device: str = "cpu") -> torch.nn.Module:
