@@ -319,7 +319,9 @@ def test_resize_noise_and_crop(smoke_data, train):
     noisy, clean = (Batches(train, **parts(train, size=20, noise=noise)) for noise in (0.5, 0.0))
     assert noisy.shape == (4, 16, 20, 20)
     assert abs(float((next(noisy(3))["fields"] - next(clean(3))["fields"]).std()) - 0.5) < 0.01
-    assert torch.equal(next(noisy.evaluation())["fields"], next(clean.evaluation())["fields"]), "without noise"
+    assert torch.equal(next(noisy(3))["clean"], next(clean(3))["fields"]) and "clean" not in next(clean(3))
+    held_out = next(noisy.evaluation())
+    assert torch.equal(held_out["fields"], next(clean.evaluation())["fields"]) and "clean" not in held_out
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

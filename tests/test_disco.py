@@ -130,6 +130,16 @@ class First(nn.Module):
         return x[:, :2, 0, 0, 0][:, None]
 
 
+def test_noise_is_not_in_the_frames_that_are_asked_for():
+    model = Disco(First(), system=get_system("shear_flow"), shape=SHAPE, width=4, stages=1).eval()
+    clean = pairs()
+    noisy = clean | {"views": tuple(x + torch.randn_like(x) for x in clean["views"]), "clean": clean["views"]}
+    context, asked = noisy["views"]
+    predicted, (_, true) = model.predict(model.code(context), asked[:, :, 0]), clean["views"]
+    written = relative_errors(predicted, true[:, :, 1:], true[:, :, 0], floor=model.floor).mean()
+    torch.testing.assert_close(model(noisy)["loss"], written)
+
+
 def test_the_gate_compares_with_another_code_on_the_same_frames():
     model = Known(First(), system=get_system("shear_flow"), shape=SHAPE, width=4, stages=1, rate=1.0, steps=2).eval()
     model.head = nn.Identity()

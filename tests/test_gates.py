@@ -11,10 +11,12 @@ from physrep.models.axial import Axial
 from physrep.models.vit import patchify
 from physrep.objectives.composite import Composite
 from physrep.objectives.emulators import NextFrame
-from physrep.objectives.gates import gate_of, retrieval_gate
+from physrep.objectives.gates import feature_gate, gate_of, retrieval_gate
+from physrep.objectives.jepa import JEPA, VICRegOnly
 from physrep.objectives.targets import token_loss
 from physrep.objectives.tasks import Blocks, Future, Next, Nothing, Tube, Window, interpolate_hidden
 from physrep.physics.systems import get_system
+from physrep.training.watch import gate_measures
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +36,6 @@ QUESTIONS = [
     (Future(4), "values", {"mean", "persistence"}),
     (Next(2), "change", {"mean", "persistence"}),
     (Nothing(), "values", {"mean"}),
-    (Tube(), "ema", {"mean", "position"}),
-    (Future(4), "ema", {"mean", "position"}),
-    (Window(4), "ema", {"mean", "position", "copy"}),
 ]
 
 
@@ -54,6 +53,78 @@ def test_gate_names_the_trivial_answers_of_the_question_and_changes_nothing(task
     assert found["gate"] == pytest.approx(found["own"] / min(found[name] for name in names))
     assert objective.training and objective.encoder.training and objective.gate(batch) == found
     assert all(torch.equal(value, state[name]) for name, value in objective.state_dict().items())
+
+
+# features
+
+
+def written_r2(answer, true, hidden, train):
+    "The definition in loops: every feature without its mean at each position, times one factor that fits `train`."
+
+    def centred(z, where):
+        rows = []
+        for n in range(z.shape[1]):
+            at = z[where[:, n], n].double()
+            rows.append(at - at.mean(dim=0))
+        return torch.cat(rows)
+
+    p, t = (centred(z, train[2]) for z in train[:2])
+    factor = (p * t).sum(dim=0) / (p * p).sum(dim=0)
+    p, t = (centred(z, hidden) for z in (answer, true))
+    return float((1 - (t - factor * p).square().sum(dim=0) / t.square().sum(dim=0)).mean())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_r_squared_is_the_written_one_over_all_batches(masked):
+    def made(b):
+        true = torch.randn(b, 6, 5) + 10 * torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+        answer = 3 * true + 4 * torch.randn(b, 6, 5)
+        return answer, true, torch.rand(b, 6) < 0.7 if masked else torch.ones(b, 6, dtype=torch.bool)
+
+    train, valid = made(40), made(30)
+
+    def batches(whole, scale=1.0):
+        parts = zip(*(z.split((11, len(z) - 11)) for z in whole))
+        return [({"r2": scale * answer}, true, hidden if masked else None) for answer, true, hidden in parts]
+
+    found = feature_gate(lambda batch: batch, batches(train), batches(valid))["r2"]
+    assert found == pytest.approx(written_r2(*valid, train), abs=1e-9) and 0.2 < found < 0.5
+    assert feature_gate(lambda x: x, batches(train, -5.0), batches(valid, -5.0))["r2"] == pytest.approx(found)
+
+
+def test_what_is_constant_or_not_finite_explains_nothing():
+    true = torch.randn(20, 4, 3)
+    for answer in (torch.ones(1, 4, 3), true.mean(dim=0, keepdim=True), torch.full((20, 4, 3), torch.nan)):
+        batch = [({"r2": answer}, true, None)]
+        assert feature_gate(lambda x: x, batch, batch)["r2"] == pytest.approx(0)
+    flat = [({"r2": true}, torch.cat([true[..., :2], torch.ones(20, 4, 1)], dim=2), None)]
+    assert feature_gate(lambda x: x, flat, flat)["r2"] == pytest.approx(2 / 3), (
+        "a feature that does not vary counts as 0"
+    )
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("task, names", [(Tube(), {"r2"}), (Future(4), {"r2", "copy"}), (Window(4), {"r2", "copy"})])
+def test_features_are_predicted_and_copied_and_nothing_changes(task, names, backbone):
+    objective = Composite(encoder(backbone), task=task, target="ema", **FIT).train()
+    batch = clips(objective.frames)
+    answers, true, hidden = objective.features(batch)
+    assert set(answers) == names and objective.asks_features and objective.gate(batch) == {}
+    assert objective.training and not true.requires_grad and answers["r2"].shape == true.shape
+    if isinstance(task, Window):
+        assert torch.equal(answers["copy"], objective.encoder(batch["fields"][:, :, :8]))
+    if isinstance(task, Future):
+        t, h, w = objective.predictor.grid
+        seen = objective.answer(batch)[0].encoded.unflatten(1, (-1, h, w))
+        copy = answers["copy"].unflatten(1, (t, h, w))
+        assert all(torch.equal(copy[:, k], seen[:, -1]) for k in range(t)), "the last shown token at each position"
+
+
+def test_nothing_is_predicted_and_nothing_is_measured_with_a_weight_of_0():
+    objective, batch = VICRegOnly(encoder(), **FIT), clips(16)
+    assert not objective.predicts and gate_measures(objective, [batch], [batch]) == {}
+    found = gate_measures(JEPA(encoder(), **FIT), [batch], [batch])
+    assert set(found) == {"gate_r2", "gate_copy"}
 
 
 class Oracle(nn.Module):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_composite import FIT, SHAPE, SYSTEM, encoder
+from test_composite import FIT, POOLED, SHAPE, SYSTEM, encoder
 from torch import nn
 
 from physrep.core.randomness import sample_seeds
@@ -122,7 +122,12 @@ def test_random_weights_have_no_loss():
 WRONG = [
     ("jepa", dict(target="teacher"), "unknown target 'teacher'; valid: values"),
     ("jepa", dict(horizon=0), "offset 0 of task 'window'"),
-    ("jepa", dict(momentum=0.9, momentum_end=0.8), "must hold, got 0.9 and 0.8"),
+    ("jepa", dict(momentum_end=1.0), "no coefficient momentum_end; it has: .* momentum,"),
+    ("masked_jepa", dict(momentum_end=1.0), "no coefficient momentum_end; it has: .* momentum,"),
+    ("masked_jepa", dict(momentum=1.5), "momentum must lie in"),
+    ("jepa", dict(sides="context"), "unknown sides 'context'; valid: both, target"),
+    ("jepa", dict(sides="target", target="ema"), "sides='target' is for"),
+    ("jepa", dict(pooled_variance=-1.0), "pooled_variance must be finite"),
     ("jepa", dict(variance=-1.0), "variance must be finite and not negative, got -1"),
     ("jepa", dict(invariance=-1.0), "weight and noise must be finite"),
     ("jepa", dict(chunks=0), "chunks must be at least 1"),
@@ -161,6 +166,8 @@ WRONG = [
         "must not be 0",
     ),
     ("composite", dict(task="window", target="shared", regulariser="pooled_vicreg"), "must be 0"),
+    ("composite", dict(task="window", target="shared", regulariser=POOLED), "undoes any scale.*`normalise: true`"),
+    ("composite", dict(task="pair", target="shared", regulariser="sigreg", pooled_variance=1.0), "mean tokens already"),
     ("composite", dict(task="pair", target={"name": "shared", "normalise": True}, regulariser="sigreg"), "normalise"),
     ("composite", dict(task="pair", target="shared", regulariser="pooled_vicreg", weight=2.0), "weight must be 1"),
     ("composite", dict(task="tube", target="ema", centre=True), "centre needs task 'window'"),

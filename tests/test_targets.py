@@ -14,7 +14,6 @@ from physrep.objectives.targets import (
     FeatureTarget,
     PixelTarget,
     Whitening,
-    momentum_at,
     patch_statistics,
     scale_modes,
     shell_amplitudes,
@@ -128,7 +127,7 @@ def test_what_is_refused():
         (lambda: token_loss(z, z[:, :4]), "differ in shape"),
         (lambda: token_loss(z, z, torch.zeros(2, 5, dtype=torch.bool)), "hides no token"),
         (lambda: FeatureTarget("ema"), "needs an encoder to start from"),
-        (lambda: FeatureTarget(momentum=0.9, momentum_end=0.5), "must hold, got 0.9 and 0.5"),
+        (lambda: FeatureTarget(momentum=1.5), r"momentum must lie in \[0, 1\], got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             attempt()
@@ -186,13 +185,9 @@ def test_moving_average_is_the_written_recurrence():
         with torch.no_grad():
             for p in student.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-        before = [p.clone() for p in target.average.parameters()]
-        target.after_step(student, step, 8)
-        m = 1 - 0.1 * (1 + math.cos(math.pi * step / 8)) / 2
-        by_hand = [m * mean + (1 - m) * p.detach() for mean, p in zip(by_hand, student.parameters())]
+        target.after_step(student, step, 8)  # of 8 or of many: a short run is the beginning of a long one
+        by_hand = [0.9 * mean + 0.1 * p.detach() for mean, p in zip(by_hand, student.parameters())]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(target.average.parameters(), by_hand))
-    assert all(torch.equal(a, b) for a, b in zip(before, target.average.parameters())), "at the end it stands"
-    assert momentum_at(10, 10, 0.9) == 1 and momentum_at(5, 10, 0.9) == pytest.approx(0.95)
     norm = nn.BatchNorm1d(3)
     average = FeatureTarget("ema", encoder=norm)
     norm(torch.randn(8, 3) + 4)

@@ -97,6 +97,35 @@ def test_in_pieces(objective, change, smoke, tmp_path, monkeypatch):
     assert left[0] == left[1] == ["last.csv", "last.safetensors"], "from where a longer run goes on"
 
 
+def test_a_moving_average_is_what_is_kept_and_watched(smoke):
+    "The file holds the target's encoder; the gate of features is r squared with a copy beside it."
+    run = smoke("masked_jepa", "vit", steps=4, coefficients={"momentum": 0.5})
+    folder = pretrain(run, **quiet)
+    kept, state = load_file(folder / "encoder.safetensors"), load_file(folder / "objective.safetensors")
+    average = {name: state[f"target.average.{name}"] for name in kept}
+    assert all(torch.equal(kept[name], average[name]) for name in kept)
+    assert any(not torch.equal(kept[name], state[f"encoder.{name}"]) for name in kept)
+    rows = pd.read_csv(folder / "curve.csv").to_dict("records")
+    assert {"gate_r2"} == {name for name in rows[-1] if "gate" in name} and all(row["gate_r2"] < 0.25 for row in rows)
+    assert "less than 25%" in watch.shortcomings(rows[-1])[0] and not watch.passed(rows[-1])
+
+
+def test_regularisers_draw_with_the_seed_of_the_run(smoke):
+    for objective, name in (("jepa_sigreg", "sigreg"), ("jepa", "vicreg order")):
+        draws = [
+            build(smoke(objective, "vit", seed=seed)).regulariser.generator(name).initial_seed() for seed in (0, 1)
+        ]
+        assert draws[0] != draws[1], objective
+
+
+def test_held_out_pairs_lie_under_symmetries_of_their_own(smoke):
+    run = smoke("invariance", "vit", coefficients={"of": "window"})
+    valid = training_batches(run, training_windows(run))["valid"]
+    one, two = (next(valid.evaluation(8)) for _ in range(2))
+    assert not torch.allclose(one["views"][0], one["views"][1]), "the same window, under another symmetry"
+    assert all(torch.equal(a, b) for a, b in zip(one["views"], two["views"]))
+
+
 def test_a_diverging_run_keeps_its_checkpoint(smoke):
     run = smoke("supervised", lr=1e17, steps=50, recipe={"clip_norm": 1e30, "checkpoint_seconds": 0.0})
     with pytest.raises(TrainingDiverged, match=r"at step \d+ \(learning rate .*seeds .*The last checkpoint is kept"):

@@ -104,10 +104,18 @@ def test_symmetries_and_noise_are_shared_or_not(shear):
     for other in (own, window):
         assert not torch.allclose(clip, other)
         assert torch.allclose(clip.square().sum((2, 3, 4)), other.square().sum((2, 3, 4)), rtol=0.05)
-    for batch in batches.evaluation(4, limit=4):
-        assert all(torch.equal(v, batch["fields"]) for v in batch["views"]), "evaluation is without symmetries"
-    noisy = next(ViewBatches(shear, views, **options(shear, noise=0.5))(0))["views"]
-    first, second, _ = (n - c for n, c in zip(noisy, (clip, own, window)))
+    noisy = ViewBatches(shear, views, **options(shear, noise=0.5))
+    for batch, again in zip(batches.evaluation(4, limit=4), noisy.evaluation(2, limit=4)):
+        assert not torch.allclose(batch["views"][1], batch["fields"]), (
+            "held-out pairs lie under symmetries of their own"
+        )
+        assert all(torch.equal(a[:2], b) for a, b in zip(batch["views"], again["views"])), "of the window's seed alone"
+    still = ViewBatches(shear, [CLIP, PAIR, View(8, offset=0)][::2], **options(shear, augment=True))
+    plain = ViewBatches(shear, [CLIP], **options(shear, augment=False))
+    assert torch.equal(next(still.evaluation(4))["fields"], next(plain.evaluation(4))["fields"]), "without symmetries"
+    batch = next(noisy(0))
+    assert all(torch.equal(a, b) for a, b in zip(batch["clean"], (clip, own, window))), "what they are without noise"
+    first, second, _ = (n - c for n, c in zip(batch["views"], (clip, own, window)))
     assert abs(float(second.std()) - 0.5) < 0.01 and abs(float((first * second).mean())) < 0.005, "independent"
 
 

@@ -189,8 +189,9 @@ class Batches:
             yield self._ahead((step, n), partial(self.make, *part), following, partial(self.make, *coming))
 
     def evaluation(self, batch_size: int | None = None, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """All windows in order (or `limit` of them, evenly spread), without augmentation and noise. A last batch of one
-        window joins the one before it. Seeds depend on the window alone."""
+        """All windows in order (or `limit` of them, evenly spread), without noise, and without augmentation but where
+        views have symmetries of their own. A last batch of one window joins the one before it. Seeds depend on the
+        window alone."""
         n = len(self.windows)
         chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).round().astype(int)
         size = batch_size or self.batch_size
@@ -203,7 +204,8 @@ class Batches:
         yield from prefetch(makers, ahead=self._ahead)
 
     def make(self, indices: np.ndarray, seeds: torch.Tensor, *, plain: bool = False) -> dict:
-        "One batch of these windows: symmetry, resize, normalise, noise (`plain`: only resize and normalise)."
+        """One batch of these windows: symmetry, resize, normalise, noise (`plain`: only resize and normalise). A batch
+        with noise has its clips without it, too, as `clean`: a tensor like `fields`, or a tuple like `views`."""
         batch = self._clips(indices, seeds, plain)
         batch |= {"seeds": seeds, "flow": torch.as_tensor(self.windows.index[indices, 0])}
         if self.labels:
@@ -212,7 +214,8 @@ class Batches:
         return batch
 
     def _clips(self, indices: np.ndarray, seeds: torch.Tensor, plain: bool) -> dict:
-        return {"fields": self._finished(self._read(indices), symmetry=seeds, noise=seeds, plain=plain)}
+        x = self._finished(self._read(indices), None if plain else seeds)
+        return {"fields": x} if plain or not self.noise else {"fields": self._noisy(x, seeds), "clean": x}
 
     def _buffer(self, view: int, n: int, frames: int) -> torch.Tensor:
         "Memory for `n` physical clips of a view, which is reused (pinned for a GPU)."
@@ -225,19 +228,16 @@ class Batches:
         "Physical fields of windows on the device."
         return self.windows.read(indices, out=self._buffer(0, len(indices), self.windows.frames)).to(self.device)
 
-    def _finished(
-        self, x: torch.Tensor, *, symmetry: torch.Tensor, noise: torch.Tensor, plain: bool = False
-    ) -> torch.Tensor:
-        """Physical clips `(b, c, t, h, w)` as the model sees them: symmetry, resize, normalise, noise.
-
-        `symmetry` and `noise` are the seeds `(b,)` that each is drawn from; `plain` leaves both out."""
+    def _finished(self, x: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
+        "Physical clips `(b, c, t, h, w)` under symmetries of the seeds `(b,)` (None: none), resized, normalised."
         w = self.windows
-        if self.augment and not plain:
-            x = apply_symmetry(x, *symmetry_draws(symmetry, w.system, x.shape[-2:], w.whole), w.system, w.positions)
-        x = self.normaliser(resize(x, self.size))
-        if self.noise and not plain:
-            x = x + self.noise * randn_samples(noise, tuple(x.shape[1:]), name="noise", device=self.device)
-        return x
+        if self.augment and seeds is not None:
+            x = apply_symmetry(x, *symmetry_draws(seeds, w.system, x.shape[-2:], w.whole), w.system, w.positions)
+        return self.normaliser(resize(x, self.size))
+
+    def _noisy(self, x: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        "Clips with the noise of the seeds `(b,)`."
+        return x + self.noise * randn_samples(seeds, tuple(x.shape[1:]), name="noise", device=self.device)
 
 # %% ../../nbs/data/batches.ipynb #5b5229b6
 PARTNERS = {
@@ -388,17 +388,21 @@ class ViewBatches(Batches):
 
     def _clips(self, indices: np.ndarray, seeds: torch.Tensor, plain: bool) -> dict:
         x = self._read(indices)
-        clip = self._finished(x[:, :, : self._shared], symmetry=seeds, noise=seeds, plain=plain)
-        views = []
+        symmetric = not plain or any(view.own_symmetry for view in self.views)
+        noise = self.noise and not plain
+        clip = self._finished(x[:, :, : self._shared], seeds if symmetric else None)
+        both = clip, self._noisy(clip, seeds) if noise else clip
+        found = []
         for i, view in enumerate(self.views):
             if view.start is not None and not view.own_symmetry:
-                views.append(clip[:, :, view.start : view.start + view.frames])
+                found.append([z[:, :, view.start : view.start + view.frames] for z in both])
                 continue
             own = _seeds_of_view(seeds, i)
-            apart = self._cut(x, i, indices, seeds)
             symmetry = own if view.own_symmetry else seeds
-            views.append(self._finished(apart, symmetry=symmetry, noise=own, plain=plain))
-        return {"fields": views[0], "views": tuple(views)}
+            apart = self._finished(self._cut(x, i, indices, seeds), symmetry if symmetric else None)
+            found.append([apart, self._noisy(apart, own) if noise else apart])
+        clean, views = zip(*found)
+        return {"fields": views[0], "views": views} | ({"clean": clean} if noise else {})
 
     def _cut(self, x: torch.Tensor, i: int, indices: np.ndarray, seeds: torch.Tensor) -> torch.Tensor:
         "Physical fields of view `i`: from the windows `x` that were read, or read by themselves."

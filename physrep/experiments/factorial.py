@@ -29,7 +29,7 @@ from ..results.rows import PERIODIC, ROWS, Study, with_operations_of
 from ..training.loop import TrainingDiverged, read_metrics
 from ..training.pretrain import pretrain
 from ..training.run import Run, resolve
-from ..training.watch import shortcomings
+from ..training.watch import passed
 
 # %% ../../nbs/experiments/factorial.ipynb #a590b882
 FACTORS = ("task", "target", "encoder")
@@ -229,9 +229,9 @@ def cell_ratios(study: Study, system: str) -> tuple[pd.DataFrame, pd.DataFrame]:
             random[encoder], _ = _draws(study.runs(untrained, system), pooled)
         logs, split = _draws(runs, pooled)
         draws[cell] = logs - random[encoder]
-        gates = [shortcomings(read_metrics(run.folder / "curve.csv")[-1]) for run in runs]
+        failed = sum(not passed(read_metrics(run.folder / "curve.csv")[-1]) for run in runs)
         about = {"system": system, "cell": cell, "task": task, "target": target, "encoder": encoder, "seeds": len(runs)}
-        about |= {"split": split, "error": float(np.exp(logs[0])), "failed its gate": sum(map(bool, gates))}
+        about |= {"split": split, "error": float(np.exp(logs[0])), "failed its gate": failed}
         lines.append(about | ratio_interval(draws[cell]))
     levels = []
     crossed = {cell: levels for cell, levels in CELLS.items() if levels[0] != "pair" and cell in draws}

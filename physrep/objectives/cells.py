@@ -60,7 +60,7 @@ class Cell(Composite):
         decoder_width: int | None = None,  # for pixels; None: half the encoder's (ViT), the encoder's (others)
         predictor_width: int | None = None,  # for features of a later window; None: twice the encoder's
         predictor_scale: float = 0.1,  # of its residual branch at the start
-        momentum: float = 0.99,  # of the moving average at the start; 1 at the end
+        momentum: float = 0.99,  # of the moving average
         weight: float = 2.0,  # of the error of shared features
         variance: float = 40.0,  # of VICReg, for shared features
         covariance: float = 2.0,

@@ -20,7 +20,7 @@ from ..models.heads import check_fit
 from .gates import evaluating, gate_of
 from .pictures import pixel_figure
 from .targets import check_choices
-from .tasks import clips_of
+from .tasks import clips_of, without_noise
 from ..physics.systems import System
 
 # %% ../../nbs/objectives/disco.ipynb #3e5a2f27
@@ -292,7 +292,8 @@ class Disco(nn.Module):
         context, asked = self.clips(batch)
         code = self.code(context)
         predicted = self.predict(code, asked[:, :, 0])
-        loss = relative_errors(predicted, asked[:, :, 1:].float(), asked[:, :, 0].float(), floor=self.floor).mean()
+        clean = self.clips(without_noise(batch))[1].float()
+        loss = relative_errors(predicted, clean[:, :, 1:], clean[:, :, 0], floor=self.floor).mean()
         return {"loss": loss, "code_std": code.detach().std(dim=0, unbiased=False).mean()}
 
     def gate(self, batch: dict) -> dict[str, float]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'REGULARISERS', 'rows_of', 'check_weights', 'Regulariser', 'NoRegulariser', 'variance_hinge',
-           'squared_covariance', 'check_chunks', 'vicreg_terms', 'weighted', 'VICReg', 'Projector', 'PooledVICReg',
-           'quadrature', 'ProjectedDistance', 'SIGReg']
+           'squared_covariance', 'check_chunks', 'vicreg_terms', 'weighted', 'VICReg', 'pooled_terms', 'Projector',
+           'PooledVICReg', 'quadrature', 'ProjectedDistance', 'SIGReg']
 
 # %% ../../nbs/objectives/regularisers.ipynb #20847ce6
 import math
@@ -58,9 +58,9 @@ class NoRegulariser(Regulariser):
         return {"loss": torch.zeros((), device=features.device)}
 
 # %% ../../nbs/objectives/regularisers.ipynb #62de6165
-def variance_hinge(z: torch.Tensor) -> torch.Tensor:
-    "Mean over features of max(0, 1 - std) / 2 of rows `(n, d)`; std is the root of the variance (1/(n-1)) + 1e-4."
-    return torch.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean() / 2
+def variance_hinge(z: torch.Tensor, least: float = 1.0) -> torch.Tensor:
+    "Mean over features of max(0, least - std) / 2 of rows `(n, d)`; std is the root of the variance (1/(n-1)) + 1e-4."
+    return torch.relu(least - (z.var(dim=0) + 1e-4).sqrt()).mean() / 2
 
 
 def squared_covariance(z: torch.Tensor) -> torch.Tensor:
@@ -139,6 +139,16 @@ class VICReg(Regulariser):
         check_chunks(rows, features.shape[-1], self.chunks)
         order = torch.randperm(rows, generator=self.generator("vicreg order")) if self.chunks > 1 else None
         return weighted(vicreg_terms(sides, chunks=self.chunks, order=order), self.weights)
+
+# %% ../../nbs/objectives/regularisers.ipynb #fa069948
+def pooled_terms(sides: Sequence[torch.Tensor], least: float = 0.5) -> dict[str, torch.Tensor]:
+    """`pooled_variance`, the mean over features of max(0, `least` - std), and `pooled_covariance`, as in VICReg: of the
+    mean tokens of clips `(b, n, d)`, as means over the sides. In float32; float64 stays."""
+    with torch.autocast(sides[0].device.type, enabled=False):
+        rows = [(z if z.dtype == torch.float64 else z.float()).mean(dim=1) for z in sides]
+        variance = sum(2 * variance_hinge(rows_of(z), least) for z in rows) / len(rows)
+        covariance = sum(squared_covariance(rows_of(z)) for z in rows) / len(rows)
+    return {"pooled_variance": variance, "pooled_covariance": covariance}
 
 # %% ../../nbs/objectives/regularisers.ipynb #19add70d
 class Projector(nn.Module):

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'KINDS', 'TARGETS', 'token_loss', 'Target', 'patch_statistics', 'shells', 'shell_amplitudes', 'scale_modes',
-           'Whitening', 'check_choices', 'last_frame', 'PixelTarget', 'momentum_at', 'FeatureTarget']
+           'Whitening', 'check_choices', 'last_frame', 'PixelTarget', 'FeatureTarget']
 
 # %% ../../nbs/objectives/targets.ipynb #3f68dc09
 import copy
-import math
 from collections.abc import Callable
 
 import torch
@@ -228,11 +227,6 @@ class PixelTarget(Target):
 # %% ../../nbs/objectives/targets.ipynb #f75bd4ce
 TARGETS = ("shared", "stopgrad", "ema")
 
-
-def momentum_at(step: int, steps: int, start: float, end: float = 1.0) -> float:
-    "Momentum after update `step` (from 1) of `steps`: a cosine from `start` to `end`."
-    return end - (end - start) * (1 + math.cos(math.pi * step / steps)) / 2
-
 # %% ../../nbs/objectives/targets.ipynb #95adb257
 class FeatureTarget(Target):
     """Features `(b, n, d)` of a clip as targets; `kind` is "shared", "stopgrad" or "ema".
@@ -249,20 +243,18 @@ class FeatureTarget(Target):
         encoder: nn.Module | None = None,  # for "ema": what the average starts from
         normalise: bool = False,  # LayerNorm over the features, without weights
         loss: str = "mse",  # a key of LOSSES
-        momentum: float = 0.996,  # of the average at the start
-        momentum_end: float = 1.0,  # and at the end
+        momentum: float = 0.996,  # of the average, the same at every update
     ):
         super().__init__()
         check_choices(kind=(kind, TARGETS), loss=(loss, tuple(LOSSES)))
         if encoder is None and kind == "ema":
             raise ValueError("kind='ema' needs an encoder to start from")
-        if not 0 <= momentum <= momentum_end <= 1:
-            raise ValueError(f"0 <= momentum <= momentum_end <= 1 must hold, got {momentum} and {momentum_end}")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
         self.kind = kind
         self.normalise = normalise
         self.loss = loss
         self.momentum = momentum
-        self.momentum_end = momentum_end
         self.average = copy.deepcopy(encoder).requires_grad_(False) if kind == "ema" else None
 
     def forward(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -278,9 +270,8 @@ class FeatureTarget(Target):
     def after_step(self, encoder: nn.Module, step: int, steps: int) -> None:
         "Moves the average towards the encoder and copies buffers; to be called after update `step` of `steps`."
         if self.average is not None:
-            momentum = momentum_at(step, steps, self.momentum, self.momentum_end)
             with torch.no_grad():
                 for mean, new in zip(self.average.parameters(), encoder.parameters(), strict=True):
-                    mean.lerp_(new, 1 - momentum)
+                    mean.lerp_(new, 1 - self.momentum)
                 for mean, new in zip(self.average.buffers(), encoder.buffers(), strict=True):
                     mean.copy_(new)

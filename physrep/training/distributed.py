@@ -64,7 +64,8 @@ def mean_over_samples(objective: nn.Module) -> bool:
     outside = [name for name in normed if not name.startswith("regulariser.")]
     fitted = getattr(objective.target, "whitening", None) is not None
     by_position = getattr(objective, "by_position", False)  # of cells
-    return not (outside or fitted or by_position or isinstance(objective.task, Blocks))
+    of_clips = any(objective.pooled.values())  # the spread of mean tokens over the batch
+    return not (outside or fitted or by_position or of_clips or isinstance(objective.task, Blocks))
 
 
 def gather_features(objective: Composite) -> None:

@@ -25,6 +25,7 @@ from ..data.batches import Batches, ViewBatches
 from ..data.scaling import Normaliser
 from ..data.windows import Windows
 from ..models.pretrained import save_encoder
+from ..objectives.methods import kept_encoder
 from .loop import ALONE, Alone, read_metrics, train, write_metrics
 from .run import Run, build, label_scaler, load_splits
 from .watch import Watch, evaluate_objective
@@ -74,8 +75,8 @@ def training_windows(run: Run) -> dict[str, Windows]:
 
 
 def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cpu") -> dict[str, Batches]:
-    """Batches of `train` (symmetries and noise as the run has them) and of `valid` (plain), with the views that the
-    objective asks for. ValueError for trajectories without room for them."""
+    """Batches of `train` (symmetries and noise as the run has them) and of `valid` (plain, but pairs under their
+    symmetries), with the views that the objective asks for. ValueError for trajectories without room for them."""
     options = dict(
         normaliser=Normaliser.load(windows["train"].root, run.system),
         scaler=label_scaler(run, windows["train"]),
@@ -93,9 +94,10 @@ def training_batches(run: Run, windows: Mapping[str, Windows], device: str = "cp
             f"{run.preset.name} has none: set `augment: true` in a preset of your own, or take other frames"
         )
     make = partial(ViewBatches, views=run.views) if run.views else Batches
+    own = run.clip.augment and bool(run.views)  # held-out pairs lie under symmetries of their own, too
     return {
         "train": make(windows["train"], batch_size=size, accumulate=parts, **changes, **options),
-        "valid": make(windows["valid"], batch_size=size // parts, **options),
+        "valid": make(windows["valid"], batch_size=size // parts, augment=own, **options),
     }
 
 # %% ../../nbs/training/pretrain.ipynb #bfbcbf07
@@ -155,7 +157,7 @@ def _train_claimed(
         write_json(own.folder / "provenance.json", spent())
         encoder, whole = (own.folder / name for name in WHOLE)
         write_tensors(whole, stored_tensors(objective), {"kind": "objective", "run": own.path})
-        save_encoder(encoder, objective.encoder, run.encoder, **about)  # last: it says that all is there
+        save_encoder(encoder, kept_encoder(objective), run.encoder, **about)  # last: it says that all is there
 
     def is_finished(step: int) -> bool:
         there = run.at(step).folder
@@ -164,7 +166,7 @@ def _train_claimed(
         made = read_json(there / "provenance.json")
         return made["data"] == record["data"] and not old_numbers(made, "PHYSICS", "TRAINING")
 
-    watch = Watch(plain, batches["valid"], folder, run.system.label_names)
+    watch = Watch(plain, batches, folder, run.system.label_names)
     record["parameters"] = sum(p.numel() for p in objective.encoder.parameters())
     before = read_json(folder / "provenance.json")["seconds"] if group.leads else 0.0
     started = time.monotonic()

@@ -30,6 +30,7 @@ from ..data.well import WellFile
 from ..data.windows import Windows, check_alike, check_disjoint
 from ..models.encoders import ENCODERS, build_encoder
 from ..objectives.methods import RANDOM_KEYS, build_objective, check_row, objective_class
+from ..objectives.regularisers import Regulariser
 from ..physics.systems import SYSTEMS, System, get_system
 from .loop import Recipe
 from .presets import Preset, get_preset, recipe_from
@@ -225,7 +226,11 @@ def build(run: Run) -> torch.nn.Module:
             encoder.wrap_for(run.seen_system)
         torch.manual_seed(seed_for("objective", RANDOM_KEYS.get(run.objective, run.objective), run.seed))
         asked = dict(system=run.seen_system, shape=run.clip_shape)
-        return build_objective(run.objective, encoder, **asked, **run.coefficients)
+        objective = build_objective(run.objective, encoder, **asked, **run.coefficients)
+    for module in objective.modules():
+        if isinstance(module, Regulariser):
+            module.seed = run.seed  # of the random numbers of its updates
+    return objective
 
 
 def __getattr__(name: str) -> object:  # of version 0.2, until 0.4
