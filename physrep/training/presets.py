@@ -147,6 +147,7 @@ _PREDICTOR = dict(predictor_scale=0.1, predictor_hidden=64)
 _DECODER = dict(decoder_width=64, decoder_depth=2)
 _LAPTOP_OBJECTIVES: dict[str, dict] = {
     "jepa": dict(invariance=2.0, variance=40.0, covariance=2.0, horizon=16, centre=True, **_PREDICTOR),
+    "vicreg": dict(variance=40.0, covariance=2.0, horizon=16, centre=True),
     "masked_jepa": dict(mask="tube", ratio=0.75, momentum=0.99, predictor_depth=2),
     "jepa_sigreg": dict(offset=16, sigreg=0.05, centre=True, predictor_scale=0.1, predictor_width=64),
     "mae": dict(ratio=0.75, patch=(4, 4, 4), **_DECODER),
@@ -164,6 +165,8 @@ TFLOP = 10  # of a training of length 1
 _UPDATES = {
     "jepa-convnext": (1032, 964),
     "jepa-vit": (496, 476),
+    "vicreg-vit": (560, 532),
+    "vicreg-convnext": (1196, 1104),
     "masked_jepa-vit": (1684, 1592),
     "masked_jepa-convnext": (1536, 1388),
     "jepa_sigreg-vit": (484, 460),
@@ -184,6 +187,7 @@ _UPDATES = {
 }
 _LAPTOP_RECIPES: dict[str, dict] = {
     "jepa": dict(batch_size=16, lr=1e-3),
+    "vicreg": dict(batch_size=16, lr=1e-3),
     "masked_jepa": dict(batch_size=16, lr=1e-3, warmup=50),
     "jepa_sigreg": dict(batch_size=16, lr=1e-3),
     "mae": dict(batch_size=8, lr=2e-3, warmup=50),
@@ -267,6 +271,7 @@ _GPU = Preset(
         name: Recipe(steps=steps, batch_size=batch_size, lr=1e-3, warmup=100, precision="bfloat16")
         for name, (steps, batch_size) in {
             "jepa": (1500, 16),
+            "vicreg": (1500, 16),
             "masked_jepa": (3000, 32),
             "jepa_sigreg": (1500, 16),
             "mae": (3000, 32),
@@ -313,6 +318,7 @@ _PAPER = Preset(
     },
     train=_paper_recipes(
         jepa=32,
+        vicreg=32,
         masked_jepa=16,
         jepa_sigreg=32,
         mae=8,
