@@ -47,7 +47,7 @@ def score_snapshots(
     scaler = label_scaler(run, windows["train"])
     groups = bootstrap_groups(windows["test"], windows["train"])
     about = {"system": run.system.name, "objective": run.row[0], "encoder": run.row[1], "seed": run.seed}
-    about |= {"split": "test", "probe": CURVE_PROBE, "labelled_flows": len(np.unique(windows["train"].groups))}
+    about |= {"split": "test", "probe": CURVE_PROBE, "labelled_flows": len(np.unique(windows["train"].flows))}
     record = provenance(device=device)
     paths = []
     for step, file in snapshot_files(run).items():

@@ -37,7 +37,7 @@ from ..results.rows import CONTROLS, ROWS, Row, Study, random_of
 from ..training.run import Run, label_scaler, stride_of
 
 VERSION = 1  # raised by hand when the numbers of this experiment change
-PROBE = "kernel"  # kernel ridge on the mean token, fitted on `train` and chosen on `valid`
+PROBE = "kernel"  # fitted on `train` and chosen on `valid`
 
 # %% ../../nbs/experiments/other_flows.ipynb #a72a4ea9
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
         predicted, _ = _fit_and_predict(box_features, saved.scaler, LONG_BOX)
         add(row, LONG_BOX, "parameters", (predicted, box.targets(np.arange(len(box)))))
         own = {s: features[s] for s in ("train", "valid", "test")}
-        asked = {s: Features(f.pooled[:, None], states[s], f.groups) for s, f in own.items()}
+        asked = {s: Features(f.tokens, states[s], f.groups) for s, f in own.items()}
         add(row, "test", "state", _fit_and_predict(asked, state_scaler))
 
     for row in (row for row in study.rows if row.objective in CONTROLS):
