@@ -21,7 +21,7 @@ from physrep.data.generate import FLOWS_A_CALL, _batches, plan
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.sets import find_files, fingerprint
 from physrep.data.well import RECIPE, UnreadableFileError, WellFormatError
-from physrep.data.windows import Windows
+from physrep.data.windows import Windows, windows_of
 from physrep.physics import rayleigh_benard
 from physrep.physics.oracle import equation_oracle
 from physrep.physics.shear_flow import simulate
@@ -455,8 +455,10 @@ def test_groups_are_of_initial_conditions_and_reynolds_numbers(tmp_path):
         for name, re, sc in (("a", 400.0, 0.5), ("b", 400.0, 2.0), ("c", 800.0, 2.0)):
             path, labels = tmp_path / f"shear_flow/data/{split}/{name}.hdf5", {"Reynolds": re, "Schmidt": sc}
             well_file(path, shape=(1, 2, 4, 4), parameters=labels, initial_conditions=start)
-    a, b, c = Windows(tmp_path, SHEAR, "ours", frames=2).groups
-    assert a == b != c
+    ours = Windows(tmp_path, SHEAR, "ours", frames=2)
+    a, b, c = ours.groups
+    assert a == b != c and len(set(ours.flows)) == 3, "each has a label that was paid for"
+    assert windows_of(ours, ours.flows[1:2]).labels.tolist() == [[400.0, 2.0]]
     both = Windows(tmp_path, SHEAR, "train+valid", frames=2)
     assert len(set(both.groups)) == 6
     assert set(both.groups) > set(Windows(tmp_path, SHEAR, "train", frames=2).groups)

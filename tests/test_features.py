@@ -124,6 +124,19 @@ def test_tokens_are_averaged_over_neighbours_in_the_grid_of_the_encoder():
     assert torch.allclose(in_order, tokens.unflatten(1, (48, 2)).mean(2), atol=1e-6)
 
 
+def test_moments_are_mean_and_log_spread_and_finite_where_nothing_varies():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(200, 7, 5)) * [1, 1e-3, 20, 0, 0] + [0, 0, 3, 0, 1000.1]).astype("float32")
+    f = Features(x, np.ones((200, 2)), np.arange(200))
+    flat = x.astype("float64")
+    assert f.moments.shape == (200, 10) and f.moments.dtype == torch.float32
+    assert torch.equal(f.moments[:, :5], f.pooled) and torch.equal(f.subset(f.groups > 150).moments, f.moments[151:])
+    assert np.allclose(f.moments[:, 5:8], np.log(flat.std(1)[:, :3]), atol=1e-5)
+    assert (f.moments[:, 8:] == f.moments[0, 8:]).all() and f.moments.isfinite().all(), "constants stay constants"
+    one = Features(x[:, :1], np.ones((200, 2)), np.arange(200))
+    assert torch.equal(one.moments, one.pooled)
+
+
 # --- the cache
 
 

@@ -8,7 +8,7 @@ from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import get_system
 from physrep.probing import few_labels
 from physrep.probing.features import Features
-from physrep.probing.few_labels import draw_flows, features_of, fit_few, score_few
+from physrep.probing.few_labels import draw_flows, features_of, few_draws, fit_few, score_few
 from physrep.probing.frozen import AttentiveRecipe, fit_probe
 
 SYSTEM = get_system("shear_flow")
@@ -34,15 +34,53 @@ def test_draws_are_whole_flows_spread_evenly_and_the_same_for_every_encoder():
         assert np.array_equal(flows[1], draw_flows(other, scaler, number, 1))
         assert number == 40 or set(flows[0]) != set(flows[1])
     rank = features.labels[::3].argsort(0).argsort(0) / 39  # of each flow and label, from 0 to 1
+    names = features.flows[::3]
 
     def off(flows: np.ndarray) -> float:
         "How far the ranks of eight flows are from even ones."
-        return np.abs(np.sort(rank[flows], 0) - (np.arange(8)[:, None] + 0.5) / 8).max()
+        return np.abs(np.sort(rank[np.isin(names, flows)], 0) - (np.arange(8)[:, None] + 0.5) / 8).max()
 
     drawn = np.mean([off(draw_flows(features, scaler, 8, k)) for k in range(30)])
-    assert drawn < 0.6 * np.mean([off(rng.permutation(40)[:8]) for _ in range(300)]), "more evenly than luck"
+    assert drawn < 0.6 * np.mean([off(rng.permutation(names)[:8]) for _ in range(300)]), "more evenly than luck"
     with pytest.raises(ValueError, match="from 1 to the 40 flows that have labels, got 41"):
         draw_flows(features, scaler, 41)
+
+
+LAYOUTS = {  # parameters, flows of each, initial condition of a flow (from its parameters and its number), flows
+    "two draws of initial conditions for each parameters": (128, 2, lambda p, k: 2 * p + k, 256),
+    "initial conditions shared by several Schmidt": (12, 5, lambda p, k: 5 * (p // 4) + k, 60),
+    "the same four initial conditions for all parameters": (60, 4, lambda p, k: k, 240),
+    "one initial condition": (30, 1, lambda p, k: 0 * p, 30),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flows_are_counted_drawn_and_left_out_alike_in_every_layout(layout):
+    number, each, start, flows = LAYOUTS[layout]
+    parameters, k = (a.ravel() for a in np.indices((number, each)))
+    labels = 10 ** np.random.default_rng(0).uniform((2.6, -0.6), (3.5, 0.3), (number, 2))[parameters]
+    made = Features(torch.randn(len(k), 1, 4), labels, start(parameters, k))
+    made = made.subset(np.arange(len(made)).repeat(3))  # three windows a flow
+    scaler = LabelScaler.fit(SYSTEM, made.labels)
+    assert len(np.unique(made.flows)) == flows
+    drawn = draw_flows(made, scaler, 16)
+    few = features_of(made, drawn)
+    assert len(set(drawn)) == 16 and len(few) == 3 * 16, "as many labels as flows"
+    for labels in (made.labels, few.labels):
+        parts = few_labels._parts(labels, few_labels.FOLDS)
+        assert len(parts) == few_labels.FOLDS and (np.sum(parts, axis=0) == 1).all(), "every window is left out once"
+        for part in parts:
+            assert not {*map(tuple, labels[part])} & {*map(tuple, labels[~part])}, "equal labels on both sides"
+    about = dict(ABOUT, labelled_flows=0)
+    rows = score_few(
+        {"train": made, "test": few}, {"test": few.groups}, scaler, {16: 1, flows: 1}, about, probes=["knn"]
+    )
+    assert {row["labelled_flows"] for row in rows} == {16}
+
+
+@pytest.mark.parametrize("flows, draws", [(256, {16: 3, 64: 3}), (64, {16: 3}), (16, {8: 1}), (8, {})])
+def test_as_many_flows_as_there_are_no_few_flows(flows, draws):
+    assert few_draws(flows) == draws
 
 
 @pytest.mark.parametrize("name", ["linear", "knn", "kernel"])
@@ -50,14 +88,14 @@ def test_the_candidate_is_taken_that_is_best_on_the_flows_left_out(name):
     features = toy(16, noise=0.3)
     scaler = LabelScaler.fit(SYSTEM, features.labels)
     error = np.zeros(())
-    for part in few_labels._parts(features.groups, few_labels.FOLDS):
-        out, rest = (features_of(features, groups) for groups in (part, np.setdiff1d(features.groups, part)))
+    for part in few_labels._parts(features.labels, few_labels.FOLDS):
+        out, rest = features.subset(part), features.subset(~part)
         trials = fit_probe(name, rest, out, scaler).trials
         error = error + len(out) / len(features) * np.array([trial["valid_mse"] for trial in trials])
     best = fit_probe(name, features, features, scaler).trials[int(np.argmin(error))]
     assert fit_few(name, features, scaler).chosen == {k: v for k, v in best.items() if k != "valid_mse"}
-    with pytest.raises(ValueError, match="at least two flows"):
-        fit_few(name, features_of(features, np.array([3])), scaler)
+    with pytest.raises(ValueError, match="at least two different parameters"):
+        fit_few(name, features_of(features, features.flows[:1]), scaler)
 
 
 def test_flows_are_left_out_and_not_windows():

@@ -85,8 +85,10 @@ def test_scores_are_drawn_by_parameters(smoke_data, tmp_path, monkeypatch):
     truth = {("linear", "test"): test.targets(np.arange(len(test)))}
     scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
     monkeypatch.chdir(tmp_path)
+    windows["train"].groups[:] = 0  # as if all flows started alike
     here = write_scores(".", truth, windows, scaler, objective="mae", encoder="vit")
     assert {row["run"] for row in here.rows} == {tmp_path.name}, "a folder has a name, however it is called"
+    assert {row["labelled_flows"] for row in here.rows} == {8}, "parameters of smoke, each with one initial condition"
     groups = read_predictions(tmp_path).groups["test"]
     assert len(np.unique(groups)) == len(np.unique(test.labels, axis=0)) < len(np.unique(test.groups))
 

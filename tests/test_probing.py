@@ -55,9 +55,9 @@ TRAIN, VALID, TEST = (make(seed) for seed in range(3))
 SCALER = LabelScaler.fit(SYSTEM, TRAIN.labels)
 
 
-def standardised(f: Features, by: Features) -> np.ndarray:
-    mean, scale = standardiser(by.pooled.numpy())
-    return (f.pooled.numpy() - mean) * scale
+def standardised(f: Features, by: Features, reading: str = "pooled") -> np.ndarray:
+    mean, scale = standardiser(getattr(by, reading).numpy())
+    return (getattr(f, reading).numpy() - mean) * scale
 
 
 def test_ridge_path_is_scikit_learns_and_the_pseudo_inverse_without_penalty():
@@ -76,12 +76,14 @@ def test_knn_and_kernel_are_scikit_learns(monkeypatch):
     knn = fit_probe("knn", TRAIN, VALID, SCALER)
     reference = KNeighborsRegressor(knn.chosen["k"], metric=knn.chosen["metric"], algorithm="brute").fit(x, y)
     assert np.allclose(knn.predict_z(TEST), reference.predict(test))
-    kernel = fit_probe("kernel", TRAIN, VALID, SCALER)
-    reference = KernelRidge(alpha=len(x) * kernel.chosen["lambda"], kernel="rbf", gamma=kernel.chosen["gamma"])
-    assert np.allclose(kernel.predict_z(TEST), reference.fit(x, y - y.mean(0)).predict(test) + y.mean(0), atol=1e-3)
+    for moments, reading in ((True, "moments"), (False, "pooled")):
+        kernel = fit_probe("kernel", TRAIN, VALID, SCALER, moments=moments)
+        x, test = standardised(TRAIN, TRAIN, reading), standardised(TEST, TRAIN, reading)
+        reference = KernelRidge(alpha=len(x) * kernel.chosen["lambda"], kernel="rbf", gamma=kernel.chosen["gamma"])
+        assert np.allclose(kernel.predict_z(TEST), reference.fit(x, y - y.mean(0)).predict(test) + y.mean(0), atol=1e-3)
     monkeypatch.setattr(frozen, "LANDMARKS", 60)  # of 120 windows
     few = [fit_probe("kernel", TRAIN, VALID, SCALER, seed=seed) for seed in (0, 0, 1)]
-    assert few[0].arrays["landmarks"].shape == (60, 16) and np.array_equal(few[0].predict(TEST), few[1].predict(TEST))
+    assert few[0].arrays["landmarks"].shape == (60, 32) and np.array_equal(few[0].predict(TEST), few[1].predict(TEST))
     assert not np.array_equal(few[0].predict(TEST), few[2].predict(TEST))
 
 
@@ -115,6 +117,43 @@ def test_a_probe_from_its_file_is_the_probe_to_the_last_bit(name, system, tmp_pa
     same = ("name", "chosen", "trials", "config")
     assert [getattr(again, k) for k in same] == [getattr(probe, k) for k in same]
     assert again.info == {"encoder": "0123", "run": "a"} and probe.info == {"encoder": "0123"}
+
+
+def test_a_kernel_probe_of_before_reads_the_mean_alone(tmp_path):
+    new, old = (fit_probe("kernel", TRAIN, VALID, SCALER, moments=moments) for moments in (True, False))
+    old.config.pop("moments")  # as in a file that does not know it
+    old.save(tmp_path / "probe")
+    again = load_probe(tmp_path / "probe")
+    assert np.array_equal(again.predict(TEST), old.predict(TEST)) and again.arrays["mean"].shape == (16,)
+    of_one_token = replace(TEST, tokens=TEST.pooled[:, None])
+    assert np.array_equal(again.predict(of_one_token), old.predict(TEST)), "the spread is not looked at"
+    assert new.config["moments"] and not np.allclose(new.predict(TEST), old.predict(TEST))
+
+
+def test_lengths_are_branches_of_one_run_each_annealed_to_zero(monkeypatch):
+    def errors(**options) -> dict[int, float]:
+        recipe = AttentiveRecipe(head={"heads": 4}, warmup=5, **options)
+        trials = fit_probe("attentive", TRAIN, VALID, SCALER, recipe=recipe).trials
+        return {trial["epochs"]: trial["valid_mse"] for trial in trials}
+
+    seen = []
+    usual = AttentiveRecipe.lr_at
+
+    def watched(*args):
+        seen.append(usual(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(AttentiveRecipe, "lr_at", watched)
+    four = errors(epochs=8)
+    rates = np.array(seen) / AttentiveRecipe.lr
+    assert list(four) == [1, 2, 4, 8] and errors(epochs=4).items() <= four.items()
+    assert all(errors(epochs=length, halvings=0) == {length: four[length]} for length in (1, 2, 4, 8))
+    # four updates an epoch; the trunk leaves for one epoch at 0, 1 and 3 and for two at 6
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.5, 0.25]) and rates[4:8] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[8:12] == pytest.approx([1, 0.75, 0.5, 0.25]) and (rates[12:20] == 1).all()
+    assert rates[-8:] == pytest.approx(np.arange(8, 0, -1) / 8) and len(rates) == 4 * (6 + 1 + 1 + 1 + 2)
+    for epochs, lengths in ((1, [1]), (2, [1, 2]), (96, [12, 24, 48, 96]), (100, [12, 25, 50, 100])):
+        assert AttentiveRecipe(epochs=epochs).lengths == lengths
 
 
 def test_files_that_are_no_probe_are_named(tmp_path):

@@ -24,7 +24,7 @@ from .table1 import verdicts
 from ..models.pretrained import load_encoder
 from ..probing.evaluate import bootstrap_groups
 from ..probing.features import Features, features_of, main_split, probe_splits
-from ..probing.few_labels import FEW, draw_flows, score_few
+from ..probing.few_labels import FEW, draw_flows, few_draws, score_few
 from ..probing.finetune import FINE_TUNED, fine_tune
 from ..probing.records import is_current, read_results, write_result
 from ..probing.scores import score
@@ -41,9 +41,15 @@ FINE_TUNED_PREDICTIONS = FINE_TUNED.replace("result", "predictions").replace("js
 DRAWS = max(FEW.values())  # of so many flows; after the last one the first again
 
 
-def train_on_few(run: Run, *, numbers: Sequence[int] = tuple(FEW), device: str = "cpu", progress: bool = True) -> Path:
-    """Trains a supervised run on a draw of 8, of 16 and of 64 labelled flows, those numbers that are below all of
-    `train`, and writes rows of its own head and of probes that are fitted on the same flows into its folder."""
+def train_on_few(
+    run: Run,
+    *,
+    numbers: Sequence[int] = (),  # of labelled flows; default: those of `few_draws`
+    device: str = "cpu",
+    progress: bool = True,
+) -> Path:
+    """Trains a supervised run on a draw of so many labelled flows, and writes rows of its own head and of probes that
+    are fitted on the same flows into its folder."""
     if not run.reads_labels:
         raise ValueError(f"{run.path} reads no labels: few labelled flows change nothing of its training")
     windows = probe_splits(run)
@@ -58,7 +64,7 @@ def train_on_few(run: Run, *, numbers: Sequence[int] = tuple(FEW), device: str =
     about = {"system": run.system.name, "objective": run.row[0], "encoder": run.row[1], "seed": run.seed}
     rows: list[dict] = []
     draw = run.seed % DRAWS
-    for number in (n for n in numbers if n < len(np.unique(labelled.groups))):
+    for number in numbers or few_draws(len(np.unique(labelled.flows))):
         few = windows_of(whole["train"], draw_flows(labelled, scaler, number, draw))
         one = replace(run, run_dir=Path(run.run_dir or project_root() / "runs") / "few" / str(number))
         folder = pretrain(one, windows={"train": few, "valid": whole["valid"]}, device=device, progress=progress)

@@ -37,7 +37,7 @@ from ..results.rows import CONTROLS, ROWS, Row, Study, random_of
 from ..training.run import Run, check_open, is_closed, label_scaler, stride_of
 
 VERSION = 1  # raised by hand when the numbers of this experiment change
-PROBE = "kernel"  # kernel ridge on the mean token, fitted on `train` and chosen on `valid`
+PROBE = "kernel"  # fitted on `train` and chosen on `valid`
 
 # %% ../../nbs/experiments/other_flows.ipynb #a72a4ea9
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def read_system(study: Study, system: str, *, device: str = "cpu") -> list[dict]
         for split in box:
             add(row, split, "parameters", _fit_and_predict(box_features, saved.scaler, split))
         own = {s: features[s] for s in ("train", "valid", main)}
-        asked = {s: Features(f.pooled[:, None], states[s], f.groups) for s, f in own.items()}
+        asked = {s: Features(f.tokens, states[s], f.groups) for s, f in own.items()}
         add(row, main, "state", _fit_and_predict(asked, state_scaler, main))
 
     for row in (row for row in study.rows if row.objective in CONTROLS):

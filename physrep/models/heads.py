@@ -8,6 +8,7 @@ __all__ = ['check_fit', 'batch_fields', 'LinearHead', 'MLPHead', 'AttentiveHead'
 
 # %% ../../nbs/models/heads.ipynb #7c3b83fb
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import nn
 
@@ -76,19 +77,25 @@ class AttentiveHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.out = nn.Linear(dim, n_out)
 
-    def _scores(self, x: torch.Tensor) -> torch.Tensor:
-        "Attention logits `(b, n, heads)` of normalised tokens; the query goes through the key map, not every token."
+    def _normalised(self, tokens: torch.Tensor) -> torch.Tensor:
+        "Tokens with mean 0 and variance 1 each: `norm_tokens` before its scale and shift."
+        return F.layer_norm(tokens, tokens.shape[-1:], eps=self.norm_tokens.eps)
+
+    def _weights(self, x: torch.Tensor) -> torch.Tensor:
+        "Weights `(b, heads, n)` of normalised tokens. The shift of `norm_tokens` would change all logits alike."
         to_keys = rearrange(self.to_keys_values.weight[: len(self.query)], "(heads d) c -> heads d c", heads=self.heads)
         q = rearrange(self.to_query(self.query), "(heads d) -> heads d", heads=self.heads)
-        return x @ einsum(q, to_keys, "heads d, heads d c -> c heads") / to_keys.shape[1] ** 0.5
+        asked = einsum(q, to_keys, "heads d, heads d c -> heads c") * self.norm_tokens.weight
+        asked = asked.expand(len(x), -1, -1) / to_keys.shape[1] ** 0.5
+        return (asked @ x.transpose(1, 2)).softmax(dim=-1)
 
     def attention(self, tokens: torch.Tensor) -> torch.Tensor:
         "Weight of each token for each head: `(b, heads, n)`, sums of 1 over the tokens."
-        return self._scores(self.norm_tokens(tokens)).softmax(dim=1).transpose(1, 2)
+        return self._weights(self._normalised(tokens))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x, dim = self.norm_tokens(tokens), len(self.query)
-        pooled = self._scores(x).softmax(dim=1).transpose(1, 2) @ x  # (b, heads, d)
+        x, dim = self._normalised(tokens), len(self.query)
+        pooled = self._weights(x) @ x * self.norm_tokens.weight + self.norm_tokens.bias  # (b, heads, d)
         to_values = rearrange(self.to_keys_values.weight[dim:], "(heads d) c -> heads d c", heads=self.heads)
         values = einsum(pooled, to_values, "b heads c, heads d c -> b heads d")  # linear: it could wait until here
         a = self.query + self.proj(values.flatten(1) + self.to_keys_values.bias[dim:])

@@ -33,7 +33,7 @@ from ..physics.oracle import equation_oracle, has_oracle
 from ..physics.statistics import spectra, summary_statistics
 from ..physics.systems import System
 from .features import Features, features_of, probe_splits
-from .few_labels import FEW, score_few
+from .few_labels import few_draws, score_few
 from .frozen import FROZEN, ONE_TOKEN, Probe, attentive_recipe, fit_probe, load_probe, probe_encoder
 from .records import run_name, write_predictions, write_result
 from .scores import score
@@ -91,7 +91,7 @@ def write_scores(
     "Scores predictions and writes `result.json` and `predictions.safetensors` into `folder`."
     folder = Path(folder)
     about: dict = {"objective": objective, "encoder": encoder, "seed": seed, "run": run or run_name(folder)}
-    about |= {"labelled_flows": len(np.unique(windows["train"].groups)), "draw": 0}
+    about |= {"labelled_flows": len(np.unique(windows["train"].flows)), "draw": 0}
     scored = {s for _, s in predictions}
     truth = {s: w.targets(np.arange(len(w))) for s, w in windows.items()}
     groups = {s: bootstrap_groups(w, windows["train"]) for s, w in windows.items() if s in scored}
@@ -119,11 +119,12 @@ def write_few(
     device: str = "cpu",
     **extra: object,  # JSON-able, into the file
 ) -> Path:
-    "Writes `few.json`, rows of probes that are fitted on few labelled flows (`FEW`); none where `train` has few flows."
+    "Writes `few.json`, rows of probes of few labelled flows (`few_draws`); no file where `train` has few flows."
     about = {"system": scaler.system.name, **about}
     groups = {s: bootstrap_groups(w, windows["train"]) for s, w in windows.items() if s != "train"}
     recipe = attentive_recipe(preset) if preset else None
-    rows = score_few(features, groups, scaler, FEW, about, recipe=recipe, device=device)
+    draws = few_draws(len(np.unique(features["train"].flows)))
+    rows = score_few(features, groups, scaler, draws, about, recipe=recipe, device=device)
     path = Path(folder) / "few.json"
     if rows:
         return write_result(path, rows, data={s: w.fingerprint() for s, w in windows.items()}, **extra)

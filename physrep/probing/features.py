@@ -36,7 +36,7 @@ from ..core.randomness import generator
 from ..data.batches import Batches
 from ..data.generate import SimPreset
 from ..data.scaling import LabelScaler, Normaliser
-from ..data.windows import Windows
+from ..data.windows import Windows, flow_numbers
 from ..models.pretrained import LoadedEncoder
 from ..training.run import Run, is_closed, load_splits
 
@@ -75,9 +75,26 @@ class Features:
         return self.tokens.shape[2]
 
     @cached_property
+    def flows(self) -> np.ndarray:
+        "Number of the flow `(n,)` of every window, equal for the same group and labels."
+        return flow_numbers(self.groups, self.labels)
+
+    @cached_property
     def pooled(self) -> Tensor:
         "Mean over tokens `(n, d)`, float32."
         return torch.cat([part.mean(dim=1, dtype=torch.float32) for part in self.tokens.split(64)])
+
+    @cached_property
+    def moments(self) -> Tensor:
+        """Mean and log standard deviation over tokens `(n, 2 d)`, float32; the mean alone `(n, d)` of a single token.
+
+        A standard deviation below ten roundings of the mean (or of 1, if that is more) counts as these: what does not
+        vary has a finite logarithm."""
+        if self.tokens.shape[1] == 1:
+            return self.pooled
+        std = torch.cat([part.float().std(dim=1, correction=0) for part in self.tokens.split(64)])
+        least = 10 * torch.finfo(torch.float32).eps * self.pooled.abs().clamp(min=1)
+        return torch.cat([self.pooled, std.maximum(least).log()], dim=1)
 
     def subset(self, index: np.ndarray) -> "Features":
         "A copy of the windows with these indices (or where this mask is true)."

@@ -27,8 +27,9 @@ from ..data.windows import Windows
 from ..models.pretrained import LoadedEncoder, load_encoder
 from .evaluate import made_of, write_scores
 from .features import encoder_digest, fewer_tokens, normaliser_for, probe_splits
-from .frozen import AttentiveRecipe, Probe, best_trial, fitted_head, load_probe, squared_error
+from .frozen import Probe, best_trial, fitted_head, load_probe, squared_error
 from .records import is_current
+from ..training.loop import warmup_cosine
 from ..training.run import Run, label_scaler
 
 # %% ../../nbs/probing/finetune.ipynb #ecba9661
@@ -77,7 +78,7 @@ def fit_finetune(
     *,
     start: Probe,  # the fitted attentive probe
     epochs: int = 10,
-    lr: float = 2e-4,  # warmed up and annealed as for the attentive probe
+    lr: float = 2e-4,  # warmed up over a tenth of the updates, then a cosine to zero
     seed: int = 0,  # of what the encoder draws; the order of batches has that of `train`
     progress: bool = False,
 ) -> Finetuned:
@@ -96,8 +97,8 @@ def fit_finetune(
     labels = valid.windows.targets(np.arange(len(valid.windows)))
     tuned = Finetuned(network, train.scaler, chosen={}, trials=[])
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
-    recipe = AttentiveRecipe(epochs=epochs, lr=lr)
     per_epoch = math.ceil(len(train.windows) / train.batch_size)
+    steps = per_epoch * epochs
     best = math.inf
     for epoch in tqdm(range(epochs + 1), desc="fine-tune", disable=not progress, leave=False):
         network.train()
@@ -105,7 +106,7 @@ def fit_finetune(
             torch.manual_seed(seed_for("finetune-draws", seed, epoch - 1))
             for step in range((epoch - 1) * per_epoch, epoch * per_epoch) if epoch else ():  # epoch 0: as it starts
                 for group in optimiser.param_groups:
-                    group["lr"] = recipe.lr_at(step, per_epoch * epochs)
+                    group["lr"] = lr * warmup_cosine(step, rise=max(1, round(0.1 * steps)), end=steps)
                 optimiser.zero_grad(set_to_none=True)
                 for batch in train(step):
                     loss = (network(batch["fields"]).float() - batch["labels"]).square().mean()

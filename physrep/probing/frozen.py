@@ -31,7 +31,6 @@ from ..models.heads import AttentiveHead
 from ..models.pretrained import LoadedEncoder, model_folder
 from .features import Features, encoder_digest, features_of, fewer_tokens, shuffled
 from .records import scaler_from, scaler_record
-from ..training.loop import warmup_cosine
 from ..training.presets import Preset
 
 # %% ../../nbs/probing/frozen.ipynb #97e9ab59
@@ -77,7 +76,9 @@ class Probe:
     chosen: dict  # what selection on valid chose
     trials: list[dict]  # every candidate with its error on valid: {..., "valid_mse": float}
     arrays: dict[str, np.ndarray]  # its parameters, and "residuals" (n_valid, n_labels), absolute and sorted
-    config: dict  # "dim" and "dtype" of the tokens, "head": keyword arguments of AttentiveHead
+    # "dim" and "dtype" of the tokens, "head": keyword arguments of AttentiveHead, "moments": whether Features.moments
+    # is read in place of Features.pooled (by a kernel probe; not there: no)
+    config: dict
     # "encoder": digest of the encoder it was fitted on, and whatever else should travel with it
     info: dict = field(default_factory=dict)
     device: str | torch.device = "cpu"  # where heads run
@@ -133,10 +134,10 @@ class Probe:
 def _fitted(
     name: str, train: Features, valid: Features, scaler: LabelScaler, trials: list, arrays: dict, **options: Any
 ) -> Probe:
-    "The probe of the best of the trials, which has these arrays, with its residuals on valid; options: head, device."
+    "The probe of the best of the trials, which has these arrays, with its residuals on valid; options: config, device."
     chosen = {k: v for k, v in best_trial(trials).items() if k != "valid_mse"}
-    config = {"dim": train.dim, "dtype": str(train.tokens.dtype).removeprefix("torch.")}
-    config["head"] = options.pop("head", {})
+    config = {"dim": train.dim, "dtype": str(train.tokens.dtype).removeprefix("torch."), "head": {}}
+    config |= options.pop("config", {})
     probe = Probe(name, scaler, chosen, trials, arrays, config, dict(train.info), **options)
     errors = scaler.clip(probe.predict_z(valid)) - scaler.transform(valid.labels)
     return replace(probe, arrays=probe.arrays | {"residuals": np.sort(np.abs(errors), axis=0)})
@@ -176,8 +177,8 @@ def ridge_path(x: np.ndarray, y: np.ndarray, lambdas: Sequence[float]) -> list[n
     return [vt.T @ (np.where(null, 0, s / (s**2 + len(x) * lam + null))[:, None] * uty) for lam in lambdas]
 
 # %% ../../nbs/probing/frozen.ipynb #b2bc281f
-def _standardised_pooled(f: Features, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    return (f.pooled.numpy() - arrays["mean"]) * arrays["scale"]
+def _standardised_pooled(f: Features, arrays: dict[str, np.ndarray], moments: bool = False) -> np.ndarray:
+    return ((f.moments if moments else f.pooled).numpy() - arrays["mean"]) * arrays["scale"]
 
 
 def _predict_linear(probe: Probe, f: Features) -> np.ndarray:
@@ -243,7 +244,7 @@ LANDMARKS = 1024  # training windows in the sum; bounds time and memory
 def _predict_kernel(probe: Probe, f: Features) -> np.ndarray:
     from sklearn.metrics.pairwise import rbf_kernel
 
-    x = _standardised_pooled(f, probe.arrays)
+    x = _standardised_pooled(f, probe.arrays, probe.config.get("moments", False))
     near = rbf_kernel(x, probe.arrays["landmarks"], gamma=probe.chosen["gamma"])
     return near @ probe.arrays["weight"] + probe.arrays["bias"]
 
@@ -256,14 +257,15 @@ def fit_kernel(
     seed: int = 0,  # of the landmarks, where there are more training windows
     widths: Sequence[float] = WIDTHS,
     lambdas: Sequence[float] = LAMBDAS,
+    moments: bool = True,  # False: the mean of the tokens alone
 ) -> Probe:
-    "Kernel ridge regression on standardised mean-pooled tokens; width and penalty are chosen on valid."
+    "Kernel ridge regression on standardised moments of the tokens; width and penalty are chosen on valid."
     from sklearn.kernel_approximation import Nystroem
 
-    mean, scale = standardiser(train.pooled.numpy())
+    mean, scale = standardiser((train.moments if moments else train.pooled).numpy())
     y = scaler.transform(train.labels)
     arrays = {"mean": mean, "scale": scale, "bias": y.mean(0)}
-    x, x_valid = (_standardised_pooled(f, arrays) for f in (train, valid))
+    x, x_valid = (_standardised_pooled(f, arrays, moments) for f in (train, valid))
     state = seed_for("kernel-landmarks", seed) % 2**32
     trials: list[dict] = []
     best = math.inf
@@ -277,7 +279,7 @@ def fit_kernel(
             if error < best:
                 best = error
                 arrays |= {"landmarks": kernel.components_, "weight": kernel.normalization_.T @ weight}
-    return _fitted("kernel", train, valid, scaler, trials, arrays)
+    return _fitted("kernel", train, valid, scaler, trials, arrays, config={"moments": moments})
 
 
 PROBES["kernel"] = ProbeKind(fit_kernel, _predict_kernel)
@@ -287,16 +289,28 @@ PROBES["kernel"] = ProbeKind(fit_kernel, _predict_kernel)
 class AttentiveRecipe:
     "The one recipe of the attentive probe, whatever the encoder."
 
-    epochs: int = 20
+    epochs: int = 24  # of the longest length
+    halvings: int = 3  # further lengths, each half as long, down to one epoch
     batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.01
-    warmup: float = 0.1  # share of all steps
+    warmup: int = 50  # updates, of every length
+    decay: float = 0.25  # share of a length in which the learning rate falls to zero, in whole epochs
     head: dict = field(default_factory=dict)  # keyword arguments of AttentiveHead
 
-    def lr_at(self, step: int, steps: int) -> float:
-        "Learning rate: linear warm-up, then a cosine that ends at zero after `steps`."
-        return self.lr * warmup_cosine(step, rise=max(1, round(self.warmup * steps)), end=steps)
+    @property
+    def lengths(self) -> list[int]:
+        "Epochs of every length, the shortest first."
+        return sorted({max(1, self.epochs // 2**k) for k in range(self.halvings + 1)})
+
+    def branch(self, length: int) -> int:
+        "Epochs after which a length leaves the trunk, on which the learning rate is constant."
+        return length - max(1, round(self.decay * length))
+
+    def lr_at(self, epoch: float, length: int, per_epoch: int) -> float:
+        "Learning rate after so many epochs, which may be a fraction, of `per_epoch` updates."
+        rise = (epoch * per_epoch + 1) / self.warmup
+        return self.lr * min(1.0, rise, (length - epoch) / (length - self.branch(length)))
 
 # %% ../../nbs/probing/frozen.ipynb #ac2d11c7
 def token_standardiser(tokens: Tensor, chunk: int = 64) -> tuple[Tensor, Tensor]:
@@ -360,40 +374,50 @@ def fit_attentive(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Probe:
-    "Trains an AttentiveHead on frozen tokens; the epoch is chosen on valid. ValueError if no epoch has a finite error."
+    """Trains an AttentiveHead on frozen tokens for every length of the recipe; the length is chosen on valid.
+    ValueError if none has a finite error."""
     mean, scale = (v.to(device) for v in token_standardiser(train.tokens))
     target = torch.as_tensor(scaler.transform(train.labels), dtype=torch.float32, device=device)
     head = new_head(train.dim, target.shape[1], recipe.head, "attentive", seed).to(device)
     optimiser = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    steps = recipe.epochs * math.ceil(len(train) / recipe.batch_size)
+    per_epoch = math.ceil(len(train) / recipe.batch_size)
     trials: list[dict] = []
     best = math.inf
     weights = copy.deepcopy(head.state_dict())
-    step = 0
     ahead = None if torch.device(device).type == "cpu" else Ahead()
+    bar = tqdm(desc="attentive probe", unit=" epochs", disable=not progress, leave=False)
 
     def read(index: Tensor) -> tuple[Tensor, Tensor]:
         return index, _standardised(train.tokens[index], mean, scale, device)
 
-    for epoch in tqdm(range(recipe.epochs), desc="attentive probe", disable=not progress, leave=False):
+    def advance(head: nn.Module, optimiser: torch.optim.Optimizer, epochs: range, length: int) -> None:
+        "Trains in these epochs with the learning rate of a length."
         head.train()
-        order = shuffled(train.tokens, recipe.batch_size, "attentive-order", seed, epoch)
-        for index, x in prefetch((partial(read, index) for index in order), ahead=ahead):
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.lr_at(step, steps)
-            loss = (head(x) - target[index.to(device)]).square().mean()
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            step += 1
-        error = squared_error(_head_outputs(head, valid.tokens, mean, scale, device), valid.labels, scaler)
-        trials.append({"epoch": epoch + 1, "valid_mse": error})
+        for epoch in epochs:
+            order = shuffled(train.tokens, recipe.batch_size, "attentive-order", seed, epoch)
+            for k, (index, x) in enumerate(prefetch((partial(read, index) for index in order), ahead=ahead)):
+                for group in optimiser.param_groups:
+                    group["lr"] = recipe.lr_at(epoch + k / per_epoch, length, per_epoch)
+                loss = (head(x) - target[index.to(device)]).square().mean()
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+            bar.update()
+
+    done = 0  # epochs of the trunk
+    for length in recipe.lengths:
+        advance(head, optimiser, range(done, recipe.branch(length)), recipe.epochs)
+        done = recipe.branch(length)
+        annealed, its_optimiser = copy.deepcopy((head, optimiser))  # the optimiser of the copy
+        advance(annealed, its_optimiser, range(done, length), length)
+        error = squared_error(_head_outputs(annealed, valid.tokens, mean, scale, device), valid.labels, scaler)
+        trials.append({"epochs": length, "valid_mse": error})
         if error < best:
-            best = error
-            weights = copy.deepcopy(head.state_dict())
+            best, weights = error, annealed.state_dict()
+    bar.close()
     tensors = {"mean": mean, "scale": scale, **{f"head.{k}": v for k, v in weights.items()}}
     arrays = {k: v.cpu().numpy() for k, v in tensors.items()}
-    return _fitted("attentive", train, valid, scaler, trials, arrays, head=recipe.head, device=device)
+    return _fitted("attentive", train, valid, scaler, trials, arrays, config={"head": recipe.head}, device=device)
 
 
 PROBES["attentive"] = ProbeKind(fit_attentive, _predict_attentive)
@@ -427,7 +451,7 @@ def load_probe(path: str | Path, name: str = "", *, device: str | torch.device =
     return Probe(**kept, scaler=scaler, arrays=arrays, device=device)
 
 # %% ../../nbs/probing/frozen.ipynb #75182190
-ONE_TOKEN = ("linear", "knn", "kernel")  # probes of the mean token, and so of features that have a single one
+ONE_TOKEN = ("linear", "knn", "kernel")  # probes that also read features of a single token
 FROZEN = (*ONE_TOKEN, "attentive")  # probes of frozen encoders
 
 
