@@ -98,9 +98,7 @@ def test_what_is_constant_or_not_finite_explains_nothing():
         batch = [({"r2": answer}, true, None)]
         assert feature_gate(lambda x: x, batch, batch)["r2"] == pytest.approx(0)
     flat = [({"r2": true}, torch.cat([true[..., :2], torch.ones(20, 4, 1)], dim=2), None)]
-    assert feature_gate(lambda x: x, flat, flat)["r2"] == pytest.approx(2 / 3), (
-        "a feature that does not vary counts as 0"
-    )
+    assert feature_gate(lambda x: x, flat, flat)["r2"] == pytest.approx(2 / 3), "what does not vary counts as 0"
 
 
 @pytest.mark.parametrize("backbone", ["vit", "convnext"])

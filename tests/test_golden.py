@@ -119,10 +119,8 @@ def training() -> Numbers:
                 tokens = load_encoder(run.at(length).folder).encoder.eval()(fields)
             # a bias that no loss depends on goes where rounding sends it
             found[f"{method}-{encoder}, {length} updates"] = fingerprint(tokens - tokens.mean(0))
-        for table, columns in (
-            ("metrics", ("loss", "valid_loss", "effective_rank")),
-            ("curve", ("online", "gate", "gate_r2")),
-        ):
+        logged = {"metrics": ("loss", "valid_loss", "effective_rank"), "curve": ("online", "gate", "gate_r2")}
+        for table, columns in logged.items():
             rows = read_metrics(folder / f"{table}.csv")
             for column in columns:
                 values = [row[column] for row in rows if math.isfinite(row.get(column, math.nan))]

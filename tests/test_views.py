@@ -106,9 +106,7 @@ def test_symmetries_and_noise_are_shared_or_not(shear):
         assert torch.allclose(clip.square().sum((2, 3, 4)), other.square().sum((2, 3, 4)), rtol=0.05)
     noisy = ViewBatches(shear, views, **options(shear, noise=0.5))
     for batch, again in zip(batches.evaluation(4, limit=4), noisy.evaluation(2, limit=4)):
-        assert not torch.allclose(batch["views"][1], batch["fields"]), (
-            "held-out pairs lie under symmetries of their own"
-        )
+        assert not torch.allclose(batch["views"][1], batch["fields"]), "held-out pairs have symmetries of their own"
         assert all(torch.equal(a[:2], b) for a, b in zip(batch["views"], again["views"])), "of the window's seed alone"
     still = ViewBatches(shear, [CLIP, PAIR, View(8, offset=0)][::2], **options(shear, augment=True))
     plain = ViewBatches(shear, [CLIP], **options(shear, augment=False))

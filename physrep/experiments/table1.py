@@ -151,7 +151,7 @@ def trained_table(study: Study) -> pd.DataFrame:
         for (system, seed), run in mine.groupby(["system", "seed"], sort=False):
             last = run.sort_values("step").iloc[-1].dropna()
             about = {"system": system, "row": title_of(*key, rows=study.rows), "seed": seed}
-            about |= {name: last.get(name) for name in TRAINED_COLUMNS}
+            about |= {name: last.get(name, np.nan) for name in TRAINED_COLUMNS}
             found.append(about | {"not trained, because": "; ".join(shortcomings(last))})
     return pd.DataFrame(found)
 
