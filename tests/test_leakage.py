@@ -6,11 +6,13 @@ import warnings
 import h5py
 import numpy as np
 import pytest
+from broken import change
 
 from physrep.data.download import check_files
 from physrep.data.leakage import data_report, deal_flows, find_flows, leakage, main, write_leak_free
 from physrep.data.scaling import LabelScaler
-from physrep.data.well import UnreadableFileError, WellFile, WellFormatError
+from physrep.data.sets import find_files, fingerprint
+from physrep.data.well import RECIPE, UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_well
 from physrep.physics.systems import get_system
@@ -254,6 +256,15 @@ def test_scalars_of_every_trajectory_become_those_of_the_rows(tmp_path):
             rows = dealt[(dealt.split == split) & (dealt.Schmidt == schmidt)]
             with h5py.File(file.path) as f:
                 assert f["scalars/number"][()].tolist() == rows.trajectory.tolist()
+
+
+def test_a_view_of_simulated_flows_is_not_taken_for_them(tmp_path):
+    "Files that say that a recipe made them are told apart by it alone."
+    for path in shear(tmp_path / "published").rglob("*.hdf5"):
+        change(path, lambda file: file.attrs.update({RECIPE: "0" * 16}))
+    write_leak_free(tmp_path / "published", tmp_path / "view", "shear_flow")
+    one, other = (fingerprint(find_files(tmp_path / s, "shear_flow", "train")) for s in ("published", "view"))
+    assert one != other
 
 
 def test_a_set_that_is_not_written_leaves_nothing(tmp_path, monkeypatch):
