@@ -91,6 +91,18 @@ def test_splits_of_two_grids_are_not_mixed_and_a_plan_of_another_form_is_another
         make_shear(TINY, tmp_path)
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_a_split_that_was_drawn_is_another_on_a_grid(tmp_path, back):
+    values = {"Reynolds": (400.0, 500.0), "Schmidt": (1.0,)}
+    both = [TINY.only(("train",)), replace(TINY, draws={}, counts={"train": 1}, grid_values=values)]
+    first, other = both[::-1] if back else both
+    folder = make_shear(first, tmp_path)
+    before = times(folder)
+    with pytest.raises(ValueError, match="made differently .counts: there .*; draws: there"):
+        make_shear(other, tmp_path)
+    assert times(folder) == before
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_shifted_flows_start_in_another_way_and_obey_the_same_equations(system, tmp_path):
     about, sim = get_system(system), get_preset("laptop").sim(system).only(())
@@ -132,6 +144,26 @@ def test_new_code_makes_anew_what_it_had_planned_and_nothing_else(tmp_path):
     make_shear(TINY, tmp_path)
     assert fingerprints(tmp_path) == prints and read_json(folder / "plan.json") == recipe
     assert mine.read_bytes() == b"a split of one's own" and not old.items() & times(folder / "data").items()
+
+
+def test_files_of_ones_own_among_the_planned_are_named_and_stay(tmp_path):
+    folder = make_shear(TINY, tmp_path)
+    planned, notes, recipe = min(times(folder)), folder / "notes.tmp", read_json(folder / "plan.json")
+    own = well_file(planned.with_name("own.hdf5"))
+    content = own.read_bytes()
+    notes.write_text("of no interrupted write")
+    for code in (recipe["code"], "0" * 16):
+        write_json(folder / "plan.json", recipe | {"code": code})
+        with pytest.raises(ValueError, match="own.hdf5 is not in the plan of this set; move it to a split of its own"):
+            make_shear(TINY, tmp_path)
+        assert own.read_bytes() == content
+    own.rename(planned)
+    with pytest.raises(ValueError, match=f"{planned.name} has the name of a planned file, and physrep has not simulat"):
+        make_shear(TINY, tmp_path)
+    assert planned.read_bytes() == content
+    planned.rename(tmp_path / "own.hdf5")
+    make_shear(TINY, tmp_path)
+    assert len(times(folder)) == 4 and notes.is_file()
 
 
 def test_files_that_are_not_ours_to_remove_stay(tmp_path, monkeypatch):

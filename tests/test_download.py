@@ -119,6 +119,21 @@ def test_what_cannot_be_downloaded_or_checked_is_said(published, tmp_path, monke
         assert main(["shear_flow", str(tmp_path)]) == 1 and said in capsys.readouterr().out
 
 
+def test_what_is_whole_is_not_removed(published):
+    "A field put together from parts of its own file, and a link to a disk that is not there now."
+    path = published / "data" / "train" / "shear_flow_Reynolds_1e4.hdf5"
+    with h5py.File(path, "r+") as file:
+        file.move("t0_fields/tracer", "parts")
+        layout = h5py.VirtualLayout(file["parts"].shape, file["parts"].dtype)
+        layout[...] = h5py.VirtualSource(file["parts"])
+        file["t0_fields"].create_virtual_dataset("tracer", layout)
+    assert check_files(published, "shear_flow", remove=True) == []
+    link = published / "data" / "train" / "link.hdf5"
+    link.symlink_to(published / "elsewhere.hdf5")
+    (problem,) = check_files(published, "shear_flow", remove=True)
+    assert "link.hdf5: missing" in problem and path.is_file() and link.is_symlink()
+
+
 def test_check_from_the_command_line(published, tmp_path, capsys):
     root = tmp_path / "mine"
     shutil.copytree(published / "data" / "valid", root / "shear_flow" / "data" / "valid")

@@ -6,10 +6,13 @@ import warnings
 import h5py
 import numpy as np
 import pytest
+from broken import change
 
+from physrep.data.download import check_files
 from physrep.data.leakage import data_report, deal_flows, find_flows, leakage, main, write_leak_free
 from physrep.data.scaling import LabelScaler
-from physrep.data.well import DamagedFileError, WellFile
+from physrep.data.sets import find_files, fingerprint
+from physrep.data.well import RECIPE, UnreadableFileError, WellFile, WellFormatError
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_well
 from physrep.physics.systems import get_system
@@ -189,7 +192,7 @@ def test_a_view_is_read_like_the_published_files_with_the_true_box_wherever_both
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda p: p.unlink(), "is a view of .*Sc_0.5.hdf5, which is not there"),
+        (lambda p: p.unlink(), "is a view of .*Sc_0.5.hdf5: no such file"),
         (lambda p: p.write_bytes(p.read_bytes()[:-4096]), "Sc_0.5.hdf5: truncated"),
     ],
 )
@@ -197,8 +200,23 @@ def test_views_of_what_is_gone_are_refused(tmp_path, spoil, message):
     "HDF5 itself would read zeros."
     write_leak_free(shear(tmp_path / "published"), tmp_path / "view", "shear_flow")
     spoil(tmp_path / "published" / "shear_flow" / "data" / "train" / "Sc_0.5.hdf5")
-    with pytest.raises(DamagedFileError, match=message):
+    with pytest.raises(UnreadableFileError, match=message):
         Windows(tmp_path / "view", "shear_flow", "train", frames=2)
+    check_files(tmp_path / "view" / "shear_flow", "shear_flow", remove=True)
+    assert len(list(tmp_path.glob("view/*/data/*/*.hdf5"))) == 6, "views are whole, whatever became of what they show"
+
+
+def test_a_view_of_what_changed_or_moved_after_it_was_opened_is_not_read(tmp_path):
+    write_leak_free(shear(tmp_path / "published"), tmp_path / "once", "shear_flow")
+    write_leak_free(tmp_path / "once", tmp_path / "twice", "shear_flow")
+    for spoil in (lambda p: p.write_bytes(p.read_bytes()), lambda p: p.rename(p.with_name("b"))):
+        views = [Windows(tmp_path / s, "shear_flow", "train", frames=2, in_memory=False) for s in ("once", "twice")]
+        assert all(w.read(range(len(w))).all() for w in views), "no zeros"
+        spoil(tmp_path / "published" / "shear_flow" / "data" / "train" / "Sc_0.5.hdf5")
+        for windows in views:
+            for read in (lambda w=windows: w.read(range(len(w))), windows.fingerprint):
+                with pytest.raises(WellFormatError, match="5.hdf5: changed since it was opened; open .*hdf5 again"):
+                    read()
 
 
 def test_from_the_command_line(tmp_path, capsys):
@@ -249,6 +267,15 @@ def test_scalars_of_every_trajectory_become_those_of_the_rows(tmp_path):
             rows = dealt[(dealt.split == split) & (dealt.Schmidt == schmidt)]
             with h5py.File(file.path) as f:
                 assert f["scalars/number"][()].tolist() == rows.trajectory.tolist()
+
+
+def test_a_view_of_simulated_flows_is_not_taken_for_them(tmp_path):
+    "Files that say that a recipe made them are told apart by it alone."
+    for path in shear(tmp_path / "published").rglob("*.hdf5"):
+        change(path, lambda file: file.attrs.update({RECIPE: "0" * 16}))
+    write_leak_free(tmp_path / "published", tmp_path / "view", "shear_flow")
+    one, other = (fingerprint(find_files(tmp_path / s, "shear_flow", "train")) for s in ("published", "view"))
+    assert one != other
 
 
 def test_a_set_that_is_not_written_leaves_nothing(tmp_path, monkeypatch):

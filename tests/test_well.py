@@ -15,12 +15,12 @@ import yaml
 from broken import change, replace, well_file
 
 from physrep.data import sets, well
-from physrep.data.batches import Batches
+from physrep.data.batches import Batches, apply_symmetry
 from physrep.data.download import check_files
 from physrep.data.leakage import find_flows, leakage, write_leak_free
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.sets import STATS, find_files, find_folder, fingerprint, read_stats
-from physrep.data.well import RECIPE, UnreadableFileError, WellFile, WellFormatError
+from physrep.data.well import RECIPE, UnreadableFileError, WellFile, WellFormatError, open_hdf5
 from physrep.data.windows import Windows, check_disjoint
 from physrep.data.write import write_stats, write_well
 from physrep.physics.systems import SYSTEMS, Field, Label, System, get_system
@@ -149,7 +149,7 @@ def test_a_file_holds_any_number_of_labelled_trajectories(tmp_path):
 def test_other_number_formats_and_a_user_block(tmp_path, dtype):
     "One field in another format: read by HDF5, the others still plain, the values those of a cast to float32."
     new = np.random.default_rng(5).standard_normal((3, FRAMES, NX, NY, 2)).astype(dtype)
-    with h5py.File(make(tmp_path / "a.hdf5")) as a, h5py.File(tmp_path / "b.hdf5", "w", userblock_size=1024) as b:
+    with h5py.File(make(tmp_path / "a.hdf5")) as a, h5py.File(tmp_path / "b.hdf5", "w", userblock_size=4096) as b:
         b.attrs.update(a.attrs)
         for key in a:
             a.copy(key, b)
@@ -168,7 +168,7 @@ def test_a_file_travels_and_one_that_changes_or_shrinks_is_noticed(tmp_path, mon
     with pytest.raises(WellFormatError, match="changed since it was opened"):
         file.window(2, 0, 5)
     file = WellFile(make(path), "shear_flow")
-    monkeypatch.setattr(well, "state_of", lambda path: file._state)
+    monkeypatch.setattr(well, "state_of", lambda path: file._states[path])
     os.truncate(path, path.stat().st_size // 2)  # after the check: an error with a name, no bus error and no zeros
     with pytest.raises(WellFormatError, match="a.hdf5: truncated"):
         file.window(2, 0, 5)
@@ -188,6 +188,19 @@ def test_labels_and_times_by_name_order_and_alias_that_may_vary(tmp_path):
     file = WellFile(make(path, parameters={"Reynolds": [1e4, 2e4, 3e4], "Schmidt": 0.2}, time=time), "shear_flow")
     assert file.label_table().tolist() == [[1e4, 0.2], [2e4, 0.2], [3e4, 0.2]]
     assert file.time.shape == (3, FRAMES) and file.dt == 0.5
+
+
+@pytest.mark.parametrize("key", ["scalars/Schmidt", "dimensions/time", "dimensions/y", "physrep_initial_condition"])
+def test_numbers_outside_of_the_file_are_not_those_of_whatever_lies_in_the_current_folder(tmp_path, monkeypatch, key):
+    def outside(file):
+        shape, dtype = file[key].shape or (3,), file[key].dtype
+        del file[key]
+        file.create_dataset(key, shape, dtype, external=[("numbers", 0, h5py.h5f.UNLIMITED)])
+
+    path = change(make(tmp_path / "a.hdf5"), outside)
+    np.arange(1, 99, dtype="f4").tofile(tmp_path / "numbers")
+    monkeypatch.chdir(tmp_path)
+    assert f"{key} is the bytes of numbers; copy" in refusal(path)
 
 
 def test_points_in_nanometres_are_as_even_as_those_in_metres(tmp_path):
@@ -218,6 +231,13 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypa
         finally:
             other.kill()
     assert WellFile(path, "shear_flow").n_trajectories == 3
+    stale, memory = "file read failed: errno = 116, error message = 'Stale file handle'", "memory allocation failed"
+    for kind, said in (
+        (RuntimeError, f"Can't get number of chunks ({stale})"),
+        (OSError, f"Can't read data ({memory})"),
+    ):
+        with pytest.raises(UnreadableFileError, match="a.hdf5: cannot be read here and now"), open_hdf5(path):
+            raise kind(said)
 
     def refuse(path):
         raise PermissionError(13, "Permission denied")
@@ -442,6 +462,11 @@ def test_walls_are_no_periodic_boundary_and_mirror_images_need_heights_from_0_to
     mirrored = dataclasses.replace(WALLED, mirror_axes=(1,), mirror_offsets=((1, "heat", 1.0, 0.0),))
     with pytest.raises(WellFormatError, match="increasing heights between the walls at 0 and 1, it runs from -1 to 1"):
         WellFile(path, mirrored)
+    own = dataclasses.replace(WALLED, mirror_axes=(1,))
+    x, still = torch.zeros(1, 3, 2, 64, 48), np.zeros((1, 2), int)
+    apply_symmetry(x, still, still == 0, dataclasses.replace(own, mirror_axes=(0, 1)), WellFile(path, own).positions)
+    with pytest.raises(ValueError, match="positions along y must be 48 points that lie symmetrically, .* of channel"):
+        apply_symmetry(x, still, still == 1, own, HEIGHTS * (HEIGHTS + 3))
     shifted = dataclasses.replace(WALLED, boundary=("periodic", "periodic"))
     with pytest.raises(WellFormatError, match="boundaries along y are WALL, and .* declares them periodic; declare"):
         WellFile(path, shifted)

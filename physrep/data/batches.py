@@ -45,13 +45,16 @@ def _mirror_offsets(
 
     Raises ValueError for points that are no mirror image of themselves."""
     found = {}
-    for axis in {a for a, *_ in system.mirror_offsets}:
-        n, name = grid[axis], system.axes[axis]
+    for axis in system.mirror_axes:
+        n, adds = grid[axis], any(a == axis for a, *_ in system.mirror_offsets)
         p = (np.arange(n) + 0.5) / n if positions is None or axis == 0 else np.asarray(positions)
-        if p.shape != (n,) or not np.allclose(p + p[::-1], 1, atol=1e-3):
-            raise ValueError(f"positions along {name} must be {n} points from 0 to 1 that lie symmetrically, got {p}")
-        shape = (-1, 1, n, 1) if axis == 0 else (-1, 1, 1, n)
-        found[axis] = torch.as_tensor(system.mirror_shift(axis, p), device=device).view(shape)
+        twice = 1 if adds else p[0] + p[-1]  # the middle
+        if p.shape != (n,) or not np.allclose(p + p[::-1], twice, rtol=0, atol=1e-3 * np.ptp(p)):
+            what = f"{n} points{' from 0 to 1' * adds} that lie symmetrically, for mirror images of {system.name}"
+            raise ValueError(f"positions along {system.axes[axis]} must be {what}; got {p}")
+        if adds:
+            shape = (-1, 1, n, 1) if axis == 0 else (-1, 1, 1, n)
+            found[axis] = torch.as_tensor(system.mirror_shift(axis, p), device=device).view(shape)
     return found
 
 # %% ../../nbs/data/batches.ipynb #4e24d01f

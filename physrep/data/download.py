@@ -51,7 +51,7 @@ def check_files(
 def _problem(path: Path, system: System, size: int | None) -> tuple[str, bool]:
     "What is wrong with a file, empty if nothing is; and whether another copy would help."
     if not path.is_file():
-        return f"{path}: missing", True
+        return f"{path}: missing", False
     found = path.stat().st_size
     other = "" if size is None or found == size else f"{path}: {found} bytes, the server has {size}"
     try:

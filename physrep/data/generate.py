@@ -7,6 +7,7 @@ __all__ = ['VERSION', 'SOLVERS', 'FLOWS_A_CALL', 'SimPreset', 'PlannedFile', 'dr
            'make_files', 'is_complete', 'make_dataset']
 
 # %% ../../nbs/data/generate.ipynb #340e7d73
+import contextlib
 import hashlib
 import importlib
 import itertools
@@ -29,7 +30,8 @@ from tqdm import tqdm
 from ..core.files import read_json, write_json
 from ..core.provenance import PHYSICS
 from ..core.randomness import generator, seed_for
-from .well import RECIPE, UnreadableFileError, WellFile, WellFormatError
+from .sets import hdf5_files
+from .well import RECIPE, DamagedFileError, WellFile, open_hdf5
 from .write import write_stats, write_well
 from ..physics.systems import get_system
 
@@ -205,6 +207,11 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[list[Path]]:
         yield from pool.map(make_files, *zip(*jobs))  # after an error, or if nobody asks any more, no job is begun
 
 # %% ../../nbs/data/generate.ipynb #fb2b7a88
+def _splits(recipe: Mapping) -> set[str]:
+    "The splits of a recipe, drawn and on a grid."
+    return {*recipe.get("draws", ()), *recipe.get("counts", ())}
+
+
 def _made_by(folder: Path, recipe: dict) -> bool:
     """Whether `folder` was made by this recipe; False if only the code has changed. Splits that only one of the two
     has do not count: what a split holds depends on no other.
@@ -213,11 +220,10 @@ def _made_by(folder: Path, recipe: dict) -> bool:
     found = read_json(folder / "plan.json")
     wanted = json.loads(json.dumps(recipe))  # tuples become lists
     on_grid = bool(found.get("counts")) and bool(wanted["counts"])
-    for name in ("draws", "counts"):
-        shared = found.get(name, {}).keys() & wanted[name].keys()
-        found[name], wanted[name] = ({s: made.get(name, {})[s] for s in shared} for made in (found, wanted))
+    shared = _splits(found) & _splits(wanted)
     for made in (found, wanted):
-        made["families"] = {s: f for s, f in made.get("families", {}).items() if s in made["draws"] | made["counts"]}
+        for name in ("draws", "counts", "families"):
+            made[name] = {s: number for s, number in made.get(name, {}).items() if s in shared}
         made["grid_values"] = made.get("grid_values") if on_grid else None
     different = {k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k)}
     if numbers := sorted(different - {"code"}):
@@ -227,27 +233,44 @@ def _made_by(folder: Path, recipe: dict) -> bool:
     return not different
 
 
+def _check_alone(files: Sequence[PlannedFile], system: str, folder: Path) -> None:
+    "ValueError for a file beside the planned ones: whoever reads its split would take it for a part of the set."
+    planned = {f.path(folder, system) for f in files}
+    for split in {f.split for f in files}:
+        if others := [p for p in hdf5_files(folder / "data" / split, "*") if p not in planned]:
+            raise ValueError(f"{others[0]} is not in the plan of this set; move it to a split of its own, data/mine/")
+
+
 def is_complete(system: str, sim: SimPreset, folder: Path) -> bool:
-    "Whether a folder holds all files of the set, made by this recipe; raises ValueError if it holds another set."
-    return (
-        (folder / "plan.json").is_file()
-        and _made_by(folder, _recipe(system, sim))
-        and (folder / "stats.yaml").is_file()
-        and all(f.path(folder, system).is_file() for f in plan(system, sim))
-    )
+    """Whether a folder holds all files of the set, made by this recipe; raises ValueError if it holds another set, or
+    other files in its splits."""
+    if not (folder / "plan.json").is_file() or not _made_by(folder, _recipe(system, sim)):
+        return False
+    files = plan(system, sim)
+    _check_alone(files, system, folder)
+    return (folder / "stats.yaml").is_file() and all(f.path(folder, system).is_file() for f in files)
 
 # %% ../../nbs/data/generate.ipynb #3664b573
+def _simulated(path: Path) -> bool:
+    "Whether physrep has simulated a file: it says so. False for a damaged one, which says nothing."
+    with contextlib.suppress(DamagedFileError), open_hdf5(path) as file:
+        return RECIPE in file.attrs
+    return False
+
+
 def _intact(path: Path, system: str, planned: PlannedFile) -> bool:
-    "Whether a planned file exists and is whole; what is not is removed."
+    """Whether a planned file exists and is whole; a damaged one is removed. ValueError for one of the same name that
+    physrep has not simulated, which stays."""
     if not path.is_file():
         return False
     try:
-        return WellFile(path, system).n_trajectories == len(planned.seeds)
-    except UnreadableFileError:  # whole as far as anyone can tell, such as one that another program has open
-        raise
-    except WellFormatError:
+        whole = WellFile(path, system).n_trajectories == len(planned.seeds)
+    except DamagedFileError:
         path.unlink()
         return False
+    if not _simulated(path):
+        raise ValueError(f"{path} has the name of a planned file, and physrep has not simulated it; move it elsewhere")
+    return whole
 
 # %% ../../nbs/data/generate.ipynb #e2c5b8d7
 FLOWS_A_CALL = {"cpu": 16, "cuda": 64}  # of a solver: more are no faster per flow on a CPU, and take memory
@@ -270,7 +293,7 @@ def _batches(files: Sequence[PlannedFile], flows: int) -> list[list[PlannedFile]
 
 # %% ../../nbs/data/generate.ipynb #e1a1e3fc
 def _prepare(folder: Path, recipe: dict) -> None:
-    """Writes the plan of a folder; removes files of older code and what an interruption has left; see `_made_by`.
+    """Writes the plan of a folder; removes flows of older code and what an interruption has left; see `_made_by`.
 
     ValueError for data that nothing here has simulated, which are left as they are."""
     path = folder / "plan.json"
@@ -280,18 +303,19 @@ def _prepare(folder: Path, recipe: dict) -> None:
             "plan.json. Preset paper or native reads them (PRESET=paper DATA=...); to simulate, name another folder"
         )
     there = read_json(path) if path.is_file() else recipe
-    planned = {**there.get("draws", {}), **there.get("counts", {})}  # the splits that it had
+    planned = _splits(there)
     if not path.is_file() or not _made_by(folder, recipe):
-        for old in (file for split in planned for file in (folder / "data" / split).glob("*.hdf5")):
-            old.unlink()
+        for old in (file for split in planned for file in hdf5_files(folder / "data" / split, "*")):
+            if _simulated(old):
+                old.unlink()
         (folder / "stats.yaml").unlink(missing_ok=True)  # of the old files: what is not there yet would look complete
         write_json(path, recipe)
     else:  # those, and the ones that are new
-        if "train" in recipe["draws"] | recipe["counts"] and "train" not in planned:  # statistics are of another split
+        if "train" in _splits(recipe) - planned:  # statistics are of another split
             (folder / "stats.yaml").unlink(missing_ok=True)
         more = {name: there[name] | recipe[name] for name in ("draws", "counts", "families", "grid_values")}
         write_json(path, recipe | more)
-    for leftover in folder.rglob("*.tmp"):
+    for leftover in folder.rglob(f".*.{16 * '[0-9a-f]'}.tmp"):  # of `atomic_path`
         leftover.unlink()
 
 # %% ../../nbs/data/generate.ipynb #644beeda
@@ -331,9 +355,11 @@ def make_dataset(
             return folder
         _prepare(folder, _recipe(system, sim))
         files = plan(system, sim)
+        _check_alone(files, system, folder)
         kind = torch.device(device).type
         batches = _batches(files, FLOWS_A_CALL.get(kind, FLOWS_A_CALL["cuda"]))
-        missing = [b for b in batches if not all(_intact(f.path(folder, system), system, f) for f in b)]
+        whole = {path for f in files if _intact(path := f.path(folder, system), system, f)}
+        missing = [b for b in batches if not whole.issuperset(f.path(folder, system) for f in b)]
         jobs = [(batch, system, sim, folder, device) for batch in missing]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # for us
         workers = workers or (min(len(jobs), cores) if kind == "cpu" else 1)

@@ -24,7 +24,7 @@ from matplotlib.ticker import LogLocator
 from ..core.files import atomic_path
 from ..core.randomness import generator, seed_for
 from .sets import find_files, fingerprint
-from .well import INITIAL_CONDITION, WellFile
+from .well import INITIAL_CONDITION, RECIPE, WellFile
 from .windows import Windows
 from .write import write_stats
 from ..physics.systems import SYSTEMS, System, get_system
@@ -266,7 +266,7 @@ def _write_view(path: Path, rows: pd.DataFrame, system: System) -> None:
         raise ValueError(f"{path} is not written: the times of {names} differ, or differ between trajectories")
     first = rows.file.iloc[0]
     with h5py.File(first) as source, atomic_path(path) as partial, h5py.File(partial, "w", libver="latest") as out:
-        out.attrs.update(source.attrs)
+        out.attrs.update({k: v for k, v in source.attrs.items() if k != RECIPE})  # it was dealt, not simulated
         out.attrs["n_trajectories"] = len(rows)
         for name in ("dimensions", "boundary_conditions", "scalars"):
             source.copy(name, out)

@@ -10,6 +10,7 @@ __all__ = ['WRITTEN_BY', 'RECIPE', 'INITIAL_CONDITION', 'WellFormatError', 'Unre
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,12 +34,12 @@ class WellFormatError(ValueError):
 
 
 class UnreadableFileError(WellFormatError):
-    "A file may be whole, and cannot be read here and now: another process writes it, or its compression is not known."
+    """A file may be whole, and cannot be read here and now: another process writes it, a disk or memory fails, its
+    compression is not known, or another file that it shows is gone or damaged."""
 
 
 class DamagedFileError(WellFormatError):
-    """A file is not whole: no HDF5 file, truncated, or with parts that were never written or that stood in another file
-    which is gone. Fetch or write it again."""
+    "A file is not whole: no HDF5 file, truncated, or with parts that were never written. Fetch or write it again."
 
 # %% ../../nbs/data/well.ipynb #0e1804a6
 def _not_hdf5(path: Path, head: bytes) -> str:
@@ -61,17 +62,18 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with open_bytes(path) as raw:
-            head = raw.read(2048)  # the signature stands at 0, 512, 1024, ... (a user block may come first)
-            if b"\x89HDF\r\n\x1a\n" not in (head[i : i + 8] for i in (0, 512, 1024)):
-                raise DamagedFileError(_not_hdf5(path, head))
+            head = raw.read(2048)
             source = {"name": raw} if is_address(path) else {"name": path, "locking": "best-effort"}
             with h5py.File(**source, mode="r") as file:
                 yield file
     except NetworkError:  # says by itself what is wrong
         raise
     except (OSError, RuntimeError) as error:
-        # the operating system, locks and plug-ins say nothing of what is in the file
-        if getattr(error, "errno", None) or any(words in str(error) for words in ("lock file", "plugin")):
+        if "signature not found" in str(error):
+            raise DamagedFileError(_not_hdf5(path, head)) from error
+        # the operating system, memory, locks and plug-ins say nothing of what is in the file
+        elsewhere = "errno = [1-9]|memory allocation|lock file|plugin"
+        if getattr(error, "errno", None) or re.search(elsewhere, str(error)):
             raise UnreadableFileError(f"{path}: cannot be read here and now: {error}") from error
         raise DamagedFileError(f"{path}: truncated or damaged, copy or write it again; HDF5 says: {error}") from error
 
@@ -148,33 +150,46 @@ def parts_outside(path: str | Path) -> dict[str, str]:
     return found
 
 # %% ../../nbs/data/well.ipynb #975fcf23
-def _check_filled(path: Path, dataset: h5py.Dataset) -> None:
-    """DamagedFileError if parts of the dataset were never written, lie past the end of the file, or in another file
-    that is not there: HDF5 would read zeros. WellFormatError for what cannot be told, or read over a network."""
+def _check_filled(path: Path, dataset: h5py.Dataset) -> dict[Path, tuple]:
+    """The files that hold the numbers of a dataset, each with its state (size and time of the last change).
+
+    Where HDF5 would read zeros it raises: DamagedFileError if parts were never written or lie past the end of the file,
+    UnreadableFileError if they lie in another file that is not there or not whole. WellFormatError for numbers that
+    HDF5 looks for in the current folder, or over a network."""
     if dataset.external:
         source = dataset.external[0][0]
         raise WellFormatError(f"{path}: {dataset.name} is the bytes of {source}; copy what it shows into this file")
+    states = {path: state_of(path)[:2]}
     if dataset.is_virtual:
         if is_address(path):
             raise WellFormatError(f"{path}: {dataset.name} stands in other files, out of reach on a network")
         for name, key in sorted({(s.file_name, s.dset_name) for s in dataset.virtual_sources()}):
-            source = path.parent / name
-            if not source.is_file():
-                raise DamagedFileError(f"{path}: {dataset.name} is a view of {source}, which is not there")
-            with open_hdf5(source) as file:
-                _check_filled(source, _member(source, file, key.strip("/")))
-        return
+            source = path if name == "." else path.parent / name  # HDF5 calls a file itself "."
+            try:
+                with open_hdf5(source) as file:
+                    states |= _check_filled(source, _member(source, file, key.strip("/")))
+            except (FileNotFoundError, WellFormatError) as error:
+                raise UnreadableFileError(f"{path}: {dataset.name} is a view of {error}") from error
+        return states
     if dataset.chunks is not None:
         expected = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks))
         complete = dataset.id.get_num_chunks() == expected
     else:
-        complete = dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_NOT_ALLOCATED
+        complete = not dataset.size or dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_NOT_ALLOCATED
     if not complete:
         raise DamagedFileError(f"{path}: {dataset.name} was declared but not (completely) written")
-    start, size = dataset.id.get_offset(), state_of(path)[0]
+    start, size = dataset.id.get_offset(), states[path][0]
     if start is not None and start + dataset.nbytes > size:
         end = start + dataset.nbytes
         raise DamagedFileError(f"{path}: truncated, {dataset.name} ends at byte {end}, the file has {size}")
+    return states
+
+
+def _values(path: Path, file: h5py.File, key: str) -> np.ndarray:
+    "All that stands in a dataset, after `_check_filled`."
+    dataset = _member(path, file, key)
+    _check_filled(path, dataset)
+    return np.asarray(dataset[()])
 
 # %% ../../nbs/data/well.ipynb #490525ce
 @dataclass(frozen=True)
@@ -186,9 +201,10 @@ class _Stored:
     offset: int | None  # first byte of a plain float32 array; None: HDF5 has to read it
 
 
-def _read_fields(path: Path, file: h5py.File, system: System) -> list[_Stored]:
-    "Where the system's fields are, in its order; WellFormatError for what is missing or has another shape."
-    stored, base = [], None
+def _read_fields(path: Path, file: h5py.File, system: System) -> tuple[list[_Stored], dict[Path, tuple]]:
+    """Where the system's fields are, in its order, and the states of the files that hold them (`_check_filled`).
+    WellFormatError for what is missing or has another shape."""
+    stored, states, base = [], {}, None
     for f in system.fields:
         dataset = _member(path, file, f"t{f.rank}_fields/{f.name}")
         components = (len(system.axes),) * f.rank
@@ -199,19 +215,19 @@ def _read_fields(path: Path, file: h5py.File, system: System) -> list[_Stored]:
             raise WellFormatError(f"{path}: {dataset.name} must be {layout}, it is {dataset.shape}")
         if dataset.dtype.kind != "f" or 0 in dataset.shape:
             raise WellFormatError(f"{path}: {dataset.name} must hold floats, it is {dataset.dtype} {dataset.shape}")
-        _check_filled(path, dataset)
+        states |= _check_filled(path, dataset)
         plain = dataset.dtype == np.float32 and dataset.chunks is None
         offset = dataset.id.get_offset() if plain else None  # None also in a compact or virtual layout
         stored.append(_Stored(dataset.name, (*base, math.prod(components)), offset))
     declared = file.attrs.get("n_trajectories", base[0])
     if declared != base[0]:
         raise WellFormatError(f"{path}: n_trajectories is {declared}, the fields have {base[0]}")
-    return stored
+    return stored, states
 
 # %% ../../nbs/data/well.ipynb #1219acac
 def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ...]) -> np.ndarray:
     "Times as float64 `(T,)` or `(B, T)`; WellFormatError if these or the axes do not fit the fields `(B, T, x, y)`."
-    time = _member(path, file, "dimensions/time")[()].astype(np.float64)
+    time = _values(path, file, "dimensions/time").astype(np.float64)
     steps = np.diff(time)
     if time.shape not in (shape[1:2], shape[:2]) or not np.isfinite(time).all() or (steps <= 0).any():
         what = f"be finite, increase, and have the shape {shape[1:2]} or {shape[:2]}; it is {time.shape}"
@@ -230,9 +246,9 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
     return time
 
 # %% ../../nbs/data/well.ipynb #c4249276
-def _points(file: h5py.File, axis: str) -> np.ndarray:
+def _points(path: Path, file: h5py.File, axis: str) -> np.ndarray:
     "The coordinates `(n,)` of an axis, float64."
-    return np.atleast_2d(file[f"dimensions/{axis}"][()].astype(np.float64))[0]
+    return np.atleast_2d(_values(path, file, f"dimensions/{axis}").astype(np.float64))[0]
 
 
 def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray | None:
@@ -242,7 +258,7 @@ def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray |
     them (`mirror_offsets`)."""
     if system.boundary[1] == "periodic":
         return None
-    y = _points(file, system.axes[1])
+    y = _points(path, file, system.axes[1])
     inside = -1e-6 <= y[0] and y[-1] <= 1 + 1e-6
     if (np.diff(y) <= 0).any() or (system.mirror_offsets and not inside):
         what = f"increasing heights between the walls at 0 and 1, it runs from {y[0]:g} to {y[-1]:g}"
@@ -250,13 +266,13 @@ def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray |
     return y
 
 # %% ../../nbs/data/well.ipynb #38f073b6
-def _read_spacing(file: h5py.File, system: System) -> tuple[float, float]:
+def _read_spacing(path: Path, file: h5py.File, system: System) -> tuple[float, float]:
     "Distance of grid points along both axes, NaN where they are not evenly spaced."
     spacing = []
     for axis in system.axes:
-        steps = np.diff(_points(file, axis))
+        steps = np.diff(_points(path, file, axis))
         if (steps <= 0).any():
-            raise WellFormatError(f"{file.filename}: dimensions/{axis} must increase; it has a step of {steps.min():g}")
+            raise WellFormatError(f"{path}: dimensions/{axis} must increase; it has a step of {steps.min():g}")
         even = len(steps) > 0 and np.allclose(steps, steps.mean(), rtol=1e-3, atol=0)
         spacing.append(float(f"{steps.mean():.6g}") if even else math.nan)
     ours = INITIAL_CONDITION in file or WRITTEN_BY in file.attrs
@@ -278,7 +294,7 @@ def _read_labels(path: Path, file: h5py.File, system: System, n_trajectories: in
         if dataset.shape not in ((), (n_trajectories,)) or dataset.attrs.get("time_varying", False):
             what = f"must be one number, or one per trajectory, it is {dataset.shape}"
             raise WellFormatError(f"{path}: {dataset.name} {what}")
-        stored = np.asarray(dataset[()])
+        stored = _values(path, file, f"scalars/{found}")
         # the shortest decimal number with the same float32: 0.2, not 0.20000000298
         value = (stored.astype(str) if stored.dtype == np.float32 else stored).astype(np.float64)
         if not np.isfinite(value).all():
@@ -295,7 +311,7 @@ def _read_initial_conditions(path: Path, file: h5py.File, n_trajectories: int) -
     "Which trajectories start alike, `(B,)` integers; None where the file does not record it."
     if INITIAL_CONDITION not in file:
         return None
-    found = np.asarray(file[INITIAL_CONDITION][()])
+    found = _values(path, file, INITIAL_CONDITION)
     if found.shape != (n_trajectories,) or found.dtype.kind not in "iu":
         what = f"must be {n_trajectories} integers, it is {found.dtype} {found.shape}"
         raise WellFormatError(f"{path}: {INITIAL_CONDITION} {what}")
@@ -347,17 +363,18 @@ class WellFile:
     def __init__(self, path: str | os.PathLike, system: System | str):
         self.path = path = as_path(path)
         self.system = system = get_system(system) if isinstance(system, str) else system
-        self._state = (state_of(path) or ())[:2]  # before reading, so that a later change is noticed
+        own = (state_of(path) or ())[:2]  # before reading, so that a later change is noticed
         try:
             with open_hdf5(path) as file:
                 _identify(path, file, system)
                 _check_boundaries(path, file, system)
-                self._stored = _read_fields(path, file, system)
+                self._stored, states = _read_fields(path, file, system)
+                self._states = states | {path: own}
                 shape = self._stored[0].shape[:4]
                 self.n_trajectories, self.n_frames = shape[:2]
                 self.grid: tuple[int, int] = shape[2:]
                 self.time = _read_time(path, file, system, shape)  # float64 (T,) or (B, T)
-                self.spacing = _read_spacing(file, system)  # of grid points, along both axes
+                self.spacing = _read_spacing(path, file, system)  # of grid points, along both axes
                 self.positions = _read_positions(path, file, system)  # (w,) of an axis between walls, or None
                 self.labels = _read_labels(path, file, system, self.n_trajectories)  # name -> float or (B,)
                 self.initial_conditions = _read_initial_conditions(path, file, self.n_trajectories)
@@ -386,6 +403,12 @@ class WellFile:
         "Labels `(B, n_labels)` float64 in the order of the system, in physical units."
         return np.stack([np.broadcast_to(self.labels[n], self.n_trajectories) for n in self.system.label_names], axis=1)
 
+    def check_unchanged(self) -> None:
+        "WellFormatError if the file, or one that it is a view of, has changed: offsets and labels may be others now."
+        for path, state in self._states.items():
+            if (state_of(path) or ())[:2] != state:
+                raise WellFormatError(f"{path}: changed since it was opened; open {self.path} again")
+
     def window(
         self,
         trajectory: int,
@@ -406,8 +429,7 @@ class WellFile:
         out = np.empty(shape, dtype=np.float32) if out is None else out
         if out.shape != shape or out.dtype != np.float32:
             raise ValueError(f"out must be float32 {shape}, it is {out.dtype} {out.shape}")
-        if (state_of(self.path) or ())[:2] != self._state:  # offsets and labels may be others now
-            raise WellFormatError(f"{self.path}: changed since it was opened; open it again")
+        self.check_unchanged()
         index = (trajectory, slice(start, stop, stride), slice(x0, x1), slice(y0, y1))
         ends = [0, *itertools.accumulate(s.shape[-1] for s in self._stored)]
         parts = [(s, out[c : c + s.shape[-1]]) for s, c in zip(self._stored, ends)]

@@ -144,8 +144,11 @@ class Trajectories:
         return flow_numbers(self.groups, self.labels)
 
     def fingerprint(self) -> str:
-        "Identity of the split's files, as they are at the first call."
-        self._fingerprint = self._fingerprint or fingerprint(self.paths)
+        "Identity of the split's files; WellFormatError at the first call if one has changed since it was opened."
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(self.paths)
+            for file in self.files:
+                file.check_unchanged()
         return self._fingerprint
 
 
