@@ -2,11 +2,16 @@
 
 With PHYSREP_SCREENSHOTS=nbs/explore/screenshots the tests take the pictures of the documentation."""
 
+import http.client
 import os
+import re
 import subprocess
 import sys
+import time
+import uuid
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -28,8 +33,8 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(data_dir):
-    "The page, served as `make app` serves it, but for one system and short flows."
+def address(data_dir):
+    "Where the page is served, as `make app` serves it, but for one system and short flows."
     port = free_port()
     options = f"--no-browser --port {port} --systems shear_flow --frames {FRAMES} --flows 3 --data-dir {data_dir}"
     command = [sys.executable, str(ROOT / "tools" / "app.py"), *options.split()]
@@ -41,11 +46,16 @@ def page(data_dir):
         if "Kernel pool" in line and "is filled" in line:
             break
     assert app.poll() is None, "".join(said)[-3000:]
-    with open_browser(width=1880, height=860) as page:
-        page.goto(f"http://127.0.0.1:{port}/")
-        yield page
+    yield re.search(r"http://127.0.0.1:\d+/[?]token=\w+", "".join(said))[0]
     app.terminate()
     app.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    with open_browser(width=1880, height=860) as page:
+        page.goto(address)
+        yield page
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,25 @@ def middle() -> Session:
     session = Session("shear_flow")
     session.simulate({k: r.middle for k, r in session.ranges.items()}, frames=FRAMES, seed=1)
     return session
+
+
+def asked(address: str, path: str, **headers: str) -> int:
+    "What the server of the page answers to a request: 200, 302 to its login, 403, ..."
+    server = http.client.HTTPConnection(urlsplit(address).netloc)
+    server.request("GET", path, headers=headers)
+    return server.getresponse().status
+
+
+def test_only_who_has_the_token_and_comes_by_the_name_of_this_machine_gets_a_kernel(address):
+    port, token = urlsplit(address).port, urlsplit(address).query
+    socket = dict(Connection="Upgrade", Upgrade="websocket")
+    key = {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13"}
+    channels = f"/api/kernels/{uuid.uuid4()}/channels"
+    assert asked(address, "/") == asked(address, "/?token=guessed") == 302
+    assert asked(address, channels, **socket, **key) == 403
+    for path in (f"/?{token}", f"{channels}?{token}"):  # a name that somebody has pointed at this machine
+        headers = dict(Host=f"other.example:{port}", Origin=f"http://other.example:{port}", **socket, **key)
+        assert asked(address, path, **headers) == 403
 
 
 def test_sliders_solve_and_the_answers_are_those_of_the_library(page, keep, middle):
@@ -156,3 +185,15 @@ def test_a_flow_of_the_user_is_checked_and_read(page, keep, tmp_path):
     wanted = rows_of(answers_html(session.read(0, flow)))
     assert answers(page, ".physrep-yours") == [row for row in wanted if row[0] != "the truth"], "an array has no labels"
     keep("5_your_flow")
+
+
+def test_a_page_that_is_left_ends_its_kernel(page, address):
+    with page.expect_websocket() as socket:
+        page.reload()
+    kernel = f"{urlsplit(socket.value.url).path.removesuffix('/channels')}?{urlsplit(address).query}"
+    assert asked(address, kernel) == 200
+    page.goto("about:blank")
+    end = time.monotonic() + 60
+    while asked(address, kernel) != 404 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert asked(address, kernel) == 404

@@ -1,11 +1,14 @@
 """What files of strangers may do: nothing runs, nothing leads out of a folder, nothing takes all memory."""
 
 import ast
+import asyncio
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
 import re
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -20,10 +23,11 @@ from safetensors.torch import save_file
 import physrep
 from physrep.core.files import open_tensors, read_tensors, write_tensors
 from physrep.data.download import check_files
+from physrep.data.sets import read_stats
 from physrep.data.well import WellFile, WellFormatError, parts_outside
 from physrep.data.windows import Windows
 from physrep.explore import your_flow
-from physrep.explore.your_flow import LARGEST, UNPACKED, flow_from_bytes
+from physrep.explore.your_flow import LARGEST, UNPACKED, flow_from_bytes, open_upload
 from physrep.models import elsewhere
 from physrep.models.encoders import build_encoder
 from physrep.probing.features import cache_path, cached
@@ -193,7 +197,7 @@ WAYS = ["link", "relative link", "bytes", "view"]
 def test_an_upload_shows_no_other_file(tmp_path, way):
     path = borrowed(tmp_path, way)
     with pytest.raises(ValueError, match="/t0_fields/tracer is a view of another file, .*must hold all itself"):
-        flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
+        open_upload(path, SYSTEM)
 
 
 @pytest.mark.parametrize("way", ["link", "relative link", "bytes"])
@@ -227,7 +231,7 @@ def test_the_check_of_a_downloaded_set_names_files_that_show_others(tmp_path, wa
 def test_links_inside_a_file_stay_inside(tmp_path, target):
     path = change(well_file(tmp_path / "a.hdf5"), replace("t0_fields/tracer", h5py.SoftLink(target)))
     with pytest.raises(ValueError, match="no dataset 't0_fields/tracer'"):
-        flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
+        open_upload(path, SYSTEM)
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "a/b", "\x00", "..\\x", "é/", "-"])
@@ -319,34 +323,83 @@ def test_uploads_are_limited_and_do_not_unfold(tmp_path):
         file.create_dataset("zeros", (UNPACKED // 4 + 1,), "f4", **options)
     assert path.stat().st_size < 100_000
     with pytest.raises(ValueError, match="unpacks to 64 MB; at most 64 MB are read"):
-        flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
+        open_upload(path, SYSTEM)
     packed = zlib.compress(bytes(2**20))
     with pytest.raises(ValueError, match="no whole .npy file"):
         flow_from_bytes("a.npy", packed, SYSTEM, 0.1, (1.0, 1.0))
 
 
-def test_yaml_of_many_aliases_is_refused_quickly(tmp_path):
-    "A billion words from nine lines: aliases are shared, and the message is cut off."
+@pytest.mark.parametrize("read", [read_preset, read_rows, lambda path: read_stats(path, SYSTEM)])
+@pytest.mark.parametrize("field", ["sims", "rows", "mean"])
+def test_yaml_of_many_aliases_is_refused_quickly(tmp_path, read, field):
+    "Millions of words from eight lines, wherever they stand: aliases are counted as if they were written out."
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
-    (tmp_path / "mine.yaml").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="mine.yaml has no field a0") as error:
-        read_preset(tmp_path / "mine.yaml")
-    assert len(str(error.value)) < 1000
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 7)]
+    (tmp_path / "mine.yaml").write_text("\n".join([*lines, f"{field}: {{velocity: *a6}}"]))
+    with pytest.raises(ValueError, match="mine.yaml is not YAML that can be read .with aliases written out"):
+        read(tmp_path / "mine.yaml")
+
+
+def test_a_chunk_of_an_upload_that_unpacks_to_more_than_it_says(tmp_path):
+    "One chunk of 900 MB in a file of 1 MB: it is unpacked in a process with little memory, and not in this one."
+    path = well_file(tmp_path / "a.hdf5")
+    pack, zeros, sum_of_all = zlib.compressobj(wbits=-15), bytes(2**20), 1
+    block = pack.compress(zeros) + pack.flush(zlib.Z_FULL_FLUSH)
+    for _ in range(900):
+        sum_of_all = zlib.adler32(zeros, sum_of_all)
+    packed = b"\x78\x9c" + 900 * block + pack.flush() + struct.pack(">I", sum_of_all)
+    with h5py.File(path, "r+") as file:
+        shape = file["t0_fields/tracer"].shape
+        del file["t0_fields/tracer"]
+        tracer = file["t0_fields"].create_dataset("tracer", shape, "f4", chunks=shape, compression="gzip")
+        tracer.id.write_direct_chunk((0, 0, 0, 0), packed)
+    assert path.stat().st_size < LARGEST
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="write it again"):
+        flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16, "KB"
 
 
 # --- the page
 
 
-def test_the_page_is_served_to_this_machine_only_and_shows_no_code():
+@pytest.fixture(scope="module")
+def app():
+    "The module tools/app.py."
+    pytest.importorskip("voila")
+    spec = importlib.util.spec_from_file_location("app", ROOT / "tools" / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_served_to_this_machine_only_and_shows_no_code(app):
+    assert {"--Voila.ip=127.0.0.1", "--token", "--strip_sources=True", "--show_tracebacks=False"} <= set(app.OPTIONS)
     text = (ROOT / "tools" / "app.py").read_text(encoding="utf-8")
-    options = next(
-        ast.literal_eval(node.value)
-        for node in ast.parse(text).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPTIONS"
-    )
-    assert {"--Voila.ip=127.0.0.1", "--strip_sources=True", "--show_tracebacks=False"} <= set(options)
     assert "0.0.0.0" not in text and "allow_origin" not in text and "disable_check_xsrf" not in text
+
+
+def test_kernels_of_the_page_are_few(app, monkeypatch):
+    async def start(manager, **options):
+        await asyncio.sleep(0)
+        manager._kernels[str(len(manager))] = None
+
+    async def ask(times: int) -> list:
+        manager = app.FewKernels()
+        return await asyncio.gather(*(manager.start_kernel() for _ in range(times)), return_exceptions=True)
+
+    monkeypatch.setattr(app.AsyncMappingKernelManager, "start_kernel", start)
+    answers = asyncio.run(ask(app.KERNELS + 2))
+    assert answers[: app.KERNELS] == [None] * app.KERNELS
+    assert [error.status_code for error in answers[app.KERNELS :]] == [503, 503]
+
+
+def test_what_is_larger_than_the_memory_of_the_page_is_said():
+    from physrep.explore.page import Runner
+
+    runner = Runner()
+    runner.act(lambda: bytes(2**60))
+    assert "fetch or write it again" in runner.line.value
 
 
 def test_what_a_user_writes_is_shown_as_text():
@@ -386,12 +439,12 @@ def test_a_small_upload_that_unpacks_to_much_is_refused(tmp_path):
         file.create_dataset("dimensions/time", data=time, maxshape=(None,), chunks=(2**26,), compression="gzip")
     assert path.stat().st_size < your_flow.LARGEST
     with pytest.raises(ValueError, match="unpacks to 5.. MB"):
-        flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
+        open_upload(path, SYSTEM)
     path = well_file(tmp_path / "words.hdf5")
     with h5py.File(path, "r+") as file:
         file.create_dataset("notes", data=["a" * 1000] * 10, dtype=h5py.string_dtype())
     with pytest.raises(ValueError, match="notes holds text or arrays of different lengths"):
-        flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
+        open_upload(path, SYSTEM)
 
 
 def test_frames_that_are_not_there_are_not_made_up():

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import yaml
 
+from ..core.files import read_yaml
 from .remote import as_path, is_address, open_bytes, state_of
 from .well import INITIAL_CONDITION, RECIPE, WellFormatError, is_of, open_hdf5
 from ..physics.systems import System, get_system
@@ -89,9 +89,9 @@ def read_stats(
         raise FileNotFoundError(f"no statistics of {system.name} at {tried}; write_stats makes them")
     try:
         with open_bytes(path) as file:
-            raw = yaml.safe_load(file.read().decode())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise WellFormatError(f"{path}: not YAML ({' '.join(str(error).split())[:120]})") from error
+            raw = read_yaml(file, path)
+    except ValueError as error:
+        raise WellFormatError(str(error)) from error
     if not isinstance(raw, dict):
         raise WellFormatError(f"{path}: not statistics but {str(raw)[:60]!r}")
     stats: dict[str, dict[str, np.ndarray]] = {}

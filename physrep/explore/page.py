@@ -180,7 +180,10 @@ class Runner:
         self.line.value = paragraph(content, kind)
 
     def fail(self, error: Exception) -> None:
-        self.say(html.escape(f"{error}" or type(error).__name__), "bad")
+        words = f"{error}" or type(error).__name__
+        if isinstance(error, MemoryError):
+            words = f"More than the memory of this page; if a file is not as large, fetch or write it again. {words}"
+        self.say(html.escape(words), "bad")
 
     def act(self, call: Callable[[], object]) -> None:
         "Calls something, unless what this thread is calling has changed a widget; shows what fails."

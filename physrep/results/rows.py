@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from ..core.files import default_data_dir
+from ..core.files import default_data_dir, read_yaml
 from ..core.names import refuse_old_name, refuse_text_numbers, seeds_in, short_name, split_name, tagged
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
@@ -237,10 +236,8 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; it holds `rows:`, a list of rows with objective and encoder")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    with path.open("rb") as file:
+        content = read_yaml(file, path)
     if not isinstance(content, dict) or list(content) != ["rows"] or not isinstance(content["rows"], list):
         raise ValueError(f"{path} must hold `rows:` and nothing else, a list of rows with objective and encoder")
     found: list[Row] = []

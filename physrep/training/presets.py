@@ -14,8 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
+from ..core.files import read_yaml
 from ..core.names import refuse_old_name
 from ..data.generate import SOLVERS, SimPreset
 from ..models.encoders import ENCODERS
@@ -411,10 +410,8 @@ def _given(path: Path) -> dict:
             f"{path}: data and runs are kept under the name of the preset, {path.stem!r:.80}, which must be letters, "
             f"digits, _, - and ., and none of {', '.join(PRESETS)}; rename the file"
         )
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML ({error})") from error
+    with path.open("rb") as file:
+        given = read_yaml(file, path)
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold a mapping with the fields of a preset, got {given!r:.60}")
     if "name" in given:
