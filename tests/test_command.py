@@ -131,11 +131,13 @@ def test_a_preset_and_an_objective_of_ones_own_by_command(own, importable, monke
     (folder,) = (own / "runs" / "short" / "waves").glob("MeanField-vit-*/seed0")
     assert len(pd.read_csv(folder / "metrics.csv")) == 2
     assert "executed notebook: runs/short/notebooks/pretrain-WAVES-MeanField.ipynb" in done.stdout
-    done = physrep(own, "probe", "own_waves:make_bands", *where)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (result,) = (own / "runs" / "short" / "waves").glob("frozen-make_bands-*/seed0/result.json")
-    reference = ("--reference", str(result.parent))
     monkeypatch.chdir(own)
+    asked = {}
+    monkeypatch.setattr("physrep.experiments.command.run_stage", lambda command, values, output: asked.update(values))
+    main(["probe", "own_waves:make_bands", *where])
+    run = resolve(**asked)
+    score_run(run, progress=False)
+    reference = ("--reference", str(run.folder))
     assert main(["compare", "theirs.csv", "--template", *reference]) == 0
     lines = (own / "theirs.csv").read_text().splitlines()
     assert lines[0].startswith("# physrep benchmark ") and "system waves split test" in lines[0]
@@ -192,6 +194,7 @@ def test_help_shows_the_parameters_of_the_notebook(capsys):
     assert "unknown command 'pretain'; valid: simulate, pretrain, probe, compare" in capsys.readouterr().err
 
 
-def test_errors_of_a_stage_are_shown_and_end_with_1(tmp_path):
-    done = physrep(tmp_path, "pretrain", "--objective", "mea", "--preset", "smoke", "--run-dir", str(tmp_path / "runs"))
-    assert done.returncode == 1 and "unknown objective 'mea'; valid: jepa" in done.stderr
+def test_errors_of_a_stage_are_shown_and_end_with_1_before_any_work(tmp_path, capsys):
+    assert main(["pretrain", "--objective", "mea", "--preset", "smoke", "--run-dir", str(tmp_path / "runs")]) == 1
+    assert "unknown objective 'mea'; valid: jepa" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "runs" / "smoke").iterdir()] == ["notebooks"]

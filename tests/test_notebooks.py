@@ -84,17 +84,10 @@ def test_stages_one_after_the_other(tmp_path):
     assert done.returncode != 0 and "shear_flow/statistics" in done.stderr, "names what is missing"
 
 
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("objectiv", "mae", "unknown parameter objectiv; this notebook has: system, objective"),
-        ("objective", "mea", "unknown objective 'mea'; valid: jepa, "),
-    ],
-)
-def test_pretrain_refuses_what_it_does_not_know_before_any_work(name, value, message, tmp_path):
-    own = ("-p", name, value, "-p", "run_dir", str(tmp_path / "runs"))
+def test_pretrain_refuses_a_parameter_that_it_does_not_have_before_any_work(tmp_path):
+    own = ("-p", "objectiv", "mae", "-p", "run_dir", str(tmp_path / "runs"))
     done = papermill("nbs/03_pretrain.ipynb", str(tmp_path / "x.ipynb"), *own, cwd=ROOT)
-    assert done.returncode != 0 and message in done.stderr
+    assert done.returncode != 0 and "unknown parameter objectiv; this notebook has: system, objective" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -283,6 +283,7 @@ def plot_vrmse(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Fig
 def plot_frames(
     examples: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[Rolled]]],  # system -> last, true frames, rollouts
     step: int,
+    title: str = "",
 ) -> Figure:
     """A line for each system, first channel: the last given frame (c, h, w), the true frame `step` steps later, of
     (c, steps, h, w), and the predictions of all methods."""
@@ -295,12 +296,14 @@ def plot_frames(
             pictures = {"last given": last[0], f"truth, frame {at + 1}": true[0, at]}
             pictures |= {one.row.title: one.frames[0, at] for one in rolled}
             low, high = np.quantile(np.stack([last[0], true[0, at]]), (0.005, 0.995))
-            for ax, (title, frame) in zip(axes, pictures.items()):
+            for ax, (heading, frame) in zip(axes, pictures.items()):
                 ax.imshow(frame.T, origin="lower", cmap="RdBu_r", vmin=low, vmax=high, interpolation="nearest")
-                ax.set_title(in_lines(title, 11), fontsize=SMALL)
+                ax.set_title(in_lines(heading, 11), fontsize=SMALL)
             for ax in axes:
                 ax.set(xticks=[], yticks=[])
             axes[0].set_ylabel(f"{system_title(name)}\n{get_system(name).channels[0]}", fontsize=SMALL)
+        if title:
+            fig.suptitle(title, fontsize=SMALL + 1.5, x=0.01, ha="left")
     return fig
 
 
