@@ -80,7 +80,7 @@ study: $(READY)  ## every experiment, after a list of what is missing; hours
 	@$(SNAKE)
 	@$(KEEP)
 
-tune:  ## repeat the search for the recipes of PRESET (13_tuning): some hours of one core
+tune:  ## compare the candidates for recipes in nbs/candidates.yaml (13_tuning): 70 hours of one core; ONLY=mae-vit
 	@$(MAKE) --no-print-directory experiment NB=13_tuning
 
 experiment: TARGET = $(NB)

@@ -24,7 +24,7 @@ from physrep.physics.measures import vrmse
 from physrep.physics.systems import SYSTEMS, get_system
 from physrep.probing.features import main_split, open_splits, probe_splits
 from physrep.probing.records import read_results
-from physrep.results.rows import ROWS, Row, make_study, title_of, variant_run
+from physrep.results.rows import ROWS, Row, make_study, variant_run
 from physrep.results.table import mean_errors
 from physrep.training.cost import cost
 from physrep.training.loop import TrainingDiverged
@@ -142,46 +142,78 @@ def test_a_variant_over_its_row(study):
     assert plot_variants(variant_ratios(study)).axes
 
 
-def test_every_trial_of_a_row_starts_from_its_recipe_by_hand():
-    for row in tuning.OWN:
-        found = [str(tuning.configuration(LAPTOP, row, k)) for k in range(tuning.CONFIGURATIONS)]
-        assert found[0] == str({"coefficients": {}, "encoder_config": {}, "recipe": {}}) and len(set(found)) == len(
-            found
-        )
-    with pytest.raises(ValueError, match="no choices for disco-vit_code; there are: jepa-convnext"):
-        tuning.trial_run(LAPTOP, ("disco", "vit_code"), 1)
+CANDIDATES = """
+pixels:
+  rows: [mae-vit]
+  systems: [shear_flow, active_matter]
+  by: valid_loss
+  candidates:
+    hand: {why: by hand}
+    wild: {why: diverges, lr: 9.0}
+    more: {why: more is hidden, of: hand, coefficients: {ratio: 0.9}}
+    forecast: {why: a control, control: true, objective: forecast}
+"""
 
 
-def test_recipes_of_the_laptop_preset_are_by_hand_or_those_that_the_committed_trials_choose():
-    found = tuning.chosen_configurations(pd.read_csv(ROOT / "figures" / "tuning.csv"))
-    chosen = dict(zip(found.row, found.chosen))
-    rows = [row for row in LAPTOP.kind("trained") if not row.tag]
-    for row in rows:
-        hand, trial = (tuning.trial_run(LAPTOP, row.key, k) for k in (0, chosen[title_of(*row.key)]))
-        for system in LAPTOP.systems:
-            run = LAPTOP.run(row, system)
-            lr = run.recipe.lr
-            assert lr in (hand.recipe.lr, trial.recipe.lr), f"{row.name} of {system} has learning rate {lr}"
+def test_candidates_are_read_with_what_they_are_of(tmp_path):
+    every = tuning.read_candidates(LAPTOP)
+    jobs = tuning.parts(replace(LAPTOP, run_dir=tmp_path))
+    assert jobs["jepa-vit/b@shear_flow@4"] == [] and "jepa-vit/b@shear_flow@4" in jobs["jepa-vit/e@shear_flow"]
+    changes = {one.part: one.variant for one in every}
+    fast = changes["jepa-vit/e@active_matter"]
+    assert fast.recipe == {"predictor_lr": 3.0} and {"predictor_hidden", "pooled_variance"} <= set(fast.coefficients)
+    assert "predictor_hidden" not in changes["jepa-vit/h@shear_flow"].coefficients, "they are of another objective"
+    assert "jepa-vit/d@shear_flow" not in changes and "jepa.circular-convnext/d@shear_flow" in changes
+    some = tuning.read_candidates(make_study("laptop", systems="shear_flow", only="mae-vit"), names="third")
+    assert [one.part for one in some] == ["mae-vit/random@shear_flow", "mae-vit/third@shear_flow"]
 
 
-@pytest.mark.long
-def test_a_search_ranks_its_trials_and_a_diverged_one_does_not_end_it(study, monkeypatch):
-    row, worst = ("mae", "vit"), tuning.trial_run(study, ("mae", "vit"), 1).recipe.lr
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("lr: 9.0", "rate: 9.0"), "candidate wild of pixels: .*'rate'"),
+        (("lr: 9.0", "lr: 9e0"), "candidate wild of pixels: .*text '9e0'"),
+        (("of: hand", "of: by_hand"), "candidate more of pixels: 'by_hand'"),
+        (("[mae-vit]", "[mae-vti]"), "unknown row mae-vti; valid: .*mae-vit"),
+    ],
+)
+def test_a_file_of_candidates_says_what_is_wrong(change, message, tmp_path):
+    (tmp_path / "own.yaml").write_text(CANDIDATES.replace(*change))
+    with pytest.raises(ValueError, match=f"own.yaml: .*{message}"):
+        tuning.read_candidates(LAPTOP, tmp_path / "own.yaml")
+
+
+def test_half_of_the_candidates_go_on_and_a_diverged_one_does_not_end_it(study, monkeypatch, tmp_path):
+    (tmp_path / "own.yaml").write_text(CANDIDATES)
+    candidates, seen = tuning.read_candidates(study, tmp_path / "own.yaml"), []
 
     def train(run, **options):
-        if run.recipe.lr == worst:
-            write_json(run.folder / "provenance.json", {"seconds": 1.0})
+        seen.append((run.objective, run.recipe and run.recipe.steps))
+        if run.recipe and run.recipe.lr > 1e-3:
+            write_json(run.trunk / "provenance.json", {"seconds": 1.0})
             raise TrainingDiverged("the loss is not finite in update 3")
         return pretrain(run, **options)
 
     monkeypatch.setattr(tuning, "pretrain", train)
-    trials = tuning.run_row(study, row, configurations=3)
+    todo = tuning.parts(study, candidates, 2.0)
+    first = [f"mae-vit/{name}@shear_flow@0.5" for name in ("random", "hand", "wild", "more", "forecast")]
+    assert list(todo)[:5] == first == todo["mae-vit/hand@shear_flow"] and len(todo) == 9
+    for part in todo:
+        tuning.do_part(study, part, candidates, 2.0, progress=False)
+    assert tuning.parts(study, candidates, 2.0) == {} and len(seen) == 5 + 2, "one of three, and the control"
     monkeypatch.setattr(tuning, "pretrain", lambda *args, **options: pytest.fail("trained again"))
-    assert tuning.run_row(study, row, configurations=3) == trials
-    table = tuning.tuning_table(study)
-    assert len(table) == 3 + 2 * len(tuning.REPEATED) and np.isinf(table.score).sum() == 1
-    best = tuning.chosen_configurations(table)
-    assert best.chosen.item() in (0, 2) and tuning.plot_tuning(table).axes
+    tuning.do_part(study, first[0], candidates, 2.0)
+    table = tuning.tuning_table(study, candidates, 2.0)
+    verdicts = table.set_index(["candidate", "length"]).verdict
+    assert verdicts["wild", 0.5] == "out: the training diverged" and verdicts["random", 0.0] == "control"
+    assert sum(verdicts == "goes on") == 1 and sum(verdicts.str.startswith("out: valid_loss")) == 1
+    last = table[table.length == 2.0].set_index("candidate")
+    assert last.steps.tolist() == [12, last.steps["forecast"]] and (last.error > 0).all() and (last.online > 0).all()
+    assert tuning.plot_tuning(table, length=2.0).axes
+    on_the_way = list((study.run_dir / "tuning").rglob("result-kernel.json"))
+    assert on_the_way and all(set(read_results(file).split) == {"valid"} for file in on_the_way), "test is not read"
+    with pytest.raises(ValueError, match="unknown part 'mae-vit/b'; valid: mae-vit/random@shear_flow"):
+        tuning.do_part(study, "mae-vit/b", candidates)
 
 
 @pytest.fixture(scope="module")

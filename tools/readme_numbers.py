@@ -78,12 +78,6 @@ def sides(name: str) -> tuple[int, int, int]:
     return len(found), int((found.high < 1).sum()), int((found.low > 1).sum())
 
 
-def trial(objective: str, encoder: str) -> pd.DataFrame:
-    found = table("tuning")
-    found = found[(found.objective == objective) & (found.encoder == encoder)]
-    return found.groupby("number").score.mean()
-
-
 def rollout_error(objective: str, step: int = 8) -> float:
     found = table("rollout")
     found = found[(found.system == "shear_flow") & (found.objective == objective) & (found.metric == "vrmse")]
@@ -160,10 +154,6 @@ PAGE: dict[str, Callable[[], tuple]] = {
     r"On the shear flow (\d+) changes": lambda: sides("variants")[:1],
     r"of JEPA, to (\S+) of it": lambda: (digits(table("variants").set_index("variant").value["circular"]),),
     r"and (\d+) are undecided\.\n\nThe five": lambda: (sides("variants")[0] - sum(sides("variants")[1:]),),
-    r"from (\S+) by hand to (\S+), at": lambda: (
-        digits(trial("jepa", "convnext")[0]),
-        digits(trial("jepa", "convnext").min()),
-    ),
     r"frame 8 in each system: (\S+) on the shear flow, where the last given frame, held still, has (\S+)\.": lambda: (
         digits(rollout_error("forecast")),
         digits(rollout_error("persistence")),

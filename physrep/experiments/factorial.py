@@ -59,7 +59,7 @@ _OPTIONS = {
     "ema": ("momentum",),
     "shared": ("weight", "variance", "covariance", "chunks", "centre"),
 }
-RATE_FACTORS = {"lowest": 1 / 6, "low": 0.5, "middle": 1.5, "high": 4.5}  # times JEPA's learning rate before tuning
+RATE_FACTORS = {"lowest": 1 / 6, "low": 0.5, "middle": 1.5, "high": 4.5}  # times JEPA's learning rate by hand
 _CHOSEN = {  # system -> task, target -> the rate of each of CELL_ENCODERS
     "shear_flow": {
         ("tube", "pixels"): ("high", "lowest", "lowest"),

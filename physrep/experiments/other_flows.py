@@ -217,13 +217,14 @@ def _file(study: Study, system: str) -> Path:
     return study.system_folder(system) / "other_flows.json"
 
 
-def parts(study: Study) -> list[str]:
-    "The jobs of the experiment that are not done yet: the built-in systems, `encoders/<row>/<system>` first."
+def parts(study: Study) -> dict[str, list[str]]:
+    "The jobs of the experiment that are not done yet: the built-in systems, after all `encoders/<row>/<system>`."
     systems = [s for s in study.systems if s in SOLVERS and s in study.preset.sims]
     todo = [s for s in systems if not _is_done(study, s)]
     pairs = [(row, s) for row in study.kind("trained", "random") for s in systems] if todo else []
     missing = [(row, s) for row, s in pairs if not all(is_trained(r) and is_scored(r) for r in study.runs(row, s))]
-    return [f"encoders/{row.name}/{s}" for row, s in missing] + [f"systems/{s}" for s in todo]
+    encoders = [f"encoders/{row.name}/{s}" for row, s in missing]
+    return dict.fromkeys(encoders, []) | dict.fromkeys([f"systems/{s}" for s in todo], encoders)
 
 
 def _is_done(study: Study, system: str) -> bool:

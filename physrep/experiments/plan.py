@@ -9,8 +9,9 @@ __all__ = ['Job', 'simulations', 'table_jobs', 'read_experiments', 'experiment_j
 # %% ../../nbs/experiments/plan.ipynb #1f80ac52
 import argparse
 import contextlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,16 +145,17 @@ def _is_drawn(study: Study, notebook: str, figures: Sequence[str], root: Path) -
 
 
 def experiment_jobs(study: Study, notebook: str, before: Sequence[Job], *, parts: bool = True) -> list[Job]:
-    """The jobs of an experiment that are still to be done, after those `before`; `parts`: train what is missing, those
-    that are called `encoders/...` first."""
+    """The jobs of an experiment that are still to be done, after those `before`; `parts`: train what is missing. Its
+    parts are a list, or a mapping from each to those that come first."""
     entry, after = read_experiments()[notebook], tuple(job.name for job in before)
     jobs: list[Job] = []
     if parts and "parts" in entry:
         listed: list[Any] = [load_object(path, {}, "parts") for path in entry["parts"]]
-        for part in (part for parts_of in listed for part in parts_of(study)):
-            name = f"{notebook}-{part.replace('/', '-')}"
-            encoders = () if part.startswith("encoders/") else tuple(j.name for j in jobs if "-encoders-" in j.name)
-            jobs.append(Job(name, notebook, {"part": part}, after + encoders, trains=True))
+        for found in (parts_of(study) for parts_of in listed):
+            names = {part: f"{notebook}-{re.sub('[/@]', '-', part)}" for part in found}
+            for part, name in names.items():
+                first = tuple(names[one] for one in found[part]) if isinstance(found, Mapping) else ()
+                jobs.append(Job(name, notebook, {"part": part}, after + first, trains=True))
     root = Path(study.run_dir or project_root() / "runs") / study.preset.name
     changes = [job.name for job in (*before, *jobs) if not job.simulates]
     if changes or not _is_drawn(study, notebook, entry["figures"], root):

@@ -354,7 +354,7 @@ def make_study(
 class Variant:
     "A row with one thing changed."
 
-    row: str  # name of the row in ROWS
+    row: str  # name of the row
     title: str  # what is changed, in a few words
     objective: str = ""  # in place of the row's, with the coefficients that the preset has for it
     encoder: str = ""  # in place of the row's
@@ -376,7 +376,7 @@ def with_operations_of(run: Run, usual: Run, times: float = 1.0) -> Run:
 
 def variant_run(study: Study, name: str, variant: Variant, system: str, seed: int | None = None) -> tuple[Run, Run]:
     "The run of a variant, tagged with its `name`, and the run of its row."
-    [row] = [row for row in ROWS if row.name == variant.row]
+    row = next(row for row in (*ROWS, *study.rows) if row.name == variant.row)
     usual = study.run(row, system, seed)
     recipe = usual.recipe.decisive() | dict(variant.recipe) | {"lr": variant.lr * usual.recipe.lr}
     objective, encoder = variant.objective or row.objective, variant.encoder or row.encoder
