@@ -17,8 +17,8 @@ import torch
 
 # %% ../../nbs/core/provenance.ipynb #2d870200
 PHYSICS = 1
-TRAINING = 1
-PROBING = 1
+TRAINING = 2
+PROBING = 2
 
 
 def numbers(*kinds: str) -> dict[str, int]:
