@@ -76,7 +76,7 @@ reproduce: $(READY)  ## simulate, pretrain, probe, draw the main tables and figu
 
 study: TARGET = study
 study: $(READY)  ## every experiment, after a list of what is missing; hours
-	@$(BIN)/python -m physrep.experiments.plan study --preset $(PRESET) --systems "$(SYSTEM)" --seeds "$(SEEDS)" --data_dir "$(DATA)"
+	@$(BIN)/python -m physrep.experiments.plan study --preset $(PRESET) --systems "$(SYSTEM)" --only "$(ONLY)" --rows "$(ROWS)" --seeds "$(SEEDS)" --data_dir "$(DATA)"
 	@$(SNAKE)
 	@$(KEEP)
 

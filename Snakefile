@@ -25,8 +25,6 @@ ASKED |= {"data_dir": str(config["data"])} if config.get("data") else {}
 PRESET = str(config.get("preset") or "laptop")
 STUDY = make_study(PRESET, **ASKED)
 OUT = ROOT / "runs" / STUDY.preset.name
-# tables and figures of a selection lie apart: `make figures` copies those of all rows in all systems
-DRAWN = OUT / "selection" if ASKED.keys() & {"systems", "only", "rows"} else OUT
 # on a cluster every job parses this file for itself: cores and GPUs come from config there, not from the machine
 CORES, GPUS = int(config.get("cores") or workflow.cores), int(config.get("gpus") or 0)
 # one job at a time on a GPU, which leaves cores for others; on the CPU as many as there are cores, one thread each
@@ -59,7 +57,7 @@ def parameters(job):
     if job.notebook in read_experiments():
         given |= ASKED | {"systems": ",".join(STUDY.systems), "seeds": " ".join(map(str, STUDY.seeds))}
         given |= {"rows": str(Path(ASKED["rows"]).resolve())} if "rows" in ASKED else {}
-        given |= {"figure_dir": str(DRAWN / "figures")}
+        given |= {"figure_dir": str(STUDY.drawn / "figures")}
     given |= {"workers": SIMULATING} if job.simulates else {}
     return given | job.parameters
 
@@ -69,7 +67,7 @@ def papermill(job):
     output goes to a log beside the notebook that it makes, and progress bars to the terminal, too, one line at a time;
     of a job that fails the end of the log is shown."""
     values = " ".join(given_to_papermill(k, v) for k, v in parameters(job).items())
-    folder = (DRAWN if job.notebook in read_experiments() else OUT) / "notebooks"
+    folder = (STUDY.drawn if job.notebook in read_experiments() else OUT) / "notebooks"
     places = (folder / job.name, sys.executable, ROOT / "nbs" / f"{job.notebook}.ipynb")
     target, python, source = (shlex.quote(str(place)) for place in places)
     last = f"""case "$line" in *%\\|*) echo "  {job.name}: ${{line##*$'\\r'}}";; esac"""

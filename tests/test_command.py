@@ -160,7 +160,7 @@ def test_a_system_of_ones_own_gets_through_the_workflow(own, tmp_path, monkeypat
         preset="short.yaml", systems="own_waves:WAVES", data=str(own / "data"), only="forecast-vit,random-vit"
     )
     snakemake(folder, **config)
-    table = pd.read_csv(folder / "runs" / "short" / "figures" / "table1.csv")
+    table = pd.read_csv(folder / "runs" / "short" / "selection" / "figures" / "table1.csv")
     rows = {("forecast", "vit"), ("random", "vit"), *((b, "none") for b in ("statistics", "spectra", "constant"))}
     assert set(zip(table.objective, table.encoder)) == rows, "no equations are known"
     assert set(table.system) == {"waves"} and jobs_of(snakemake(folder, "--dry-run", **config)) == set()

@@ -146,6 +146,8 @@ def test_a_figure_of_a_selection_does_not_pass_for_that_of_all_rows(tmp_path):
     assert state(tmp_path) == ("stale", [f"systems are shear_flow, not {', '.join(usual['systems'])}"])
     drawn(tmp_path, parameters=usual | {"rows": [*usual["rows"], "mine-vit"]})
     assert state(tmp_path)[0] == "stale"
+    drawn(tmp_path / "selection" / "figures", parameters=usual | {"rows": ["mae-vit"]})
+    assert state(tmp_path / "selection" / "figures") == ("current", [])
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "csv", "json"])

@@ -125,10 +125,11 @@ def read_experiments() -> dict[str, dict]:
     return table
 
 
-def _is_drawn(study: Study, notebook: str, figures: Sequence[str], root: Path) -> bool:
+def _is_drawn(study: Study, notebook: str, figures: Sequence[str]) -> bool:
     """Whether the notebook of an experiment got to its end since it and the results changed, and its figures (all that
     there is something to draw for) are current and of these rows."""
-    executed, files = root / "notebooks" / f"{notebook}.ipynb", [root / "figures" / f"{name}.json" for name in figures]
+    executed = study.drawn / "notebooks" / f"{notebook}.ipynb"
+    files = [study.drawn / "figures" / f"{name}.json" for name in figures]
     about = read_json(executed)["metadata"].get("papermill", {}) if executed.is_file() else {}
     if not about.get("end_time") or about.get("exception") or not any(file.is_file() for file in files):
         return False
@@ -140,7 +141,7 @@ def _is_drawn(study: Study, notebook: str, figures: Sequence[str], root: Path) -
         return False
     if any(read_json(file)["parameters"] not in ({}, with_seeds_there(study).parameters) for file in files):
         return False
-    states = verify(root / "figures", study.data_dir).set_index("figure").state
+    states = verify(study.drawn / "figures", study.data_dir).set_index("figure").state
     return all(states[file.stem] == "current" for file in files)
 
 
@@ -156,9 +157,8 @@ def experiment_jobs(study: Study, notebook: str, before: Sequence[Job], *, parts
             for part, name in names.items():
                 first = tuple(names[one] for one in found[part]) if isinstance(found, Mapping) else ()
                 jobs.append(Job(name, notebook, {"part": part}, after + first, trains=True))
-    root = Path(study.run_dir or project_root() / "runs") / study.preset.name
     changes = [job.name for job in (*before, *jobs) if not job.simulates]
-    if changes or not _is_drawn(study, notebook, entry["figures"], root):
+    if changes or not _is_drawn(study, notebook, entry["figures"]):
         jobs.append(Job(notebook, notebook, {}, tuple(changes), priority=1))
     return jobs
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.files import default_data_dir, read_yaml
+from ..core.files import default_data_dir, project_root, read_yaml
 from ..core.names import refuse_old_name, refuse_text_numbers, seeds_in, short_name, split_name, tagged
 from ..data.sets import find_files
 from ..models.encoders import ENCODERS
@@ -262,6 +262,13 @@ class Study:
     seeds: tuple[int, ...]
     data_dir: str | Path | None = None  # default: data/<preset>
     run_dir: str | Path | None = None  # default: runs/
+    selection: bool = False  # whether rows or systems were asked for: what is drawn of them lies apart
+
+    @property
+    def drawn(self) -> Path:
+        "The folder of its `figures` and executed `notebooks`; `make figures` copies those of all rows and systems."
+        root = Path(self.run_dir or project_root() / "runs") / self.preset.name
+        return root / "selection" if self.selection else root
 
     def run(self, row: Row, system: str, seed: int | None = None) -> Run:
         "The run of a row in a system; seed: default the first. ValueError for a baseline or predictions."
@@ -347,7 +354,8 @@ def make_study(
         get_system(name)
     mine = read_rows(rows) if rows else ()
     all_seeds = tuple(dict.fromkeys((*preset.seeds, *seeds_in(seeds))))
-    return Study(preset, (*chosen_rows(only), *mine), chosen, all_seeds, data_dir or None, run_dir or None)
+    folders = (data_dir or None, run_dir or None)
+    return Study(preset, (*chosen_rows(only), *mine), chosen, all_seeds, *folders, bool(systems or only or rows))
 
 # %% ../../nbs/results/rows.ipynb #4c9b0cbc
 @dataclass(frozen=True)
