@@ -384,7 +384,10 @@ def with_operations_of(run: Run, usual: Run, times: float = 1.0) -> Run:
 
 def variant_run(study: Study, name: str, variant: Variant, system: str, seed: int | None = None) -> tuple[Run, Run]:
     "The run of a variant, tagged with its `name`, and the run of its row."
-    row = next(row for row in (*ROWS, *study.rows) if row.name == variant.row)
+    rows = {row.name: row for row in (*ROWS, *study.rows)}
+    if variant.row not in rows:
+        raise ValueError(f"unknown row {variant.row!r} of variant {name!r}; valid: {', '.join(rows)}")
+    row = rows[variant.row]
     usual = study.run(row, system, seed)
     recipe = usual.recipe.decisive() | dict(variant.recipe) | {"lr": variant.lr * usual.recipe.lr}
     objective, encoder = variant.objective or row.objective, variant.encoder or row.encoder
