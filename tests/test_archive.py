@@ -110,7 +110,7 @@ def test_what_was_made_here_stays(tmp_path):
 def test_an_unpacked_result_of_yesterday_is_renewed(tmp_path, monkeypatch):
     scored(tmp_path / "runs")
     moved(tmp_path / "runs", tmp_path / "archives", tmp_path / "others")
-    monkeypatch.setattr("physrep.core.provenance.PROBING", 2)
+    monkeypatch.setattr("physrep.core.provenance.PROBING", 99)
     scored(tmp_path / "today", value=0.25)
     assert moved(tmp_path / "today", tmp_path / "archives", tmp_path / "others") == {RUN: "written"}
     assert json.loads((tmp_path / "others" / RUN / "result.json").read_text())["value"] == 0.25

@@ -128,7 +128,7 @@ def test_a_preset_and_an_objective_of_ones_own_by_command(own, importable, monke
     where = ("--data-dir", "data", "--run-dir", "runs", "--preset", "short.yaml", "--system", "own_waves:WAVES")
     done = physrep(own, "pretrain", "--objective", "own_waves:MeanField", *where)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (folder,) = (own / "runs" / "short" / "waves").glob("MeanField-vit-*/seed0")
+    (folder,) = (own / "runs" / "short" / "waves").glob("MeanField-vit-*-2/seed0")
     assert len(pd.read_csv(folder / "metrics.csv")) == 2
     assert "executed notebook: runs/short/notebooks/pretrain-WAVES-MeanField.ipynb" in done.stdout
     monkeypatch.chdir(own)

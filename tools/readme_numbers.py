@@ -37,21 +37,14 @@ def table(name: str) -> pd.DataFrame:
     return pd.read_csv(ROOT / "figures" / f"{name}.csv")
 
 
-def errors(probe: str, **where: object) -> pd.Series:
-    "Mean error on the split that tables show, with all labels: (system, objective, encoder) -> value."
+def errors(probe: str) -> pd.Series:
+    "Mean error with all labels on the split that tables show: (system, objective, encoder) -> value."
     found = table("table1")
-    asked = dict(probe=probe, split=main_split(set(found.split)), label="mean", metric="mse") | where
-    for column, value in asked.items():
-        found = found[found[column] == value]
+    found = found[found.split == main_split(set(found.split))]
+    found = found[(found.probe == probe) & (found.label == "mean") & (found.metric == "mse")]
     most = found.groupby("system").labelled_flows.transform("max")
-    return found[found.labelled_flows == most].set_index(["system", "objective", "encoder"]).value
-
-
-def gains(objective: str, encoder: str = "vit") -> tuple[int, int]:
-    "In how many comparisons a row is below random weights of its network, and of how many."
-    one = table("over_random")
-    one = one[(one.objective == objective) & (one.encoder == encoder)]
-    return sum(one.verdict == "better"), len(one)
+    keys = ["system", "objective", "encoder"]
+    return found[found.labelled_flows == most].groupby(keys, sort=False).value.mean()
 
 
 def verdicts(name: str, *which: str) -> tuple[int, ...]:
@@ -66,36 +59,18 @@ def best_without_labels(system: str) -> float:
     ].min()
 
 
-def few(system: str, objective: str, flows: int) -> float:
+def few(system: str, objective: str, flows: int, encoder: str = "vit") -> float:
     found = table("few_labels")
-    found = found[(found.system == system) & (found.objective == objective) & (found.encoder == "vit")]
+    found = found[(found.system == system) & (found.objective == objective) & (found.encoder == encoder)]
     return found[found.labelled_flows == flows].value.mean()
 
 
-def sides(name: str) -> tuple[int, int, int]:
-    "Lines, and those whose interval is below and above 1."
-    found = table(name)
-    return len(found), int((found.high < 1).sum()), int((found.low > 1).sum())
-
-
-def rollout_error(objective: str, step: int = 8) -> float:
-    found = table("rollout")
-    found = found[(found.system == "shear_flow") & (found.objective == objective) & (found.metric == "vrmse")]
-    return found[found.step == step]["median"].mean()
-
-
-def shifted_best() -> float:
-    "The lowest attentive error of an encoder without labels on shear flows that start in another way."
-    found = errors("attentive", split="shifted")["shear_flow"]
-    return found[[o.partition(".")[0] not in ("random", "supervised") and e != "none" for o, e in found.index]].min()
-
-
-def halved() -> tuple[int, int, int]:
-    "Encoders, and those with less than half the error of a constant on `test` and on flows that start in another way."
-    found = table("other_flows")
-    found = found[(found.asked == "parameters") & (found.encoder != "none") & (found.trained_on == found.system)]
-    test, shifted = (found[found.flows == flows].value for flows in ("test", "shifted"))
-    return len(test), int((test < 0.5).sum()), int((shifted < 0.5).sum())
+def falling() -> tuple[int, int]:
+    "Learning curves that fall over their last factor of four, and all."
+    keys = ["system", "objective", "encoder"]
+    means = table("learning_curves").groupby([*keys, "step"]).value.mean().groupby(keys)
+    still = means.last() < means.nth(-2).droplevel("step")
+    return int(still.sum()), len(still)
 
 
 def speed(reader: str) -> float:
@@ -115,52 +90,35 @@ def readme_row(key: tuple[str, str]) -> tuple[str, ...]:
 README: dict[str, Callable[[], tuple]] = {
     rf"\| {title} \| (\S+) \| (\S+) \| (\S+) \|": (lambda key=key: readme_row(key)) for title, key in ROWS.items()
 } | {
-    r"MAE on a ViT in (\d+) of (\d+) comparisons": lambda: (
+    r"higher error than MAE on a ViT in (\d+) of (\d+) comparisons": lambda: (
         *verdicts("paper_order", "worse"),
         len(table("paper_order")),
     ),
-    r"below random weights of its network in (\d+) of (\d+) comparisons": lambda: gains("forecast"),
 }
 PAGE: dict[str, Callable[[], tuple]] = {
-    r"JEPA has the higher error in (\d+) of (\d+)": lambda: (
+    r"higher error in (\d+) of (\d+) comparisons and the lower in (\d+)": lambda: (
         *verdicts("paper_order", "worse"),
         len(table("paper_order")),
+        *verdicts("paper_order", "better"),
     ),
-    r"The (\d+) of the shear flow are undecided": lambda: verdicts("paper_order", "undecided"),
-    r"random weights in (\d+) of (\d+) comparisons": lambda: (
+    r"random weights in (\d+) of (\d+) comparisons and raises it in (\d+)": lambda: (
         *verdicts("over_random", "better"),
         len(table("over_random")),
+        *verdicts("over_random", "worse"),
     ),
-    r"raises it in (\d+)\. The other (\d+) are": lambda: verdicts("over_random", "worse", "undecided"),
-    r"forecasts gain in (\d+) of (\d+) comparisons each": lambda: gains("invariance"),
-    r"periodic ConvNeXt gains in (\d+), MAE in (\d+)": lambda: (
-        gains("jepa.circular", "convnext")[0],
-        gains("mae")[0],
+    r"without labels is (\S+) on the shear flow, (\S+) in convection and (\S+) in active matter": lambda: (
+        digits(best_without_labels("shear_flow")),
+        digits(best_without_labels("rayleigh_benard"), 3),
+        digits(best_without_labels("active_matter")),
     ),
-    r"without labels is (\S+) on the shear flow": lambda: (digits(best_without_labels("shear_flow")),),
-    r"on the periodic ConvNeXt\), (\S+) in convection": lambda: (digits(best_without_labels("rayleigh_benard"), 3),),
-    r"\(invariance\) and (\S+) in active matter": lambda: (digits(best_without_labels("active_matter")),),
-    r"with (\S+) on the shear flow\. In convection their": lambda: (
+    r"by kernel ridge, have (\S+) on the shear flow": lambda: (
         digits(errors("kernel")["shear_flow", "spectra", "none"], 3),
     ),
-    r"In convection it has (\S+), and the same network trained on these labels has (\S+)\.": lambda: (
+    r"(\d+) of (\d+) learning curves still fall": falling,
+    r"invariance has an error of (\S+), and statistics with spectra have (\S+)\.\n": lambda: (
         digits(few("rayleigh_benard", "invariance", 16)),
-        digits(few("rayleigh_benard", "supervised", 16)),
+        digits(few("rayleigh_benard", "spectra", 16, "none")),
     ),
-    r"trained alike in (\d+) of (\d+) cases": lambda: (
-        *verdicts("fine_tuned", "better"),
-        len(table("fine_tuned").dropna(subset="second")),
-    ),
-    r"On the shear flow (\d+) changes": lambda: sides("variants")[:1],
-    r"of JEPA, to (\S+) of it": lambda: (digits(table("variants").set_index("variant").value["circular"]),),
-    r"and (\d+) are undecided\.\n\nThe five": lambda: (sides("variants")[0] - sum(sides("variants")[1:]),),
-    r"frame 8 in each system: (\S+) on the shear flow, where the last given frame, held still, has (\S+)\.": lambda: (
-        digits(rollout_error("forecast")),
-        digits(rollout_error("persistence")),
-    ),
-    r"attentive error is that of forecasts, (\S+)\. Summary": lambda: (digits(shifted_best()),),
-    r"ones among them, (\d+) have less than half the error of a constant on `test`, and (\d+) on": lambda: halved()[1:],
-    r"Of (\d+) encoders, with random": lambda: halved()[:1],
     r"update of a ViT is (\S+) times": lambda: (digits(table("benchmarks").times_plain.median()),),
     r"read (\S+) times as fast as by The Well's own reader, which is (\S+) of": lambda: (
         digits(speed("physrep") / speed("The Well's reader"), 1),
