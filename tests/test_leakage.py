@@ -84,23 +84,23 @@ def test_the_bootstrap_draws_new_parameters_with_all_their_flows(tmp_path):
 def test_scores_are_drawn_by_parameters(smoke_data, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "ENOUGH", 2)  # smoke has four draws
     windows = probe_splits(resolve("shear_flow", "random", "vit", "smoke", data_dir=smoke_data))
-    test = windows["test"]
-    truth = {("linear", "test"): test.targets(np.arange(len(test)))}
+    valid = windows["valid"]
+    truth = {("linear", "valid"): valid.targets(np.arange(len(valid)))}
     scaler = LabelScaler.fit(get_system("shear_flow"), windows["train"].labels)
     monkeypatch.chdir(tmp_path)
     windows["train"].groups[:] = 0  # as if all flows started alike
     here = write_scores(".", truth, windows, scaler, objective="mae", encoder="vit")
     assert {row["run"] for row in here.rows} == {tmp_path.name}, "a folder has a name, however it is called"
     assert {row["labelled_flows"] for row in here.rows} == {8}, "parameters of smoke, each with one initial condition"
-    groups = read_predictions(tmp_path).groups["test"]
-    assert len(np.unique(groups)) == len(np.unique(test.labels, axis=0)) < len(np.unique(test.groups))
+    groups = read_predictions(tmp_path).groups["valid"]
+    assert len(np.unique(groups)) == len(np.unique(valid.labels, axis=0)) < len(np.unique(valid.groups))
 
 
-def test_a_flow_of_train_in_test_is_refused_wherever_splits_are_loaded(smoke_data, tmp_path):
+def test_a_flow_of_train_in_valid_is_refused_wherever_splits_are_loaded(smoke_data, tmp_path):
     folder = shutil.copytree(smoke_data / "shear_flow", tmp_path / "shear_flow")
     source = min((folder / "data" / "train").glob("*.hdf5"))
-    shutil.copy(source, folder / "data" / "test" / source.name)
-    with pytest.raises(ValueError, match="of 'test' have an initial condition that 'train' has too"):
+    shutil.copy(source, folder / "data" / "valid" / source.name)
+    with pytest.raises(ValueError, match="of 'valid' have an initial condition that 'train' has too"):
         probe_splits(resolve("shear_flow", "random", "vit", "smoke", data_dir=tmp_path))
 
 

@@ -208,8 +208,8 @@ def compare_csv(
     """Two tables with 95 % intervals: what a CSV scores (probe, label, value, low, high, text), and its paired
     differences from our runs on the same windows (second, probe, label, a, b, difference, low, high, by_seed, text)."""
     check_metric(metric)
-    files = predictions_in(runs)
-    split = split or next(iter(_header(Path(path))[1]), main_split({s for p in files for s in p.truth}))
+    versions, files = _header(Path(path))[1], predictions_in(runs)
+    split = split or next(iter(versions), main_split({s for p in files for s in p.truth}))
     reference = reference_for(files, path, split=split)
     [method] = read_methods(predictions_from_csv(path, reference, split=split, **options))
     scores = summarise(method, n_bootstrap=n_bootstrap).query("metric == @metric and split == @split")
