@@ -350,7 +350,7 @@ def train(
                 saved = time.monotonic()
             if late:
                 raise TimeUp(
-                    f"{minutes:g} minutes are over at update {step} of {end or stop}; the checkpoint is "
+                    f"{minutes:g} minutes are over at update {step} of {end or recipe.steps}; the checkpoint is "
                     "saved, run the same command again to go on"
                 )
 

@@ -54,6 +54,10 @@ def claim(run: Run, record: dict, resume: bool, say: Callable[[str], None] = pri
     if old and not resume:
         stale.append("resume is off")
     if finished and not stale:
+        for left in folder.glob(
+            f"checkpoint/to-{run.recipe.steps if run.recipe else 0}.*"
+        ):  # killed before it was removed
+            left.unlink()
         say(f"{run.path} is finished")
         return True
     if stale:
@@ -154,7 +158,8 @@ def _train_claimed(
         if (table := folder / "checkpoint" / f"to-{step}.csv").is_file():
             write_metrics(own.folder / "metrics.csv", read_metrics(table))
         write_json(own.folder / "config.json", own.as_dict())
-        write_json(own.folder / "provenance.json", spent())
+        for place in (folder, own.folder):
+            write_json(place / "provenance.json", spent())
         encoder, whole = (own.folder / name for name in WHOLE)
         write_tensors(whole, stored_tensors(objective), {"kind": "objective", "run": own.path})
         save_encoder(encoder, kept_encoder(objective), run.encoder, **about)  # last: it says that all is there
