@@ -47,6 +47,13 @@ def errors(probe: str) -> pd.Series:
     return found[found.labelled_flows == most].groupby(keys, sort=False).value.mean()
 
 
+def gains(objective: str, encoder: str = "vit", verdict: str = "better") -> tuple[int, ...]:
+    "In how many comparisons a row is below random weights of its network, or above."
+    found = table("over_random")
+    found = found[(found.objective == objective) & (found.encoder == encoder)]
+    return (int((found.verdict == verdict).sum()),)
+
+
 def verdicts(name: str, *which: str) -> tuple[int, ...]:
     "How many lines of a table have each verdict."
     return tuple(int((table(name).verdict == verdict).sum()) for verdict in which)
@@ -94,6 +101,12 @@ README: dict[str, Callable[[], tuple]] = {
         *verdicts("paper_order", "worse"),
         len(table("paper_order")),
     ),
+    r"random weights in (\d+) of (\d+) comparisons and raises": lambda: (
+        *verdicts("over_random", "better"),
+        len(table("over_random")),
+    ),
+    r"Forecasts gain most, in (\d+) of": lambda: gains("forecast"),
+    r"raises the error in (\d+) of 12": lambda: gains("masked_jepa", verdict="worse"),
 }
 PAGE: dict[str, Callable[[], tuple]] = {
     r"higher error in (\d+) of (\d+) comparisons and the lower in (\d+)": lambda: (
@@ -110,6 +123,10 @@ PAGE: dict[str, Callable[[], tuple]] = {
         digits(best_without_labels("shear_flow")),
         digits(best_without_labels("rayleigh_benard"), 3),
         digits(best_without_labels("active_matter")),
+    ),
+    r"Forecasts gain in (\d+) of 12 comparisons, masked JEPA loses in (\d+)": lambda: (
+        *gains("forecast"),
+        *gains("masked_jepa", verdict="worse"),
     ),
     r"by kernel ridge, have (\S+) on the shear flow": lambda: (
         digits(errors("kernel")["shear_flow", "spectra", "none"], 3),
@@ -140,9 +157,9 @@ def with_numbers(text: str, known: dict[str, Callable[[], tuple]]) -> str:
     for found, wanted in differing(text, known):
         new, end = "", found.start()
         for i, number in enumerate(wanted, 1):
-            new += text[end : found.start(i)] + number
+            new += found.string[end : found.start(i)] + number
             end = found.end(i)
-        text = text.replace(found[0], new + text[end : found.end()])
+        text = text.replace(found[0], new + found.string[end : found.end()])
     return text
 
 

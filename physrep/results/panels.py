@@ -155,7 +155,7 @@ def plot_curves(
             if log[1]:
                 scale_log(ax, "y")
             if log[0]:
-                ax.set_xscale("log")
+                scale_log(ax, "x")
             if ticks:
                 ax.xaxis.set_major_locator(FixedLocator(list(ticks)))
                 ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
