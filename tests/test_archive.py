@@ -17,6 +17,7 @@ from physrep.results.archive import (
     pack,
     read_archive,
     remove_unpacked,
+    result_in,
     unpack,
     with_seeds_there,
     write_archive,
@@ -203,5 +204,5 @@ def test_the_archives_of_the_repository_are_of_todays_integers():
     archives = project_root() / "figures" / "results" / "laptop"
     for system in LAPTOP.systems:
         for path in sorted((archives / system).glob("*.zip")):
-            made = [json.loads(files["result.json"])["provenance"] for files in read_archive(path).values()]
+            made = [json.loads(files[result_in(files)])["provenance"] for files in read_archive(path).values()]
             assert {"PHYSICS", "TRAINING", "PROBING"} == set.union(*(set(one["numbers"]) for one in made)), path

@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
 from physrep.core.files import read_json, write_json, write_tensors
+from physrep.core.provenance import PROBING
 from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
 from physrep.data.windows import Windows
@@ -288,7 +289,7 @@ def test_a_result_is_todays_until_something_that_decides_it_changes(run, smoke_d
     found = read_json(file)
     found["provenance"]["numbers"]["PROBING"] = 0
     write_json(tmp_path / "result.json", found)
-    assert stale(tmp_path / "result.json", **asked) == ["PROBING was 0, is 1"]
+    assert stale(tmp_path / "result.json", **asked) == [f"PROBING was 0, is {PROBING}"]
     write_json(tmp_path / "result.json", {"rows": found["rows"]})
     assert stale(tmp_path / "result.json", **asked) == [], "from elsewhere"
 

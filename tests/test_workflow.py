@@ -159,6 +159,7 @@ def test_commands_take_text_that_looks_like_a_number_and_folders_with_spaces(tmp
 
 def test_every_target_of_every_preset_can_be_planned(tmp_path, monkeypatch):
     monkeypatch.setattr("physrep.training.cost._count", lambda run, size: (1, 1.0))  # takes minutes
+    monkeypatch.setattr("physrep.training.cost._COUNTED", {})
     every = ("simulate", "reproduce", "study", *read_experiments())
     for preset, targets in {"smoke": every, "laptop": every[:2], "gpu": every[:2]}.items():
         study = make_study(preset, data_dir=tmp_path, run_dir=tmp_path)

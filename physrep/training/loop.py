@@ -309,7 +309,7 @@ def train(
     hidden = not (progress and group.leads)
     bar = tqdm(total=recipe.steps, desc="train", unit="update", disable=hidden)
 
-    def load(file: Path, one: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+    def resumed(file: Path, one: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
         "The updates that a checkpoint has done, 0 without one, and its rows of metrics."
         there, table = resume and file.is_file(), file.with_suffix(".csv")
         step = load_checkpoint(file, one, optimizer) if there else 0
@@ -361,7 +361,7 @@ def train(
 
     objective.to(device).train()
     optimizer = make_optimizer(objective, recipe)
-    step, rows = load(trunk, objective, optimizer)
+    step, rows = resumed(trunk, objective, optimizer)
     if step > ends[recipe.steps]:
         raise ValueError(
             f"{trunk} has done {step} updates, and an encoder of {recipe.steps} branches off at {ends[recipe.steps]}; "
@@ -378,7 +378,7 @@ def train(
             step, last = begin, end == recipe.steps
             one, own = (objective, optimizer) if last else copy_of(objective, optimizer, recipe)
             file = trunk.with_name(f"to-{end}.safetensors")
-            done, whole = load(file, one, own)
+            done, whole = resumed(file, one, own)
             bar.set_description("train" if last else f"finish at {end}")
             bar.n = done = max(begin, done)
             rows = (whole or rows) if last else rows
