@@ -214,6 +214,8 @@ def test_half_of_the_candidates_go_on_and_a_diverged_one_does_not_end_it(study, 
     assert on_the_way and all(set(read_results(file).split) == {"valid"} for file in on_the_way), "test is not read"
     with pytest.raises(ValueError, match="unknown part 'mae-vit/b'; valid: mae-vit/random@shear_flow"):
         tuning.do_part(study, "mae-vit/b", candidates)
+    monkeypatch.setattr(Windows, "fingerprint", lambda self: "of other flows")
+    assert list(tuning.parts(study, candidates, 2.0))[:5] == first, "results on other data are not taken"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ __all__ = ['Job', 'simulations', 'table_jobs', 'read_experiments', 'experiment_j
 
 # %% ../../nbs/experiments/plan.ipynb #1f80ac52
 import argparse
-import contextlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,12 +22,10 @@ from ..core.files import project_root, read_json
 from ..core.names import load_object
 from ..data.generate import is_complete
 from ..data.remote import is_address
-from ..data.windows import Windows
-from .jobs import is_scored, is_trained
+from .jobs import is_scored, is_trained, windows_there
 from .learning_curves import CURVE_RESULT, shorter_runs
 from ..physics.systems import get_system
 from ..probing.evaluate import baseline_config, baselines_for
-from ..probing.features import probe_splits
 from ..probing.records import is_current
 from ..results.archive import with_seeds_there
 from ..results.rows import Row, Study, make_study
@@ -48,13 +45,6 @@ class Job:
     priority: int = 0  # higher ones start first
 
 # %% ../../nbs/experiments/plan.ipynb #6d17af17
-def _windows(study: Study, system: str) -> dict[str, Windows] | None:
-    "The windows that are probed in a system; None where its data are not there yet."
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return probe_splits(study.run(study.kind("trained", "random", "frozen")[0], system))
-    return None
-
-
 def simulations(study: Study) -> list[Job]:
     "The jobs that simulate the systems of a study that are not complete, the first one first."
     jobs = []
@@ -103,7 +93,7 @@ def table_jobs(study: Study, data: Sequence[Job] = ()) -> list[Job]:
     for k, system in enumerate(study.systems):
         priority, name = 100 * (len(study.systems) - k), get_system(system).name
         after = tuple(job.name for job in data if job.parameters["system"] == system)
-        windows = None if after else _windows(study, system)
+        windows = None if after else windows_there(study, system)
         asked = dict(probing=study.preset.probing(), windows=windows)
         asked["config"] = baseline_config(study.run(study.kind("trained", "random", "frozen")[0], system))
         files = [study.system_folder(system) / b / "result.json" for b in baselines_for(get_system(system))]

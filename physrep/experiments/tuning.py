@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from ..core.files import project_root, read_json, write_json
 from ..core.names import refuse_text_numbers
 from ..core.provenance import provenance
-from .jobs import is_scored
+from ..data.windows import Windows
+from .jobs import is_scored, windows_there
 from .learning_curves import CURVE_PROBE, CURVE_RESULT, score_snapshots, shorter_runs
 from ..physics.systems import SYSTEMS
 from ..probing.evaluate import made_of, valid_scores
@@ -135,8 +136,10 @@ def run_trial(run: Run, *, device: str = "cpu", progress: bool = False) -> dict:
     return read_json(path)
 
 # %% ../../nbs/experiments/tuning.ipynb #ed4d6eb6
-def _scored(study: Study, candidate: Candidate, length: float) -> dict[float, tuple[Run, Path]]:
-    "Runs of a candidate that have a current result, by length, and its file; also the shorter ones on the way."
+def _scored(
+    study: Study, candidate: Candidate, length: float, windows: Mapping[str, Windows] | None
+) -> dict[float, tuple[Run, Path]]:
+    "Runs of a candidate that have a current result on these windows, by length, and its file; shorter ones, too."
     place = _tuning(study).system_folder(candidate.system)
     if not any(place.glob(f"*.{candidate.name}[.-]*/seed{TUNING_SEED}/result.json")):  # its operations are not counted
         return {}
@@ -144,7 +147,8 @@ def _scored(study: Study, candidate: Candidate, length: float) -> dict[float, tu
     full, last = max(runs.items())  # of the lengths
     shorter = {full * one.recipe.steps / last.recipe.steps: (one, CURVE_RESULT) for one in shorter_runs(last)}
     files = shorter | {length: (run, "result.json") for length, run in runs.items()}
-    return {length: (run, run.folder / name) for length, (run, name) in files.items() if is_scored(run, name)}
+    current = {reached: (run, name) for reached, (run, name) in files.items() if is_scored(run, name, windows)}
+    return {reached: (run, run.folder / name) for reached, (run, name) in current.items()}
 
 
 def _measured(run: Run, file: Path) -> dict:
@@ -185,11 +189,12 @@ def _verdicts(tried: pd.DataFrame, candidates: int, length: float) -> dict[int, 
 
 def tuning_table(study: Study, candidates: Sequence[Candidate], length: float = LENGTH) -> pd.DataFrame:
     "A line for each candidate, system and length that has a result, with what was measured and its `verdict`."
+    windows = {s: windows_there(study, s, ("train", "valid")) for s in {one.system for one in candidates}}
     lines = []
     for one in candidates:
         about: dict = {"row": one.variant.row, "system": one.system, "candidate": one.name, "why": one.variant.title}
         about |= {"by": one.by, "control": one.control}
-        scored = sorted(_scored(study, one, length).items())
+        scored = sorted(_scored(study, one, length, windows[one.system]).items())
         lines += [{**about, "length": reached, **_measured(*found)} for reached, found in scored]
     table = pd.DataFrame(lines)
     verdicts = {i: "control" for i in table.index if table.control[i]}
