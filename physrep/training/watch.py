@@ -8,7 +8,7 @@ __all__ = ['PENALTIES', 'LEAST_RANK', 'LEAST_STD', 'LEAST_R2', 'WATCHED_WINDOWS'
 
 # %% ../../nbs/training/watch.ipynb #0ee8bc15
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +141,6 @@ class Watch:
     asked: Mapping  # batches of `train` and `valid` as the objective takes them, for its gate
     folder: Path
     names: tuple[str, ...]  # of the labels
-    keep: Callable[[nn.Module, int], None] | None = None  # gets every encoder with its updates
 
     def __call__(self, objective: nn.Module, step: int) -> None:
         "Measures an objective after `step` updates; it must be in evaluation mode."
@@ -160,5 +159,3 @@ class Watch:
         rows = read_metrics(path) if path.is_file() else []
         rows = sorted([*(r for r in rows if r["step"] != step), row], key=lambda r: r["step"])
         write_metrics(path, rows)
-        if self.keep:
-            self.keep(encoder, step)
