@@ -23,14 +23,14 @@ def test_flows_are_dealt_into_splits_and_read_again(flows):
     assert flows.split == "train+valid+test" and len(flows.labels) == 12
     assert len(np.unique(flows.labels, axis=0)) == 12, "each has parameters of its own"
     assert "12 flows of shear_flow" in flows._repr_html_() and "image/png" in flows._repr_html_()
-    assert read(flows.root, "shear_flow").split == flows.split
+    assert read(flows.root, "shear_flow").split == "train+valid", "closed splits of simulated flows are left out"
     with pytest.raises(ValueError, match="9 flows are too few for training"):
         physrep.simulate("shear_flow", 9)
 
 
 def test_files_say_of_which_system_they_are(flows, tmp_path):
     assert read(flows.root).system.name == "shear_flow"
-    with pytest.raises(FileNotFoundError, match=f"no .h5 or .hdf5 files in {tmp_path}"):
+    with pytest.raises(FileNotFoundError, match="no .h5 or .hdf5 files in"):
         read(tmp_path)
 
 

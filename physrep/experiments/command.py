@@ -20,7 +20,7 @@ import yaml
 
 from ..core.files import project_root, read_json
 from ..data import download, leakage
-from ..results import submissions, verify
+from ..results import own_flows, submissions, verify
 from ..training import distributed
 
 # %% ../../nbs/experiments/command.ipynb #caea1175
@@ -147,10 +147,10 @@ def _pretrain(arguments: Sequence[str]) -> int:
     return distributed.main(arguments) if several else _stage("pretrain", arguments)
 
 # %% ../../nbs/experiments/command.ipynb #fab418c4
-def _compare(arguments: Sequence[str]) -> int:
+def _compare_predictions(arguments: Sequence[str]) -> int:
     "Scores a CSV of predictions beside ours; writes it as a row, or writes an empty CSV to be filled in."
     about = "Scores predictions in a CSV (window, label, value) beside our runs on the same windows."
-    parser = argparse.ArgumentParser(prog="physrep compare", description=about)
+    parser = argparse.ArgumentParser(prog="physrep compare-predictions", description=about)
     parser.add_argument("csv", help="file of predictions; with --template the file that is written")
     ours = "folders of our runs or baselines on the data"
     parser.add_argument("--reference", nargs="+", required=True, metavar="FOLDER", help=ours)
@@ -199,7 +199,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "simulate": ("simulate the data of a preset", lambda arguments: _stage("simulate", arguments)),
     "pretrain": ("train an encoder", _pretrain),
     "probe": ("read a trained encoder, a baseline, or one of your own", lambda arguments: _stage("probe", arguments)),
-    "compare": ("score predictions in a CSV beside our rows", _compare),
+    "compare": ("which reader is best on flows of your own, without training", own_flows.main),
+    "compare-predictions": ("score predictions in a CSV beside our rows", _compare_predictions),
     "download": ("download sets of The Well", lambda arguments: download.main(arguments)),
     "report": ("what a set holds, and which flows are in two splits", lambda arguments: leakage.main(arguments)),
     "leak-free": ("splits of a published set without twins", _leak_free),
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: physrep <command> [options]    (physrep <command> --help lists the options)\n")
         for name, (description, _) in COMMANDS.items():
-            print(f"  {name:<10} {description}")
+            print(f"  {name:<19} {description}")
         return 0
     if arguments[0] not in COMMANDS:
         print(f"physrep: unknown command {arguments[0]!r}; valid: {', '.join(COMMANDS)}", file=sys.stderr)

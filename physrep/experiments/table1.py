@@ -21,7 +21,7 @@ from ..core.names import short_name, tagged
 from ..physics.systems import get_system
 from ..probing.features import main_split
 from ..probing.records import read_results
-from ..results.comparison import compare, differences, interval_text, summarise
+from ..results.comparison import compare_predictions, differences, interval_text, summarise
 from ..results.panels import ERROR, interval_is_clear, plot_marks, with_looks
 from ..results.rows import PROBE_ORDER, PROBE_TITLES, Row, Study, ordered, random_of, row_order, title_of
 from ..results.submissions import reference_for, write_csv_row
@@ -105,7 +105,7 @@ def paper_order(study: Study) -> pd.DataFrame:
         return pd.DataFrame()
     found = []
     for system in study.systems:
-        table = compare(*(study.folders(row, system) for row in pair), metric="mse")
+        table = compare_predictions(*(study.folders(row, system) for row in pair), metric="mse")
         found.append(table[table.label == "mean"].assign(system=system))
     table = pd.concat(found, ignore_index=True)
     text = [interval_text(*numbers, 3) for numbers in zip(table.difference, table.low, table.high)]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENOUGH', 'MEASURES', 'BASELINES', 'Scored', 'bootstrap_groups', 'window_flows', 'write_scores', 'write_few',
-           'score_encoder', 'FrozenFunction', 'own_encoder', 'made_of', 'probe_choices', 'score_run', 'coverage',
-           'valid_scores', 'predict_windows', 'measure', 'statistics_and_spectra', 'measured_features', 'baselines_for',
-           'baseline_folder', 'baseline_config', 'score_baseline']
+           'score_encoder', 'FrozenFunction', 'own_encoder', 'made_of', 'check_windows', 'probe_choices', 'score_run',
+           'coverage', 'valid_scores', 'predict_windows', 'measure', 'statistics_and_spectra', 'measured_features',
+           'baselines_for', 'baseline_folder', 'baseline_config', 'score_baseline']
 
 # %% ../../nbs/probing/evaluate.ipynb #0ea896f0
 import inspect
@@ -230,7 +230,7 @@ def _check_trained(run: Run) -> None:
         )
 
 
-def _check_windows(encoder: LoadedEncoder, windows: Windows, size: int | None) -> None:
+def check_windows(encoder: LoadedEncoder, windows: Windows, size: int | None) -> None:
     "ValueError for windows, resized to `size` points, of another kind than those that an encoder was trained on."
     channels, known = list(windows.system.channels), list(encoder.info["channels"])
     if channels != known:
@@ -277,7 +277,7 @@ def score_run(
     _check_trained(run)
     windows = windows or probe_splits(run)
     if run.objective == "frozen" and isinstance(encoder, LoadedEncoder):
-        _check_windows(encoder, windows["train"], run.clip.size)
+        check_windows(encoder, windows["train"], run.clip.size)
     scaler = label_scaler(run, windows["train"])
     reading: dict = dict(size=run.clip.size, scratch=folder, device=device, progress=progress)
     kept = folder / "features" if cache else None

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..core.devices import pick_device
-from ..data.flows import Flows, figure_html, read
+from ..data.flows import Flows, figure_html
 from ..data.generate import make_dataset
 from ..data.windows import Windows
 from ..models.pretrained import LoadedEncoder, read_encoder
@@ -49,7 +49,7 @@ def simulate(
     sim = replace(get_preset(preset).sim(system), draws=draws, families={}, counts={}, grid_values={})
     root = Path(folder or tempfile.mkdtemp(prefix="physrep-"))
     make_dataset(system, sim, root, workers=1, progress=progress)
-    return read(root, system)
+    return Flows(root, system, "+".join(draws))
 
 # %% ../../nbs/probing/shortcuts.ipynb #6f279bfe
 class Pretrained(LoadedEncoder):
