@@ -55,7 +55,7 @@ def test_a_module_of_ones_own_is_read_too(flows):
 def test_flows_without_splits_are_refused(flows):
     one = read(flows.root)
     one.split = "test"
-    with pytest.raises(ValueError, match="has no split train, valid: `physrep convert` deals flows into splits"):
+    with pytest.raises(ValueError, match="has no split train, valid: deal the flows into both"):
         physrep.pretrain(one)
 
 

@@ -114,7 +114,7 @@ def pretrain(
     blocks."""
     if missing := {"train", "valid"} - set(flows.split.split("+")):
         raise ValueError(
-            f"{flows.root} has no split {', '.join(sorted(missing))}: `physrep convert` deals flows into splits"
+            f"{flows.root} has no split {', '.join(sorted(missing))}: deal the flows into both, each flow in one of them"
         )
     run_dir, device = folder or tempfile.mkdtemp(prefix="physrep-"), pick_device(device)
     run = _run_on(flows, objective, encoder, preset, seed=seed, run_dir=run_dir, **changes)
