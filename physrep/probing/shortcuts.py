@@ -113,9 +113,7 @@ def pretrain(
     ValueError for flows that do not fit: too short, splits missing, a grid that is no multiple of the encoder's
     blocks."""
     if missing := {"train", "valid"} - set(flows.split.split("+")):
-        raise ValueError(
-            f"{flows.root} has no split {', '.join(sorted(missing))}: deal the flows into both, each flow in one of them"
-        )
+        raise ValueError(f"{flows.root} has no split {', '.join(sorted(missing))}: deal the flows into both")
     run_dir, device = folder or tempfile.mkdtemp(prefix="physrep-"), pick_device(device)
     run = _run_on(flows, objective, encoder, preset, seed=seed, run_dir=run_dir, **changes)
     windows = training_windows(run)
