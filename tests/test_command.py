@@ -138,16 +138,16 @@ def test_a_preset_and_an_objective_of_ones_own_by_command(own, importable, monke
     run = resolve(**asked)
     score_run(run, progress=False)
     reference = ("--reference", str(run.folder))
-    assert main(["compare", "theirs.csv", "--template", *reference]) == 0
+    assert main(["compare-predictions", "theirs.csv", "--template", *reference]) == 0
     lines = (own / "theirs.csv").read_text().splitlines()
     assert lines[0].startswith("# physrep benchmark ") and "system waves split test" in lines[0]
     filled = [line.replace(",speed,,", ",speed,1.0,") for line in lines]
     (own / "theirs.csv").write_text("\n".join(filled) + "\n")
     capsys.readouterr()
-    assert main(["compare", "theirs.csv", *reference]) == 0
+    assert main(["compare-predictions", "theirs.csv", *reference]) == 0
     assert "difference from ours" in capsys.readouterr().out
     (own / "theirs.csv").write_text("\n".join(["# physrep benchmark 0000 system waves split test", *filled[1:]]) + "\n")
-    assert main(["compare", "theirs.csv", *reference]) == 1
+    assert main(["compare-predictions", "theirs.csv", *reference]) == 1
     assert "is of data 0000" in capsys.readouterr().err
 
 

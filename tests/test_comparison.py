@@ -8,7 +8,7 @@ from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import Label, System, get_system
 from physrep.probing.records import read_predictions, write_predictions
 from physrep.probing.scores import difference_seeds, score
-from physrep.results.comparison import SUMMARY, compare, differences, error_ratio, read_methods, summarise
+from physrep.results.comparison import SUMMARY, compare_predictions, differences, error_ratio, read_methods, summarise
 
 SHEAR = get_system("shear_flow")
 SCALER = LabelScaler.fit(SHEAR, np.array([(re, sc) for re in (400.0, 3200.0) for sc in (0.25, 2.0)]))
@@ -60,14 +60,14 @@ def test_difference_of_single_seeds_is_the_paired_difference(tmp_path):
         run(tmp_path, probes=("linear", "attentive")),
         run(tmp_path, "mae", "vit", error=0.8, probes=("linear", "knn")),
     )
-    found = compare(a, b)
+    found = compare_predictions(a, b)
     assert set(found.probe) == {"linear"}, "what both have"
     both = [[read_predictions(r).predictions["linear", "test"]] for r in (a, b)]
     expected = difference_seeds(*both, TRUTH, GROUPS, SHEAR, SCALER)
     assert found.difference.tolist() == [row["value"] for row in expected]
     assert found.low.tolist() == [row["low"] for row in expected]
     assert np.allclose(found.a - found.b, found.difference)
-    assert set(compare(a, b, probe=("attentive", "knn"), metric="mse").probe) == {"attentive - knn"}
+    assert set(compare_predictions(a, b, probe=("attentive", "knn"), metric="mse").probe) == {"attentive - knn"}
 
 
 def test_seeds_are_paired_where_both_have_the_same(tmp_path):
@@ -76,7 +76,7 @@ def test_seeds_are_paired_where_both_have_the_same(tmp_path):
     other = [run(tmp_path, "random", "vit", seed=k) for k in (1, 2)]
 
     def mean_of(*places):
-        [found] = compare(*places, metric="mse", n_bootstrap=5).query("label == 'mean'").itertuples()
+        [found] = compare_predictions(*places, metric="mse", n_bootstrap=5).query("label == 'mean'").itertuples()
         return found
 
     values = [mean_of(a, b).difference for a, b in zip(ours, same)]
@@ -106,7 +106,7 @@ def test_a_ratio_of_errors_is_that_of_their_means(tmp_path):
 def test_what_cannot_be_compared_is_refused_naming_both(tmp_path, about, message):
     a, b = run(tmp_path / "a", data={"test": "00aa"}), run(tmp_path / "b", "mae", "vit", **about)
     with pytest.raises(ValueError, match=message) as error:
-        compare(a, b)
+        compare_predictions(a, b)
     assert "mae-vit-0123abcd" in str(error.value)
 
 
@@ -150,5 +150,5 @@ def test_predictions_of_a_system_of_ones_own(tmp_path):
     folders = [run(tmp_path, name, scaler=LabelScaler.fit(own, TRUTH), system="pendulum") for name in ("jepa", "mae")]
     assert read_predictions(folders[0]).scaler.system == own
     assert set(summarise(folders[0]).label) == {"length", "drag", "mean"}
-    assert len(compare(*folders, metric="mse")) == 3
+    assert len(compare_predictions(*folders, metric="mse")) == 3
     assert isinstance(summarise(tmp_path), pd.DataFrame)

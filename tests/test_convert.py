@@ -92,7 +92,7 @@ def test_the_command_declares_a_system_converts_and_says_what_is_next(tmp_path, 
     pd.DataFrame(KNOWN | {"start": [1, 1, 2, 3, 4, 5]}).to_csv("labels.csv", index=False)
     words = "convert my_converted:FLOW set velocity=v.npy --labels labels.csv --dt 0.5 --box 1 2 --cut 17".split()
     assert main([*words, "--fields", "velocity:1"]) == 0
-    assert capsys.readouterr().out.endswith("next: PYTHONPATH=. physrep report my_converted:FLOW set\n")
+    assert "next: PYTHONPATH=. physrep report my_converted:FLOW set\n" in capsys.readouterr().out
     assert main(["report", "my_converted:FLOW", "set"]) == 0
     wrong = {"must be new": [], "rank 0, 1 or 2": ["--fields", "a:3"], "none: c": ["--axes", "a=b", "c"]}
     for says, more in wrong.items():

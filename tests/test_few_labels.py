@@ -67,7 +67,7 @@ def test_flows_are_counted_drawn_and_left_out_alike_in_every_layout(layout):
     few = features_of(made, drawn)
     assert len(set(drawn)) == 16 and len(few) == 3 * 16, "as many labels as flows"
     for labels in (made.labels, few.labels):
-        parts = few_labels._parts(labels, few_labels.FOLDS)
+        parts = few_labels.parts_of(labels, few_labels.FOLDS)
         assert len(parts) == few_labels.FOLDS and (np.sum(parts, axis=0) == 1).all(), "every window is left out once"
         for part in parts:
             assert not {*map(tuple, labels[part])} & {*map(tuple, labels[~part])}, "equal labels on both sides"
@@ -88,7 +88,7 @@ def test_the_candidate_is_taken_that_is_best_on_the_flows_left_out(name):
     features = toy(16, noise=0.3)
     scaler = LabelScaler.fit(SYSTEM, features.labels)
     error = np.zeros(())
-    for part in few_labels._parts(features.labels, few_labels.FOLDS):
+    for part in few_labels.parts_of(features.labels, few_labels.FOLDS):
         out, rest = features.subset(part), features.subset(~part)
         trials = fit_probe(name, rest, out, scaler).trials
         error = error + len(out) / len(features) * np.array([trial["valid_mse"] for trial in trials])

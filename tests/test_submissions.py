@@ -8,7 +8,7 @@ from test_comparison import run as made_up
 
 from physrep.probing.records import read_predictions, read_results
 from physrep.probing.scores import score
-from physrep.results.comparison import compare
+from physrep.results.comparison import compare_predictions
 from physrep.results.submissions import (
     compare_csv,
     predictions_from_csv,
@@ -116,7 +116,7 @@ def test_comparison_with_our_runs(tmp_path, reference):
     assert set(apart.second) == {"jepa-convnext-0123abcd", "mae-vit-0123abcd"} and set(scores.label) >= {"mean"}
     [rival] = predictions_from_csv(tmp_path / "a.csv", reference)
     pair = dict(probe=("submitted", "linear"), metric="mse", n_bootstrap=20)
-    expected = compare(rival, ours[0], **pair).difference.tolist()
+    expected = compare_predictions(rival, ours[0], **pair).difference.tolist()
     assert apart[apart.second == "mae-vit-0123abcd"].difference.tolist() == expected
     with pytest.raises(ValueError, match="no run of pendulum"):
         written(tmp_path / "b.csv", guess(), first=FIRST.replace("shear_flow", "pendulum"))

@@ -20,7 +20,7 @@ import yaml
 
 from ..core.files import project_root, read_json
 from ..data import convert, download, leakage
-from ..results import submissions, verify
+from ..results import own_flows, submissions, verify
 from ..training import distributed
 
 # %% ../../nbs/experiments/command.ipynb #caea1175
@@ -189,14 +189,16 @@ def _convert(arguments: Sequence[str]) -> int:
     if fields:
         module.write_text(text, encoding="utf-8")
         print(f"\n{module}, from now on yours to edit:\n\n{text}")
-    print(f"next: {'PYTHONPATH=. ' * bool(fields)}physrep report {place} {asked['folder']}")
+    start = "PYTHONPATH=. " * bool(fields) + "physrep"
+    print(f"next: {start} report {place} {asked['folder']}")
+    print(f"then: {start} compare {asked['folder']} --system {place}")
     return 0
 
 # %% ../../nbs/experiments/command.ipynb #fab418c4
-def _compare(arguments: Sequence[str]) -> int:
+def _compare_predictions(arguments: Sequence[str]) -> int:
     "Scores a CSV of predictions beside ours; writes it as a row, or writes an empty CSV to be filled in."
     about = "Scores predictions in a CSV (window, label, value) beside our runs on the same windows."
-    parser = argparse.ArgumentParser(prog="physrep compare", description=about)
+    parser = argparse.ArgumentParser(prog="physrep compare-predictions", description=about)
     parser.add_argument("csv", help="file of predictions; with --template the file that is written")
     ours = "folders of our runs or baselines on the data"
     parser.add_argument("--reference", nargs="+", required=True, metavar="FOLDER", help=ours)
@@ -245,7 +247,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "simulate": ("simulate the data of a preset", lambda arguments: _stage("simulate", arguments)),
     "pretrain": ("train an encoder", _pretrain),
     "probe": ("read a trained encoder, a baseline, or one of your own", lambda arguments: _stage("probe", arguments)),
-    "compare": ("score predictions in a CSV beside our rows", _compare),
+    "compare": ("which reader is best on flows of your own, without training", own_flows.main),
+    "compare-predictions": ("score predictions in a CSV beside our rows", _compare_predictions),
     "download": ("download sets of The Well", lambda arguments: download.main(arguments)),
     "convert": ("turn arrays of yours into a set", _convert),
     "report": ("what a set holds, and which flows are in two splits", lambda arguments: leakage.main(arguments)),
@@ -260,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: physrep <command> [options]    (physrep <command> --help lists the options)\n")
         for name, (description, _) in COMMANDS.items():
-            print(f"  {name:<10} {description}")
+            print(f"  {name:<19} {description}")
         return 0
     if arguments[0] not in COMMANDS:
         print(f"physrep: unknown command {arguments[0]!r}; valid: {', '.join(COMMANDS)}", file=sys.stderr)

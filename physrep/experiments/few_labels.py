@@ -28,7 +28,7 @@ from ..probing.few_labels import FEW, draw_flows, few_draws, score_few
 from ..probing.finetune import FINE_TUNED, fine_tune
 from ..probing.records import is_current, read_results, write_result
 from ..probing.scores import score
-from ..results.comparison import compare, read_methods, summarise
+from ..results.comparison import compare_predictions, read_methods, summarise
 from ..results.panels import ERROR, plot_curves, plot_marks, with_looks
 from ..results.rows import PROBE_TITLES, Row, Study, random_of
 from ..results.table import mean_errors
@@ -132,7 +132,7 @@ def fine_tuned_table(study: Study) -> pd.DataFrame:
         if other is None:
             lines.append({})
             continue
-        found = compare(methods[key], other, metric="mse", probe="finetune").query("label == 'mean'")
+        found = compare_predictions(methods[key], other, metric="mse", probe="finetune").query("label == 'mean'")
         names = {"difference": "difference", "low": "difference_low", "high": "difference_high"}
         one = found[list(names)].rename(columns=names).iloc[0].to_dict()
         lines.append({"second": found.b.item(), **one, "verdict": verdicts(found)[0]})

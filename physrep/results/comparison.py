@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUMMARY', 'REFERENCES', 'spread', 'without_seed', 'Method', 'predictions_in', 'read_methods', 'summarise',
-           'check_metric', 'compare', 'pooled_spread', 'log_errors', 'ratio_interval', 'error_ratio', 'interval_text',
-           'differences']
+           'check_metric', 'compare_predictions', 'pooled_spread', 'log_errors', 'ratio_interval', 'error_ratio',
+           'interval_text', 'differences']
 
 # %% ../../nbs/results/comparison.ipynb #e5ac7a7c
 import math
@@ -274,7 +274,7 @@ def _pairs_of_probes(a: Method, b: Method, split: str, probe: str | tuple[str, s
     return pairs
 
 
-def compare(
+def compare_predictions(
     *runs: _Where,  # each the seeds of one method: a folder, a predictions file, or a list of them
     split: str = "",  # default: the `main_split` of each pair
     probe: str | tuple[str, str] | None = None,  # default: all that both have; a pair: of the first and of the second
@@ -291,7 +291,7 @@ def compare(
     metric, split or probe, listing the valid ones.
     """
     if len(runs) < 2:
-        raise ValueError(f"compare wants at least two methods, got {len(runs)}")
+        raise ValueError(f"compare_predictions wants at least two methods, got {len(runs)}")
     if metric is not None:
         check_metric(metric)
     rows = []
@@ -304,6 +304,12 @@ def compare(
                 if metric in (None, row["metric"]):
                     rows.append(about | row)
     return pd.DataFrame(rows)
+
+
+def __getattr__(name: str) -> object:  # until 0.4
+    if name == "compare":
+        raise ImportError("physrep.results.comparison.compare is called compare_predictions since version 0.3")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../../nbs/results/comparison.ipynb #2d2d3dc2
 def pooled_spread(methods: Sequence[Method], probe: str, split: str = "") -> tuple[float, int]:

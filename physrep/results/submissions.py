@@ -18,7 +18,14 @@ from ..core.files import atomic_path, read_json
 from ..probing.features import main_split
 from ..probing.records import Predictions, write_predictions, write_result
 from ..probing.scores import score
-from .comparison import check_metric, compare, interval_text, predictions_in, read_methods, summarise
+from physrep.results.comparison import (
+    check_metric,
+    compare_predictions,
+    interval_text,
+    predictions_in,
+    read_methods,
+    summarise,
+)
 
 # %% ../../nbs/results/submissions.ipynb #b16f643e
 CSV_COLUMNS = ("window", "label", "value")
@@ -51,7 +58,7 @@ def _header(path: Path) -> tuple[str | None, dict[str, str]]:
     "The system that a CSV names, and the fingerprint of each split."
     if not path.is_file():
         raise FileNotFoundError(
-            f"no file {path}; `physrep compare {path} --template --reference RUN` writes one to be filled in"
+            f"no file {path}; `physrep compare-predictions {path} --template --reference RUN` writes one to fill in"
         )
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     found = [match.groups() for line in lines if (match := _HEADER.fullmatch(line.strip()))]
@@ -218,7 +225,9 @@ def compare_csv(
     rows = []
     for other in read_methods([p for p in files if p.info["system"] == method.system.name and split in p.truth]):
         for pair in [(a, b) for a in method.probes(split) for b in other.probes(split)]:
-            rows.append(compare(method, other, split=split, probe=pair, metric=metric, n_bootstrap=n_bootstrap))
+            rows.append(
+                compare_predictions(method, other, split=split, probe=pair, metric=metric, n_bootstrap=n_bootstrap)
+            )
     apart = pd.concat(rows)
     for table, value in ((scores, "value"), (apart, "difference")):
         table["text"] = [interval_text(*three) for three in zip(table[value], table.low, table.high)]
