@@ -43,8 +43,8 @@ class Flows(Trajectories):
 
     def __repr__(self) -> str:
         times = f"{self.files[0].n_frames} frames, {self.dt:g} apart"
-        where = f"splits {self.split} of {self.root}"
-        return f"{len(self.labels)} flows of {self.system.name}, {times}, {self.grid[0]}x{self.grid[1]} points, {where}"
+        where = f"{self.grid[0]}x{self.grid[1]} points, splits {self.split}"
+        return f"{len(self.labels)} flows of {self.system.name}, {times}, {where}"
 
     def _repr_html_(self) -> str:
         return figure_html(plot_corners(self), repr(self))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..core.devices import pick_device
-from ..data.flows import Flows, figure_html
+from ..data.flows import Flows, figure_html, read
 from ..data.generate import make_dataset
 from ..data.windows import Windows
 from ..models.pretrained import LoadedEncoder, read_encoder
@@ -29,7 +29,7 @@ from ..training.run import Run, Stored, build, label_scaler, load_splits, resolv
 from ..training.watch import shortcomings
 
 # %% ../../nbs/probing/shortcuts.ipynb #5609c833
-LEAST_FLOWS = 10  # that can be dealt into training, validation and test
+LEAST_FLOWS = 10  # that can be dealt into training and validation
 
 
 def simulate(
@@ -40,16 +40,16 @@ def simulate(
     preset: str = "laptop",  # whose solver and ranges of parameters are taken
     progress: bool = True,
 ) -> Flows:
-    """Flows in The Well's format: three fifths in the split `train`, a fifth each in `valid` and `test`. The same call
-    gives the same flows, and what is there already is not made again. A few tenths of a second a flow."""
+    """Flows in The Well's format: four fifths in the split `train`, a fifth in `valid`; `compare` reads them by
+    cross-validation. The same call gives the same flows, and what is there already is not made again. A few tenths of a
+    second a flow."""
     if n < LEAST_FLOWS:
-        raise ValueError(f"{n} flows are too few for training, validation and test: ask for at least {LEAST_FLOWS}")
-    fifth = n // 5
-    draws = {"train": (n - 2 * fifth, 1), "valid": (fifth, 1), "test": (fifth, 1)}
+        raise ValueError(f"{n} flows are too few for training and validation: ask for at least {LEAST_FLOWS}")
+    draws = {"train": (n - n // 5, 1), "valid": (n // 5, 1)}
     sim = replace(get_preset(preset).sim(system), draws=draws, families={}, counts={}, grid_values={})
     root = Path(folder or tempfile.mkdtemp(prefix="physrep-"))
     make_dataset(system, sim, root, workers=1, progress=progress)
-    return Flows(root, system, "+".join(draws))
+    return read(root, system)
 
 # %% ../../nbs/probing/shortcuts.ipynb #6f279bfe
 class Pretrained(LoadedEncoder):
@@ -113,7 +113,9 @@ def pretrain(
     ValueError for flows that do not fit: too short, splits missing, a grid that is no multiple of the encoder's
     blocks."""
     if missing := {"train", "valid"} - set(flows.split.split("+")):
-        raise ValueError(f"{flows.root} has no split {', '.join(sorted(missing))}: deal the flows into both")
+        raise ValueError(
+            f"{flows.root} has no split {', '.join(sorted(missing))}: `physrep convert` deals flows into splits"
+        )
     run_dir, device = folder or tempfile.mkdtemp(prefix="physrep-"), pick_device(device)
     run = _run_on(flows, objective, encoder, preset, seed=seed, run_dir=run_dir, **changes)
     windows = training_windows(run)
