@@ -38,6 +38,7 @@ def test_every_kind_of_source_gives_the_same_set(tmp_path, monkeypatch):
         np.save(tmp_path / f"h_{k + 7}.npy", HEIGHT[k])  # 10 comes after 9
     with h5py.File(tmp_path / "v.h5", "w") as file:
         file["deep/u"] = np.moveaxis(VELOCITY, 0, -1)
+        file.attrs.update(KNOWN)
     opened = nullcontext(SimpleNamespace(variables={"h": HEIGHT.transpose(3, 0, 1, 2)}))  # what is asked of xarray
     monkeypatch.setitem(sys.modules, "xarray", SimpleNamespace(open_dataset=lambda path: opened))
     monkeypatch.setattr("physrep.data.convert.find_spec", lambda name: True)
@@ -46,7 +47,8 @@ def test_every_kind_of_source_gives_the_same_set(tmp_path, monkeypatch):
     netcdf = {"height": tmp_path / "h.nc:h", "velocity": list(VELOCITY)}
     axes = {"files": {"height": "txy", "velocity": "txycn"}, "netcdf": {"height": "yntx"}}
     for name, sources in {"memory": SOURCES, "one": FLOWS, "files": files, "netcdf": netcdf}.items():
-        convert(WAVES, tmp_path / name, sources, KNOWN, axes=axes.get(name), **PLACE)
+        labels = {label: f"{tmp_path}/v.h5:@{label}" for label in KNOWN} if name == "files" else KNOWN
+        convert(WAVES, tmp_path / name, sources, labels, axes=axes.get(name), **PLACE)
         for k, file in enumerate(read(tmp_path / name)):
             assert file.labels == {label: KNOWN[label][k] for label in KNOWN}
             assert file.dt == 0.5 and file.spacing == (1 / GRID, 2 / GRID)
@@ -114,6 +116,7 @@ BAD = [
     ("axes='ntxzc' do not fit", dict(axes="ntxzc")),
     ("has 35 frames of .* asked are 36 .* frames are 16 to", dict(cut=36)),
     (r"asked are 35 of \(32, 32\); .* points at most as many", dict(size=32)),
+    ("16, 8. points, .* size needs two numbers, not 8", dict(sources=FLOWS[:, :, :, ::2], axes="ntxyc", size=8)),
     ("labels of waves are missing: age; there are speed", dict(labels={"speed": 1})),
     ("speed has 2 values for 6 flows", dict(labels={**KNOWN, "speed": "1,2"})),
     ("all labels speed of waves in train are equal", dict(labels={**KNOWN, "speed": 2})),

@@ -38,6 +38,7 @@ def _open(path: str, key: str, stack: ExitStack) -> Any:
     elif path.endswith((".h5", ".hdf5")):
         file = stack.enter_context(open_hdf5(Path(path)))
         file.visititems(lambda name, item: there.update({name: item} if hasattr(item, "dtype") else {}))
+        there |= {f"@{name}": np.asarray(value) for name, value in file.attrs.items()}
     elif path.endswith(".nc") and find_spec("xarray"):
         import xarray
 
@@ -238,6 +239,8 @@ def convert(
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         flows = _flows(system, sources, axes, stack)
         name, (length, *points) = flows[0][0].name, flows[0][0].shape
+        if isinstance(size, int) and points[0] != points[1]:
+            raise ValueError(f"{name} has {points} points, which are no square: size needs two numbers, not {size}")
         frames, grid = cut or length, tuple(points) if size is None else check_grid("size", size)
         wrong = any(n > m or (kind == "wall" and m % n) for n, m, kind in zip(grid, points, system.boundary))
         if wrong or not LEAST_FRAMES <= frames <= length:

@@ -163,11 +163,16 @@ def _convert(arguments: Sequence[str]) -> int:
     add("system", help="shear_flow, ..., or my_module:SYSTEM")
     add("folder", help="the set becomes FOLDER/<system>")
     add("sources", nargs="+", metavar="FIELD=SOURCE", help="SOURCE: a.npy, 'run_*.npy', b.h5:DATASET or c.nc:VARIABLE")
-    add("--labels", nargs="+", required=True, help="a CSV with a line a flow, or NAME=0.5, NAME=0.5,1,2, NAME=SOURCE")
+    add(
+        "--labels",
+        nargs="+",
+        required=True,
+        help="a CSV with a line a flow, or NAME=0.5,1,2, NAME=SOURCE (b.h5:@ATTRIBUTE)",
+    )
     add("--dt", type=float, required=True, help="time between frames")
     add("--box", type=float, nargs=2, required=True, metavar=("LX", "LY"), help="lengths along x and y")
     add("--axes", nargs="+", help="a letter for each axis: n flows, t time, x, y, c components; ntxyc, or FIELD=txyc")
-    add("--size", type=int, help="points along x and y of what is written")
+    add("--size", type=int, nargs="+", help="points along x and y of what is written; one number for a square")
     add("--cut", type=int, help="frames of the pieces into which flows are cut")
     add("--seed", type=int, default=0, help="of the deal into splits [0]")
     add("--split", choices=convert.SPLITS, help="all flows become this split")
@@ -181,6 +186,8 @@ def _convert(arguments: Sequence[str]) -> int:
         asked["system"], text = convert.declare(place, fields, labels)
         if module.exists():
             raise ValueError(f"{module} is there already: leave --fields out to use it, or name another module")
+    if asked["size"]:
+        asked["size"] = asked["size"][0] if len(asked["size"]) == 1 else tuple(asked["size"])
     table = convert.convert(**asked)
     print(table.drop(columns="start").to_string())
     print(table.assign(flows=1).groupby("split")[["flows", "pieces"]].sum().rename({"": "left out"}).to_string())
