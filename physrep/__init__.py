@@ -4,7 +4,7 @@ import importlib
 
 __version__ = "0.3.0"
 
-_PUBLIC = {"load_encoder": "probing.sharing", "load_probe": "probing.sharing", "save_pretrained": "probing.sharing", "compare": "results.own_flows", "compare_predictions": "results.comparison", "read": "data.flows", "get_preset": "training.presets", "get_system": "physics.systems"}
+_PUBLIC = {"load_encoder": "probing.sharing", "load_probe": "probing.sharing", "save_pretrained": "probing.sharing", "compare": "results.own_flows", "compare_predictions": "results.comparison", "get_preset": "training.presets", "get_system": "physics.systems", "simulate": "probing.shortcuts", "read": "data.flows", "pretrain": "probing.shortcuts", "fit": "probing.shortcuts"}
 
 
 def __getattr__(name):  # modules are imported when they are asked for: `import physrep` costs nothing

@@ -74,7 +74,7 @@ def test_stages_one_after_the_other(tmp_path):
     outputs = [o for c in nbformat.reads(done.stdout, 4).cells for o in c.get("outputs", [])]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2, "curves and a picture of what is predicted"
     assert (tmp_path / "data" / "shear_flow" / "stats.yaml").is_file()
-    assert len(list(runs.rglob("mae-vit-*/seed0/encoder.safetensors"))) == 1
+    assert len(list(runs.rglob("mae-vit-*/seed0/encoder.safetensors"))) == 2, "of its length, and of a quarter of it"
     assert PRETRAIN.read_bytes() == source, "the source notebook stays as it is"
     done = papermill("nbs/04_probe.ipynb", str(tmp_path / "p.ipynb"), *common, *own, "-p", "encoder", "vit", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

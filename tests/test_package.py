@@ -26,7 +26,7 @@ FLOORS = ["core", "physics", "data", "models", "objectives", "training", "probin
 # asked for when needed
 OPTIONAL = {
     "experiments": {"papermill", "the_well", "dedalus"},
-    "data": {"upath", "fsspec"},
+    "data": {"upath", "fsspec", "xarray"},
     "explore": {"ipywidgets", "IPython"},
 }
 

@@ -164,7 +164,8 @@ def drop_widget_states(path: Path) -> None:
 
 
 def update(notebooks: list[Path], preset: str) -> None:
-    "Executes what is of the library, takes the outputs of what is a stage, cleans and exports."
+    "Exports, as notebooks import the package; executes the library, takes the outputs of stages, cleans and exports."
+    subprocess.run([BIN / "nbdev_export"], check=True, cwd=ROOT)
     stages = {path for path in notebooks if is_stage(path)}
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         errors = list(pool.map(execute, (path for path in notebooks if path not in stages)))

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from ..core.files import project_root, read_json
-from ..data import download, leakage
+from ..data import convert, download, leakage
 from ..results import own_flows, submissions, verify
 from ..training import distributed
 
@@ -146,6 +146,54 @@ def _pretrain(arguments: Sequence[str]) -> int:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return distributed.main(arguments) if several else _stage("pretrain", arguments)
 
+# %% ../../nbs/experiments/command.ipynb #78ba5660
+def _named(words: list[str]) -> dict[str, str] | list[str] | str:
+    "`name=value` words as a mapping; words without `=`, or the only one, as they are."
+    if not any("=" in word for word in words):
+        return words[0] if len(words) == 1 else words
+    if wrong := [word for word in words if "=" not in word]:
+        raise ValueError(f"some words have a name, NAME=VALUE, and some have none: {', '.join(wrong)}")
+    return dict(word.split("=", 1) for word in words)
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    "Turns arrays of yours into a set in The Well's layout: checked, resized, cut, and split by flow."
+    parser = argparse.ArgumentParser(prog="physrep convert", description=_convert.__doc__)
+    add = parser.add_argument
+    add("system", help="shear_flow, ..., or my_module:SYSTEM")
+    add("folder", help="the set becomes FOLDER/<system>")
+    add("sources", nargs="+", metavar="FIELD=SOURCE", help="SOURCE: a.npy, 'run_*.npy', b.h5:DATASET or c.nc:VARIABLE")
+    add("--labels", nargs="+", required=True, help="a CSV with a line a flow, or NAME=0.5, NAME=0.5,1,2, NAME=SOURCE")
+    add("--dt", type=float, required=True, help="time between frames")
+    add("--box", type=float, nargs=2, required=True, metavar=("LX", "LY"), help="lengths along x and y")
+    add("--axes", nargs="+", help="a letter for each axis: n flows, t time, x, y, c components; ntxyc, or FIELD=txyc")
+    add("--size", type=int, help="points along x and y of what is written")
+    add("--cut", type=int, help="frames of the pieces into which flows are cut")
+    add("--seed", type=int, default=0, help="of the deal into splits [0]")
+    add("--split", choices=convert.SPLITS, help="all flows become this split")
+    add("--fields", nargs="+", help="declare the system in ./my_module.py: its fields, such as height velocity:1")
+    asked = vars(parser.parse_args(arguments))
+    asked |= {name: _named(asked[name]) for name in ("sources", "labels", "axes") if asked[name]}
+    place, fields, text = asked["system"], asked.pop("fields"), ""
+    module = Path(place.partition(":")[0] + ".py")
+    if fields:
+        labels = [name for name in convert.label_columns(asked["labels"]) if name != "start"]
+        asked["system"], text = convert.declare(place, fields, labels)
+        if module.exists():
+            raise ValueError(f"{module} is there already: leave --fields out to use it, or name another module")
+    table = convert.convert(**asked)
+    print(table.drop(columns="start").to_string())
+    print(table.assign(flows=1).groupby("split")[["flows", "pieces"]].sum().rename({"": "left out"}).to_string())
+    if (frames := int(table.frames[0])) < 2 * convert.LEAST_FRAMES:
+        print(f"{frames} frames: objectives that compare two windows need {2 * convert.LEAST_FRAMES}")
+    if fields:
+        module.write_text(text, encoding="utf-8")
+        print(f"\n{module}, from now on yours to edit:\n\n{text}")
+    start = "PYTHONPATH=. " * bool(fields) + "physrep"
+    print(f"next: {start} report {place} {asked['folder']}")
+    print(f"then: {start} compare {asked['folder']} --system {place}")
+    return 0
+
 # %% ../../nbs/experiments/command.ipynb #fab418c4
 def _compare_predictions(arguments: Sequence[str]) -> int:
     "Scores a CSV of predictions beside ours; writes it as a row, or writes an empty CSV to be filled in."
@@ -202,6 +250,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "compare": ("which reader is best on flows of your own, without training", own_flows.main),
     "compare-predictions": ("score predictions in a CSV beside our rows", _compare_predictions),
     "download": ("download sets of The Well", lambda arguments: download.main(arguments)),
+    "convert": ("turn arrays of yours into a set", _convert),
     "report": ("what a set holds, and which flows are in two splits", lambda arguments: leakage.main(arguments)),
     "leak-free": ("splits of a published set without twins", _leak_free),
     "verify": ("are the figures those that today's code would make?", lambda arguments: verify.main(arguments)),

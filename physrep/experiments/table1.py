@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_ROWS', 'TRAINED_COLUMNS', 'score_predictions', 'study_errors', 'beside_random', 'plot_table1', 'verdicts',
            'over_random', 'plot_over_random', 'paper_order', 'plot_paper_order', 'read_curves', 'trained_table',
-           'cost_table', 'printed_errors']
+           'probe_choices_table', 'plot_probe_choices', 'cost_table', 'printed_errors']
 
 # %% ../../nbs/experiments/table1.ipynb #de24ab5a
 import sys
@@ -156,6 +156,27 @@ def trained_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 # %% ../../nbs/experiments/table1.ipynb #65bd10d3
+def probe_choices_table(study: Study) -> pd.DataFrame:
+    """A line for each encoder and system: error of kernel ridge on `valid` with mean and spread of the tokens as
+    `value` and with the mean alone as `second`, and of the attentive probe after each number of epochs."""
+    found = []
+    for run in (r for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)):
+        choices = read_json(run.folder / "result.json").get("choices")
+        if choices is None:  # of an encoder of one token
+            continue
+        about = {"system": run.system.name, "objective": run.row[0], "encoder": run.row[1], "seed": run.seed}
+        about |= {"value": choices["kernel"]["mean and spread"], "second": choices["kernel"]["mean"]}
+        found.append(about | {f"attentive, {epochs} epochs": error for epochs, error in choices["attentive"].items()})
+    return pd.DataFrame(found)
+
+
+def plot_probe_choices(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figure:
+    "Errors of kernel ridge with and without the spread of the tokens, mean over seeds: a panel for each system."
+    means = table.groupby(["system", "objective", "encoder"], sort=False)[["value", "second"]].mean().reset_index()
+    xlabel, second = f"{ERROR} on valid, kernel ridge", "on the mean of the tokens alone"
+    return plot_marks(with_looks(means, rows), xlabel=xlabel, second_label=second, title=title)
+
+
 def cost_table(study: Study) -> pd.DataFrame:
     """Means over systems and seeds of what each row has cost: parameters, operations (MFLOP, TFLOP), windows, and
     seconds of training and probing."""

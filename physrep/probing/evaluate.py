@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENOUGH', 'MEASURES', 'BASELINES', 'Scored', 'bootstrap_groups', 'window_flows', 'write_scores', 'write_few',
-           'score_encoder', 'FrozenFunction', 'own_encoder', 'made_of', 'check_windows', 'score_run', 'coverage',
-           'valid_scores', 'predict_windows', 'measure', 'statistics_and_spectra', 'measured_features', 'baselines_for',
-           'baseline_folder', 'baseline_config', 'score_baseline']
+           'score_encoder', 'FrozenFunction', 'own_encoder', 'made_of', 'check_windows', 'probe_choices', 'score_run',
+           'coverage', 'valid_scores', 'predict_windows', 'measure', 'statistics_and_spectra', 'measured_features',
+           'baselines_for', 'baseline_folder', 'baseline_config', 'score_baseline']
 
 # %% ../../nbs/probing/evaluate.ipynb #0ea896f0
 import inspect
@@ -34,7 +34,18 @@ from ..physics.statistics import spectra, summary_statistics
 from ..physics.systems import System
 from .features import Features, features_of, probe_splits
 from .few_labels import few_draws, score_few
-from .frozen import FROZEN, ONE_TOKEN, Probe, attentive_recipe, fit_probe, load_probe, probe_encoder
+from physrep.probing.frozen import (
+    FROZEN,
+    ONE_TOKEN,
+    Probe,
+    Probed,
+    attentive_recipe,
+    best_trial,
+    fit_kernel,
+    fit_probe,
+    load_probe,
+    probe_encoder,
+)
 from .records import run_name, write_predictions, write_result
 from .scores import score
 from ..training.presets import Preset, get_preset
@@ -236,6 +247,15 @@ def _own_head(run: Run, features: Features, scaler: LabelScaler) -> np.ndarray:
     return scaler.inverse(scaler.clip(z))
 
 # %% ../../nbs/probing/evaluate.ipynb #46f9790c
+def probe_choices(probed: Probed, scaler: LabelScaler, seed: int) -> dict[str, dict[str, float]]:
+    """Errors on `valid` of what a probe chose among or might have read: lengths of the attentive probe in epochs, and
+    kernel ridge on the mean of the tokens alone or on mean and spread."""
+    trials = {str(trial["epochs"]): trial["valid_mse"] for trial in probed.probes["attentive"].trials}
+    mean = fit_kernel(probed.features["train"], probed.features["valid"], scaler, seed=seed, moments=False)
+    kernel = {"mean": mean, "mean and spread": probed.probes["kernel"]}
+    return {"attentive": trials, "kernel": {k: best_trial(p.trials)["valid_mse"] for k, p in kernel.items()}}
+
+
 def score_run(
     run: Run,  # from `resolve`
     *,
@@ -277,6 +297,8 @@ def score_run(
     made = {**made_of(run), "provenance": record}
     if len(asked) == len(FROZEN) and not (run.recipe and run.reads_labels):
         write_few(folder, probed.features, windows, scaler, row, preset=run.preset, device=device, **made)
+    if len(asked) == len(FROZEN):
+        made["choices"] = probe_choices(probed, scaler, run.seed)
     made["seconds"] = round(time.monotonic() - started, 1)
     made["parameters"] = sum(p.numel() for p in encoder.parameters())
     result = "result.json" if len(asked) == len(FROZEN) else f"result-{'-'.join(probes)}.json"

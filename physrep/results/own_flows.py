@@ -7,9 +7,7 @@ __all__ = ['FRAMES', 'MOST', 'RANDOM', 'clips_of', 'untrained', 'Comparison', 'c
 
 # %% ../../nbs/results/own_flows.ipynb #06618810
 import argparse
-import base64
 import copy
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.sparse.csgraph import connected_components
 
-from ..data.flows import read
+from ..data.flows import figure_html, read
 from ..data.leakage import find_flows
 from ..data.scaling import LabelScaler
 from ..data.windows import Trajectories, Windows
@@ -287,11 +285,8 @@ class Comparison:
         return f"{self.title}\n\n{self.text.to_string()}{left_out}"
 
     def _repr_html_(self) -> str:
-        picture = io.BytesIO()
-        self.plot().savefig(picture, format="png", metadata={"Software": None})
         left_out = "".join(f"<p>Left out: {name}. {why}</p>" for name, why in self.left_out.items())
-        image = f'<img src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
-        return image + self.text.to_html() + left_out
+        return figure_html(self.plot()) + self.text.to_html() + left_out
 
 # %% ../../nbs/results/own_flows.ipynb #d4e14d21
 def compare(
