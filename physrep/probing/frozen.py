@@ -34,7 +34,7 @@ from ..models.pretrained import LoadedEncoder, model_folder
 from ..physics.systems import System
 from .features import Features, encoder_digest, features_of, fewer_tokens, shuffled
 from .records import scaler_from, scaler_record
-from .unlike import seen_clips, unlike_text, unlikeness
+from .unlike import clip_statistics, seen_clips, unlike_text, unlikeness, widening, window_statistics
 from ..training.presets import Preset
 
 # %% ../../nbs/probing/frozen.ipynb #97e9ab59
@@ -105,15 +105,17 @@ class Probe:
         "Half-width `(n_labels,)` of the intervals, z-scored."
         return conformal_half_width(self.arrays["residuals"], level)
 
-    def interval(self, of: Features | np.ndarray, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    def interval(
+        self, of: Features | np.ndarray, level: float = 0.9, unlike: pd.DataFrame | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Low and high `(n, n_labels)`, physical, around the predictions for features (or around these predictions, if
-        it is an array).
+        it is an array). With the table of `unlike` of these clips, wider where they are unlike those of training.
 
-        Clipped to the range fixed on train, which is the whole interval if valid is too small for the level. Slightly
-        optimistic: valid was used for selection."""
+        Clipped to the range fixed on train, which is the whole interval if valid is too small for the level, or if the
+        probe does not know of such clips. Slightly optimistic: valid was used for selection."""
         prediction = of if isinstance(of, np.ndarray) else self.predict(of)
         z = self.scaler.clip(self.scaler.transform(prediction))
-        width = self.half_width(level)
+        width = self.half_width(level) * (1 if unlike is None else widening(unlike)[:, None])
         return self.scaler.inverse(self.scaler.clip(z - width)), self.scaler.inverse(self.scaler.clip(z + width))
 
     def _features(self, encoder: LoadedEncoder, fields: np.ndarray | Tensor, dt: float) -> Features:
@@ -128,15 +130,16 @@ class Probe:
 
     def unlike(self, encoder: LoadedEncoder, fields: np.ndarray | Tensor, dt: float) -> pd.DataFrame:
         """By how much raw fields `(b, c, t, h, w)` differ from those of training, and in what: see `unlikeness`.
-        ValueError if the probe does not know."""
-        return unlikeness(self.arrays, self._features(encoder, fields, dt), fields, encoder.system, dt)
+        `interval` takes the table. ValueError if the probe has not kept what its training clips looked like."""
+        statistics = clip_statistics(fields, encoder.system, dt)
+        return unlikeness(self.arrays, self._features(encoder, fields, dt), statistics, encoder.system)
 
     def warn_unlike(self, features: Features, fields: np.ndarray | Tensor, system: System, dt: float) -> None:
-        "Warns of clips that are unlike those of training, and says in what; silent if the probe does not know."
-        if "seen.points" in self.arrays and (
-            text := unlike_text(unlikeness(self.arrays, features, fields, system, dt))
-        ):
-            warnings.warn(f"{text}; its intervals may not hold", stacklevel=3)
+        "Warns of clips of which the probe does not know, and says in what they differ; silent if it has kept nothing."
+        if "seen.features.points" in self.arrays:
+            statistics = clip_statistics(fields, system, dt)
+            if text := unlike_text(unlikeness(self.arrays, features, statistics, system)):
+                warnings.warn(f"{text}; of them it does not know", stacklevel=3)
 
     def predict_fields(self, encoder: LoadedEncoder, fields: np.ndarray | Tensor, dt: float) -> np.ndarray:
         """Physical values `(b, n_labels)` of raw fields `(b, c, t, h, w)`, not resized, with frames `dt` apart. Warns
@@ -528,7 +531,7 @@ def probe_encoder(
     fitted = fit_probes(features, scaler, preset, probes=probes, seed=seed, device=device, progress=progress)
     scored = [split for split in features if split != "train"]
     predictions = {(name, s): probe.predict(features[s]) for name, probe in fitted.items() for s in scored}
-    known = None if reading.get("size") else windows["train"]  # `predict_fields` sees clips that are not resized
-    seen = seen_clips(features["train"], features["valid"], known)
+    known = None if reading.get("size") else window_statistics(windows["train"])  # of clips that are not resized
+    seen = seen_clips(features["train"], known)
     fitted = {name: replace(probe, arrays=probe.arrays | seen) for name, probe in fitted.items()}
     return Probed(features, fitted, predictions)

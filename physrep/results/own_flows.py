@@ -41,7 +41,7 @@ from ..probing.features import Features, features_of
 from ..probing.few_labels import FOLDS, fit_few, parts_of
 from ..probing.frozen import Probe, conformal_half_width
 from ..probing.scores import difference_seeds, score
-from ..probing.unlike import seen_clips
+from ..probing.unlike import seen_clips, window_statistics
 from .comparison import interval_text
 from .panels import in_lines, plot_marks
 
@@ -266,7 +266,7 @@ class Comparison:
             raise ValueError("no probe reads these flows better than a constant: there is none to save")
         reader = reader or self.best
         probe = fit_few("kernel", self.features[reader], self.scaler)
-        seen = seen_clips(self.features[reader], self.features[reader], self.windows)
+        seen = seen_clips(self.features[reader], window_statistics(self.windows))
         arrays = probe.arrays | seen | {"residuals": np.sort(self._errors(reader), axis=0)}
         about = {"reader": reader, "flows": int(self.table.flows[0]), "coverage": self.coverage(reader).to_dict()}
         probe = replace(probe, arrays=arrays, info=probe.info | about)
