@@ -287,21 +287,22 @@ def plot_frames(
 ) -> Figure:
     """A line for each system, first channel: the last given frame (c, h, w), the true frame `step` steps later, of
     (c, steps, h, w), and the predictions of all methods."""
-    columns = max(len(rolled) for _, _, rolled in examples.values()) + 2
+    columns = max(len({one.row.title for one in rolled}) for _, _, rolled in examples.values()) + 2
     with using_style():
         fig = Figure(figsize=(WIDTH, (WIDTH / columns + 0.45) * len(examples)), layout="constrained")
         for axes, (name, parts) in zip(fig.subplots(len(examples), columns, squeeze=False), examples.items()):
             last, true, rolled = parts
             at = min(step, true.shape[1]) - 1
             pictures = {"last given": last[0], f"truth, frame {at + 1}": true[0, at]}
-            pictures |= {one.row.title: one.frames[0, at] for one in rolled}
+            for one in rolled:
+                pictures.setdefault(one.row.title, one.frames[0, at])  # of its first seed
             low, high = np.quantile(np.stack([last[0], true[0, at]]), (0.005, 0.995))
             for ax, (heading, frame) in zip(axes, pictures.items()):
                 ax.imshow(frame.T, origin="lower", cmap="RdBu_r", vmin=low, vmax=high, interpolation="nearest")
                 ax.set_title(in_lines(heading, 11), fontsize=SMALL)
             for ax in axes:
                 ax.set(xticks=[], yticks=[])
-            axes[0].set_ylabel(f"{system_title(name)}\n{get_system(name).channels[0]}", fontsize=SMALL)
+            axes[0].set_ylabel(f"{in_lines(system_title(name))}\n{get_system(name).channels[0]}", fontsize=SMALL)
         if title:
             fig.suptitle(title, fontsize=SMALL + 1.5, x=0.01, ha="left")
     return fig
