@@ -272,6 +272,9 @@ def test_the_same_encoders_are_asked_about_other_flows(study):
     assert {"random", "mae"} <= set(table.objective) and (table.value > 0).all()
     done = {part for part in parts if part not in other_flows.parts(study)}
     assert f"systems/{SYSTEM}" in done and other_flows.plot_other_flows(table, ROWS).axes
+    held = other_flows.other_flows_table(study, "intervals")
+    assert set(held.flows) == {"valid"} and (held.unlike < 1.5).all() and (held.coverage <= held.widened).all()
+    assert other_flows.plot_intervals(held).axes
 
 
 def test_closed_splits_of_simulated_flows_are_not_scored(study, monkeypatch):
@@ -304,6 +307,7 @@ def test_once_open_every_split_is_scored(study, monkeypatch, tmp_path):
     other_flows.do_part(opened, ["systems", SYSTEM])
     table = other_flows.other_flows_table(opened)
     assert set(table.flows) == {"test", "shifted", "long_box"}
+    assert set(other_flows.other_flows_table(opened, "intervals").flows) == {"test", "shifted", "long_box"}
     assert set(study_errors(opened).split) == {"valid", "test", "shifted"}
     assert set(mean_errors(study_errors(opened), "kernel").split) == {"test"}
     few = read_results(opened.run(rows[0], SYSTEM).folder / "few.json")

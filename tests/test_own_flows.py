@@ -21,7 +21,7 @@ WAVES = System("waves", "Waves", (Field("height"),), (Label("speed", log=True, p
 def waves(folder: Path, speed: np.ndarray, split: str = "train", starts=None, frames: int = 24) -> Path:
     "A file of waves of these speeds, with noise."
     time, x = np.arange(frames) * 0.1, np.arange(16)[:, None] / 16
-    rng = np.random.default_rng(len(speed))
+    rng = np.random.default_rng([len(speed), len(split)])
     place = x - speed[:, None, None, None] * time[:, None, None] + rng.random((len(speed), 1, 1, 1))
     height = np.sin(2 * np.pi * place) + 0.1 * rng.normal(size=(len(speed), frames, 16, 16))
     path = folder / "waves" / "data" / split / "waves.hdf5"

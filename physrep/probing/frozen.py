@@ -11,6 +11,7 @@ __all__ = ['PROBES', 'LAMBDAS', 'NEIGHBOURS', 'WIDTHS', 'LANDMARKS', 'ONE_TOKEN'
 # %% ../../nbs/probing/frozen.ipynb #df08aa84
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,8 +31,10 @@ from ..data.scaling import LabelScaler
 from ..data.windows import Windows
 from ..models.heads import AttentiveHead
 from ..models.pretrained import LoadedEncoder, model_folder
+from ..physics.systems import System
 from .features import Features, encoder_digest, features_of, fewer_tokens, shuffled
 from .records import scaler_from, scaler_record
+from .unlike import clip_statistics, seen_clips, unlike_text, unlikeness, widening, window_statistics
 from ..training.presets import Preset
 
 # %% ../../nbs/probing/frozen.ipynb #97e9ab59
@@ -75,7 +79,8 @@ class Probe:
     scaler: LabelScaler
     chosen: dict  # what selection on valid chose
     trials: list[dict]  # every candidate with its error on valid: {..., "valid_mse": float}
-    arrays: dict[str, np.ndarray]  # its parameters, and "residuals" (n_valid, n_labels), absolute and sorted
+    # its parameters, "residuals" (n_valid, n_labels), absolute and sorted, and what it has seen (`seen_clips`)
+    arrays: dict[str, np.ndarray]
     # "dim" and "dtype" of the tokens, "head": keyword arguments of AttentiveHead, "moments": whether Features.moments
     # is read in place of Features.pooled (by a kernel probe; not there: no)
     config: dict
@@ -100,27 +105,48 @@ class Probe:
         "Half-width `(n_labels,)` of the intervals, z-scored."
         return conformal_half_width(self.arrays["residuals"], level)
 
-    def interval(self, of: Features | np.ndarray, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    def interval(
+        self, of: Features | np.ndarray, level: float = 0.9, unlike: pd.DataFrame | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Low and high `(n, n_labels)`, physical, around the predictions for features (or around these predictions, if
-        it is an array).
+        it is an array). With the table of `unlike` of these clips, wider where they are unlike those of training.
 
-        Clipped to the range fixed on train, which is the whole interval if valid is too small for the level. Slightly
-        optimistic: valid was used for selection."""
+        Clipped to the range fixed on train, which is the whole interval if valid is too small for the level, or if the
+        probe does not know of such clips. Slightly optimistic: valid was used for selection."""
         prediction = of if isinstance(of, np.ndarray) else self.predict(of)
         z = self.scaler.clip(self.scaler.transform(prediction))
-        width = self.half_width(level)
+        width = self.half_width(level) * (1 if unlike is None else widening(unlike)[:, None])
         return self.scaler.inverse(self.scaler.clip(z - width)), self.scaler.inverse(self.scaler.clip(z + width))
 
-    def predict_fields(self, encoder: LoadedEncoder, fields: np.ndarray | Tensor, dt: float) -> np.ndarray:
-        """Physical values `(b, n_labels)` of raw fields `(b, c, t, h, w)`, not resized, with frames `dt` apart;
-        ValueError for another encoder than the probe was fitted on."""
+    def _features(self, encoder: LoadedEncoder, fields: np.ndarray | Tensor, dt: float) -> Features:
+        "The features of raw fields; ValueError for another encoder than the probe was fitted on."
         want, got = self.info.get("encoder"), encoder_digest(encoder)
         if want != got:
             raise ValueError(f"this probe was fitted on features of the encoder with digest {want}, this one has {got}")
         tokens = torch.as_tensor(encoder.embed(fields, dt, pool=False))
         tokens = fewer_tokens(tokens, encoder.encoder, np.shape(fields)[2:], self.info.get("max_tokens"))
         tokens = tokens.to(getattr(torch, self.config["dtype"]))
-        return self.predict(Features(tokens, np.zeros((len(tokens), len(self.scaler.mean))), np.zeros(len(tokens))))
+        return Features(tokens, np.zeros((len(tokens), len(self.scaler.mean))), np.zeros(len(tokens)))
+
+    def unlike(self, encoder: LoadedEncoder, fields: np.ndarray | Tensor, dt: float) -> pd.DataFrame:
+        """By how much raw fields `(b, c, t, h, w)` differ from those of training, and in what: see `unlikeness`.
+        `interval` takes the table. ValueError if the probe has not kept what its training clips looked like."""
+        statistics = clip_statistics(fields, encoder.system, dt)
+        return unlikeness(self.arrays, self._features(encoder, fields, dt), statistics, encoder.system)
+
+    def warn_unlike(self, features: Features, fields: np.ndarray | Tensor, system: System, dt: float) -> None:
+        "Warns of clips of which the probe does not know, and says in what they differ; silent if it has kept nothing."
+        if "seen.features.points" in self.arrays:
+            statistics = clip_statistics(fields, system, dt)
+            if text := unlike_text(unlikeness(self.arrays, features, statistics, system)):
+                warnings.warn(f"{text}; of them it does not know", stacklevel=3)
+
+    def predict_fields(self, encoder: LoadedEncoder, fields: np.ndarray | Tensor, dt: float) -> np.ndarray:
+        """Physical values `(b, n_labels)` of raw fields `(b, c, t, h, w)`, not resized, with frames `dt` apart. Warns
+        of clips that are unlike those of training. ValueError for another encoder than the probe was fitted on."""
+        features = self._features(encoder, fields, dt)
+        self.warn_unlike(features, fields, encoder.system, dt)
+        return self.predict(features)
 
     def save(self, path: str | Path, *, info: dict | None = None) -> None:
         """Writes the probe to one file; `info` (JSON) joins its own, with `encoder` the digest (`encoder_digest`) that
@@ -505,4 +531,7 @@ def probe_encoder(
     fitted = fit_probes(features, scaler, preset, probes=probes, seed=seed, device=device, progress=progress)
     scored = [split for split in features if split != "train"]
     predictions = {(name, s): probe.predict(features[s]) for name, probe in fitted.items() for s in scored}
+    known = None if reading.get("size") else window_statistics(windows["train"])  # of clips that are not resized
+    seen = seen_clips(features["train"], known)
+    fitted = {name: replace(probe, arrays=probe.arrays | seen) for name, probe in fitted.items()}
     return Probed(features, fitted, predictions)

@@ -21,6 +21,7 @@ from ..data.windows import Windows
 from ..models.pretrained import LoadedEncoder, read_encoder
 from .features import features_of
 from .frozen import Probe, fit_probe, squared_error
+from .unlike import seen_clips, window_statistics
 from ..training.loop import make_optimizer, read_metrics, update
 from ..training.presets import get_preset
 from ..training.pretrain import plot_metrics, training_batches, training_windows
@@ -143,6 +144,7 @@ def fit(
     scaler, options = label_scaler(run, windows["train"]), dict(device=pick_device(device), progress=progress)
     features = {split: features_of(encoder, w, scaler, **options) for split, w in windows.items()}
     fitted = fit_probe(probe, features["train"], features["valid"], scaler)
+    fitted = replace(fitted, arrays=fitted.arrays | seen_clips(features["train"], window_statistics(windows["train"])))
     if "test" not in features:
         return fitted
     error = squared_error(fitted.predict_z(features["test"]), features["test"].labels, scaler)

@@ -41,6 +41,7 @@ from ..probing.features import Features, features_of
 from ..probing.few_labels import FOLDS, fit_few, parts_of
 from ..probing.frozen import Probe, conformal_half_width
 from ..probing.scores import difference_seeds, score
+from ..probing.unlike import seen_clips, window_statistics
 from .comparison import interval_text
 from .panels import in_lines, plot_marks
 
@@ -265,7 +266,8 @@ class Comparison:
             raise ValueError("no probe reads these flows better than a constant: there is none to save")
         reader = reader or self.best
         probe = fit_few("kernel", self.features[reader], self.scaler)
-        arrays = probe.arrays | {"residuals": np.sort(self._errors(reader), axis=0)}
+        seen = seen_clips(self.features[reader], window_statistics(self.windows))
+        arrays = probe.arrays | seen | {"residuals": np.sort(self._errors(reader), axis=0)}
         about = {"reader": reader, "flows": int(self.table.flows[0]), "coverage": self.coverage(reader).to_dict()}
         probe = replace(probe, arrays=arrays, info=probe.info | about)
         probe.save(path)
@@ -338,12 +340,15 @@ def read_clips(
     if not reads["measured"]:
         return probe.predict_fields(encoder, fields, dt)
     about = {key: reads[key] for key in ("dt", "spacing", "periodic", "heights")}
-    x = MEASURES[reads["measured"]](np.asarray(fields), system=system_from(reads["system"]), **about)
+    about["system"] = system_from(reads["system"])
+    x = MEASURES[reads["measured"]](np.asarray(fields), **about)
     parts = [torch.as_tensor(x, dtype=torch.float32)]
     nothing = dict(labels=np.zeros((len(x), len(probe.scaler.mean))), groups=np.zeros(len(x)))
     if encoder is not None:
         parts.append(Features(encoder.embed(fields, dt, pool=False), **nothing).moments)
-    return probe.predict(Features(torch.cat(parts, dim=1)[:, None], **nothing))
+    features = Features(torch.cat(parts, dim=1)[:, None], **nothing)
+    probe.warn_unlike(features, fields, about["system"], dt)
+    return probe.predict(features)
 
 # %% ../../nbs/results/own_flows.ipynb #3d7ca3a9
 def main(arguments: Sequence[str] | None = None) -> int:
