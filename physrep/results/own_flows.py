@@ -43,7 +43,7 @@ from ..probing.frozen import Probe, conformal_half_width
 from ..probing.scores import difference_seeds, score
 from ..probing.unlike import seen_clips, window_statistics
 from .comparison import interval_text
-from .panels import ERROR, in_lines, plot_marks
+from .panels import in_lines, plot_marks
 
 # %% ../../nbs/results/own_flows.ipynb #548faf82
 FRAMES = 16  # of a clip, as of every shipped encoder; fewer where the flows are shorter
@@ -250,8 +250,7 @@ class Comparison:
         panels = {label: label for label in [*self.scaler.system.label_names, "mean"]}
         return plot_marks(
             table,
-            xlabel=f"{ERROR}; hollow: not told apart from the best",
-            title=in_lines(self.title, 95),
+            title=in_lines(self.title, 80),
             lines=self.order,
             panels=panels,
         )
