@@ -147,6 +147,11 @@ def test_code_of_a_guide_runs(path):
         exec(compile(code, str(path), "exec"), names)
 
 
+def test_tests_that_a_guide_names_are_there():
+    named = [t for p in GUIDES for t in re.findall(r"(tests/\w+\.py)::(\w+)", p.read_text(encoding="utf-8"))]
+    assert named and not [t for t in named if f"def {t[1]}(" not in (ROOT / t[0]).read_text(encoding="utf-8")]
+
+
 def test_commands_of_the_guides_are_there():
     "Targets and variables of make, commands of physrep."
     from physrep.experiments.command import COMMANDS

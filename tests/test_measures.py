@@ -51,6 +51,7 @@ def test_vrmse_is_the_formula_with_any_eps_and_floor():
         assert np.allclose(
             vrmse(predicted, true, eps=eps, floor=floor), np.sqrt(error / np.maximum(variance + eps, floor))
         )
+    assert np.array_equal(*(theirs(VRMSE, predicted, true, eps=eps) for eps in (0.5, 1e-7))), "theirs leaves it out"
     flat = np.zeros((12, 10))
     assert vrmse(flat, flat, eps=0.0) == 0 and np.isinf(vrmse(flat + 1, flat, eps=0.0)), "a perfect answer is perfect"
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 import h5py
 import numpy as np
 import pytest
+import torch
 from broken import well_file
 from helpers import dry_run
-from the_well.data import WellDataset
+from the_well.data import WellDataModule, WellDataset
+from the_well.data.normalization import ZScoreNormalization
 
 from physrep.data.batches import Batches
 from physrep.data.scaling import LabelScaler, Normaliser
@@ -85,6 +87,22 @@ def test_values_are_those_of_the_wells_own_reader(native):
         np.testing.assert_array_equal(ours.read([i])[0].numpy(), np.moveaxis(fields, -1, 0))
         scalars = dict(zip(NATIVE[name][1], theirs[i]["constant_scalars"].tolist()))
         assert ours.targets([i])[0] == pytest.approx([scalars[label] for label in system.label_names])
+
+
+def test_valid_and_test_are_normalised_with_the_statistics_of_train(native):
+    "The data module of The Well normalises `train` alone (1.2.0), and its reader nothing if no kind is named."
+    base, name = native
+    normalised = dict(use_normalization=True, normalization_type=ZScoreNormalization)
+    theirs = WellDataModule(str(base / "datasets"), name, batch_size=1, **normalised)
+    unnamed = WellDataset(path=str(base / "datasets" / name), well_split_name="train", use_normalization=True)
+    scale, train = Normaliser.load(base, name), Windows(base, name, "train", frames=1)
+    scaler = LabelScaler.fit(train.system, train.labels)
+    for split, dataset in (("valid", theirs.val_dataset), ("test", theirs.test_dataset), ("train", unnamed)):
+        windows = Windows(base, name, split, frames=1)
+        physical = windows.read([0])
+        np.testing.assert_array_equal(np.moveaxis(dataset[0]["input_fields"].numpy(), -1, 0), physical[0], "as stored")
+        batches = Batches(windows, batch_size=1, normaliser=Normaliser.load(windows.root, name), scaler=scaler)
+        assert torch.equal(next(batches.evaluation())["fields"], scale(physical))
 
 
 def test_both_layouts_are_found_and_the_grid_is_understood(native, tmp_path):

@@ -1,13 +1,18 @@
 "Sets on a network: a web server that is slow, cuts connections and answers with error pages, read through the cache."
 
 import http.server
+import json
 import os
+import re
+import sys
 import threading
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
+import fsspec
 import h5py
 import pytest
 import torch
@@ -15,9 +20,11 @@ from broken import well_file
 from helpers import dry_run
 from torch.utils.data import DataLoader
 
-from physrep.data import remote
+from physrep.core.files import project_root
+from physrep.data import leakage, remote, sets
 from physrep.data.remote import NetworkError
-from physrep.data.sets import find_files, fingerprint, read_stats
+from physrep.data.scaling import Normaliser
+from physrep.data.sets import find_files, find_folder, fingerprint, read_stats
 from physrep.data.well import WellFile, WellFormatError
 from physrep.data.windows import Windows
 from physrep.data.write import write_stats
@@ -82,6 +89,28 @@ def folder(tmp_path_factory):
         well_file(root / f"shear_flow/data/train/Schmidt_{schmidt:g}.hdf5", k, shape=(2, 24, 64, 64), parameters=labels)
     write_stats(root, "shear_flow")
     return root
+
+
+class HubHandler(FaultyHandler):
+    "The same as the Hugging Face hub: a list of each folder, and files at `resolve/main`."
+
+    def do_GET(self):
+        place = unquote(self.path.partition("?")[0])
+        api, *repository, what = [*place.strip("/").split("/", 4), ""][:5]
+        if api != "api":
+            return super().do_GET()
+        top = Path(self.directory, *repository)
+        folder = top / what.removeprefix("tree/main").strip("/")
+        if not folder.is_dir():
+            return self.answer(404, b"{}", X_Error_Code="EntryNotFound" if top.is_dir() else "RepoNotFound")
+        kinds = {True: "directory", False: "file"}
+        there = [(kinds[p.is_dir()], p.relative_to(top), p.stat()) for p in folder.iterdir()]
+        tree = [dict(type=k, path=str(p), size=s.st_size, oid=str(s.st_mtime_ns)) for k, p, s in there]
+        body = tree if what else {"id": "/".join(repository[1:]), "sha": "0" * 40}
+        return self.answer(200, json.dumps(body).encode())
+
+    def translate_path(self, path):
+        return super().translate_path(path.replace("/resolve/main/", "/"))
 
 
 @pytest.fixture
@@ -255,6 +284,107 @@ def test_a_limit_that_is_none_is_refused(limit, monkeypatch):
     monkeypatch.setenv(remote.LIMIT, limit)
     with pytest.raises(ValueError, match="PHYSREP_CACHE_GB=.*must be a number of gigabytes"):
         remote.block_cache()
+
+
+HUB = "datasets/polymathic-ai"
+FRAMES = dict(frames=16, stride=4, in_memory=False)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    "A shear flow in the layout of the hub: four files of two trajectories of 40 frames of 64 x 128 points."
+    root = tmp_path_factory.mktemp("hub")
+    for k, (split, schmidt) in enumerate((("train", 0.2), ("train", 0.5), ("valid", 0.5), ("test", 0.2))):
+        labels = {"Reynolds": 1e4, "Schmidt": schmidt}
+        path = root / HUB / "shear_flow/data" / split / f"shear_flow_Reynolds_1e4_Schmidt_{schmidt}.hdf5"
+        well_file(path, k, shape=(2, 40, 64, 128), parameters=labels, initial_conditions=None)
+    write_stats(root / HUB, "shear_flow")
+    return root
+
+
+@pytest.fixture(params=["memory", "file"])
+def address(request, hub, tmp_path, monkeypatch):
+    "The address of that root in a store of fsspec."
+    monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
+    remote._STATES.clear()
+    if request.param == "file":
+        yield f"file://{hub}"
+        return
+    store, root = fsspec.filesystem("memory"), f"/{tmp_path.name}"
+    store.put(f"{hub}/", root, recursive=True)
+    yield f"memory://{root}"
+    store.rm(root, recursive=True)
+
+
+def test_the_layout_of_the_hub_is_read_as_from_a_disk(hub, address, capsys):
+    here = hub / HUB
+    mine = [Windows(here, "shear_flow", split, **FRAMES) for split in ("train", "valid", "test")]
+    for below in ("", "/shear_flow/", "/shear_flow/data"):
+        root = f"{address}/{HUB}{below}"
+        assert str(find_folder(root, "shear_flow")).endswith(f"{HUB}/shear_flow")
+        assert str(Normaliser.load(root, "shear_flow")) == str(Normaliser.load(here, "shear_flow"))
+        for one in mine:
+            other = Windows(root, "shear_flow", one.split, **FRAMES)
+            assert one.fingerprint() == other.fingerprint() and torch.equal(one.read([0, -1]), other.read([0, -1]))
+    report = [leakage.main(["shear_flow", str(r)]) or capsys.readouterr().out for r in (here, f"{address}/{HUB}")]
+    assert report[0] == report[1] and "twin" in report[0]
+    with pytest.raises(FileNotFoundError, match="no .h5 or .hdf5 files of shear_flow in .*train/data/train"):
+        find_files(f"{address}/{HUB}/shear_flow/data/train", "shear_flow", "train")
+    stats = Path(f"{here}/shear_flow/stats.yaml").read_text()
+    written = write_stats(f"{address}/{HUB}", "shear_flow")
+    assert written.read_text() == stats and not Path("memory:").exists()
+
+
+@pytest.mark.parametrize("address", ["memory"], indirect=True)
+def test_what_a_run_reads_is_in_the_table_of_the_page(address, tmp_path, monkeypatch):
+    "A sixteenth of the points and of a block: frames and blocks are to each other as in the published files."
+    monkeypatch.setattr(remote, "BLOCK", 2**16)
+    page = (project_root() / "tools/docs/pages/the_well.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| ([^|]+?) \| [^|]+ \| ([\d.]+) MB \|", page, re.M))
+    root, fetched, found = f"{address}/{HUB}", [], {}
+    monkeypatch.setattr(remote, "fetch", lambda *a, get=remote.fetch: fetched.append(a[2] - a[1]) or get(*a))
+
+    def measure(what, do, again=False):
+        monkeypatch.setenv(remote.CACHE, str(tmp_path / (what if not again else "all windows of `train`")))
+        fetched.clear()
+        sets._KNOWN.clear()
+        do()
+        found[what] = sum(fetched) / 1e6
+
+    train = Windows(root, "shear_flow", "train", **FRAMES)
+    measure("open the files", lambda: [Windows(root, "shear_flow", s, **FRAMES) for s in ("train", "valid", "test")])
+    measure("`physrep report`", lambda: leakage.main(["shear_flow", root]))
+    measure("fingerprint of `train`", train.fingerprint)
+    measure("one window", lambda: train.read([3]))
+    measure("all windows of `train`", lambda: train.read(range(len(train))))
+    measure("the same again", lambda: train.read(range(len(train))), again=True)
+    assert found == pytest.approx({what: float(said[what]) for what in found}, abs=0.1)
+
+
+def test_the_hub_gives_what_is_asked_for_and_not_more(server, folder, tmp_path, monkeypatch):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / HUB).symlink_to(folder)
+    server.RequestHandlerClass = partial(HubHandler, directory=str(tmp_path))
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.address})
+    windows = Windows(f"hf://{HUB}", "shear_flow", "train", frames=4, in_memory=False)
+    assert torch.equal(windows.read([0, 9]), Windows(folder, "shear_flow", "train", frames=4).read([0, 9]))
+    assert read_stats(f"hf://{HUB}/shear_flow", "shear_flow")
+    assert len(server.asked) == len(set(server.asked)), "no block twice"
+    assert sum(last - first for _, first, last in server.asked) == cached_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"of shear_flow in hf://{HUB}/shear_flow/data/test or .*train"):
+        find_files(f"hf://{HUB}", "shear_flow", "test")
+    with pytest.raises(FileNotFoundError, match="no .h5 or .hdf5 files of shear_flow in hf://polymathic-ai/shear_flow"):
+        find_files("hf://polymathic-ai", "shear_flow", "train")
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": "http://127.0.0.1:9"})  # nobody is there
+    with pytest.raises(NetworkError, match="its files were not to be had in 5 tries"):
+        find_files(f"hf://{HUB}/active_matter", "active_matter", "train")
+
+
+def test_an_address_of_the_hub_without_its_client_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "hf", raising=False)
+    with pytest.raises(ValueError, match="hf://datasets/polymathic-ai: .* needs pip install .*huggingface_hub"):
+        remote.as_path("hf://datasets/polymathic-ai")
 
 
 def test_nothing_is_simulated_into_an_address():

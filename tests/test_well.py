@@ -181,6 +181,8 @@ def test_labels_and_times_by_name_order_and_alias_that_may_vary(tmp_path):
     names = np.array(["Rayleigh", "Schmidt"], dtype=h5py.string_dtype())
     change(path, lambda f: f["scalars"].attrs.modify("field_names", names))
     assert WellFile(path, "shear_flow").labels["Reynolds"] == 3e5
+    change(path, lambda f: f["scalars"].move("Reynolds", "Rayleigh"))
+    assert WellFile(path, "shear_flow").labels["Reynolds"] == 3e5
     # in Rayleigh-Benard convection Rayleigh is a name of its own, Reynolds none
     wrong = change(make(tmp_path / "d.hdf5", "rayleigh_benard"), lambda f: f["scalars"].move("Rayleigh", "Reynolds"))
     assert "no label 'Rayleigh'" in refusal(wrong, "rayleigh_benard")

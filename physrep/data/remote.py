@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'CACHE', 'LIMIT', 'TRIES', 'PAUSE', 'T', 'FRESH', 'is_address', 'as_path', 'BlockCache', 'block_cache',
-           'NetworkError', 'fetch', 'state_of', 'RemoteFile', 'open_bytes']
+           'NetworkError', 'ask_store', 'fetch', 'state_of', 'RemoteFile', 'open_bytes']
 
 # %% ../../nbs/data/remote.ipynb #0aafff59
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
-from fsspec.spec import AbstractBufferedFile
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from ..core.files import atomic_path
 
@@ -44,7 +44,7 @@ def as_path(path: str | os.PathLike) -> Any:
         found: Any = path if isinstance(path, UPath) else UPath(text)
         found.fs  # noqa: B018  (finds the package of the protocol)
     except (ImportError, ValueError) as error:
-        needs = 'pip install "physrep[remote]", and for some stores a package of their own (s3fs, gcsfs, aiohttp)'
+        needs = 'pip install "physrep[remote]", and for some stores another package (huggingface_hub, s3fs, gcsfs)'
         raise ValueError(f"{path}: {error}; an address needs {needs}") from error
     return found
 
@@ -141,8 +141,9 @@ def _final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | PermissionError)
 
 # %% ../../nbs/data/remote.ipynb #f061a4a7
-def _asked(path: Any, what: str, ask: Callable[[], T]) -> T:
-    "What a store answers. FileNotFoundError and PermissionError come at once, NetworkError after `TRIES` tries."
+def ask_store(path: Any, what: str, ask: Callable[[], T]) -> T:
+    """What a store answers. FileNotFoundError and PermissionError come at once, NetworkError after `TRIES` tries;
+    `what` says in its message what was asked for."""
     last: Exception | None = None
     for k in range(TRIES):
         if k:
@@ -157,15 +158,17 @@ def _asked(path: Any, what: str, ask: Callable[[], T]) -> T:
 
 
 def fetch(path: Any, start: int, stop: int) -> bytes:
-    "The bytes `start` to `stop` of a file on a network."
+    "The bytes `start` to `stop` of a file on a network, and none after them."
+    opens = getattr(path.fs.cat_file, "__func__", None) is AbstractFileSystem.cat_file  # as the hub's client does
+    ahead = {"cache_type": "none"} if opens else {}
 
     def ask() -> bytes:
-        found = path.fs.cat_file(path.path, start=start, end=stop)
+        found = path.fs.cat_file(path.path, start=start, end=stop, **ahead)
         if len(found) != stop - start:
             raise OSError(f"{len(found)} bytes, which start with {bytes(found[:60])!r}")
         return found
 
-    return _asked(path, f"bytes {start} to {stop} were", ask)
+    return ask_store(path, f"bytes {start} to {stop} were", ask)
 
 # %% ../../nbs/data/remote.ipynb #5e473575
 FRESH = 60.0  # seconds for which the answer of a store counts
@@ -191,7 +194,7 @@ def state_of(path: Any) -> tuple | None:
     known = _STATES.get(str(path))
     if known is None or time.monotonic() - known[0] > FRESH:
         try:
-            known = time.monotonic(), _asked(path, "size and version were", partial(_ask_state, path))
+            known = time.monotonic(), ask_store(path, "size and version were", partial(_ask_state, path))
         except FileNotFoundError:
             return None
         _STATES[str(path)] = known

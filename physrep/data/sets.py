@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from ..core.files import read_yaml
-from .remote import as_path, is_address, open_bytes, state_of
+from .remote import as_path, ask_store, is_address, open_bytes, state_of
 from .well import INITIAL_CONDITION, RECIPE, WellFormatError, is_of, open_hdf5
 from ..physics.systems import System, get_system
 
@@ -25,26 +25,34 @@ def _folders(root: Path, system: System) -> list[Path]:
     "Where the folder of a dataset may be, seen from a root; NotADirectoryError if the root is a file."
     if not is_address(root) and root.is_file():
         raise NotADirectoryError(f"{root} is a file; give the folder that holds {system.name}/data/<split>/*.hdf5")
-    return [root / system.name, root / "datasets" / system.name, root]
+    return [root / system.name, root / "datasets" / system.name, root, *([root.parent] if root.name == "data" else [])]
 
 
 def hdf5_files(folder: Path, pattern: str) -> list[Path]:
-    "The HDF5 files that fit a pattern, sorted; hidden ones are left out."
-    return sorted(p for p in folder.glob(pattern) if p.suffix in (".h5", ".hdf5") and not p.name.startswith("."))
+    "The HDF5 files that fit a pattern, sorted; hidden ones are left out. None where a store has no such folder."
+
+    def ask() -> list[Path]:
+        return list(folder.glob(pattern))
+
+    try:
+        found = ask_store(folder, "its files were", ask) if is_address(folder) else ask()
+    except FileNotFoundError:  # pathlib finds nothing where a store may raise this
+        return []
+    return sorted(p for p in found if p.suffix in (".h5", ".hdf5") and not p.name.startswith("."))
 
 
 def _first_with(root: Path, system: System, pattern: str) -> tuple[Path | None, list[Path]]:
     "The first of these folders that has such files of the system, and the files."
     for folder in _folders(root, system):
         files = hdf5_files(folder, pattern)
-        if files and (folder != root or is_of(files[0], system)):  # the name of a bare root is no evidence
+        if files and (folder not in (root, root.parent) or is_of(files[0], system)):  # their names are no evidence
             return folder, files
     return None, []
 
 # %% ../../nbs/data/sets.ipynb #ab8caf66
 def find_folder(root: str | os.PathLike, system: System | str) -> Path:
     """The folder of a dataset: below the root by its name, in `datasets/` as the-well-download leaves it, or the root
-    itself if its files are of that system. FileNotFoundError if there is none."""
+    itself (or the one above, of a root `data`) if its files are of that system. FileNotFoundError if there is none."""
     root = as_path(root)
     system = get_system(system) if isinstance(system, str) else system
     folder, _ = _first_with(root, system, "data/*/*")
@@ -62,7 +70,7 @@ def find_files(root: str | os.PathLike, system: System | str, split: str) -> lis
     _, files = _first_with(root, system, f"data/{glob.escape(split)}/*")
     if not files:
         folders = [folder / "data" for folder in _folders(root, system)]
-        splits = [str(d) for folder in folders for d in sorted(folder.glob("*")) if hdf5_files(d, "*")]
+        splits = dict.fromkeys(str(p.parent) for folder in folders for p in hdf5_files(folder, "*/*"))
         exist = f"splits with files: {', '.join(splits)}" if splits else "there are no files of any split"
         tried = " or ".join(str(folder / split) for folder in folders)
         raise FileNotFoundError(f"no .h5 or .hdf5 files of {system.name} in {tried}; {exist}")

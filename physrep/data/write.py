@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from ..core.files import atomic_path
+from .remote import is_address
 from .sets import STATS, find_files
 from .well import INITIAL_CONDITION, WRITTEN_BY, WellFile, WellFormatError
 from ..physics.systems import System, get_system
@@ -242,6 +243,10 @@ def write_stats(dataset_dir: str | os.PathLike, system: System | str, split: str
         parts = {f.name: numbers[system.channel_slice(f.name)] for f in system.fields}
         by_field[key] = {f.name: parts[f.name].reshape((len(system.axes),) * f.rank).tolist() for f in system.fields}
     path = paths[0].parents[2] / "stats.yaml"
-    with atomic_path(path) as partial:
-        partial.write_text(yaml.safe_dump(by_field, sort_keys=False))
+    text = yaml.safe_dump(by_field, sort_keys=False)
+    if is_address(path):
+        path.write_text(text)
+    else:
+        with atomic_path(path) as partial:
+            partial.write_text(text)
     return path

@@ -214,15 +214,20 @@ class Comparison:
         return next(name for name in self.order if name in self.features)
 
     @cached_property
-    def ties(self) -> list[str]:
-        "What is not told apart from the best: the interval of the difference between the errors does not exclude zero."
+    def _alike(self) -> dict[str, list[str]]:
+        "For each other reader the labels, and `mean`, of which its error is not told apart from that of the best."
         about = (self.truth, self.groups, self.scaler.system, self.scaler)
-        found = []
+        found = {}
         for name in (name for name in self.order if name not in (self.best, "equations")):
             pair = ([self.predictions[name]], [self.predictions[self.best]])
             rows = difference_seeds(*pair, *about, seeded=(False, False))
-            found += [name for r in rows if (r["label"], r["metric"]) == ("mean", "mse") and not r["low"] > 0]
+            found[name] = [r["label"] for r in rows if r["metric"] == "mse" and not r["low"] > 0]
         return found
+
+    @property
+    def ties(self) -> list[str]:
+        "What is not told apart from the best: the interval of the difference between the errors does not exclude zero."
+        return [name for name, labels in self._alike.items() if "mean" in labels]
 
     @property
     def title(self) -> str:
@@ -233,6 +238,8 @@ class Comparison:
         error = self.table[self.table.label == "mean"].set_index("reader").error
         others = [f"{name} {error[name]:.2g}" for name in ("constant", "equations") if name in error]
         more = f"; not told apart from it: {', '.join(self.ties)}" if self.ties else ""
+        if unread := self._alike["constant"]:
+            more += f"; {', '.join(unread)} may be read no better than by a constant"
         return f"{what}: read best from {self.best}, error {error[self.best]:.2g} ({', '.join(others)}){more}"
 
     def plot(self) -> Figure:
@@ -242,7 +249,10 @@ class Comparison:
         table = table.assign(**table[["value", "low", "high"]].clip(lower=1e-3), filled=~table.line.isin(self.ties))
         panels = {label: label for label in [*self.scaler.system.label_names, "mean"]}
         return plot_marks(
-            table, title=in_lines(self.title, 95), at=1.0, at_label="a constant", lines=self.order, panels=panels
+            table,
+            title=in_lines(self.title, 80),
+            lines=self.order,
+            panels=panels,
         )
 
     def coverage(self, reader: str = "", level: float = 0.9) -> pd.Series:
@@ -282,7 +292,8 @@ class Comparison:
 
     def __repr__(self) -> str:
         left_out = "".join(f"\nleft out: {name}: {why}" for name, why in self.left_out.items())
-        return f"{self.title}\n\n{self.text.to_string()}{left_out}"
+        clips = f"{len(self.windows)} clips of {self.windows.frames} frames"
+        return f"{self.title}\n\n{self.text.to_string()}\n\n{clips}{left_out}"
 
     def _repr_html_(self) -> str:
         left_out = "".join(f"<p>Left out: {name}. {why}</p>" for name, why in self.left_out.items())
