@@ -14,7 +14,7 @@ BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAME
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync"
 LOCAL = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"  # the page needs nothing from elsewhere
-FRAMES = 24
+FRAMES = 32
 
 if BROWSER is None:
     pytest.skip(
@@ -44,14 +44,15 @@ def free_port() -> int:
 
 def answers(page, inside: str) -> list[list[str]]:
     "The rows of the table in a part of the page."
-    rows = page.locator(f"{inside} .physrep-table tbody tr").all()
+    rows = page.locator(f"{inside} .physrep-numbers tr:has(td)").all()
     return [[cell.inner_text() for cell in row.locator("td").all()] for row in rows]
 
 
 def rows_of(table: str) -> list[list[str]]:
     "The same rows from a table of the library."
-    lines = re.findall(r"<tr>(.*?)</tr>", html.unescape(table), re.S)
-    return [re.findall(r"<td>(.*?)</td>", line) for line in lines]
+    lines = re.findall(r"<tr>(<td>.*?)</tr>", table)
+    cells = [re.findall(r"<td>(.*?)</td>", line) for line in lines]
+    return [[html.unescape(re.sub("<.*?>", "", cell)) for cell in row] for row in cells]
 
 
 def enter(page, inside: str, value: str) -> None:
@@ -65,3 +66,15 @@ def wait_for(page, values: str) -> None:
     "Waits until the page says that it has solved and read the flow of these parameters."
     page.locator(".physrep-answers tr", has_text="the truth").filter(has_text=values).wait_for()
     page.locator(".physrep-status", has_text=f"Solved {FRAMES} frames").wait_for()
+
+
+def cut_off(page) -> list[str]:
+    "The parts of the page that are wider than the cell or that scroll sideways."
+    return page.locator(".physrep-page").evaluate(
+        """page => {
+            const edge = page.getBoundingClientRect().right
+            const bad = e => e.getBoundingClientRect().right > edge + 1
+            const scrolls = e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX == 'auto'
+            return [...page.querySelectorAll('*')].filter(e => bad(e) || scrolls(e)).map(e => e.className)
+        }"""
+    )

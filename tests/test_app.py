@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from browser import FRAMES, answers, enter, free_port, open_browser, rows_of, wait_for
+from browser import FRAMES, answers, cut_off, enter, free_port, open_browser, rows_of, wait_for
 
+from physrep.data.convert import convert
 from physrep.explore.page import answers_html
 from physrep.explore.perturb import Change, before_and_after, changes_html, rests_on, rests_png
 from physrep.explore.readers import Session
@@ -53,7 +54,7 @@ def address(data_dir):
 
 @pytest.fixture(scope="module")
 def page(address):
-    with open_browser(width=1880, height=860) as page:
+    with open_browser(width=1400, height=1000) as page:
         page.goto(address)
         yield page
 
@@ -74,7 +75,7 @@ def keep(page, tmp_path_factory):
 def middle() -> Session:
     "The flow of the first four tabs: parameters from the middle of the training, the first initial condition."
     session = Session("shear_flow")
-    session.simulate({k: r.middle for k, r in session.ranges.items()}, frames=FRAMES, seed=1)
+    session.simulate({k: r.middle for k, r in session.ranges.items()}, frames=FRAMES, seed=3)
     return session
 
 
@@ -97,16 +98,26 @@ def test_only_who_has_the_token_and_comes_by_the_name_of_this_machine_gets_a_ker
         assert asked(address, path, **headers) == 403
 
 
-def test_sliders_solve_and_the_answers_are_those_of_the_library(page, keep, middle):
+def test_the_page_opens_with_the_window_that_is_read_and_fits_narrow_screens(page, keep):
     wait_for(page, "1,130")
-    assert answers(page, ".physrep-answers") == rows_of(answers_html(middle.read(FRAMES - 16)))
+    film = page.locator(".physrep-film img")
+    assert page.locator(".physrep-film .widget-readout").inner_text() == f"{FRAMES - 16}", "not the first stripes"
+    for width in (400, 800, 1400):
+        page.set_viewport_size({"width": width, "height": 1000})
+        assert film.bounding_box()["y"] + film.bounding_box()["height"] < 1000, "it is seen at once"
+        assert cut_off(page) == []
+    keep("2_live_probe")
+
+
+def test_sliders_solve_and_the_answers_are_those_of_the_library(page, middle):
+    wait_for(page, "1,130")
+    assert answers(page, ".physrep-answers") == rows_of(answers_html(middle.read(FRAMES - 16), middle.ranges))
     assert "import" not in page.inner_text("body"), "no source is shown"
     enter(page, ".physrep-Reynolds", "700")
     wait_for(page, "700")
     session = Session("shear_flow")
-    session.simulate({"Reynolds": 700.0, "Schmidt": session.ranges["Schmidt"].middle}, frames=FRAMES, seed=1)
-    assert answers(page, ".physrep-answers") == rows_of(answers_html(session.read(FRAMES - 16)))
-    keep("2_live_probe")
+    session.simulate({"Reynolds": 700.0, "Schmidt": session.ranges["Schmidt"].middle}, frames=FRAMES, seed=3)
+    assert answers(page, ".physrep-answers") == rows_of(answers_html(session.read(FRAMES - 16), session.ranges))
     enter(page, ".physrep-Reynolds", "4000")
     page.locator(".physrep-beyond", has_text="Beyond the training").wait_for()
     wait_for(page, "4,000")
@@ -117,10 +128,11 @@ def test_data_are_made_on_the_spot_and_shown(page, keep, data_dir):
     page.locator(".physrep-status", has_text="There is no data set of this flow yet").wait_for()
     page.locator(".physrep-make").click()
     page.locator(".physrep-status", has_text="Made 3 flows").wait_for()
-    page.locator(".physrep-read tr", has_text="the truth").wait_for()
+    page.locator(".physrep-read tr", has_text="the truth").first.wait_for()
     path = next(iter(parameters_in(data_dir / "explore" / "shear_flow", "shear_flow", "flows").values()))
     flow = open_flow(path, "shear_flow")
-    assert answers(page, ".physrep-read") == rows_of(answers_html(Session("shear_flow").read(0, flow)))
+    session = Session("shear_flow")
+    assert answers(page, ".physrep-read") == rows_of(answers_html(session.read(0, flow), session.ranges))
     keep("1_data")
 
 
@@ -136,7 +148,7 @@ def test_a_click_on_a_point_of_the_map_shows_its_window_and_neighbours(page, kee
 
 def test_what_is_changed_or_hidden_moves_the_answers_as_the_library_says(page, keep, middle):
     page.get_by_role("tab", name="What it saw").click()
-    page.locator(".physrep-changes tr", has_text="Equation oracle").wait_for()
+    page.locator(".physrep-changes tr", has_text="equation oracle").first.wait_for()
     undo = page.get_by_role("button", name="Undo all").click
     steps = [
         (lambda: enter(page, ".physrep-noise", "0.5"), Change(noise=0.5)),
@@ -172,19 +184,29 @@ def test_the_map_of_what_answers_rest_on_is_that_of_the_library(page, middle):
     assert bytes(shown) == rests_png(maps, middle.flow)
 
 
+def load(page, path: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator(".physrep-upload").click()
+    chooser.value.set_files(path)
+
+
 def test_a_flow_of_the_user_is_checked_and_read(page, keep, tmp_path):
     page.get_by_role("tab", name="Your flow").click()
     session = Session("shear_flow")
     flow = session.simulate({"Reynolds": 900.0, "Schmidt": 1.0}, frames=20, seed=7)
     np.save(tmp_path / "flow.npy", flow.fields)
-    with page.expect_file_chooser() as chooser:
-        page.locator(".physrep-upload").click()
-    chooser.value.set_files(tmp_path / "flow.npy")
+    load(page, tmp_path / "flow.npy")
     page.locator(".physrep-status", has_text="All fits").wait_for()
-    page.locator(".physrep-yours tr", has_text="Equation oracle").wait_for()
-    wanted = rows_of(answers_html(session.read(0, flow)))
+    page.locator(".physrep-yours tr", has_text="equation oracle").first.wait_for()
+    assert page.locator(".physrep-yours .physrep-note", has_text="nothing was kept").count() == 1, "of unlike clips"
+    wanted = rows_of(answers_html(session.read(0, flow), session.ranges))
     assert answers(page, ".physrep-yours") == [row for row in wanted if row[0] != "the truth"], "an array has no labels"
     keep("5_your_flow")
+    fields, labels = np.moveaxis(flow.fields, 0, -1)[None], dict(zip(flow.system.label_names, flow.labels))
+    convert("shear_flow", tmp_path, fields, labels, dt=flow.dt, box=flow.box, split="test")
+    load(page, next(tmp_path.rglob("*.hdf5")))
+    page.locator(".physrep-yours tr", has_text="the truth").first.wait_for()
+    assert answers(page, ".physrep-yours") == wanted, "a file of physrep convert says its labels, too"
 
 
 def test_a_page_that_is_left_ends_its_kernel(page, address):

@@ -315,9 +315,9 @@ UPLOADS = [
     ("a.npy", bytes(8_000_001), "8.0 MB; at most 8 MB can be uploaded"),
     ("a.npy", PICKLE, "no whole .npy file"),
     ("a.npy", npy(zeros(4, 2, 8, 8))[:-4], "no whole .npy file"),
-    ("a.npy", npy(zeros(3, 2, 8, 8)), "wanted is (4, time, x, y), with the channels tracer"),
-    ("a.npy", npy(zeros(4, 2, 8, 8) + np.inf), "512 values of the file are not finite"),
-    ("a.npy", npy(np.full((4, 2, 8, 8), "x")), "real numbers are wanted"),
+    ("a.npy", npy(zeros(3, 2, 8, 8)), "a letter for each, such as axes='ntxyc'", "c = 4 components"),
+    ("a.npy", npy(zeros(4, 2, 8, 8) + np.inf), "NaN or infinity in frame 0"),
+    ("a.npy", npy(np.full((4, 2, 8, 8), "x")), "Give real numbers"),
     ("a.hdf5", PICKLE, "not an HDF5 file"),
 ]
 

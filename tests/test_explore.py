@@ -2,22 +2,31 @@
 
 import io
 import math
+import re
 import shutil
 import types
+import warnings
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
+from physrep.data.scaling import LabelScaler
+from physrep.data.windows import Windows
 from physrep.explore import sets
 from physrep.explore.latent import token_colours
+from physrep.explore.live import LiveTab
+from physrep.explore.page import bar_html
 from physrep.explore.pictures import at_even_heights
 from physrep.explore.readers import Session, encoder_folders, encoder_info, explorable_systems
-from physrep.explore.solve import cell_centres, fine_enough, solve
-from physrep.models.pretrained import SHIPPED
+from physrep.explore.solve import Flow, ParameterRange, cell_centres, fine_enough, solve
+from physrep.explore.your_flow import open_upload, unlike_html
+from physrep.models.pretrained import SHIPPED, load_encoder
 from physrep.physics.spectral import SimulationBlewUp
 from physrep.physics.systems import get_system
+from physrep.probing.frozen import probe_encoder
 from physrep.training.presets import get_preset
 from physrep.training.run import build, resolve
 
@@ -96,6 +105,64 @@ def test_a_code_is_one_token_and_has_one_colour():
     loaded = types.SimpleNamespace(encoder=encoder, embed=lambda window, dt, pool: tokens)
     colours = token_colours(loaded, np.zeros((4, *run.clip_shape), np.float32), 0.2)
     assert colours.shape == (*grid, 3) and np.isfinite(colours).all()
+
+
+def test_the_page_opens_with_a_flow_that_has_rolled_up():
+    tab = LiveTab()
+    assert tab.system.value == "shear_flow" and tab.runner.wait(60)
+    dye = tab.session.flow.fields[0, tab.player.slider.value]
+    assert tab.player.play.value == tab.player.slider.value == tab.start.value > 0
+    assert (dye - dye.mean(0)).std() > 0.7 * dye.std() > 0.1, "dye that differs along x, and is there"
+
+
+def test_an_answer_stands_on_its_bar_where_it_lies_in_the_range():
+    about = ParameterRange("Reynolds", 100.0, 10_000.0, (1000.0, 1000.0), log=True)
+    row = types.SimpleNamespace(kind="encoder", predicted=-1.0, low=1000.0, high=1e6, true=math.nan)
+    bar = bar_html(about, row)
+    assert re.findall(r'physrep-(\w+)" style="([^"]*)"', bar) == [
+        ("bar", "color:#0072B2"),
+        ("trained", "left:50.0%;width:0.0%"),
+        ("span", "left:50.0%;width:50.0%"),
+        ("says", "left:0.0%"),
+    ]
+
+
+def test_a_probe_that_kept_its_clips_says_how_unlike_a_window_is(smoke_data, tmp_path):
+    encoder = load_encoder("shear_flow-forecast-vit")
+    windows = {s: Windows(smoke_data, "shear_flow", s, frames=16, stride=16) for s in ("train", "valid")}
+    scaler = LabelScaler.fit(encoder.system, windows["train"].labels)
+    found = probe_encoder(encoder, windows, scaler, get_preset("smoke"), probes=["linear"], progress=False)
+    folder = tmp_path / "shear_flow" / "forecast-vit-01234567" / "seed0"
+    shutil.copytree(SHIPPED / "shear_flow-forecast-vit", folder)
+    found.probes["linear"].save(folder / "probe-linear.safetensors")
+    session = Session("shear_flow", runs=tmp_path)
+    session.choose([next(title for title in session.folders if "01234567" in title)])
+    flow = Flow.in_box(session.system, windows["train"].read([0])[0].numpy(), windows["train"].files[0].dt, (1.0, 1.0))
+    for factor, words in ((1.0, "physrep-good"), (4.0, "of them it does not know")):
+        with warnings.catch_warnings(action="error"):
+            table = session.read(0, replace(flow, fields=factor * flow.fields))
+        assert words in unlike_html(table)
+    linear = table[table.reader.str.contains("linear probe") & (table.kind == "encoder")]
+    assert (linear.low < 410).any() and (linear.distance > 1.5).all(), "the interval is all that there is"
+    assert "nothing was kept" in unlike_html(table), "the attentive probe, which is the shipped one"
+
+
+@pytest.mark.parametrize("names", [("tracer", "pressure", "velocity"), ("all",)])
+def test_datasets_of_an_hdf5_file_are_read_as_convert_reads_them(session, tmp_path, names):
+    fields = np.moveaxis(session.flow.fields, 0, -1)
+    parts = {"tracer": fields[..., 0], "pressure": fields[..., 1], "velocity": fields[..., 2:], "all": fields}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name in names:
+            file[f"run/{name}"] = np.stack([parts[name]] * 2)
+    flow = open_upload(tmp_path / "a.h5", session.system, 0.2, (1.0, 1.0))
+    assert np.array_equal(flow.fields, session.flow.fields) and flow.title == "the first of 2 flows"
+
+
+def test_datasets_that_are_no_channels_are_told(session, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["u"], file["v"] = np.zeros((2, 20, 8, 8))
+    with pytest.raises(ValueError, match="has the arrays u, v; give a dataset for each of tracer, pressure, velocity"):
+        open_upload(tmp_path / "a.h5", session.system)
 
 
 def test_data_sets_are_found_in_order_and_closed_folders_left_out(tmp_path, smoke_data, monkeypatch):

@@ -448,7 +448,7 @@ def test_a_small_upload_that_unpacks_to_much_is_refused(tmp_path):
 
 
 def test_frames_that_are_not_there_are_not_made_up():
-    flow = your_flow.flow_from_array(np.zeros((4, 16, 32, 32)), SYSTEM, 1e6, (1.0, 1.0))
+    flow = your_flow.flow_from_arrays(np.zeros((4, 16, 32, 32)), SYSTEM, 1e6, (1.0, 1.0))
     info = {"shape": (16, 32, 32), "dt": 0.2, "channels": SYSTEM.channels, "mean": [0.0] * 4, "std": [1.0] * 4}
     with pytest.raises(ValueError, match="this cannot be resampled: time between frames"):
         your_flow.resample(flow, info)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import ipywidgets as widgets
 import numpy as np
 
-from .page import WIDE, Runner, Tab, answers_html, hidden_image, hide, paragraph, show_image, slider
-from .pictures import answers_png, label_word, number
+from .page import WIDE, Runner, Tab, answers_html, paragraph, slider
+from .pictures import label_word, number
 from .readers import Session
 from .solve import ParameterRange
 
@@ -48,9 +48,9 @@ def warning(session: Session, values: dict[str, float]) -> str:
 
 # %% ../../nbs/explore/live.ipynb #cb5bb723
 INTRO = (
-    "<b>Change the physics, and see who can tell.</b> Our solver computes a flow for the parameters that you choose."
-    " Then encoders, which were trained without being told any parameter, and small heads on top of them say from 16"
-    " frames what the parameters were. Summary statistics and the equation itself say it, too."
+    "<b>Change the physics, and see who can tell.</b> Our solver computes the flow. Probes of an encoder that was"
+    " never told a parameter read 16 frames of it, and say what the parameters are and how sure they are. So do summary"
+    " statistics and the equation itself."
 )
 
 
@@ -71,16 +71,17 @@ class LiveTab(Tab):
         self.simulate.add_class("physrep-simulate")
         self.runner = Runner([self.simulate])
         self.warn = widgets.HTML(layout=WIDE).add_class("physrep-beyond")
-        self.answers, self.table = hidden_image(740), widgets.HTML().add_class("physrep-answers")
+        self.table = widgets.HTML(layout=WIDE).add_class("physrep-answers")
         several = [self.encoders, widgets.HTML(paragraph("Ctrl or ⌘ takes several at once."))]
         more = widgets.Accordion([widgets.VBox(several)], titles=["Which encoders"], layout=WIDE)
         physics = [self.system, self.parameters, self.seed, self.strength, self.start]
         self.arrange(
             INTRO,
             controls=[*physics, self.warn, self.auto, self.runner.box, more],
-            film=[widgets.HBox([self.channel, self.arrows]), self.player.box],
-            answers=[self.answers, self.table],
+            film=[self.colours, self.player.box],
+            answers=[self.table],
         )
+        self.box.add_class("physrep-live")
         self.runner.when(self.choose, self.system)
         self.runner.when(self.run, self.simulate)
         self.runner.when(self.moved, self.seed, self.strength)
@@ -111,7 +112,8 @@ class LiveTab(Tab):
         self.encoders.options = list(session.folders)
         self.encoders.value = tuple(session.encoders)
         self.table.value, self.warn.value = "", ""
-        hide(self.answers)
+        still = session.blank(session.length(self.frames))  # a page that is just opening misses a later change of frame
+        self.player.show(session.picture(self.channel.value, self.start.value, still), self.start.value)
         self.run()
 
     def moved(self) -> None:
@@ -158,8 +160,7 @@ class LiveTab(Tab):
         session.choose(self.encoders.value)
         table = session.read(self.start.value)
         read = f"read by {len(session.readers)} readers in {time.perf_counter() - began:.2f} s"
-        show_image(self.answers, answers_png(table, session.ranges))
-        self.table.value = answers_html(table)
+        self.table.value = answers_html(table, session.ranges)
         if self.solved == self.physics:
             steps = (session.flow.n_frames - 1) * round(session.sim.frame_dt / session.sim.dt)
             solved = f"Solved {session.flow.n_frames} frames ({steps} time steps or more) in {self.seconds:.2f} s"

@@ -84,7 +84,7 @@ def changes_html(table: pd.DataFrame) -> str:
         moved = f"{100 * (row.predicted - row.before) / abs(row.before):+.0f} %"
         return number(row.before), number(row.predicted), moved
 
-    return readers_html(table, ["{} before", "{} now", "moved by"], cells)
+    return readers_html(table, lambda label: ("before", "now", "moved by"), cells)
 
 # %% ../../nbs/explore/perturb.ipynb #ce97f4b9
 def rests_on(

@@ -9,6 +9,7 @@ __all__ = ['SHOWN_PROBES', 'STATISTICS_HEADS', 'encoder_info', 'shipped_folders'
 
 # %% ../../nbs/explore/readers.ipynb #2d4ab631
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,6 +28,7 @@ from ..physics.statistics import summary_statistics
 from ..physics.systems import System, get_system
 from ..probing.features import Features
 from ..probing.frozen import Probe, load_probe
+from ..probing.unlike import distance, unlike_text
 from ..results.rows import title_of
 from ..training.presets import get_preset
 
@@ -46,9 +48,8 @@ def shipped_folders(system: str) -> list[Path]:
 
 
 def explorable_systems() -> list[str]:
-    "The systems that can be simulated and have an encoder in the package, convection first."
-    names = [name for name in get_preset("laptop").sims if shipped_folders(name)]
-    return sorted(names, key=lambda name: name != "rayleigh_benard")
+    "The systems that can be simulated and have an encoder in the package."
+    return [name for name in get_preset("laptop").sims if shipped_folders(name)]
 
 
 def encoder_folders(system: str, runs: str | Path | None = None) -> dict[str, Path]:
@@ -80,24 +81,30 @@ class Reader:
     predict: Callable[[np.ndarray, Flow], np.ndarray]  # to physical values (1, n_labels)
     probe: Probe | None = None  # that gives intervals
     errors: Mapping[str, float] = field(default_factory=dict)  # label -> median relative error on `test`
+    unlike: Callable[[np.ndarray, Flow], pd.DataFrame] | None = None  # to a table of `unlikeness`, if the probe knows
 
 
 def read_window(readers: Sequence[Reader], flow: Flow, start: int, frames: int) -> pd.DataFrame:
     """A row for each reader and label of the window that starts at a frame. `true` is NaN where the parameters of the
-    flow are not known, and `low` and `high` where a reader gives no interval."""
+    flow are not known, `low` and `high` where a reader gives no interval, and `distance` from the clips of training
+    where its probe has not kept what they looked like; `unlike` says in what the window differs."""
     window, rows = flow.window(start, frames), []
     truth = flow.labels or [np.nan] * len(flow.system.labels)
     for reader in readers:
         values = reader.predict(window, flow)
-        low, high = reader.probe.interval(values) if reader.probe else np.full((2, *values.shape), np.nan)
+        table = reader.unlike(window, flow) if reader.unlike else None
+        far, text = (np.nan, "") if table is None else (distance(table)[0], unlike_text(table))
+        nothing = np.full((2, *values.shape), np.nan)
+        low, high = reader.probe.interval(values, unlike=table) if reader.probe else nothing
         for i, label in enumerate(flow.system.label_names):
             about = {"reader": reader.name, "kind": reader.kind, "label": label, "true": truth[i]}
             numbers = {"predicted": float(values[0, i]), "low": float(low[0, i]), "high": float(high[0, i])}
-            rows.append(about | numbers | {"test_error": reader.errors.get(label, np.nan)})
+            seen = {"test_error": reader.errors.get(label, np.nan), "distance": far, "unlike": text}
+            rows.append(about | numbers | seen)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/explore/readers.ipynb #38357968
-STATISTICS_HEADS = {"linear": "linear", "kernel": "kernel ridge"}  # probe -> what it is called
+STATISTICS_HEADS = ("linear", "kernel")  # probes of statistics
 
 
 @lru_cache(maxsize=64)
@@ -121,22 +128,30 @@ def _about(flow: Flow) -> dict:
 def encoder_reader(title: str, folder: Path, head: str, errors: Mapping[str, float]) -> Reader:
     "The reader that is an encoder with one of its probes."
     probe = load_probe(folder / f"probe-{head}.safetensors")
-    predict = lambda window, flow: probe.predict_fields(cached_encoder(folder), window, dt=flow.dt)  # noqa: E731
-    return Reader(f"{title}, {head} head", "encoder", predict, probe, errors)
+
+    def predict(window: np.ndarray, flow: Flow) -> np.ndarray:
+        with warnings.catch_warnings(action="ignore"):  # of unlike clips: the table says it
+            return probe.predict_fields(cached_encoder(folder), window, dt=flow.dt)
+
+    def unlike(window: np.ndarray, flow: Flow) -> pd.DataFrame:
+        return probe.unlike(cached_encoder(folder), window, dt=flow.dt)
+
+    knows = unlike if "seen.features.points" in probe.arrays else None
+    return Reader(f"{title}, {head} probe", "encoder", predict, probe, errors, knows)
 
 
 def statistics_reader(head: str, probe: Probe, errors: Mapping[str, float]) -> Reader:
-    "The reader that is summary statistics with a head."
+    "The reader that is summary statistics with a probe."
 
     def predict(window: np.ndarray, flow: Flow) -> np.ndarray:
         x = torch.from_numpy(summary_statistics(window, **_about(flow))[:, None].astype(np.float32))
         return probe.predict(Features(x, np.zeros((1, len(flow.system.labels))), np.zeros(1)))
 
-    return Reader(f"Summary statistics, {STATISTICS_HEADS[head]}", "statistics", predict, probe, errors)
+    return Reader(f"statistics, {head} probe", "statistics", predict, probe, errors)
 
 
 def readers_for(system: System, encoders: Mapping[str, Path]) -> list[Reader]:
-    "The readers of a system: each of these encoders with each head, then the statistics and the equation."
+    "The readers of a system: each of these encoders with each probe, then the statistics and the equation."
     shipped = shipped_folders(system.name)[0]
     statistics = {head: load_probe(shipped / f"statistics-{head}.safetensors") for head in STATISTICS_HEADS}
     known = statistics["linear"].info["test_errors"]  # of all readers, when the encoders were taken
@@ -151,7 +166,7 @@ def readers_for(system: System, encoders: Mapping[str, Path]) -> list[Reader]:
     if has_oracle(system):
         solve_equation = lambda window, flow: equation_oracle(window, **_about(flow))  # noqa: E731
         errors = known.get("equations/oracle", {})
-        found.append(Reader("Equation oracle (is told the equation)", "equations", solve_equation, errors=errors))
+        found.append(Reader("equation oracle", "equations", solve_equation, errors=errors))
     return found
 
 # %% ../../nbs/explore/readers.ipynb #e61c503f

@@ -138,7 +138,7 @@ class DataTab(Tab):
         self.arrange(
             INTRO,
             controls=[*choices, self.runner.box],
-            film=[widgets.HBox([self.channel, self.arrows]), self.player.box],
+            film=[self.colours, self.player.box],
             answers=[self.facts, self.table],
         )
         self.runner.when(self.choose_system, self.system)
@@ -190,7 +190,8 @@ class DataTab(Tab):
         self.player.show(picture)
         grid, here = self.session.info["shape"][1:], self.flow.fields.shape[2:]
         if on_grid(self.flow, grid):
-            self.table.value = answers_html(self.session.read(self.start.value, self.flow))
+            table = self.session.read(self.start.value, self.flow)
+            self.table.value = answers_html(table, self.session.ranges)
         else:
             sizes = (f"{h} x {w}" for h, w in (grid, here))
             self.table.value = "Nothing: the encoder reads flows on {} points, and this one has {}.".format(*sizes)
