@@ -16,6 +16,14 @@ from physrep.core.files import project_root
 ROOT = project_root()
 
 
+def readme_lines() -> str:
+    "The Python of the README, with fewer flows and seconds in place of minutes."
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    shorter = code.replace('"shear_flow", 100', '"shear_flow", 15').replace("minutes=2", "minutes=0.02")
+    assert shorter.count("15)") == shorter.count("0.02") == 1
+    return shorter
+
+
 def row(**changes: object) -> dict:
     "A row of a results table, with some of its values changed."
     base = {

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import readme_lines
 
 from physrep.data.generate import make_dataset
 from physrep.objectives.methods import objective_class
@@ -64,15 +65,37 @@ def test_every_module_is_a_notebook_of_the_same_name():
     assert modules == {p.relative_to(ROOT / "nbs").with_suffix("") for p in (ROOT / "nbs").glob("*/*.ipynb")}
 
 
-def test_wheel_and_sdist_work_without_the_repository(tmp_path):
-    copy = tmp_path / "source"
+def build_dist(folder: Path) -> tuple[Path, Path]:
+    "Wheel and sdist of the last commit, in <folder>/dist."
+    copy = folder / "source"
     copy.mkdir()
-    subprocess.run(["git", "-C", str(ROOT), "archive", "--output", str(tmp_path / "source.tar"), "HEAD"], check=True)
-    subprocess.run(["tar", "-xf", str(tmp_path / "source.tar"), "-C", str(copy)], check=True)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(copy)]
+    subprocess.run(["git", "-C", str(ROOT), "archive", "--output", str(folder / "source.tar"), "HEAD"], check=True)
+    subprocess.run(["tar", "-xf", str(folder / "source.tar"), "-C", str(copy)], check=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    wheel, sdist = next((tmp_path / "dist").glob("*.whl")), next((tmp_path / "dist").glob("*.tar.gz"))
+    return next((folder / "dist").glob("*.whl")), next((folder / "dist").glob("*.tar.gz"))
+
+
+@pytest.mark.long  # installs torch
+def test_lines_of_the_readme_run_in_an_environment_that_has_the_wheel_alone(tmp_path):
+    wheel, _ = build_dist(tmp_path)
+    python, elsewhere = tmp_path / "empty" / "bin" / "python", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for command in (
+        [sys.executable, "-m", "venv", str(tmp_path / "empty")],
+        [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt"), str(wheel)],
+        [str(python), "-c", readme_lines()],
+    ):
+        options = dict(cwd=elsewhere, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "random weights of mine" in done.stdout
+
+
+def test_wheel_and_sdist_work_without_the_repository(tmp_path):
+    wheel, sdist = build_dist(tmp_path)
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
         z.extractall(tmp_path / "site")
