@@ -270,8 +270,8 @@ def plot_tuning(table: pd.DataFrame, rows: Sequence[Row] = ROWS, length: float =
     known = {row.name: row for row in rows}
     networks = ["ViT" if "vit" in known[name].encoder else "other networks" for name in table.row]
     read = table.assign(panel=list(zip(table.by.replace("valid_loss", "lr"), networks))).dropna(subset="error")
-    tried = {panel for panel in read.panel if read[panel[0]][read.panel == panel].notna().any()}
-    read = read[read.panel.isin(tried)] if tried else read
+    tried = [panel for panel, part in read.groupby("panel", sort=False) if part[panel[0]].notna().any()]
+    read = read[[panel in tried or not tried for panel in read.panel]]
     panels, systems = list(dict.fromkeys(read.panel)), ordered(read.system, tuple(SYSTEMS))
     with using_style():
         fig = Figure(figsize=(WIDTH, 1.0 + 2.2 * len(panels)), layout="constrained")
