@@ -80,6 +80,16 @@ def falling() -> tuple[int, int]:
     return int(still.sum()), len(still)
 
 
+def candidate(name: str, column: str, system: str = "shear_flow", row: str = "jepa.circular-convnext") -> str:
+    "What a candidate of tuning has at a quarter of the full length, or without training."
+    found = table("tuning").query("row == @row and system == @system and candidate == @name and length in (0, 4)")
+    return digits(found[column].item())
+
+
+def ahead(frames: int) -> str:
+    return digits(table("predictability").query("system == 'active_matter' and frames == @frames").ridge.item())
+
+
 def speed(reader: str) -> float:
     return table("benchmarks").set_index("reader").windows_per_second[reader]
 
@@ -118,6 +128,23 @@ PAGE: dict[str, Callable[[], tuple]] = {
         *verdicts("over_random", "better"),
         len(table("over_random")),
         *verdicts("over_random", "worse"),
+    ),
+    r"ConvNeXt explains (\S+) of the variance of its target \(b\), and kernel ridge reads it at (\S+), "
+    r"where random weights have (\S+)\.": lambda: (
+        candidate("b", "gate_r2"),
+        candidate("b", "kernel"),
+        candidate("random", "kernel"),
+    ),
+    r"the error is (\S+) \(e\)\. .*, it is (\S+) \(em\)\. .* read at (\S+) \(c\)": lambda: (
+        candidate("e", "kernel"),
+        candidate("em", "kernel"),
+        candidate("c", "kernel"),
+    ),
+    r"explains (\S+) of the variance of those 4 frames later, and (\S+) of those 8"
+    r".* explains (\S+) of its target": lambda: (
+        ahead(4),
+        ahead(8),
+        candidate("e_w", "gate_r2", "active_matter"),
     ),
     r"without labels is (\S+) on the shear flow, (\S+) in convection and (\S+) in active matter": lambda: (
         digits(best_without_labels("shear_flow")),

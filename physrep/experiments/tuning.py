@@ -325,7 +325,7 @@ def predictability(run: Run, clips: int = 128) -> pd.DataFrame:
 def plot_predictability(table: pd.DataFrame) -> Figure:
     "r squared of the best linear answer, and of a copy (dashed), against the frames ahead; a colour for each system."
     reach = table[table.ridge >= LEAST_R2].groupby("system").frames.max()
-    far = ", ".join(f"{system_title(s).lower()} {reach.get(s, 0)}" for s in table.system.unique())
+    far = ", ".join(f"{system_title(s)} {reach.get(s, 0)}" for s in table.system.unique())
     with using_style():
         fig = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         ax = fig.subplots()
