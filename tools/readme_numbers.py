@@ -80,9 +80,10 @@ def falling() -> tuple[int, int]:
     return int(still.sum()), len(still)
 
 
-def candidate(name: str, column: str, system: str = "shear_flow", row: str = "jepa.circular-convnext") -> str:
-    "What a candidate of tuning has at a quarter of the full length, or without training."
-    found = table("tuning").query("row == @row and system == @system and candidate == @name and length in (0, 4)")
+def candidate(name: str, column: str, system: str = "shear_flow", lengths: tuple = (0, 4)) -> str:
+    "What a candidate on the periodic ConvNeXt has, by default at a quarter of the full length, or untrained."
+    found = table("tuning").query("row == 'jepa.circular-convnext' and system == @system and length in @lengths")
+    found = found[found.candidate == name]
     return digits(found[column].item())
 
 
@@ -140,6 +141,7 @@ PAGE: dict[str, Callable[[], tuple]] = {
         candidate("em", "kernel"),
         candidate("c", "kernel"),
     ),
+    r"beats copying, and its error is (\S+)\.\n": lambda: (candidate("em", "kernel", lengths=(16,)),),
     r"explains (\S+) of the variance of those 4 frames later, and (\S+) of those 8"
     r".* explains (\S+) of its target": lambda: (
         ahead(4),
