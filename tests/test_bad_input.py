@@ -154,6 +154,13 @@ def test_presets(case, tmp_path):
     check(("mine.yaml", *says), read_preset, tmp_path / "mine.yaml")
 
 
+def wall_all_round(file: h5py.File) -> None:
+    "One condition of both axes."
+    one = file.create_group("boundary_conditions/wall")
+    one["mask"] = np.ones((8, 6), bool)
+    one.attrs.update(bc_type="WALL", associated_dims=["x", "y"])
+
+
 WELL = [  # what is done to the file, or put in the place of which part
     (cut, "truncated or damaged, copy or write it again"),
     (lambda p: p.write_bytes(b""), "an empty file"),
@@ -172,6 +179,15 @@ WELL = [  # what is done to the file, or put in the place of which part
     ((TIME, b"soon"), "a part of it is not as in The Well's format"),
     (("dimensions/x", np.arange(3.0)), "dimensions/x has (3,) points, the fields have 8"),
     (("dimensions/x", np.arange(8.0)[::-1].copy()), "dimensions/x must increase; it has a step of -1"),
+    (("dimensions/x", np.arange(8.0) * [[1.0], [2.0]]), "dimensions/x differs by trajectory; write files with a grid"),
+    (
+        lambda p: change(p, lambda f: f[TRACER].attrs.update(time_varying=False)),
+        "tracer is not time_varying; repeat it",
+    ),
+    (
+        lambda p: change(p, wall_all_round),
+        "along x are PERIODIC and WALL, and shear_flow declares 'periodic'; 'periodic'",
+    ),
     (("scalars/Reynolds", 0.0), "Reynolds must be positive (its log10 is the target), got 0.0"),
     (("scalars/Reynolds", np.ones(3)), "must be one number, or one per trajectory, it is (3,)"),
     (("physrep_initial_condition", np.arange(3)), "must be 2 integers, it is int64 (3,)"),

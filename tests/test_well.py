@@ -470,7 +470,9 @@ def test_walls_are_no_periodic_boundary_and_mirror_images_need_heights_from_0_to
     with pytest.raises(ValueError, match="positions along y must be 48 points that lie symmetrically, .* of channel"):
         apply_symmetry(x, still, still == 1, own, HEIGHTS * (HEIGHTS + 3))
     shifted = dataclasses.replace(WALLED, boundary=("periodic", "periodic"))
-    with pytest.raises(WellFormatError, match="boundaries along y are WALL, and .* declares them periodic; declare"):
+    with pytest.raises(WellFormatError, match="boundaries along y are WALL, and .* declares 'periodic'; "):
         WellFile(path, shifted)
+    with pytest.raises(WellFormatError, match="boundaries along x are PERIODIC, and .* declares 'wall'; "):
+        WellFile(path, dataclasses.replace(WALLED, boundary=("wall", "wall")))
     change(path, lambda f: f.pop("boundary_conditions/y_wall_dirichlet"))
     assert WellFile(path, shifted).grid == (64, 48), "nothing is said of y"

@@ -105,18 +105,25 @@ def is_of(path: Path, system: System) -> bool:
 
 # %% ../../nbs/data/well.ipynb #b05d2664
 def _check_boundaries(path: Path, file: h5py.File, system: System) -> None:
-    """WellFormatError for an axis that the system declares periodic, where the file has another condition and no
-    periodic one: clips would be shifted across a wall."""
+    """WellFormatError for an axis that the system declares periodic where the file has another condition at its ends
+    (clips would be shifted across a wall), or between walls where the file has a periodic one."""
     group = file.get("boundary_conditions")
-    said: dict[str, set[str]] = {}  # axis -> kinds
+    said: dict[str, set[str]] = {}  # axis -> kinds at its ends
     for one in group.values() if isinstance(group, h5py.Group) else ():
         axes = [_text(axis) for axis in np.atleast_1d(one.attrs.get("associated_dims", []))]
-        if len(axes) == 1:
-            said.setdefault(axes[0], set()).add(_text(one.attrs.get("bc_type")).upper())
+        kind = _text(one.attrs.get("bc_type")).upper()
+        there = "mask" in one  # where it holds, e.g. on an obstacle
+        mask = _values(path, file, f"{one.name}/mask") if there else np.ones((2,) * len(axes))
+        for i, axis in enumerate(axes):
+            ends = np.moveaxis(mask, i, 0)[[0, -1]].reshape(2, -1)
+            if (ends.all(axis=1) if kind == "WALL" else ends.any(axis=1)).any():  # as The Well's reader has it
+                said.setdefault(axis, set()).add(kind)
     for axis, declared in zip(system.axes, system.boundary):
-        if declared == "periodic" and "PERIODIC" not in said.get(axis, {"PERIODIC"}):
-            found = f"its boundaries along {axis} are {' and '.join(sorted(said[axis]))}"
-            raise WellFormatError(f"{path}: {found}, and {system.name} declares them periodic; declare 'wall'")
+        kinds = said.get(axis, {declared.upper()})
+        if kinds != {"PERIODIC"} if declared == "periodic" else "PERIODIC" in kinds:
+            found = f"its boundaries along {axis} are {' and '.join(sorted(kinds))}"
+            rule = "'periodic' is for PERIODIC alone, 'wall' for all others"
+            raise WellFormatError(f"{path}: {found}, and {system.name} declares {declared!r}; {rule}")
 
 # %% ../../nbs/data/well.ipynb #bfd0aa82
 def _member(path: Path, file: h5py.File, key: str, kind: Any = h5py.Dataset) -> Any:
@@ -207,6 +214,10 @@ def _read_fields(path: Path, file: h5py.File, system: System) -> tuple[list[_Sto
     stored, states, base = [], {}, None
     for f in system.fields:
         dataset = _member(path, file, f"t{f.rank}_fields/{f.name}")
+        flags = ("sample_varying", "time_varying", "dim_varying")
+        if constant := [flag for flag in flags if not np.all(dataset.attrs.get(flag, True))]:
+            what = f"is not {' and '.join(constant)}; repeat it for each trajectory, frame and point"
+            raise WellFormatError(f"{path}: {dataset.name} {what}")
         components = (len(system.axes),) * f.rank
         if base is None and dataset.ndim == 4 + f.rank:
             base = dataset.shape[:4]
@@ -247,8 +258,12 @@ def _read_time(path: Path, file: h5py.File, system: System, shape: tuple[int, ..
 
 # %% ../../nbs/data/well.ipynb #c4249276
 def _points(path: Path, file: h5py.File, axis: str) -> np.ndarray:
-    "The coordinates `(n,)` of an axis, float64."
-    return np.atleast_2d(_values(path, file, f"dimensions/{axis}").astype(np.float64))[0]
+    "The coordinates `(n,)` of an axis, float64; WellFormatError where trajectories have other ones."
+    points = _values(path, file, f"dimensions/{axis}").astype(np.float64)
+    points = points.reshape(-1, points.shape[-1])
+    if np.diff(points, axis=0).any():
+        raise WellFormatError(f"{path}: dimensions/{axis} differs by trajectory; write files with a grid each")
+    return points[0]
 
 
 def _read_positions(path: Path, file: h5py.File, system: System) -> np.ndarray | None:
