@@ -116,7 +116,7 @@ def test_a_saved_probe_reads_clips_and_says_how_many_truths_its_intervals_held(f
 def test_shipped_encoders_that_fit_are_asked_and_the_command_draws_and_saves(smoke_data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(own_flows, "MOST", 32)
     plot, probe = tmp_path / "errors.png", tmp_path / "best.safetensors"
-    assert main(["compare", str(smoke_data), "--plot", str(plot), "--save", str(probe)]) == 0
+    assert main(["compare", str(smoke_data), "--system", "shear_flow", "--plot", str(plot), "--save", str(probe)]) == 0
     said = capsys.readouterr().out
     assert "left out: active_matter-mae-vit: this encoder takes concentration" in said
     for reader in ("equations", "shear_flow-forecast-vit", "random weights of shear_flow-forecast-vit", "constant"):
@@ -134,7 +134,7 @@ def test_clips_of_another_grid_are_left_out_with_the_reason(smoke_data):
 
 
 def test_a_folder_says_what_it_holds(data, smoke_data, tmp_path):
-    assert physrep.read(smoke_data).split == "train+unlabelled+valid", "closed splits stay closed"
+    assert physrep.read(smoke_data, "shear_flow").split == "train+unlabelled+valid", "closed splits stay closed"
     assert physrep.read(data, WAVES).split == "train+valid"
     with pytest.raises(ValueError, match="are of 'waves'; give the system to read"):
         physrep.read(data)
