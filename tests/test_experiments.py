@@ -19,12 +19,16 @@ from physrep.experiments.jobs import is_scored, is_trained, train_and_score
 from physrep.experiments.learning_curves import learning_curves, ranks, score_snapshots, shorter_runs
 from physrep.experiments.table1 import over_random, paper_order, plot_paper_order, plot_table1, study_errors
 from physrep.experiments.variants import VARIANTS, plot_variants, train_variant, variant_ratios
+from physrep.models.encoders import build_encoder
+from physrep.models.vit import patchify
 from physrep.objectives.emulators import Emulator, persistence_emulator
 from physrep.physics.measures import vrmse
 from physrep.physics.systems import SYSTEMS, get_system
+from physrep.probing.evaluate import score_baseline
 from physrep.probing.features import main_split, open_splits, probe_splits
 from physrep.probing.records import read_results
-from physrep.results.rows import ROWS, Row, make_study, variant_run
+from physrep.results.archive import kept_files
+from physrep.results.rows import CONTROLS, ROWS, Row, make_study, variant_run
 from physrep.results.table import mean_errors
 from physrep.training.cost import cost
 from physrep.training.loop import TrainingDiverged
@@ -35,6 +39,12 @@ from physrep.training.run import Stored
 LAPTOP = make_study("laptop")
 SYSTEM = "shear_flow"
 ONLY = "mae-vit,forecast-vit,supervised-vit,random-vit"
+
+
+def score_baselines(study):
+    run = study.run(study.kind("random")[0], SYSTEM)
+    for row in study.kind("baseline"):
+        score_baseline(row.objective, run)
 
 
 @pytest.fixture(scope="module")
@@ -265,16 +275,39 @@ def test_a_forecaster_is_rolled_out_beside_its_probe(study):
 
 
 def test_the_same_encoders_are_asked_about_other_flows(study):
-    parts = other_flows.parts(study)
-    other_flows.do_part(study, ["systems", SYSTEM], device="cpu")
-    table = other_flows.other_flows_table(study)
+    rows = [row for row in study.rows if row.name in ("mae-vit", "supervised-vit", "random-vit")]
+    few = replace(study, rows=(*rows, *(row for row in ROWS if row.objective in CONTROLS)))
+    score_baselines(few)
+    assert other_flows.parts(few).keys() == {f"controls/{SYSTEM}", *(f"{row.name}/{SYSTEM}/0" for row in rows)}
+    for part in other_flows.parts(few):
+        other_flows.do_part(few, part.split("/"), device="cpu")
+    assert not other_flows.parts(few)
+    table = other_flows.other_flows_table(few)
     assert set(table.flows) == {"valid"} and {"parameters", "state"} == set(table.asked)
-    assert {"random", "mae"} <= set(table.objective) and (table.value > 0).all()
-    done = {part for part in parts if part not in other_flows.parts(study)}
-    assert f"systems/{SYSTEM}" in done and other_flows.plot_other_flows(table, ROWS).axes
-    held = other_flows.other_flows_table(study, "intervals")
+    assert {"random", "mae", "spectra"} <= set(table.objective) and (table.value > 0).all()
+    assert other_flows.plot_other_flows(table, ROWS).axes
+    held = other_flows.intervals_table(few)
     assert set(held.flows) == {"valid"} and (held.unlike < 1.5).all() and (held.coverage <= held.widened).all()
     assert other_flows.plot_intervals(held).axes
+    blocks = other_flows.blocks_table(few)
+    end = {name: blocks[(blocks.objective == name) & (blocks.block == 0)] for name in ("mae", "random")}
+    assert set(end["mae"].probe) == {"kernel", "kernel of means", "kernel with statistics"}
+    assert set(blocks.block) == {0, 1} and other_flows.plot_blocks(blocks, ROWS).axes
+    beside = other_flows.beside_statistics(blocks, table)
+    assert len(beside) == 3 and beside.second.nunique() == 1 and other_flows.plot_beside(beside, ROWS).axes
+    folders = [few.run(row, SYSTEM).folder for row in rows]
+    assert [(folder / other_flows.FEW_ASKED).is_file() for folder in folders] == [True, False, True], "needs no labels"
+    kept = kept_files(folders[0])  # no encoder is needed to draw
+    assert {"result_asked.json", "result_state.json", "few_asked.json", "predictions_asked.safetensors"} <= set(kept)
+
+
+def test_a_block_is_read_as_its_tokens_are():
+    encoder = build_encoder("vit", in_channels=3, dim=16, depth=2, heads=2, tubelet=(2, 4, 4))
+    x = torch.randn(3, 3, 4, 8, 8)
+    tokens = [encoder.blocks[0](encoder.embed(patchify(x, (2, 4, 4))) + encoder.pos_embed(encoder.grid(x.shape[2:])))]
+    tokens.append(encoder.blocks[1](tokens[0]))
+    expected = [part for t in tokens for part in (t.mean(1), t.std(1, correction=0).log())]
+    assert torch.allclose(other_flows.BlockMoments(encoder)(x)[:, 0], torch.cat(expected, 1), atol=1e-4)
 
 
 def test_closed_splits_of_simulated_flows_are_not_scored(study, monkeypatch):
@@ -299,15 +332,20 @@ def test_closed_splits_of_simulated_flows_are_not_scored(study, monkeypatch):
 @pytest.mark.long  # simulates the longer box
 def test_once_open_every_split_is_scored(study, monkeypatch, tmp_path):
     monkeypatch.setattr("physrep.training.run.CLOSED", ())
-    rows = tuple(row for row in study.rows if row.name in ("mae-vit", "random-vit"))
+    rows = tuple(row for row in ROWS if row.name in ("mae-vit", "random-vit") or row.objective in CONTROLS)
     opened = replace(study, rows=rows, run_dir=tmp_path / "runs", data_dir=tmp_path / "data")
     shutil.copytree(study.data_dir / SYSTEM, tmp_path / "data" / SYSTEM)
-    for row in rows:
+    for row in opened.kind("trained", "random"):
         train_and_score(opened.run(row, SYSTEM), progress=False)
-    other_flows.do_part(opened, ["systems", SYSTEM])
+    score_baselines(opened)
+    jobs = other_flows.parts(opened)
+    assert jobs[f"mae-vit/{SYSTEM}/0"] == [f"box/{SYSTEM}"]
+    for part in jobs:
+        other_flows.do_part(opened, part.split("/"))
+    assert not other_flows.parts(opened)
     table = other_flows.other_flows_table(opened)
     assert set(table.flows) == {"test", "shifted", "long_box"}
-    assert set(other_flows.other_flows_table(opened, "intervals").flows) == {"test", "shifted", "long_box"}
+    assert set(other_flows.intervals_table(opened).flows) == {"valid", "test", "shifted", "long_box"}
     assert set(study_errors(opened).split) == {"valid", "test", "shifted"}
     assert set(mean_errors(study_errors(opened), "kernel").split) == {"test"}
     few = read_results(opened.run(rows[0], SYSTEM).folder / "few.json")

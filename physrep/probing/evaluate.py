@@ -97,6 +97,7 @@ def write_scores(
     run: str = "",  # default: `run_name` of the folder
     result: str = "result.json",
     probes: Mapping[str, Any] | None = None,
+    truth: Mapping[str, np.ndarray] | None = None,  # split -> (n, n_labels); default: the labels of the windows
     **extra: object,  # JSON-able, into the result
 ) -> Scored:
     "Scores predictions and writes `result.json` and `predictions.safetensors` into `folder`."
@@ -104,7 +105,7 @@ def write_scores(
     about: dict = {"objective": objective, "encoder": encoder, "seed": seed, "run": run or run_name(folder)}
     about |= {"labelled_flows": len(np.unique(windows["train"].flows)), "draw": 0}
     scored = {s for _, s in predictions}
-    truth = {s: w.targets(np.arange(len(w))) for s, w in windows.items()}
+    truth = truth or {s: w.targets(np.arange(len(w))) for s, w in windows.items()}
     groups = {s: bootstrap_groups(w, windows["train"]) for s, w in windows.items() if s in scored}
     data = {s: w.fingerprint() for s, w in windows.items()}
     rows = [
@@ -116,7 +117,7 @@ def write_scores(
     write_predictions(file, predictions, truth, groups, scaler=scaler, data=data, **about)
     chosen = {name: probe.chosen for name, probe in (probes or {}).items()}
     path = write_result(folder / result, rows, chosen=chosen, data=data, **extra)
-    return Scored(rows, dict(predictions), truth, chosen, path, dict(probes or {}))
+    return Scored(rows, dict(predictions), dict(truth), chosen, path, dict(probes or {}))
 
 # %% ../../nbs/probing/evaluate.ipynb #434533bd
 def write_few(

@@ -27,7 +27,7 @@ from ..training.presets import Preset, get_preset
 from ..training.run import Run, system_folder
 
 # %% ../../nbs/results/archive.ipynb #e24c1e4a
-_KEPT = re.compile(r"\w[\w-]*\.json|(?:curve|metrics)\.csv|predictions(?:_finetuned)?\.safetensors")
+_KEPT = re.compile(r"\w[\w-]*\.json|(?:curve|metrics)\.csv|predictions(?:_\w+)?\.safetensors")
 _MEMBER = re.compile(rf"(\w[\w.-]{{0,127}}(?:/seed\d{{1,6}})?)/({_KEPT.pattern})")
 _SEED = re.compile(r"seed\d{1,6}")  # not a copy such as `seed0.bak`
 _LARGEST, _LARGEST_SUM = 2**26, 2**30  # bytes of a file and of an archive, unpacked
