@@ -11,6 +11,7 @@ SYSTEM ?=
 ROWS ?=
 ONLY ?=
 SEEDS ?=
+LENGTH ?=
 NB ?=
 ALL ?=
 PROFILE ?=
@@ -29,10 +30,10 @@ $(foreach name,PRESET NB PROFILE VENV,$(if $(word 2,$($(name))),$(call SPACE,$(n
 NAME := $(basename $(notdir $(PRESET)))
 # figures of one system, of some rows or of rows of one's own lie apart and do not take the place of those that are committed
 SELECTION := $(SYSTEM)$(ONLY)$(ROWS)
-DRAWN := runs/$(NAME)$(if $(SELECTION),/selection)/figures
+DRAWN := runs/$(NAME)$(if $(LENGTH),/$(LENGTH:%x=%)x)$(if $(SELECTION),/selection)/figures
 # the committed figures are those of the laptop preset
 FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
-CONFIG = preset=$(PRESET) target=$(TARGET) data="$(DATA)" systems="$(SYSTEM)" rows="$(ROWS)" only="$(ONLY)" seeds="$(SEEDS)" \
+CONFIG = preset=$(PRESET) target=$(TARGET) data="$(DATA)" systems="$(SYSTEM)" rows="$(ROWS)" only="$(ONLY)" seeds="$(SEEDS)" length="$(LENGTH)" \
   $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
 # with a profile, jobs run where it says, e.g. on a cluster
 SNAKE = $(BIN)/python tools/workflow.py $(NAME) $(if $(PROFILE),--workflow-profile $(PROFILE),--cores $(CORES)) \
@@ -52,7 +53,8 @@ help:  ## list the targets
 	@echo
 	@echo "  PRESET=smoke|laptop|gpu|paper|native|own.yaml (now: $(PRESET))   DATA=<folder or address of The Well's data>   CORES=$(CORES)"
 	@echo "  SYSTEM=<a system, or my_package.module:SYSTEM>   ROWS=<rows.yaml, rows of your own>   ONLY=<rows, e.g. mae-vit,random-vit>"
-	@echo "  SEEDS=<further ones, \"1 2\">   NB=<notebook of an experiment>   ALL=1 (of test)   PROFILE=tools/slurm GPUS=1 (jobs of a cluster)"
+	@echo "  SEEDS=<further ones, \"1 2\">   LENGTH=<of trainings, 16x is 160 TFLOP>   NB=<notebook of an experiment>"
+	@echo "  ALL=1 (of test)   PROFILE=tools/slurm GPUS=1 (jobs of a cluster)"
 
 setup: $(READY)  ## virtual environment and installation (done by the other targets, too)
 
@@ -76,7 +78,7 @@ reproduce: $(READY)  ## simulate, pretrain, probe, draw the main tables and figu
 
 study: TARGET = study
 study: $(READY)  ## every experiment, after a list of what is missing; hours
-	@$(BIN)/python -m physrep.experiments.plan study --preset $(PRESET) --systems "$(SYSTEM)" --only "$(ONLY)" --rows "$(ROWS)" --seeds "$(SEEDS)" --data_dir "$(DATA)"
+	@$(BIN)/python -m physrep.experiments.plan study --preset $(PRESET) --systems "$(SYSTEM)" --only "$(ONLY)" --rows "$(ROWS)" --seeds "$(SEEDS)" --length "$(LENGTH)" --data_dir "$(DATA)"
 	@$(SNAKE)
 	@$(KEEP)
 

@@ -3,8 +3,8 @@
 # are current. Results are written below runs/ (git-ignored); `make figures` copies figures from there. Stamps below
 # runs/<preset>/finished/ tell jobs apart within one call of Snakemake; what an earlier call did has no job any more.
 #
-# config: target (reproduce, simulate, study, or the notebook of an experiment), preset, data, systems, rows, only and
-# seeds as in `physrep.results.rows.make_study`. On a cluster also cores (of a job that can use several) and gpus (of a
+# config: target (reproduce, simulate, study, or the notebook of an experiment), preset, data, systems, rows, only, seeds
+# and length as in `physrep.results.rows.make_study`. On a cluster also cores (of a job that can use several) and gpus (of a
 # job that trains).
 import shlex
 import sys
@@ -19,7 +19,7 @@ from physrep.physics.systems import get_system
 from physrep.results.rows import make_study
 
 ROOT = project_root()
-ASKED = {name: str(config.get(name) or "") for name in ("systems", "only", "rows", "seeds")}
+ASKED = {name: str(config.get(name) or "") for name in ("systems", "only", "rows", "seeds", "length")}
 ASKED = {name: value for name, value in ASKED.items() if value}
 ASKED |= {"data_dir": str(config["data"])} if config.get("data") else {}
 PRESET = str(config.get("preset") or "laptop")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from physrep.experiments.plan import table_jobs
 from physrep.models.encoders import ENCODERS
 from physrep.objectives.methods import OBJECTIVES
 from physrep.results.rows import (
@@ -112,6 +113,18 @@ def test_what_is_missing_is_listed(tmp_path):
         study.results("shear_flow")
     with pytest.raises(FileNotFoundError, match="preset paper reads The Well, but .* holds none of .*; pass DATA="):
         make_study("paper", data_dir=tmp_path)
+
+
+def test_a_longer_study_goes_on_from_the_trunks_of_the_usual_one(tmp_path):
+    usual, longer = (make_study("laptop", only="mae-vit", length=x, run_dir=tmp_path) for x in ("", "16x"))
+    first, last = (study.run(study.rows[0], "shear_flow") for study in (usual, longer))
+    assert last.trunk == first.trunk and last.recipe.steps == round(16 / usual.preset.length) * first.recipe.steps
+    assert (longer.drawn, longer.parameters["length"]) == (tmp_path / "laptop" / "16x" / "selection", 16.0)
+    assert "length" not in usual.parameters and make_study("laptop", length=usual.preset.length).length == 0
+    [job] = [job for job in table_jobs(longer) if job.name == "shear_flow-mae-vit-pretrain"]
+    assert job.parameters["length"] == 16.0
+    with pytest.raises(ValueError, match="such as 16 or 16x, got 'long'"):
+        make_study("laptop", length="long")
 
 
 def test_a_variant_is_its_row_with_one_thing_changed():

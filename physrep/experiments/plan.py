@@ -78,6 +78,7 @@ def _row_jobs(study: Study, row: Row, system: str, after: tuple[str, ...], prior
         about = {"system": system, "objective": row.objective, "encoder": row.encoder}
         parts = {part: getattr(row, part) for part in ("coefficients", "encoder_config", "recipe", "tag")}
         values = about | {"seeds": " ".join(str(run.seed) for run in todo)} | {k: v for k, v in parts.items() if v}
+        values |= {"length": study.length} if study.length else {}
         waits = after
         if row.kind == "trained" and not all(map(is_trained, todo)):
             found.append(Job(f"{name}-pretrain", "03_pretrain", values, after, trains=True, priority=priority + 2))
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "Prints what a target would do."
     parser = argparse.ArgumentParser(prog="python -m physrep.experiments.plan", description=main.__doc__)
     parser.add_argument("target", nargs="?", default="reproduce")
-    for name in ("preset", "systems", "only", "rows", "seeds", "data_dir", "run_dir"):
+    for name in ("preset", "systems", "only", "rows", "seeds", "length", "data_dir", "run_dir"):
         parser.add_argument(f"--{name}", default="laptop" if name == "preset" else "")
     asked = vars(parser.parse_args(arguments))
     try:

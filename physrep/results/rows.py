@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PERIODIC', 'CIRCULAR', 'ROWS', 'CONTROLS', 'ENCODER_TITLES', 'PROBE_TITLES', 'PROBE_ORDER', 'SPLIT_ORDER', 'Row',
            'chosen_rows', 'random_of', 'title_of', 'color_of', 'marker_of', 'ordered', 'row_order', 'read_rows',
-           'Study', 'systems_of', 'make_study', 'Variant', 'with_operations_of', 'variant_run']
+           'Study', 'systems_of', 'length_in', 'make_study', 'Variant', 'with_operations_of', 'variant_run']
 
 # %% ../../nbs/results/rows.ipynb #66f41a1a
 import contextlib
@@ -265,11 +265,13 @@ class Study:
     data_dir: str | Path | None = None  # default: data/<preset>
     run_dir: str | Path | None = None  # default: runs/
     selection: bool = False  # whether rows or systems were asked for: what is drawn of them lies apart
+    length: float = 0.0  # of trainings, asked for in place of the preset's: what is drawn lies apart; 0: the preset's
 
     @property
     def drawn(self) -> Path:
         "The folder of its `figures` and executed `notebooks`; `make figures` copies those of all rows and systems."
         root = Path(self.run_dir or project_root() / "runs") / self.preset.name
+        root = root / f"{self.length:g}x" if self.length else root
         return root / "selection" if self.selection else root
 
     def run(self, row: Row, system: str, seed: int | None = None) -> Run:
@@ -318,7 +320,8 @@ class Study:
     @property
     def parameters(self) -> dict:
         "What a figure is told of it."
-        return {"systems": list(self.systems), "seeds": list(self.seeds), "rows": [row.name for row in self.rows]}
+        asked = {"systems": list(self.systems), "seeds": list(self.seeds), "rows": [row.name for row in self.rows]}
+        return asked | ({"length": self.length} if self.length else {})
 
 
 def systems_of(preset: Preset, data_dir: str | Path) -> tuple[str, ...]:
@@ -338,6 +341,13 @@ def systems_of(preset: Preset, data_dir: str | Path) -> tuple[str, ...]:
     return tuple(there)
 
 
+def length_in(text: float | str) -> float:
+    "The length in `16` or `16x`, 0 for nothing; ValueError for anything else."
+    if found := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)?x?", str(text)):
+        return float(found[1] or 0)
+    raise ValueError(f"a length is a number of times 10 TFLOP, such as 16 or 16x, got {text!r:.40}")
+
+
 def make_study(
     preset: str | Path | Preset = "laptop",
     *,
@@ -345,11 +355,14 @@ def make_study(
     only: str = "",  # rows, as in `chosen_rows`
     rows: str | Path = "",  # a `rows.yaml` with rows of your own
     seeds: str = "",  # further ones, "1 2"; those of the preset are always there
+    length: float | str = "",  # of trainings, in place of the preset's: 16 or "16x"
     data_dir: str | Path = "",
     run_dir: str | Path = "",
 ) -> Study:
-    "A study from the parameters of a notebook or of make, as text. ValueError for unknown names."
-    preset = get_preset(preset)
+    "A study from the parameters of a notebook or of make, as text. ValueError for unknown names, or no length."
+    preset, times = get_preset(preset), length_in(length)
+    times = 0.0 if times == preset.length else times
+    preset = replace(preset, length=times) if times else preset
     named = tuple(name for name in systems.split(",") if name)
     chosen = named or systems_of(preset, data_dir or default_data_dir(preset.name))
     for name in chosen:
@@ -357,7 +370,7 @@ def make_study(
     mine = read_rows(rows) if rows else ()
     all_seeds = tuple(dict.fromkeys((*preset.seeds, *seeds_in(seeds))))
     folders = (data_dir or None, run_dir or None)
-    return Study(preset, (*chosen_rows(only), *mine), chosen, all_seeds, *folders, bool(systems or only or rows))
+    return Study(preset, (*chosen_rows(only), *mine), chosen, all_seeds, *folders, bool(systems or only or rows), times)
 
 # %% ../../nbs/results/rows.ipynb #4c9b0cbc
 @dataclass(frozen=True)

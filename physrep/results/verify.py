@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +38,9 @@ def _broken_files(folder: Path, record: Mapping) -> list[str]:
 
 def _changed_runs(record: Mapping, data_dir: Path) -> list[str]:
     "Rows that have another configuration with today's preset."
-    study, why = Study(get_preset(record["preset"]), ROWS, (), (0,), data_dir), []
+    preset, why = get_preset(record["preset"]), []
+    preset = replace(preset, length=record["parameters"].get("length") or preset.length)
+    study = Study(preset, ROWS, (), (0,), data_dir)
     rows = {row.name: row for row in study.kind("trained", "random")}
     for system, paths in record["runs"].items():
         for name in sorted({path.partition("/")[0] for path in paths}):
