@@ -98,7 +98,7 @@ def test_few_rows_are_the_same_to_the_byte(once, tmp_path):
     snakemake(own_folder(tmp_path / "second"), **FEW)
     twice = once, tmp_path / "second" / "runs"
     assert {"table1.csv", "over_random.csv", "metrics.csv"} <= {p.name for p in same_files(twice, "*.csv")}
-    assert len(same_files(twice, "encoder.safetensors")) == 3, "two, and one on the way of the trained one; bands has no weights"
+    assert len(same_files(twice, "encoder.safetensors")) == 3, "of two rows, one on its way; bands has none"
     for name in ("predictions.safetensors", "probe-attentive.safetensors", "*.png"):
         assert len(same_files(twice, name)) >= 3, name
 
