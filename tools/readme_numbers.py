@@ -80,9 +80,11 @@ def falling() -> tuple[int, int]:
     return int(still.sum()), len(still)
 
 
-def candidate(name: str, column: str, system: str = "shear_flow", lengths: tuple = (0, 4)) -> str:
-    "What a candidate on the periodic ConvNeXt has, by default at a quarter of the full length, or untrained."
-    found = table("tuning").query("row == 'jepa.circular-convnext' and system == @system and length in @lengths")
+def candidate(
+    name: str, column: str, system: str = "shear_flow", lengths: tuple = (0, 4), row: str = "jepa.circular-convnext"
+) -> str:
+    "What a candidate has, by default at a quarter of the full length, or untrained."
+    found = table("tuning").query("row == @row and system == @system and length in @lengths")
     found = found[found.candidate == name]
     return digits(found[column].item())
 
@@ -147,6 +149,14 @@ PAGE: dict[str, Callable[[], tuple]] = {
         ahead(4),
         ahead(8),
         candidate("e_w", "gate_r2", "active_matter"),
+    ),
+    r"reads MAE at (\S+), where random weights have (\S+)\. .*, and its error is (\S+)\.\n": lambda: tuple(
+        candidate(name, "kernel", row="mae-vit") for name in ("hand", "random", "third")
+    ),
+    r"ConvNeXt explains (\S+) \(i4\)\. Its error is (\S+), where random weights have (\S+):": lambda: (
+        candidate("i4", "gate_r2", "active_matter"),
+        candidate("i4", "kernel", "active_matter"),
+        candidate("random", "kernel", "active_matter"),
     ),
     r"without labels is (\S+) on the shear flow, (\S+) in convection and (\S+) in active matter": lambda: (
         digits(best_without_labels("shear_flow")),

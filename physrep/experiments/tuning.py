@@ -208,8 +208,9 @@ def tuning_table(study: Study, candidates: Sequence[Candidate], length: float = 
     return table.assign(verdict=[verdicts.get(i, "") for i in table.index])
 
 # %% ../../nbs/experiments/tuning.ipynb #75dee86d
-def parts(study: Study, candidates: Sequence[Candidate] = (), length: float = LENGTH) -> dict[str, list[str]]:
+def parts(study: Study, candidates: Sequence[Candidate] = (), length: float = 0.0) -> dict[str, list[str]]:
     "The jobs that are not done: each candidate to a quarter, then those that go on; and what each waits for."
+    length = length or study.length or LENGTH
     candidates, short = candidates or read_candidates(study), length / SHORTER
     table = tuning_table(study, candidates, length)
     verdicts = {(f"{t.row}/{t.candidate}@{t.system}", t.length): t.verdict for t in table.itertuples()}
