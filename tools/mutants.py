@@ -104,7 +104,7 @@ def mutants(path: Path) -> list[dict]:
     text, found, seen = path.read_bytes(), [], defaultdict(int)
     starts = [0, *(m.end() for m in re.finditer(rb"\n", text))]
 
-    def visit(node: ast.AST, parents: list[ast.AST], function: str) -> None:
+    def visit(node: ast.AST, parents: list[ast.AST], function: str, run_by: range | None) -> None:
         for kind, after in variants(node, parents):
             a = starts[node.lineno - 1] + node.col_offset
             b = starts[node.end_lineno - 1] + node.end_col_offset
@@ -115,19 +115,21 @@ def mutants(path: Path) -> list[dict]:
             name = "|".join([str(SEED), *row.values()])
             seen[name] += 1
             digest = hashlib.sha256(f"{name}|{seen[name]}".encode()).hexdigest()[:8]
-            lines = range(node.lineno, node.end_lineno + 1)
+            lines = run_by or range(node.lineno, node.end_lineno + 1)  # a test that runs one of these may notice
             changed = (text[:a] + new.encode() + text[b:]).decode()
             found.append(row | dict(mutant=digest, line=node.lineno, lines=lines, text=changed, path=path))
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             function = f"{function}.{node.name}".lstrip(".")
+        inside = range(node.lineno, node.end_lineno + 1) if isinstance(node, ast.FunctionDef) else run_by
+        run_by = None if isinstance(node, ast.FunctionDef) else run_by
         for field, value in ast.iter_fields(node):
             if field in ("annotation", "returns", "decorator_list"):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST) and not isinstance(child, SKIPPED):
-                    visit(child, [node, *parents], function)
+                    visit(child, [node, *parents], function, inside if field == "args" else run_by)
 
-    visit(ast.parse(text), [], "")
+    visit(ast.parse(text), [], "", range(len(starts)))
     return found
 
 
@@ -240,7 +242,7 @@ class Loop:
             tests = []
             for item in items:
                 lines = set(known.get(item.nodeid, {}).get("lines", {}).get(m["module"], ()))
-                if lines & set(m["lines"]) or lines and not m["function"]:
+                if lines & set(m["lines"]):
                     tests.append((known[item.nodeid]["seconds"], item))
             tests.sort(key=lambda pair: pair[0])
             while sum(s for s, _ in tests) > self.seconds:
