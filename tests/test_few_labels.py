@@ -7,6 +7,7 @@ import torch
 from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import get_system
 from physrep.probing import few_labels
+from physrep.probing.evaluate import write_few
 from physrep.probing.features import Features
 from physrep.probing.few_labels import draw_flows, features_of, few_draws, fit_few, score_few
 from physrep.probing.frozen import AttentiveRecipe, fit_probe
@@ -94,6 +95,7 @@ def test_the_candidate_is_taken_that_is_best_on_the_flows_left_out(name):
         error = error + len(out) / len(features) * np.array([trial["valid_mse"] for trial in trials])
     best = fit_probe(name, features, features, scaler).trials[int(np.argmin(error))]
     assert fit_few(name, features, scaler).chosen == {k: v for k, v in best.items() if k != "valid_mse"}
+    assert fit_few(name, features_of(features, features.flows[[0, 3]]), scaler).chosen, "two parameters are enough"
     with pytest.raises(ValueError, match="at least two different parameters"):
         fit_few(name, features_of(features, features.flows[:1]), scaler)
 
@@ -130,6 +132,15 @@ def test_errors_fall_with_flows_and_neither_valid_nor_other_labels_are_seen(monk
     assert set(mean) == three | {("attentive", 8, 0)}, "all flows are no few flows"
     assert mean["knn", 32, 0] < mean["knn", 8, 0] and mean["linear", 32, 0] < 0.05
     assert len(seen) == 9 and all(seen), "scaled by the few labels, not by all"
+
+
+def test_of_few_flows_there_is_no_file_and_not_that_of_other_data(tmp_path):
+    features = toy(8)
+    scaler = LabelScaler.fit(SYSTEM, features.labels)
+    (tmp_path / "few.json").write_text("{}")
+    for _ in range(2):
+        write_few(tmp_path, {"train": features}, {"train": None}, scaler, ABOUT)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_label_that_few_flows_share_names_the_draw():

@@ -7,6 +7,7 @@ from the_well.benchmark.metrics import VRMSE, binned_spectral_mse
 from the_well.data.datasets import WellMetadata
 
 from physrep.physics.measures import (
+    _mean,
     defect_charges,
     defect_count,
     energy_enstrophy,
@@ -64,6 +65,13 @@ def test_spectrum_and_energy_do_not_move_with_the_flow():
     k, power = shell_spectrum(x, (1 / 16, 1 / 12), (True, True))
     assert np.allclose(power, shell_spectrum(moved, (1 / 16, 1 / 12), (True, True))[1])
     assert np.allclose(k / (2 * np.pi), np.arange(1, len(k) + 1) / 2), "the longer side is 2"
+
+
+def test_a_mean_over_the_box_counts_crowded_points_less_and_a_single_point_once():
+    x, walls = np.arange(12.0).reshape(1, 3, 4), np.array([0.0, 0.5, 2.0])
+    share = np.array([0.5, 1.0, 1.5]) / 3  # half of the distance of the neighbours, as far as there are any
+    assert _mean(x, (walls, np.arange(4)), (False, True)) == pytest.approx(x[0].mean(1) @ share)
+    assert _mean(x[:, :1], (walls[:1], np.arange(4)), (False, True)) == pytest.approx(1.5)
 
 
 def noise(system, b=2, t=3, grid=(12, 16), seed=0):

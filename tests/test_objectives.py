@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from test_composite import FIT, POOLED, SHAPE, SYSTEM, encoder
@@ -11,6 +12,7 @@ from physrep.core.randomness import sample_seeds
 from physrep.models.encoders import ENCODERS
 from physrep.objectives.composite import Composite
 from physrep.objectives.methods import OBJECTIVES, build_objective, check_row, objective_class, objective_module
+from physrep.objectives.pictures import feature_figure, likeness_figure, pixel_figure
 from physrep.objectives.regularisers import NoRegulariser
 from physrep.objectives.supervised import RandomEncoder
 from physrep.objectives.targets import PixelTarget
@@ -109,6 +111,57 @@ def test_bfloat16(name):
 def test_every_method_draws_what_it_predicts(name):
     objective = make(name, "vit")
     assert objective.show(batch_of(objective)).axes
+
+
+def drawn(ax) -> np.ndarray:
+    "The image of a panel, first axis to the right; NaN where it is grey."
+    return np.ma.filled(ax.images[0].get_array().astype(float), np.nan).T
+
+
+def test_frames_of_a_prediction_of_pixels():
+    truth, predicted = torch.randn(2, 3, 8, 12)
+    hidden = (torch.arange(8) < 3)[None, :, None].expand(3, 8, 12)
+    fig = pixel_figure(truth, predicted, times=[0, 2], shown=~hidden, hidden=hidden, first=5, title="pixels")
+    assert fig.get_suptitle() == "pixels" and [ax.get_title() for ax in fig.axes[:2]] == ["frame 5", "frame 7"]
+    assert [ax.get_ylabel() for ax in fig.axes[:8:2]] == ["truth", "shown", "prediction", "error"]
+    assert fig.get_size_inches() == pytest.approx([1.3 * 2 + 1.1, 1.3 * 4 * 12 / 8 + 0.7]), "squares stay squares"
+    nan = torch.tensor(torch.nan)
+    rows = truth, truth.where(~hidden, nan), predicted.where(hidden, truth), (predicted - truth).where(hidden, nan)
+    for ax, image in zip(fig.axes, (row[t] for row in rows for t in (0, 2))):
+        assert np.allclose(drawn(ax), image, equal_nan=True)
+        assert ax.images[0].get_clim() == pytest.approx(float(truth[[0, 2]].abs().max()) * np.array([-1, 1]))
+
+
+def test_features_are_drawn_in_the_components_of_the_target():
+    true, clips = torch.randn(3, 2 * 4 * 4, 5) * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.1]), torch.randn(2, 2, 8, 16)
+    predicted, images = true + 0.5 * torch.randn(true.shape), {"last": clips[0], "first": clips[1]}
+    z, axes = true.flatten(0, 1) - true.mean((0, 1)), torch.linalg.svd(true.flatten(0, 1) - true.mean((0, 1)))[2][:3]
+    p = (predicted.flatten(0, 1) - true.mean((0, 1))) @ axes.T
+    r2 = 1 - (p - z @ axes.T).square().sum(0) / (z @ axes.T).square().sum(0)
+    share = (z @ axes.T).square().sum(0) / z.square().sum()
+    fig = feature_figure(true, predicted, images, grid=(2, 4, 4), sample=1, title="features")
+    assert [ax.get_title() for ax in fig.axes[:4]] == [
+        "features",
+        *(f"component {i + 1} ({share[i]:.0%})\n$R^2$ = {r2[i]:.2f}" for i in range(3)),
+    ]
+    assert fig.get_size_inches() == pytest.approx([1.5 * 4 + 0.4, 1.5 * 16 / 8 * 4 + 0.6])
+    for row in range(4):
+        line, (sample, side) = fig.axes[4 * row : 4 * row + 4], divmod(row, 2)
+        assert line[0].get_ylabel() == f"sample {1 + sample}\n{('target', 'prediction')[side]}"
+        assert line[0].get_xlabel() == ("last", "first")[side] and np.allclose(drawn(line[0]), clips[side, sample])
+        assert line[0].images[0].get_clim()[1] == pytest.approx(float(clips.abs().max()))
+        maps = (z @ axes.T, p)[side].view(3, 2, 4, 4, 3)[1 + sample, -1]
+        for c, ax in enumerate(line[1:]):
+            assert np.allclose(np.abs(drawn(ax)), maps[..., c].abs(), atol=1e-4), "a component has no sign of its own"
+            whole = (z @ axes.T).view(3, 2, 4, 4, 3)[:, -1, ..., c]
+            assert ax.images[0].get_clim()[1] == pytest.approx(2.5 * float(whole.std()), rel=1e-4)
+
+
+def test_the_likeness_of_views_is_a_cosine_without_the_mean():
+    first, second = torch.randn(2, 5, 4)
+    a, b = first - first.mean(0), second - second.mean(0)
+    expected = [[float(x @ y / x.norm() / y.norm()) for y in b] for x in a]
+    assert np.allclose(drawn(likeness_figure(first, second).axes[0]), expected, atol=1e-6)
 
 
 def test_random_weights_have_no_loss():

@@ -167,5 +167,9 @@ def test_plots_of_few_windows_equal_predictions_and_plain_labels_below_zero():
     ):
         fig = plot_predictions(p, t, system, half_width=np.array([0.1, np.inf]))
         fig.canvas.draw()
+        diagonal, band = fig.axes[0].lines[0].get_xdata(), fig.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+        ends, band = system.labels[0].transform(diagonal), system.labels[0].transform(band)
+        width = min(0.1, np.ptp(ends))
+        assert [band.min(), band.max()] == pytest.approx([ends[0] - width, ends[1] + width]), "on both sides"
     assert fig.axes[0].get_xlim()[0] < -0.2, "the point below zero is inside"
     plt.close("all")

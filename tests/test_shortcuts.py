@@ -13,7 +13,9 @@ from physrep.core.files import read_json
 from physrep.data.flows import read
 from physrep.data.generate import make_dataset
 from physrep.models.vit import ViT
+from physrep.probing import shortcuts
 from physrep.training.presets import get_preset
+from physrep.training.pretrain import training_windows
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +43,25 @@ def test_a_training_of_so_many_minutes_gives_an_encoder_and_a_probe(flows, tmp_p
         flows, "forecast", "vit", minutes=0.01, preset="smoke", folder=tmp_path, device="cpu", progress=False
     )
     assert read_json(encoder.folder / "config.json")["data"] == {"grid": list(flows.grid)}
-    assert encoder.run.recipe.steps > encoder.run.recipe.warmup
+    assert encoder.run.recipe.steps > encoder.run.recipe.warmup and encoder.run.seed == 0
     assert f"{encoder.run.recipe.steps} updates" in encoder._repr_html_() and "image/png" in encoder._repr_html_()
     clips = flows.memory[:3, :, : encoder.info["shape"][0]]
     probe = physrep.fit(encoder, flows, "linear", device="cpu", progress=False)
     assert probe.predict_fields(encoder, clips, dt=flows.dt).shape == (3, 2)
+
+
+def test_as_many_updates_as_the_time_of_the_later_ones_allows(flows, tmp_path, monkeypatch):
+    run, now = shortcuts._run_on(flows, "forecast", "vit", "smoke", run_dir=tmp_path), [0.0]
+
+    def slow(*arguments, step: int, **options) -> dict:
+        now[0] += 2 if step >= 3 else 50
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(shortcuts, "update", slow)
+    monkeypatch.setattr(shortcuts.time, "monotonic", lambda: now[0])
+    windows = training_windows(run)
+    assert shortcuts._updates_in(run, 10.0, windows, "cpu") == 300, "of two seconds each"
+    assert shortcuts._updates_in(run, 0.03, windows, "cpu") == run.recipe.warmup + 1
 
 
 def test_a_module_of_ones_own_is_read_too(flows):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from physrep.physics import active_matter, rayleigh_benard, shear_flow
-from physrep.physics.active_matter import closure, smallest_grid
+from physrep.physics.active_matter import closure, matter_grid, smallest_grid
 from physrep.physics.layer import interpolation, layer_grid, legendre_nodes, vertical_points
-from physrep.physics.spectral import SimulationBlewUp, run_names, save_frames, schedule
+from physrep.physics.spectral import SimulationBlewUp, run_names, save_frames, schedule, spectral_grid
 from physrep.physics.systems import SYSTEMS
 
 
@@ -291,3 +291,9 @@ def test_dead_trajectories_are_named_with_a_step_for_the_rate_before():
 def test_cuda_agrees_with_cpu(name, dtype, tolerance):
     cpu, cuda = (SOLVERS[name].run(n_frames=6, dtype=dtype, device=device) for device in ("cpu", "cuda"))
     assert all(np.abs(a - b).max() < tolerance for a, b in zip(fields(cpu), fields(cuda)))
+
+
+@pytest.mark.parametrize("make", [spectral_grid, matter_grid])
+def test_k_max_is_the_largest_kept_wavenumber_of_an_axis(make):
+    g = make((20, 28), (1.0, 3.0))
+    assert g.k_max == pytest.approx([float((k.abs() * g.keep).max()) for k in (g.kx, g.ky)])

@@ -66,6 +66,11 @@ def test_one_block_is_a_rectangle_of_one_size_at_any_place():
     assert torch.equal(part, whole[3:7]), "positions are those of the sample, whatever else is in the batch"
 
 
+def test_the_share_that_stays_visible_is_one_of_the_frame():
+    assert Blocks(2, 0.3, least_shown=0.5).least((4, 6, 8)) == 24
+    assert Blocks(2, 0.3, least_shown=0.01).least((4, 6, 8)) == 1, "a position at least"
+
+
 @pytest.mark.parametrize("task", MULTI_BLOCK, ids=str)
 def test_cut_lists_lie_inside_and_outside_of_the_blocks_without_preference(task):
     hidden, shown = (m.view(-1, *GRID)[:, 0] for m in task.masks(torch.arange(600), GRID, SHAPE))

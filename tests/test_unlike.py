@@ -41,6 +41,7 @@ def test_clips_unlike_those_of_training_are_named(probed, tmp_path):
     assert np.allclose(faster_values[3:], values[3:])
     table = loaded.unlike(encoder, faster, 0.2)
     far = distance(table)
+    assert table["std velocity_x"][3:].max() < 1.2 < table["std velocity_x"][:3].min(), "1 is usual"
     assert len(table) == 8 and far[:3].min() > UNLIKE > far[3:].max()
     assert {"features", "statistics", "std tracer", "gradient velocity_x", "rate pressure"} < set(table)
     ends = loaded.scaler.inverse(loaded.scaler.clip(np.array([[-99.0, -99.0], [99.0, 99.0]])))
