@@ -8,13 +8,14 @@
 # job that trains).
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
 
-from physrep.core.files import project_root
-from physrep.experiments.plan import plan_jobs, read_experiments
+from physrep.core.files import project_root, read_json, remove_leftovers, write_json
+from physrep.experiments.plan import Job, plan_jobs, read_experiments
 from physrep.physics.systems import get_system
 from physrep.results.rows import make_study
 
@@ -32,7 +33,13 @@ TRAINING_THREADS = CORES // 2 + 1 if GPUS or torch.cuda.is_available() else 1
 # systems are simulated side by side: no core waits while one of them starts or ends; a GPU has one process at a time
 WORKERS = 1 if torch.cuda.is_available() else max(1, CORES // max(1, len(STUDY.preset.sims)))
 SIMULATING = "$SIMULATING"  # a number that the shell of a job knows
-JOBS = {job.name: job for job in plan_jobs(STUDY, str(config.get("target") or "reproduce"))}
+# a job of a cluster parses this file when others are done, and a plan of its own would lack those, or itself
+PLAN = OUT / "finished" / "plan.json"
+if workflow.is_main_process:
+    PLANNED = plan_jobs(STUDY, str(config.get("target") or "reproduce"))
+else:
+    PLANNED = [Job(**job) for job in read_json(PLAN)]
+JOBS = {job.name: job for job in PLANNED}
 
 
 def stamp(name):
@@ -78,9 +85,12 @@ def papermill(job):
     return f"{made} && {{ {call} | {shown} ; }} || {{ tail -n 40 {target}.log; exit 1; }}"
 
 
-if workflow.is_main_process:  # jobs of a cluster, which parse this file for themselves, leave stamps alone
+if workflow.is_main_process:
     for name in JOBS:
         stamp(name).unlink(missing_ok=True)
+    remove_leftovers(OUT)
+    if not workflow.output_settings.dryrun:
+        write_json(PLAN, [asdict(job) for job in PLANNED])
 
 
 # what came out of a system is printed while the next one is trained

@@ -107,6 +107,14 @@ def snakemake(folder: Path, *options: str, quiet: tuple[str, ...] = ("rules", "h
     return said
 
 
+def same_files(roots: tuple[Path, Path], pattern: str) -> list[Path]:
+    "The files of that name below the second, after checking that they are the same to the byte below the first."
+    first, second = ({p.relative_to(root): p.read_bytes() for p in sorted(root.rglob(pattern))} for root in roots)
+    assert second.keys() <= first.keys()
+    assert [str(p) for p in second if first[p] != second[p]] == []
+    return list(second)
+
+
 def jobs_of(said: str) -> set[str]:
     "The jobs that the workflow lists, without `all`."
     return set(re.findall(r"^(\w+) +\d+$", said, re.M)) - {"all", "total"}

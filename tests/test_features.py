@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from physrep.core.files import tensors_digest, weights_digest, write_tensors
+from physrep.core.files import ABANDONED, tensors_digest, weights_digest, write_tensors
 from physrep.core.randomness import generator
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
@@ -20,7 +20,6 @@ from physrep.models.pretrained import LoadedEncoder, load_encoder, save_encoder
 from physrep.physics.systems import get_system
 from physrep.probing import features as module
 from physrep.probing.features import (
-    ABANDONED,
     Features,
     cache_path,
     cached,
@@ -179,7 +178,7 @@ def test_tokens_of_another_key_and_leftovers_of_killed_processes_make_way(tmp_pa
     assert not list(tmp_path.iterdir())
     cached(tmp_path, "train", KEY | {"numbers": "yesterday's"}, Make())
     cached(tmp_path, "test", KEY, Make())
-    old, new = (tmp_path / f".train-{i}.safetensors.1.tmp" for i in (0, 1))
+    old, new = (tmp_path / f".train-{i}.safetensors.{i:016x}.tmp" for i in (0, 1))
     for file in (old, new):
         file.write_bytes(b"half")
     os.utime(old, (0, time.time() - ABANDONED - 60))

@@ -9,8 +9,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,12 +51,15 @@ STAGES: dict[str, Callable[[Run], object]] = {
 }
 
 
-def forked(action: Callable[[], object], watched: Path, kill_at: int = 0) -> tuple[int, int]:
-    """Runs `action` in a fork of this process, which kills itself at the k-th event below `watched` (0: never).
-    Returns its wait status and the number of events, counted in a file beside `watched`."""
+def forked(action: Callable[[], object], watched: Path, kill_at: int = 0, seconds: float = 0.0) -> tuple[int, int]:
+    """Runs `action` in a fork of this process, which kills itself at the k-th event below `watched` (0: never), or is
+    killed after some seconds. Returns its wait status and the number of events, counted in a file beside `watched`."""
     counter = watched.with_suffix(".events")
     pid = os.fork()
     if pid:
+        if seconds:
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         return status, int(counter.read_text()) if counter.is_file() else 0
     code, count = 1, 0
@@ -154,6 +159,57 @@ def test_a_killed_stage_is_finished_as_if_nothing_was(name, run, before, tmp_pat
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_is_killed_anywhere_is_finished_as_if_nothing_was(name, run, before, tmp_path):
     kill_and_finish(name, run, before, tmp_path, points=25)
+
+
+@pytest.mark.long
+def test_a_training_that_is_killed_at_20_random_moments_is_one_that_was_left_alone(run, before, tmp_path):
+    run, moments, begun = run.at(400), random.Random("moments"), time.monotonic()
+    alone, work = (shutil.copytree(before["pretrain"], tmp_path / name) for name in ("alone", "killed"))
+    assert forked(lambda: train(in_folder(run, alone)), alone)[0] == 0
+    longest = (time.monotonic() - begun) / 12
+    for _ in range(20):
+        status, _ = forked(lambda: train(in_folder(run, work)), work, seconds=moments.uniform(0, longest))
+        assert os.WIFSIGNALED(status)
+        contents(work)
+    assert list(work.rglob("last.safetensors")), "it had come some way"
+    train(in_folder(run, work))
+    assert contents(work) == contents(alone) and not list(work.rglob(".*.tmp"))
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    "A disk of 8 MB."
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], capture_output=True).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount on this system")
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6])  # of what the stage writes, that there is room for
+def test_a_stage_on_a_disk_that_is_full_names_the_file_and_goes_on_when_there_is_room(share, name, run, before, disk):
+    def size(folder: Path) -> int:
+        return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob("*") if p.is_file())
+
+    names, work, told = [*STAGES, "done"], shutil.copytree(before[name], disk / "work"), disk.parent / "told"
+    needed = size(before[names[names.index(name) + 1]]) - size(before[name])
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - int(share * needed)))
+
+    def fails() -> None:
+        with pytest.raises(OSError, match=str(disk)) as caught:
+            STAGES[name](in_folder(run, work))
+        told.write_text(f"{caught.value.errno}")
+
+    # a fork: HDF5 cannot close a file without room, and a process with such a file ends badly
+    assert forked(fails, disk.parent / "unwatched")[0] == 0 and int(told.read_text()) == errno.ENOSPC
+    contents(work)
+    assert not list(work.rglob(".*.tmp"))
+    (disk / "ballast").unlink()
+    STAGES[name](in_folder(run, work))
+    assert contents(work) == after(before, name)
 
 
 @pytest.mark.parametrize("name", STAGES)

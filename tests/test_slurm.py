@@ -1,19 +1,26 @@
 "The workflow on a real Slurm of one node, which the test starts (Debian: slurmctld, slurmd, slurm-client, munge)."
 
+import contextlib
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from helpers import ROOT, copied, jobs_of
+from helpers import ROOT, copied, jobs_of, same_files
+from helpers import snakemake as alone
 
 PROFILE = ROOT / "tools" / "slurm" / "config.yaml"
+ROWS = {"systems": "shear_flow", "only": "mae-vit,random-vit"}
 DAEMONS, COMMANDS = (
     ("munged", "slurmctld", "slurmd"),
     ("sbatch", "srun", "sinfo", "scancel", "squeue", "scontrol"),
@@ -25,7 +32,8 @@ SlurmUser=root
 SlurmctldPort={port}
 SlurmdPort={other}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=10
+SlurmdTimeout=6
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -53,6 +61,37 @@ def free_port() -> int:
 def stop(pid_file: Path) -> None:
     if pid_file.is_file():
         os.kill(int(pid_file.read_text()), signal.SIGTERM)
+
+
+def wait(found: Callable[[], object], seconds: float, what: str) -> object:
+    "What `found` returns when that is something."
+    end = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < end, f"no {what} in {seconds} seconds"
+        time.sleep(0.2)
+    return result
+
+
+def asked(environment: dict, *command: str) -> str:
+    "What a command of Slurm prints."
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def start_node(environment: dict) -> None:
+    subprocess.run(["slurmd", "-N", socket.gethostname().partition(".")[0]], check=True, env=environment)
+    wait(lambda: asked(environment, "sinfo", "-h", "-o", "%t") in ("idle", "mix", "alloc"), 60, "node")
+
+
+def kill_node(environment: dict, *jobs: str) -> None:
+    "SIGKILL for slurmd and all that it has started for jobs, as a node without power; Slurm finds it down."
+    lines = [line for job in jobs for line in asked(environment, "scontrol", "listpids", job).splitlines()[1:]]
+    pids = [int(line.split()[0]) for line in lines]
+    daemon = int((Path(environment["SLURM_CONF"]).parent / "slurmd.pid").read_text())
+    steps = {p for pid in pids for p in psutil.Process(pid).parents() if p.name().startswith("slurmstepd")}
+    for one in (psutil.Process(daemon), *steps, *map(psutil.Process, pids)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    wait(lambda: "down" in asked(environment, "sinfo", "-h", "-o", "%t"), 60, "node that is down")
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +123,7 @@ def cluster(tmp_path_factory):
     try:
         subprocess.run(["munged", "--force", f"--key-file={key}", *places], check=True)
         subprocess.run(["slurmctld"], check=True, env=environment)
-        subprocess.run(["slurmd", "-N", host], check=True, env=environment)
-        for _ in range(60):
-            time.sleep(0.5)
-            done = subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True)
-            if done.stdout.strip() == "idle":
-                break
-        assert done.stdout.strip() == "idle", (folder / "slurmctld.log").read_text()[-3000:]
+        start_node(environment)
         yield environment
     finally:
         subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
@@ -100,28 +133,23 @@ def cluster(tmp_path_factory):
 
 def snakemake(folder: Path, environment: dict, *options: str) -> list[str]:
     "The command of the workflow as `make reproduce PROFILE=tools/slurm` gives it, at preset smoke for few rows."
-    config = ["preset=smoke", "systems=shear_flow", "only=mae-vit,random-vit", "cores=2"]
+    config = [f"{key}={value}" for key, value in {"preset": "smoke", **ROWS, "cores": 2}.items()]
     # this Slurm keeps no accounts, so the queue says how jobs are
     fast = ["--slurm-init-seconds-before-status-checks", "2", "--slurm-no-account", "--slurm-status-command", "squeue"]
-    profile = ["--workflow-profile", str(PROFILE.parent), "--latency-wait", "5"]
-    return [
-        sys.executable,
-        "-m",
-        "snakemake",
-        *profile,
-        *fast,
+    profile = [
+        "--workflow-profile",
+        str(PROFILE.parent),
+        "--latency-wait",
+        "5",
         "--nolock",
         "--rerun-triggers",
         "mtime",
-        *options,
-        "--config",
-        *config,
     ]
+    return [sys.executable, "-m", "snakemake", *profile, *fast, *options, "--config", *config]
 
 
-def jobs(environment: dict) -> list[str]:
-    done = subprocess.run(["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+def jobs(environment: dict, *which: str) -> list[str]:
+    return asked(environment, "squeue", "-h", "-o", "%i", *which).split()
 
 
 def test_the_profile_is_one_of_snakemake():
@@ -131,29 +159,59 @@ def test_the_profile_is_one_of_snakemake():
 
 
 @pytest.mark.long
-def test_table_1_is_made_by_the_jobs_of_a_cluster(cluster, tmp_path):
+def test_table_1_is_made_by_the_jobs_of_a_cluster_though_a_node_dies(cluster, tmp_path):
     folder = copied(tmp_path / "shared")
     environment = {**cluster, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}"}
     environment.pop("PHYSREP_ROOT", None)
     about = dict(cwd=folder, env=environment, stdin=subprocess.DEVNULL, text=True)
     # interrupted when the first job runs: its jobs are cancelled, and the next call goes on
     first = subprocess.Popen(snakemake(folder, environment), **about, stderr=subprocess.DEVNULL)
-    for _ in range(300):
-        time.sleep(0.2)
-        if jobs(environment):
-            break
+    wait(lambda: jobs(environment), 60, "job")
     first.send_signal(signal.SIGINT)
     first.wait(timeout=120)
-    for _ in range(100):
-        if not jobs(environment):
-            break
-        time.sleep(0.2)
-    assert not jobs(environment) and not list((folder / "runs").rglob("table1.csv"))
-    done = subprocess.run(
-        snakemake(folder, environment), **about, timeout=900, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "SLURM jobid" in done.stdout and (folder / "runs/smoke/figures/table1.csv").is_file()
+    wait(lambda: not jobs(environment), 20, "end of the jobs")
+    assert not list((folder / "runs").rglob("table1.csv"))
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen(snakemake(folder, environment), **about, **pipe) as second:
+        try:
+            wait(lambda: list((folder / "runs").rglob("checkpoint")), 300, "training")
+            kill_node(environment, *jobs(environment, "--states=RUNNING"))
+            start_node(environment)
+            said, _ = second.communicate(timeout=900)
+        finally:
+            second.kill()
+    assert second.returncode == 0, said[-5000:]
+    assert "SLURM jobid" in said and "Restarts=1" in asked(environment, "scontrol", "show", "jobs")
+    alone(copied(tmp_path / "alone"), **ROWS)
+    for name in ("encoder.safetensors", "predictions.safetensors", "table1.csv"):
+        assert same_files((tmp_path / "alone", folder), name), name
     # what every job has recorded is what the next call wants: nothing is to be done
     again = subprocess.run(snakemake(folder, environment, "--dry-run"), **about, timeout=300, capture_output=True)
     assert not jobs_of(again.stdout + again.stderr), again.stdout[-3000:] + again.stderr[-3000:]
+
+
+@pytest.mark.long
+def test_a_training_of_two_processes_is_one_job_and_goes_on_when_its_node_dies(cluster, smoke_data, tmp_path):
+    "torchrun is what the job calls; Slurm starts the job again when the node is back, as `JobRequeue` says by default."
+
+    def command(runs: Path) -> list[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        options = ["--objective", "mae", "--preset", "smoke", "--steps", "160", "--recipe", "{checkpoint_seconds: 0}"]
+        places = ["--device", "cpu", "--data-dir", str(smoke_data), "--run-dir", str(runs)]
+        return [*launcher, "-m", "physrep.training.distributed", *options, *places]
+
+    environment = {**cluster, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    roots, log = (tmp_path / "undisturbed", tmp_path / "killed"), tmp_path / "log"
+    subprocess.run(command(roots[0]), env=environment, check=True, stderr=subprocess.DEVNULL, timeout=300)
+    options = ["--parsable", "--cpus-per-task=2", f"--output={log}", "--open-mode=append", "--wrap"]
+    job = asked(environment, "sbatch", *options, shlex.join(command(roots[1])))
+    wait(lambda: any(len(p.read_text().splitlines()) > 8 for p in roots[1].rglob("last.csv")), 120, "checkpoint")
+    kill_node(cluster, job)
+    assert not list(roots[1].glob("*/*/*-160/*/encoder.safetensors")), "it was killed before its end"
+    start_node(cluster)
+    wait(lambda: not jobs(cluster), 300, "end of the job")
+    told = asked(cluster, "scontrol", "show", "job", job)
+    assert "JobState=COMPLETED" in told and "Restarts=1" in told, told + log.read_text()[-3000:]
+    updates = re.findall(r"(\d+)/160 \[", log.read_text().split(" 0/160 [00:00<?")[2])
+    assert min(map(int, updates)) > 60, "it begins at the checkpoint"
+    assert {"encoder.safetensors", "metrics.csv", "curve.csv"} <= {p.name for p in same_files(roots, "*.[sc]*")}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import runpy
 import shlex
 import shutil
@@ -16,8 +17,9 @@ import filelock
 import pandas as pd
 import psutil
 import pytest
-from helpers import ROOT, copied, jobs_of, snakemake, started
+from helpers import ROOT, copied, jobs_of, same_files, snakemake
 
+from physrep.core.files import open_tensors
 from physrep.experiments.plan import plan_jobs, read_experiments
 from physrep.probing.features import main_split
 from physrep.results.archive import pack, unpack
@@ -70,12 +72,23 @@ def own_folder(folder: Path) -> Path:
     return folder
 
 
-def same_files(roots: tuple[Path, Path], pattern: str) -> list[Path]:
-    "The files of that name below the second, after checking that they are the same to the byte below the first."
-    first, second = ({p.relative_to(root): p.read_bytes() for p in sorted(root.rglob(pattern))} for root in roots)
-    assert second.keys() <= first.keys()
-    assert [str(p) for p in second if first[p] != second[p]] == []
-    return list(second)
+def with_make(folder: Path) -> Path:
+    "A clone, with an environment in which another clone is installed."
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / "tools").mkdir()
+    tools = ("tools/weights.py", "tools/workflow.py", "tools/compare_figures.py")
+    for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt", *tools):
+        shutil.copy(ROOT / name, folder / name)
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    (folder / ".venv" / ".ready").touch()
+    return folder
+
+
+def without_make() -> dict[str, str]:
+    "The environment without what a make that runs these tests has put there."
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "VENV", "PRESET")}
 
 
 def planned(folder: Path, monkeypatch, target: str, preset: str, **asked: str) -> set[str]:
@@ -175,24 +188,45 @@ def test_every_target_of_every_preset_can_be_planned(tmp_path, monkeypatch):
     assert set(waits) - simulated - {"05_table1"} <= {*waits["05_table1"], "06_few_labels"}
 
 
+def alive(folder: Path) -> list[psutil.Process]:
+    "The processes that the workflow of a folder has started."
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended just now, or is another user's
+            if str(folder) in process.environ().get("PYTHONPATH", "").split(":"):
+                found.append(process)
+    return found
+
+
 @pytest.mark.long
-def test_a_workflow_that_is_killed_is_finished_as_if_nothing_was(once, tmp_path):
-    "SIGKILL for the workflow, its stages and their kernels, again and again."
-    folder, deaths = own_folder(tmp_path / "killed"), 0
-    for seconds in (10, 15, 30):
-        process = started(folder, **FEW)
+def test_make_that_is_killed_at_20_random_moments_is_finished_as_if_nothing_was(once, tmp_path):
+    "SIGKILL for all that `make reproduce` has started: no process, file or half of one is left, results are the same."
+    folder, moments, deaths = with_make(own_folder(tmp_path / "killed")), random.Random("moments"), 0
+    rows = ["PRESET=few.yaml", "SYSTEM=shear_flow", "ONLY=random-vit", "ROWS=rows.yaml"]
+    command, own = ["make", "reproduce", "VENV=.venv", *rows], without_make() | {"PYTHONPATH": str(ROOT)}
+    about = dict(cwd=folder, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(20):
+        process = subprocess.Popen(command, **about, start_new_session=True)
         try:
-            said, _ = process.communicate(timeout=seconds)
+            said, _ = process.communicate(timeout=moments.uniform(2, 15))
             assert process.returncode == 0, said[-5000:]
-            break
         except subprocess.TimeoutExpired:
-            for one in (process, *psutil.Process(process.pid).children(recursive=True)):  # it first: it starts no more
-                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
-                    one.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             deaths += 1
-    assert deaths >= 2
-    snakemake(folder, **FEW)
+        for _ in range(100):  # kernels see once a second that they are alone
+            if not alive(folder):
+                break
+            time.sleep(0.1)
+        assert not alive(folder)
+        for leftover in folder.rglob(".*.tmp"):
+            os.utime(leftover, (0, 0))  # as if the next call came an hour later
+        for file in folder.glob("runs/**/*.safetensors"):
+            open_tensors(file)
+    assert deaths > 10
+    done = subprocess.run(command, **about)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert not [p for place in ("data", "runs") for p in (folder / place).rglob(".*.tmp")]
     for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors", "table1.csv"):
         assert same_files((once, folder / "runs"), name), name
 
@@ -257,22 +291,11 @@ def test_snakemake_keeps_the_lock_when_what_started_it_is_killed(tmp_path):
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    "A clone with an environment in which another clone is installed."
-    folder = tmp_path / "clone"
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    (folder / "tools").mkdir()
-    for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt", "tools/weights.py"):
-        shutil.copy(ROOT / name, folder / name)
-    python = folder / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    (folder / ".venv" / ".ready").touch()
-    return folder
+    return with_make(tmp_path / "clone")
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL")}
-    return subprocess.run(["make", *arguments], cwd=folder, env=own, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=folder, env=without_make(), capture_output=True, text=True)
 
 
 def test_a_clone_runs_its_own_code_and_writes_its_own_weights(clone):

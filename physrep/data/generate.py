@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..core.files import read_json, write_json
+from ..core.files import read_json, remove_leftovers, write_json
 from ..core.provenance import PHYSICS
 from ..core.randomness import generator, seed_for
 from .sets import hdf5_files
@@ -316,8 +316,7 @@ def _prepare(folder: Path, recipe: dict) -> None:
             (folder / "stats.yaml").unlink(missing_ok=True)
         more = {name: there[name] | recipe[name] for name in ("draws", "counts", "families", "grid_values")}
         write_json(path, recipe | more)
-    for leftover in folder.rglob(f".*.{16 * '[0-9a-f]'}.tmp"):  # of `atomic_path`
-        leftover.unlink()
+    remove_leftovers(folder, age=0)
 
 # %% ../../nbs/data/generate.ipynb #644beeda
 def make_dataset(

@@ -121,7 +121,10 @@ def _is_drawn(study: Study, notebook: str, figures: Sequence[str]) -> bool:
     there is something to draw for) are current and of these rows."""
     executed = study.drawn / "notebooks" / f"{notebook}.ipynb"
     files = [study.drawn / "figures" / f"{name}.json" for name in figures]
-    about = read_json(executed)["metadata"].get("papermill", {}) if executed.is_file() else {}
+    try:
+        about = read_json(executed)["metadata"].get("papermill", {})
+    except (FileNotFoundError, ValueError):  # papermill was killed while it wrote
+        return False
     if not about.get("end_time") or about.get("exception") or not any(file.is_file() for file in files):
         return False
     drawn, files = executed.stat().st_mtime, [file for file in files if file.is_file()]

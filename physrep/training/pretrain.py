@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..core.devices import fast_products, keep_memory
-from ..core.files import read_json, read_tensors, stored_tensors, write_json, write_tensors
+from ..core.files import read_json, read_tensors, remove_leftovers, stored_tensors, write_json, write_tensors
 from ..core.provenance import old_numbers, provenance
 from ..data.batches import Batches, ViewBatches
 from ..data.scaling import Normaliser
@@ -135,6 +135,8 @@ def _train_claimed(
     "Trains and saves the encoder of a claimed folder; the time is recorded even if it fails."
     keep_memory()
     folder, recipe = run.trunk, run.recipe
+    if group.leads:
+        remove_leftovers(folder, age=0)
     batches = training_batches(run, windows, device)
     objective = build(run).to(device)
     probed = load_splits(run, ("train", "valid"), frames=run.clip.frames, stride=run.preset.probe_stride)
@@ -154,6 +156,7 @@ def _train_claimed(
         own = run.at(step)
         rows = [row for row in read_metrics(folder / "curve.csv") if row["step"] <= step]
         own.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(own.folder, age=0)  # nobody else writes there before it is finished
         write_metrics(own.folder / "curve.csv", rows)
         if (table := folder / "checkpoint" / f"to-{step}.csv").is_file():
             write_metrics(own.folder / "metrics.csv", read_metrics(table))
