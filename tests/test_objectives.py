@@ -134,13 +134,12 @@ def test_frames_of_a_prediction_of_pixels():
 
 def test_a_forecast_is_drawn_from_the_last_seen_frame_on():
     objective = make("forecast", "vit")
-    axes = objective.show(batch_of(objective)).axes
-    titles, last = (
-        [ax.get_title() for ax in axes if ax.get_title()],
-        objective.clips(batch_of(objective))[0].shape[2] - 1,
-    )
+    batch = batch_of(objective)
+    axes, last = objective.show(batch).axes, objective.clips(batch)[0].shape[2] - 1
+    titles = [ax.get_title() for ax in axes if ax.get_title()]
     assert (titles[0], titles[-1]) == (f"frame {last - 4}", f"frame {last}")
-    assert not np.isnan(drawn(axes[len(titles)])).any() and np.isnan(drawn(axes[len(titles) + 1])).all(), "then hidden"
+    shown = axes[len(titles) : 2 * len(titles)]
+    assert [bool(np.isnan(drawn(ax)).all()) for ax in shown] == [False] + [True] * (len(titles) - 1)
 
 
 def test_features_are_drawn_in_the_components_of_the_target():
