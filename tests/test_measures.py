@@ -62,6 +62,8 @@ def test_spectrum_and_energy_do_not_move_with_the_flow():
     points = np.arange(16) / 16, np.arange(24) / 12
     moved = np.roll(x, (3, 5), axis=(1, 2))
     assert np.allclose(energy_enstrophy(x, points, (True, True)), energy_enstrophy(moved, points, (True, True)))
+    far = points[0] + 3, points[1] - 1
+    assert np.allclose(energy_enstrophy(x, points, (True, True)), energy_enstrophy(x, far, (True, True)))
     k, power = shell_spectrum(x, (1 / 16, 1 / 12), (True, True))
     assert np.allclose(power, shell_spectrum(moved, (1 / 16, 1 / 12), (True, True))[1])
     assert np.allclose(k / (2 * np.pi), np.arange(1, len(k) + 1) / 2), "the longer side is 2"

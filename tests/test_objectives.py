@@ -132,6 +132,16 @@ def test_frames_of_a_prediction_of_pixels():
         assert ax.images[0].get_clim() == pytest.approx(float(truth[[0, 2]].abs().max()) * np.array([-1, 1]))
 
 
+def test_a_forecast_is_drawn_from_the_last_seen_frame_on():
+    objective = make("forecast", "vit")
+    batch = batch_of(objective)
+    axes, last = objective.show(batch).axes, objective.clips(batch)[0].shape[2] - 1
+    titles = [ax.get_title() for ax in axes if ax.get_title()]
+    assert (titles[0], titles[-1]) == (f"frame {last - 4}", f"frame {last}")
+    shown = axes[len(titles) : 2 * len(titles)]
+    assert [bool(np.isnan(drawn(ax)).all()) for ax in shown] == [False] + [True] * (len(titles) - 1)
+
+
 def test_features_are_drawn_in_the_components_of_the_target():
     true, clips = torch.randn(3, 2 * 4 * 4, 5) * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.1]), torch.randn(2, 2, 8, 16)
     predicted, images = true + 0.5 * torch.randn(true.shape), {"last": clips[0], "first": clips[1]}

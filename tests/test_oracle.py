@@ -152,6 +152,7 @@ EVEN = vertical_points(N, "uniform")
         (BROKEN, {}, "1 of 8 windows are not finite, the first is 3"),
         (BAD, {"spacing": 1 / N}, "dt must be positive, spacing a positive pair"),
         (BAD, {"dt": 0.0}, "dt must be positive"),
+        (BAD, {"dt": np.inf}, "dt must be positive"),
         (BAD, {"system": "shear"}, "unknown system 'shear'"),
         (BAD, {"heights": EVEN}, "shear_flow has no walls: its points are evenly spaced"),
         (BAD, {"system": LAYER, "heights": EVEN[::-1]}, "heights must be 32 increasing numbers"),

@@ -34,6 +34,7 @@ from physrep.probing.frozen import (
     token_standardiser,
 )
 from physrep.probing.records import stale
+from physrep.training.loop import warmup_cosine
 from physrep.training.pretrain import pretrain
 from physrep.training.run import Run, resolve
 
@@ -194,6 +195,10 @@ def test_dead_features_do_not_matter_and_tokens_are_standardised_in_half_precisi
         assert np.allclose(probe.predict(with_dead(TEST, 5.0)), plain.predict(TEST), rtol=1e-3)
     tokens = (torch.randn(150, 7, 8, generator=torch.Generator().manual_seed(0)) * 3 + 20).half()
     tokens[:, :, 3] = 1.5
+    least = 10 * np.finfo(np.float32).eps
+    for value in (0.5, 1.5, -3.0):
+        constant = Features(torch.full((1, 2, 1), value), np.ones((1, 2)), np.zeros(1))
+        assert constant.moments[0].tolist() == pytest.approx([value, np.log(least * max(1, abs(value)))])
     mean, scale = token_standardiser(tokens)
     flat, alive = tokens.double().flatten(0, 1).numpy(), np.arange(8) != 3
     assert np.allclose(mean, flat.mean(0), rtol=1e-5) and scale[3] == 0
@@ -267,6 +272,20 @@ def test_a_saved_probe_answers_for_raw_fields_and_starts_a_fine_tuning(run, most
     errors = [[t["valid_mse"] for t in one.trials] for one in (first, again, parts, other)]
     assert errors[0] == errors[1] == pytest.approx(errors[2], rel=1e-3) and errors[0][1:] != errors[3][1:]
     assert first.chosen["epoch"] == int(np.argmin(errors[0])) and encoder_digest(encoder) == before, "a copy is trained"
+    rates, adamw = [], finetune.torch.optim.AdamW
+
+    class Watched(adamw):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.torch.optim, "AdamW", Watched)
+        tuned()
+    n = len(rates)
+    assert n > 1 and rates == pytest.approx(
+        [1e-2 * warmup_cosine(i, rise=max(1, round(n / 10)), end=n) for i in range(n)]
+    )
     with pytest.raises(ValueError, match="starts from an attentive probe of the same encoder, got a linear probe"):
         tuned(start=fit_probe("linear", kept["train"], kept["valid"], scaler))
     with pytest.raises(ValueError, match=r"normaliser=Normaliser\(encoder.mean, encoder.std\)"):
@@ -287,6 +306,7 @@ def test_a_result_is_todays_until_something_that_decides_it_changes(run, smoke_d
     ]:
         assert stale(file, **asked | change)[0].startswith(reason)
     found = read_json(file)
+    assert 0 < found["seconds"] < 600
     found["provenance"]["numbers"]["PROBING"] = 0
     write_json(tmp_path / "result.json", found)
     assert stale(tmp_path / "result.json", **asked) == [f"PROBING was 0, is {PROBING}"]

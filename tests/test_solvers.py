@@ -293,7 +293,17 @@ def test_cuda_agrees_with_cpu(name, dtype, tolerance):
     assert all(np.abs(a - b).max() < tolerance for a, b in zip(fields(cpu), fields(cuda)))
 
 
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
+def test_steps_are_counted_in_any_unit_of_time(scale):
+    found = schedule(0.3 * scale, 0.1 * scale, 2, skip=0.2 * scale)
+    assert (found.steps, found.skip) == (3, 2)
+    for wrong in (dict(frame_dt=0.25 * scale), dict(frame_dt=0.3 * scale, skip=0.25 * scale)):
+        with pytest.raises(ValueError, match="must be a multiple of dt"):
+            schedule(**wrong, dt=0.1 * scale, n_frames=2)
+
+
+@pytest.mark.parametrize("points", [(20, 28), (24, 36)])
 @pytest.mark.parametrize("make", [spectral_grid, matter_grid])
-def test_k_max_is_the_largest_kept_wavenumber_of_an_axis(make):
-    g = make((20, 28), (1.0, 3.0))
+def test_k_max_is_the_largest_kept_wavenumber_of_an_axis(make, points):
+    g = make(points, (1.0, 3.0))
     assert g.k_max == pytest.approx([float((k.abs() * g.keep).max()) for k in (g.kx, g.ky)])

@@ -96,6 +96,8 @@ def test_walls_and_crops_have_no_neighbour_across_the_edge():
 def test_points_of_a_layer_need_not_be_evenly_spaced():
     y = vertical_points(N, "chebyshev")
     options = dict(system=LAYER, heights=y, spacing=(1 / N, np.nan))
+    even = options | dict(heights=vertical_points(N, "uniform"))
+    assert np.array_equal(spectra(noise(LAYER), dt=DT, **even), spectra(noise(LAYER), system=LAYER, **UNITS))
     slope = np.broadcast_to(3 * y, (1, 4, 6, N, N))
     assert measured(summary_statistics, slope, **options)["gradient buoyancy 1"] == pytest.approx(3.0)
     wave = measured(spectra, np.broadcast_to(np.cos(np.pi * 2 * y), (1, 4, 6, N, N)), **options)

@@ -36,9 +36,11 @@ def test_clips_unlike_those_of_training_are_named(probed, tmp_path):
         values = loaded.predict_fields(encoder, clips, 0.2)
     faster = clips.copy()
     faster[:3, 2:] *= 4
-    with pytest.warns(UserWarning, match="^3 of 8 clips are unlike those .*velocity_.*; of them it does not know$"):
+    with pytest.warns(
+        UserWarning, match="^3 of 8 clips are unlike those .*velocity_.*; of them it does not know$"
+    ) as told:
         faster_values = loaded.predict_fields(encoder, faster, 0.2)
-    assert np.allclose(faster_values[3:], values[3:])
+    assert np.allclose(faster_values[3:], values[3:]) and told[0].filename == __file__, "where it was asked"
     table = loaded.unlike(encoder, faster, 0.2)
     far = distance(table)
     assert table["std velocity_x"][3:].max() < 1.2 < table["std velocity_x"][:3].min(), "1 is usual"
