@@ -1,5 +1,8 @@
 """One torch thread, and a small simulated data set that the tests share."""
 
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,15 @@ def smoke_data() -> Path:
     folder = default_data_dir("smoke")
     make_dataset("shear_flow", get_preset("smoke").sim("shear_flow"), folder, workers=1, progress=False)
     return folder
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    "A disk of its own, of 8 MB."
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)

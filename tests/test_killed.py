@@ -9,10 +9,9 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,18 +175,6 @@ def test_a_training_that_is_killed_at_20_random_moments_is_one_that_was_left_alo
     assert contents(work) == contents(alone) and not list(work.rglob(".*.tmp"))
 
 
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Path]:
-    "A disk of 8 MB."
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], capture_output=True).returncode:
-        pytest.skip("a disk can be mounted by root alone")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount on this system")
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])  # of what the stage writes, that there is room for
 def test_a_stage_on_a_disk_that_is_full_names_the_file_and_goes_on_when_there_is_room(share, name, run, before, disk):

@@ -88,9 +88,10 @@ def kill_node(environment: dict, *jobs: str) -> None:
     pids = [int(line.split()[0]) for line in lines]
     daemon = int((Path(environment["SLURM_CONF"]).parent / "slurmd.pid").read_text())
     steps = {p for pid in pids for p in psutil.Process(pid).parents() if p.name().startswith("slurmstepd")}
-    for one in (psutil.Process(daemon), *steps, *map(psutil.Process, pids)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # all at once: none tells how another ended
+        for one in (psutil.Process(daemon), *steps, *map(psutil.Process, pids)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
     wait(lambda: "down" in asked(environment, "sinfo", "-h", "-o", "%t"), 60, "node that is down")
 
 

@@ -17,7 +17,7 @@ import filelock
 import pandas as pd
 import psutil
 import pytest
-from helpers import ROOT, copied, jobs_of, same_files, snakemake
+from helpers import ROOT, copied, jobs_of, same_files, snakemake, started
 
 from physrep.core.files import open_tensors
 from physrep.experiments.plan import plan_jobs, read_experiments
@@ -137,6 +137,16 @@ def test_only_what_is_missing_is_made(once, monkeypatch):
     jobs = {"shear_flow-MeanField-vit-pretrain", "shear_flow-MeanField-vit-probe", FEW["target"]}
     assert planned(root, monkeypatch, **FEW) == jobs
     rows.write_text(OWN_ROWS)
+    executed = once / "few" / "selection" / "notebooks" / f"{FEW['target']}.ipynb"
+    whole = executed.read_text()
+    executed.write_text(whole[: len(whole) // 2])  # papermill was killed while it wrote
+    assert planned(root, monkeypatch, **FEW) == {FEW["target"]}
+    executed.write_text(whole)
+
+
+def test_a_job_of_a_cluster_is_found_in_the_plan_of_its_call_though_all_is_done_meanwhile(once):
+    job = ("--target-jobs", "print_shear_flow:", "--allowed-rules", "print_shear_flow", "--force")
+    assert "summary statistics" in snakemake(once.parent, *job, "--mode", "subprocess", quiet=("host",), **FEW)
 
 
 def test_a_table_is_drawn_from_unpacked_results_and_only_what_is_new_is_trained(once, tmp_path, monkeypatch):
@@ -227,6 +237,28 @@ def test_make_that_is_killed_at_20_random_moments_is_finished_as_if_nothing_was(
     done = subprocess.run(command, **about)
     assert done.returncode == 0, done.stdout[-5000:]
     assert not [p for place in ("data", "runs") for p in (folder / place).rglob(".*.tmp")]
+    for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors", "table1.csv"):
+        assert same_files((once, folder / "runs"), name), name
+
+
+@pytest.mark.long
+def test_a_workflow_on_a_disk_that_is_full_says_so_and_goes_on_when_there_is_room(once, disk):
+    def grow(share: float) -> None:
+        size = sum(-(-p.stat().st_size // 4096) * 4 for p in once.parent.rglob("*") if p.is_file())
+        subprocess.run(["mount", "-o", f"remount,size={10_000 + int(share * (size - 10_000))}k", disk], check=True)
+
+    grow(0)
+    folder, failed = own_folder(disk / "few"), 0
+    for share in (0.02, 0.4, 0.7, 0.8, 0.85, 0.9, 0.95):  # of all that is written, that there is room for
+        grow(share)
+        process = started(folder, **FEW)
+        said, _ = process.communicate(timeout=600)
+        assert not process.returncode or "No space left on device" in said, said[-5000:]
+        assert not list(folder.rglob("runs/**/.*.tmp"))
+        failed += process.returncode != 0
+    assert failed > 4
+    grow(3)
+    snakemake(folder, **FEW)
     for name in ("encoder.safetensors", "predictions.safetensors", "probe-attentive.safetensors", "table1.csv"):
         assert same_files((once, folder / "runs"), name), name
 
