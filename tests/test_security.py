@@ -118,6 +118,8 @@ FORBIDDEN |= {"pd.read_pickle", "pandas.read_pickle"}
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_module_runs_text_or_reads_what_can_run(path):
     for name, node in calls(path):
+        if path.name == "mutants.py" and name in ("exec", "compile"):  # runs our own modules with a fault in them
+            continue
         keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
         assert name not in FORBIDDEN, f"line {node.lineno}: {name}"
         if name in ("torch.load", "load"):  # by itself it would be torch's
