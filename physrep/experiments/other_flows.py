@@ -413,16 +413,15 @@ def do_part(study: Study, part: Sequence[str], *, device: str = "cpu") -> None:
     first = _any_run(study, part[1])
     if part[0] == "box":
         box_windows(first, device=device)
-        return
-    if part[0] != "controls":
+    elif part[0] == "controls":
+        clips = clips_of(first, _others(study, first), device=device)
+        for name in CONTROLS:
+            ask_control(name, first, clips)
+    else:
         [row] = [row for row in study.rows if row.name == part[0]]
         run = study.run(row, part[1], int(part[2]))
         train_and_score(run, encoder=True, device=device)
-    clips = clips_of(first, _others(study, first), device=device)
-    if part[0] != "controls":
-        ask_run(run, clips, device=device)
-    for name in CONTROLS if part[0] == "controls" else ():
-        ask_control(name, first, clips)
+        ask_run(run, clips_of(first, _others(study, first), device=device), device=device)
 
 
 def _summary(folders: Sequence[Path], result: str, probes: Sequence[str] = (PROBE,)) -> pd.DataFrame:
