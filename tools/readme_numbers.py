@@ -153,7 +153,7 @@ PAGE: dict[str, Callable[[], tuple]] = {
     r"reads MAE at (\S+), where random weights have (\S+)\. .*, and its error is (\S+)\.\n": lambda: tuple(
         candidate(name, "kernel", row="mae-vit") for name in ("hand", "random", "third")
     ),
-    r"ConvNeXt explains (\S+) \(i4\)\. Its error is (\S+), where random weights have (\S+):": lambda: (
+    r"ConvNeXt explains (\S+) \(i4\)\. Its error is (\S+), where random weights have (\S+),": lambda: (
         candidate("i4", "gate_r2", "active_matter"),
         candidate("i4", "kernel", "active_matter"),
         candidate("random", "kernel", "active_matter"),

@@ -533,7 +533,7 @@ def beside_statistics(blocks: pd.DataFrame, flows: pd.DataFrame) -> pd.DataFrame
 def plot_beside(table: pd.DataFrame, rows: Sequence[Row] = ROWS, title: str = "") -> Figure:
     "A table of `beside_statistics`: a mark for each row, and a grey bar for statistics alone."
     look = dict(second_label="statistics + spectra alone", title=title)
-    return plot_marks(with_looks(table, rows), xlabel=f"{ERROR} on {table.split.iloc[0]}, kernel ridge", **look)
+    return plot_marks(with_looks(table, rows), xlabel=f"{ERROR}, kernel ridge", **look)
 
 
 def plot_intervals(table: pd.DataFrame, title: str = "") -> Figure:
