@@ -39,6 +39,7 @@ from ..results.panels import ERROR, SMALL, WIDTH, scale_log
 from ..results.rows import ROWS, Row, Study, Variant, chosen_rows, ordered, variant_run
 from ..results.table import system_title
 from ..training.loop import SHORTER, TrainingDiverged, read_metrics
+from ..training.presets import PRESETS
 from ..training.pretrain import pretrain
 from ..training.run import Run, build, load_splits
 from ..training.watch import LEAST_R2, shortcomings
@@ -108,9 +109,11 @@ DECIDING = ("kernel", "attentive")  # probes; the geometric mean of their errors
 
 
 def _tuning(study: Study, length: float = LENGTH) -> Study:
-    "The study with its runs in `<run_dir>/tuning`, and of this length."
+    "The study with its runs in `<run_dir>/tuning`, recipes by hand, and of this length."
     folder = Path(study.run_dir or project_root() / "runs") / "tuning"
-    return replace(study, preset=replace(study.preset, length=length), run_dir=folder)
+    chosen = study.preset.name in PRESETS and study.preset.base
+    preset = replace(study.preset, train=chosen.train, objectives=chosen.objectives) if chosen else study.preset
+    return replace(study, preset=replace(preset, length=length, base=None if chosen else preset.base), run_dir=folder)
 
 
 def trial_runs(study: Study, candidate: Candidate, length: float = LENGTH) -> dict[float, Run]:

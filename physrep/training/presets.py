@@ -210,7 +210,17 @@ def _laptop_train() -> dict[str, Recipe]:
     return found
 
 # %% ../../nbs/training/presets.ipynb #5d3e81aa
-_LAPTOP = Preset(
+# what 13_tuning chose for a row, over its recipe by hand: updates of a length of 1, coefficients, recipe
+_NEAR: dict = dict(horizon=4, predictor_hidden=None)
+_POOLED: dict = dict(pooled=True, pooled_variance=80.0, pooled_std=0.5, pooled_covariance=4.0, predictor_hidden=None)
+_QUICK: dict = dict(predictor_lr=3.0)
+_CHOSEN: dict[str, tuple[int, dict, dict]] = {
+    "jepa-vit": (404, _NEAR, _QUICK),
+    "jepa-vit@active_matter": (391, _NEAR, _QUICK),
+    "jepa-convnext": (157, _POOLED, _QUICK | dict(batch_size=64)),
+    "jepa-convnext@active_matter": (603, _NEAR, _QUICK),
+}
+_BY_HAND = Preset(
     name="laptop",
     description="two cores, no GPU: what `make reproduce` runs",
     sims=_sims(_LAPTOP_DRAWS, n_frames=48),
@@ -220,6 +230,12 @@ _LAPTOP = Preset(
     length=0.25,  # the first point of the curves that longer runs draw
     probe_epochs=96,
     probe_lr=2e-3,
+)
+_LAPTOP = replace(
+    _BY_HAND,
+    objectives={row: _LAPTOP_OBJECTIVES["jepa"] | changed for row, (_, changed, _) in _CHOSEN.items()},
+    train={row: replace(_BY_HAND.train[row], steps=n, **changed) for row, (n, _, changed) in _CHOSEN.items()},
+    base=_BY_HAND,
 )
 
 # %% ../../nbs/training/presets.ipynb #b0390d96
