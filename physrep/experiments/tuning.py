@@ -165,7 +165,9 @@ def _measured(run: Run, file: Path) -> dict:
     if "valid" in record:
         errors = {probe: float(np.mean([*labels.values()])) for probe, labels in record["valid"].items()}
     else:  # on the way
-        rows = read_results(file).query("split == 'valid' and label == 'mean' and metric == 'mse'")
+        rows = read_results(file).query(
+            "split == 'valid' and label == 'mean' and metric == 'mse' and probe == @CURVE_PROBE"
+        )
         errors = {CURVE_PROBE: rows.value.item()}
         record = read_json(run.folder / "provenance.json")  # its seconds are those of the training
     files = [run.folder / name for name in ("curve.csv", "metrics.csv")]
