@@ -117,7 +117,7 @@ def plot_paper_order(table: pd.DataFrame, title: str = "") -> Figure:
     "The difference of JEPA and MAE with each probe, a panel for each system."
     drawn = table.assign(panel=table.system, line=[PROBE_TITLES[p] for p in table.probe], value=table.difference)
     drawn = drawn.assign(filled=table.verdict != "undecided", color="#0072B2", marker="s")
-    label = f"error on {table.split.iloc[0]} of JEPA on the periodic ConvNeXt minus that of MAE ViT (right of zero: MAE is better)"
+    label = f"error on {table.split.iloc[0]}, JEPA periodic ConvNeXt minus MAE ViT (right of zero: MAE is better)"
     lines = [PROBE_TITLES[p] for p in ordered(table.probe, PROBE_ORDER)]
     return plot_marks(drawn, xlabel=label, log=False, at=0.0, lines=lines, title=title)
 
