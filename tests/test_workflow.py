@@ -218,7 +218,7 @@ def test_make_that_is_killed_at_20_random_moments_is_finished_as_if_nothing_was(
     for _ in range(20):
         process = subprocess.Popen(command, **about, start_new_session=True)
         try:
-            said, _ = process.communicate(timeout=moments.uniform(2, 15))
+            said, _ = process.communicate(timeout=moments.uniform(2, 9))
             assert process.returncode == 0, said[-5000:]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -233,7 +233,7 @@ def test_make_that_is_killed_at_20_random_moments_is_finished_as_if_nothing_was(
             os.utime(leftover, (0, 0))  # as if the next call came an hour later
         for file in folder.glob("runs/**/*.safetensors"):
             open_tensors(file)
-    assert deaths > 10
+    assert deaths > 5
     done = subprocess.run(command, **about)
     assert done.returncode == 0, done.stdout[-5000:]
     assert not [p for place in ("data", "runs") for p in (folder / place).rglob(".*.tmp")]
