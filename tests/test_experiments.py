@@ -77,6 +77,21 @@ def test_table_and_differences(study):
     assert np.allclose(apart.a - apart.b, apart.difference)
 
 
+@pytest.mark.parametrize(
+    ("row", "system", "chosen"),
+    [("jepa.circular-convnext", SYSTEM, "em"), ("jepa.circular-convnext", "active_matter", "i4")]
+    + [("jepa-vit", system, "i4") for system in (SYSTEM, "active_matter")],
+)
+def test_the_laptops_jepa_is_the_candidate_that_was_chosen_and_candidates_start_by_hand(row, system, chosen):
+    study = make_study("laptop", systems=system, only=row)
+    tried = [one for one in tuning.read_candidates(study) if one.name in ("a", chosen)]
+    runs = {one.name: tuning.trial_runs(study, one)[tuning.LENGTH] for one in tried}
+    run = study.run(next(one for one in study.rows if one.name == row), system)
+    assert run.coefficients == runs[chosen].coefficients != runs["a"].coefficients
+    assert run.recipe.decisive() == runs[chosen].recipe.decisive() != runs["a"].recipe.decisive()
+    assert runs["a"].coefficients == study.preset.base.coefficients("jepa")
+
+
 def test_the_papers_order_is_jepa_minus_mae():
     table = pd.read_csv(ROOT / "figures" / "paper_order.csv")
     errors = pd.read_csv(ROOT / "figures" / "table1.csv")

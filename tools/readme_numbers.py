@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from physrep.experiments.learning_curves import still_falling
 from physrep.probing.features import main_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,10 +75,7 @@ def few(system: str, objective: str, flows: int, encoder: str = "vit") -> float:
 
 def falling() -> tuple[int, int]:
     "Learning curves that fall over their last factor of four, and all."
-    keys = ["system", "objective", "encoder"]
-    means = table("learning_curves").groupby([*keys, "step"]).value.mean().groupby(keys)
-    before = means.nth(-2).droplevel("step")
-    still = means.last().reindex(before.index) < before
+    still = still_falling(table("learning_curves"))
     return int(still.sum()), len(still)
 
 

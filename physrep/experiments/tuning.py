@@ -39,7 +39,7 @@ from ..results.panels import ERROR, SMALL, WIDTH, scale_log
 from ..results.rows import ROWS, Row, Study, Variant, chosen_rows, ordered, variant_run
 from ..results.table import system_title
 from ..training.loop import SHORTER, TrainingDiverged, read_metrics
-from ..training.presets import PRESETS
+from ..training.presets import PRESETS, Preset
 from ..training.pretrain import pretrain
 from ..training.run import Run, build, load_splits
 from ..training.watch import LEAST_R2, shortcomings
@@ -108,12 +108,17 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # penalties of `predictability`
 DECIDING = ("kernel", "attentive")  # probes; the geometric mean of their errors on valid decides
 
 
+def _by_hand(preset: Preset) -> Preset:
+    "A preset, or one that rests on it, without what was chosen before."
+    if preset.name in PRESETS:
+        return preset.base or preset
+    return replace(preset, base=_by_hand(preset.base)) if preset.base else preset
+
+
 def _tuning(study: Study, length: float = LENGTH) -> Study:
     "The study with its runs in `<run_dir>/tuning`, recipes by hand, and of this length."
     folder = Path(study.run_dir or project_root() / "runs") / "tuning"
-    chosen = study.preset.name in PRESETS and study.preset.base
-    preset = replace(study.preset, train=chosen.train, objectives=chosen.objectives) if chosen else study.preset
-    return replace(study, preset=replace(preset, length=length, base=None if chosen else preset.base), run_dir=folder)
+    return replace(study, preset=replace(_by_hand(study.preset), length=length), run_dir=folder)
 
 
 def trial_runs(study: Study, candidate: Candidate, length: float = LENGTH) -> dict[float, Run]:
@@ -286,8 +291,9 @@ def plot_tuning(table: pd.DataFrame, rows: Sequence[Row] = ROWS, length: float =
             ax = axes[panels.index(panel), systems.index(system)]
             _draw_panel(ax, part, panel[0], known, length)
             ax.set_title(f"{panel[1]}, {system_title(system)}", fontsize=SMALL + 0.5)
-        for ax in axes[:, 0]:
-            ax.legend(fontsize=SMALL - 1.5)
+        for line in axes:  # a row may be in one system alone
+            named = {label: mark for ax in line for mark, label in zip(*ax.get_legend_handles_labels())}
+            line[0].legend(named.values(), named.keys(), fontsize=SMALL - 1.5)
         fig.supylabel(f"{ERROR} on valid", fontsize=SMALL)
         fig.supxlabel("small: at a quarter of the length; hollow: fails its gate", fontsize=SMALL)
         fig.suptitle(title, fontsize=SMALL + 1.5, x=0.01, ha="left")
