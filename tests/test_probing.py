@@ -18,7 +18,7 @@ from physrep.models.pretrained import load_encoder
 from physrep.physics.systems import Label, System, get_system
 from physrep.probing import finetune, frozen
 from physrep.probing.evaluate import score_run
-from physrep.probing.features import Features, encoder_digest, features_of, open_splits, probe_splits
+from physrep.probing.features import Features, encoder_digest, features_of, probe_splits, probed_splits
 from physrep.probing.finetune import FINE_TUNED, fine_tune, fit_finetune
 from physrep.probing.frozen import (
     PROBES,
@@ -334,7 +334,7 @@ def test_a_rate_that_was_tried_is_kept_until_its_settings_change(run, monkeypatc
         tried.clear()
     result = read_json(run.folder / FINE_TUNED)
     assert set(result["chosen"]["finetune"]["valid_mse"]) == {"0.003"} and result["finetuning"]["seen"] == 64
-    assert {row["split"] for row in result["rows"]} == {*open_splits(run)} - {"train"}
+    assert {row["split"] for row in result["rows"]} == {*probed_splits(run)} - {"train"}
     with pytest.raises(ValueError, match="was trained with these labels already"):
         fine_tune(resolve("shear_flow", "supervised", "vit", "smoke", data_dir=run.data_dir, run_dir=run.run_dir))
 

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..core.files import read_json
-from .generate import CLOSED
 from .leakage import plot_corners
 from .remote import as_path
 from .sets import find_folder, hdf5_files
@@ -71,7 +69,7 @@ def _system_in(root: Path) -> str:
 # %% ../../nbs/data/flows.ipynb #3d5a7c41
 def read(folder: str | os.PathLike, system: str | System = "") -> Flows:
     """All flows of a folder in The Well's layout, whatever their split; `system`: its name, or `my_module:SYSTEM`,
-    where the files do not say it. Splits of simulated benchmark data that are closed are left out.
+    where the files do not say it.
 
     FileNotFoundError without files, WellFormatError for broken ones or several grids."""
     root = as_path(folder)
@@ -80,9 +78,4 @@ def read(folder: str | os.PathLike, system: str | System = "") -> Flows:
     home = find_folder(root, system)
     there = {path.parent.name for path in hdf5_files(home, "data/*/*")}
     splits = sorted(there, key=lambda split: (USUAL.index(split) if split in USUAL else len(USUAL), split))
-    plan = home / "plan.json"
-    if plan.is_file() and read_json(plan).get("version", 0) >= 3:
-        splits = [split for split in splits if split not in CLOSED]
-    if not splits:
-        raise ValueError(f"{home} has closed splits only ({', '.join(CLOSED)}), which nobody scores yet")
     return Flows(home, system, "+".join(splits))

@@ -13,7 +13,7 @@ from ..core.files import read_json
 from ..core.provenance import old_numbers
 from ..data.windows import Windows
 from ..probing.evaluate import score_run
-from ..probing.features import open_splits, probe_splits
+from ..probing.features import probe_splits, probed_splits
 from ..probing.records import is_current
 from ..results.archive import remove_unpacked
 from ..results.rows import Study
@@ -32,7 +32,7 @@ def is_scored(run: Run, file: str = "result.json", windows: Mapping[str, Windows
     "Whether a result of a run is there and current, also for the data of these windows (of `probe_splits`)."
     path = run.folder / file
     current = is_current(path, config=run.as_dict(), probing=run.preset.probing(), windows=windows)
-    return current and read_json(path).get("data", {}).keys() >= set(open_splits(run))  # none was opened since
+    return current and read_json(path).get("data", {}).keys() >= set(probed_splits(run))
 
 
 def is_trained(run: Run) -> bool:

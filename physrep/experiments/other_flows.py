@@ -59,7 +59,7 @@ from ..results.comparison import SUMMARY, summarise
 from ..results.figures import using_style
 from ..results.panels import ERROR, SMALL, WIDTH, plot_curves, plot_marks, scale_log, with_looks
 from ..results.rows import CONTROLS, ROWS, Row, Study, random_of
-from ..training.run import Run, check_open, is_closed, label_scaler, stride_of
+from ..training.run import Run, label_scaler, stride_of
 
 PROBE = "kernel"  # fitted on `train` and chosen on `valid`
 
@@ -120,9 +120,7 @@ def longer_box(system: str, sim: SimPreset, times: int = 2) -> SimPreset:
 
 
 def box_windows(run: Run, **options) -> Windows:
-    """Windows of a run's system in the longer box, cut to the grid of the others; simulated where they are missing.
-    ValueError while they are closed."""
-    check_open(run, [LONG_BOX])
+    """Windows of a run's system in the longer box, cut to the grid of the others; simulated where they are missing."""
     folder = Path(f"{run.data_folder}_box")
     sim = run.preset.sim(run.system.name)
     make_dataset(run.system.name, longer_box(run.system.name, sim), folder, **options)
@@ -245,7 +243,7 @@ class Clips:
 def clips_of(run: Run, others: Sequence[Run] = (), *, device: str = "cpu") -> Clips:
     "The clips of the system of a run; `others`: a run of each of the other systems. Simulates a missing longer box."
     windows = probe_splits(run)
-    box = {} if is_closed(run, LONG_BOX) or not run.simulated else {LONG_BOX: box_windows(run, device=device)}
+    box = {} if not run.simulated else {LONG_BOX: box_windows(run, device=device)}
     check_disjoint(*windows.values(), *box.values())
     others = [other for other in others if other.clip_shape == run.clip_shape and other.system != run.system]
     foreign = clips_of_others(run, others, main_split(windows))
@@ -302,7 +300,7 @@ def _ask(
     folder: Path,
     clips: Clips,
     features: Mapping[str, Features],
-    box: Mapping[str, Features],  # of the longer box, with its train and valid; empty while it is closed
+    box: Mapping[str, Features],  # of the longer box, with its train and valid; empty for stored data
     more: Mapping[tuple[str, str], np.ndarray],  # other predictions
     **about: Any,  # of `write_scores`
 ) -> None:
@@ -383,8 +381,6 @@ def _others(study: Study, run: Run) -> list[Run]:
 
 
 def _box_is_missing(run: Run) -> bool:
-    if is_closed(run, LONG_BOX):
-        return False
     name = run.system.name
     return not is_complete(name, longer_box(name, run.preset.sim(name)), Path(f"{run.data_folder}_box") / name)
 
@@ -435,7 +431,7 @@ def _summary(folders: Sequence[Path], result: str, probes: Sequence[str] = (PROB
 
 
 def other_flows_table(study: Study) -> pd.DataFrame:
-    """Errors by `flows` (test or valid, shifted, long_box, another system) and what is `asked` (parameters, state), of
+    """Errors by `flows` (test, shifted, long_box, another system) and what is `asked` (parameters, state), of
     kernel ridge: {system, objective, encoder, flows, asked, trained_on, value, low, high, seeds}."""
     found = []
     for row, system in ((row, s) for row in study.rows for s in study.systems):
@@ -486,12 +482,10 @@ def blocks_table(study: Study) -> pd.DataFrame:
 # %% ../../nbs/experiments/other_flows.ipynb #823db0b9
 PANELS = {
     "test, parameters": "test",
-    "valid, parameters": "valid",
     "shifted, parameters": "starts in another way",
     f"{LONG_BOX}, parameters": "longer box",
     f"{ANOTHER}, parameters": ANOTHER,
     "test, state": "test: state of the flow",
-    "valid, state": "valid: state of the flow",
 }
 
 

@@ -28,7 +28,7 @@ from ..objectives.emulators import Emulator, Predict, emulator_of, persistence_e
 from ..physics.measures import energy_enstrophy, spectral_errors, vrmse
 from ..physics.systems import System, get_system
 from ..probing.evaluate import bootstrap_groups
-from ..probing.features import main_split, open_splits
+from ..probing.features import main_split, probed_splits
 from ..probing.records import read_results
 from ..probing.scores import bootstrap_weights
 from ..results.figures import using_style
@@ -36,7 +36,7 @@ from ..results.panels import ERROR, SMALL, WIDTH, in_lines, plot_curves
 from ..results.rows import ROWS, Row, Study, title_of
 from ..results.table import system_title
 from ..training.pretrain import restore
-from ..training.run import Run, check_open, load_splits
+from ..training.run import Run, load_splits
 
 # %% ../../nbs/experiments/rollout.ipynb #3b149140
 VERSION = 1  # raised by hand when the numbers of a rollout change
@@ -134,9 +134,8 @@ class RolloutFlows:
 
 def flows_of(run: Run, split: str = "", *, start: int = 0, steps: int = 0) -> RolloutFlows:
     """The flows of a split (default: the `main_split`) for a run; `start` 0 is the length of a clip, `steps` 0 as
-    many as the trajectories have. ValueError for more frames than there are, or a split that is closed."""
-    start, split = start or run.clip.frames, split or main_split(open_splits(run))
-    check_open(run, [split])
+    many as the trajectories have. ValueError for more frames than there are."""
+    start, split = start or run.clip.frames, split or main_split(probed_splits(run))
     lengths = [f.n_frames for f in Trajectories(run.data_folder, run.system, split, crop=run.crop).files]
     steps = steps or min(lengths) - start
     if start < 1 or steps < 1 or start + steps > min(lengths):

@@ -21,7 +21,7 @@ from ..core.names import short_name, tagged
 from ..physics.systems import get_system
 from ..probing.features import main_split
 from ..probing.records import read_results
-from ..results.comparison import compare_predictions, differences, interval_text, summarise
+from ..results.comparison import differences, error_ratio, read_methods, summarise
 from ..results.panels import ERROR, interval_is_clear, plot_marks, with_looks
 from ..results.rows import PROBE_ORDER, PROBE_TITLES, Row, Study, ordered, random_of, row_order, title_of
 from ..results.submissions import reference_for, write_csv_row
@@ -64,10 +64,10 @@ def plot_table1(errors: pd.DataFrame, rows: Sequence[Row], probe: str = "attenti
     return plot_marks(with_looks(drawn, rows), xlabel=xlabel, title=title, **look)
 
 # %% ../../nbs/experiments/table1.ipynb #ef3ad43d
-def verdicts(paired: pd.DataFrame) -> list[str]:
-    "`better`, `worse` or `undecided` for each line of differences."
-    clear = {True: "worse", False: "better"}
-    return [clear[one.difference > 0] if interval_is_clear(one) else "undecided" for one in paired.itertuples()]
+def verdicts(paired: pd.DataFrame, equal: float = 0.0) -> list[str]:
+    "`better`, `worse` or `undecided` for each line of differences, or of ratios, which are `equal` at 1."
+    side = {True: "worse", False: "better"}
+    return [side[one.low > equal] if interval_is_clear(one, equal) else "undecided" for one in paired.itertuples()]
 
 
 def over_random(study: Study) -> pd.DataFrame:
@@ -98,28 +98,27 @@ PAPER_ROWS = ("jepa.circular-convnext", "mae-vit")  # the paper's JEPA, which pa
 
 
 def paper_order(study: Study) -> pd.DataFrame:
-    """JEPA's error on the `main_split` minus that of MAE in each system that has both rows, with each probe: `split`,
-    `difference`, `low`, `high`, `by_seed`, `text`, `verdict`."""
+    """JEPA's error on the `main_split` over that of MAE, each over random weights of its own network, in each system
+    that has these rows, with each probe: what `error_ratio` gives, and a `verdict`."""
     pair = [row for name in PAPER_ROWS for row in study.rows if row.name == name]
-    if len(pair) < 2:
-        return pd.DataFrame()
+    untrained = [own for row in pair if (own := random_of(row, study.rows))]
     found = []
-    for system in study.systems:
-        table = compare_predictions(*(study.folders(row, system) for row in pair), metric="mse")
-        found.append(table[table.label == "mean"].assign(system=system))
-    table = pd.concat(found, ignore_index=True)
-    text = [interval_text(*numbers, 3) for numbers in zip(table.difference, table.low, table.high)]
-    columns = ["system", "probe", "split", "difference", "low", "high", "by_seed", "seeds_a", "seeds_b"]
-    return table[columns].assign(text=text, verdict=verdicts(table))
+    for system in study.systems if len(pair) == len(untrained) == 2 else ():
+        ours, theirs, *over = (read_methods(study.folders(row, system))[0] for row in (*pair, *untrained))
+        split = main_split({*ours.truth, *theirs.truth})
+        probes = [p for p in ours.probes(split) if all(p in m.probes(split) for m in (theirs, *over))]
+        found += [{"system": system, "probe": p} | error_ratio(ours, theirs, p, over=over) for p in probes]
+    table = pd.DataFrame(found)
+    return table.assign(verdict=verdicts(table, 1.0)) if found else table
 
 
 def plot_paper_order(table: pd.DataFrame, title: str = "") -> Figure:
-    "The difference of JEPA and MAE with each probe, a panel for each system."
-    drawn = table.assign(panel=table.system, line=[PROBE_TITLES[p] for p in table.probe], value=table.difference)
+    "The ratio of JEPA and MAE with each probe, a panel for each system."
+    drawn = table.assign(panel=table.system, line=[PROBE_TITLES[p] for p in table.probe])
     drawn = drawn.assign(filled=table.verdict != "undecided", color="#0072B2", marker="s")
-    label = f"error on {table.split.iloc[0]}, JEPA periodic ConvNeXt minus MAE ViT (right of zero: MAE is better)"
+    label = f"error on {table.split.iloc[0]}, each over its random weights: JEPA over MAE (right of 1: MAE gains more)"
     lines = [PROBE_TITLES[p] for p in ordered(table.probe, PROBE_ORDER)]
-    return plot_marks(drawn, xlabel=label, log=False, at=0.0, lines=lines, title=title)
+    return plot_marks(drawn, xlabel=label, at=1.0, lines=lines, title=title)
 
 # %% ../../nbs/experiments/table1.ipynb #7e1738d8
 def read_curves(folders: Sequence[str | Path]) -> pd.DataFrame:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEMORY_LIMIT', 'SPLITS', 'SHIFTED', 'IN_ANY_ORDER', 'READ_AT_ONCE', 'BLOCKS_TOGETHER', 'token_moments', 'Features',
            'coarser_grid', 'fewer_tokens', 'TokensOverflow', 'extract', 'encoder_digest', 'cache_path', 'cached',
-           'features_key', 'open_splits', 'probe_splits', 'main_split', 'normaliser_for', 'windows_at_once',
+           'features_key', 'probed_splits', 'probe_splits', 'main_split', 'normaliser_for', 'windows_at_once',
            'features_of', 'shuffled']
 
 # %% ../../nbs/probing/features.ipynb #c0a875da
@@ -36,7 +36,7 @@ from ..data.generate import SimPreset
 from ..data.scaling import LabelScaler, Normaliser
 from ..data.windows import Windows, flow_numbers
 from ..models.pretrained import LoadedEncoder
-from ..training.run import Run, is_closed, load_splits
+from ..training.run import Run, load_splits
 
 # %% ../../nbs/probing/features.ipynb #a0e552d7
 def token_moments(tokens: Tensor) -> Tensor:
@@ -294,19 +294,19 @@ SPLITS = ("train", "valid", "test")
 SHIFTED = "shifted"  # split of other initial conditions, where the data have it
 
 
-def open_splits(run: Run) -> tuple[str, ...]:
-    "The splits that are probed: `train`, `valid`, `test`, and `shifted` where it is there, without those closed."
+def probed_splits(run: Run) -> tuple[str, ...]:
+    "The splits that are probed: `train`, `valid`, `test`, and `shifted` where it is there."
     there = isinstance(run.data, SimPreset) and SHIFTED in run.data.splits
-    return tuple(split for split in (*SPLITS, *[SHIFTED] * there) if not is_closed(run, split))
+    return (*SPLITS, SHIFTED) if there else SPLITS
 
 
 def probe_splits(run: Run, splits: Sequence[str] = ()) -> dict[str, Windows]:
-    "The windows of these splits; default: those of `open_splits`. ValueError for one that is closed."
-    return load_splits(run, splits or open_splits(run), frames=run.clip.frames, stride=run.preset.probe_stride)
+    "The windows of these splits; default: those of `probed_splits`."
+    return load_splits(run, splits or probed_splits(run), frames=run.clip.frames, stride=run.preset.probe_stride)
 
 
 def main_split(splits: Iterable[str]) -> str:
-    "Of the splits that were scored the one that tables show: `test`, or `valid` where `test` is closed."
+    "Of the splits that were scored the one that tables show: `test`, or `valid` without it."
     return "test" if "test" in splits else "valid"
 
 # %% ../../nbs/probing/features.ipynb #8db9c458

@@ -124,10 +124,10 @@ def widening(table: pd.DataFrame) -> np.ndarray:
     `UNLIKE`, and infinity beyond.
 
     Square and `UNLIKE` were set on simulated flows of preset laptop and its three systems, read by six encoders each
-    with four probes, and on no closed split: initial conditions of families made for it, a box 1.5 times as long, times
-    after those of training. There intervals of 90 % held 56 to 97 % of the truths as they are, and hold 88 to 99 % so
-    widened. Of 98 to 100 % of clips of another system, or with noise of 20 %, the probe says that it does not know; of
-    new flows like those of training it says so of 1 % at most, and their intervals are 2 % wider.
+    with four probes, and on no split that is scored: initial conditions of families made for it, a box 1.5 times as
+    long, times after those of training. There intervals of 90 % held 56 to 97 % of the truths as they are, and hold 88
+    to 99 % so widened. Of 98 to 100 % of clips of another system, or with noise of 20 %, the probe says that it does
+    not know; of new flows like those of training it says so of 1 % at most, and their intervals are 2 % wider.
 
     Two things it does not see. Shear flow in a box 0.6 times as long looks like one of another Reynolds number: 78 %
     (61 % as they are). And an interval ends near the range of training, so a parameter beyond it is in none."""

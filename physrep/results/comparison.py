@@ -330,7 +330,7 @@ def log_errors(
     pooled: tuple[float, int] = (math.nan, 0),  # of `pooled_spread`: what a seed is taken to change
 ) -> np.ndarray:
     """Draws `(1 + n_bootstrap,)` of the logarithm of the mean squared z-scored error, mean over seeds and labels; the
-    first is as measured. Three seeds or more have a spread of their own, fewer the `pooled` one."""
+    first is as measured. Seeds have a spread of their own, or the `pooled` one if more seeds are in it."""
     split = split or main_split(m.truth)
     truth = m.scaler.transform(m.truth[split])
     weights, index = bootstrap_weights(m.groups[split], n_bootstrap)
@@ -339,7 +339,7 @@ def log_errors(
     for predicted in m.seeds(probe, split):
         squared = ((m.scaler.clip(m.scaler.transform(predicted)) - truth) ** 2).mean(axis=1)
         logs.append(np.log(weights @ np.bincount(index, squared) / (weights @ sizes)))
-    size, left = (spread([log[0] for log in logs]), len(logs) - 1) if len(logs) > 2 else pooled
+    size, left = pooled if pooled[1] >= len(logs) - 1 else (spread([log[0] for log in logs]), len(logs) - 1)
     draws = np.mean(logs, axis=0)
     if m.encoder != "none" and left:
         luck = np.random.default_rng(seed_for("seeds", m.name, probe)).standard_t(left, n_bootstrap)
@@ -353,16 +353,45 @@ def ratio_interval(draws: np.ndarray) -> dict[str, float]:
     return {"value": float(np.exp(draws[0])), "low": float(low), "high": float(high)}
 
 
-def error_ratio(a: _Where, b: _Where, probe: str, split: str = "", pooled: tuple[float, int] | None = None) -> dict:
-    """The error of one method over that of another on the same windows: `value`, `low`, `high`, `seeds`, `split`;
-    `pooled` as for `log_errors`, by default of these two."""
-    first, second = _one_method(a), _one_method(b)
+def _logs_by_seed(m: Method, probe: str, split: str) -> pd.Series:
+    "The logarithm of the mean squared error of every seed."
+    seeds = m.predictions[probe, split].keys()
+    return pd.Series(np.log(_by_seed(m, probe, split)["mean", "mse"]), index=sorted(seeds))
+
+
+def error_ratio(
+    a: _Where,
+    b: _Where,
+    probe: str,
+    split: str = "",  # default: the `main_split`
+    *,
+    over: Sequence[_Where] = (),  # what each is divided by before, e.g. random weights of its network
+    pooled: tuple[float, int] | None = None,  # as for `log_errors`; default: of `a` and `b`
+    n_bootstrap: int = 1000,
+) -> dict:
+    """The error of one method over that of another on the same windows: `value`, `low`, `high`, `by_seed` (seeds that
+    both have, else each seed of `a` over the mean of the other), `p` (twice the share of draws on the other side of 1),
+    `seeds` (the fewer), `split`."""
+    methods = [_one_method(where) for where in (a, b, *over)]
+    first, second = methods[:2]
     split = split or main_split({*first.truth, *second.truth})
-    _check_same_windows(first, second, (first.name, second.name), [split])
+    for other in methods[1:]:
+        _check_same_windows(first, other, (first.name, other.name), [split])
     pooled = pooled or pooled_spread([first, second], probe, split)
-    logs = [log_errors(m, probe, split=split, pooled=pooled) for m in (first, second)]
-    seeds = min(len(m.seeds(probe, split)) for m in (first, second))
-    return ratio_interval(logs[0] - logs[1]) | {"seeds": seeds, "split": split}
+    draws = np.zeros(1 + n_bootstrap)
+    by_seed = _logs_by_seed(first, probe, split)
+    for m, sign in zip(methods, (1, -1, -1, 1)):
+        draws += sign * log_errors(m, probe, split=split, pooled=pooled, n_bootstrap=n_bootstrap)
+        if m is not first:
+            own = _logs_by_seed(m, probe, split)
+            by_seed = by_seed + sign * (own if by_seed.index.equals(own.index) else own.mean())
+    beyond = min((draws[1:] <= 0).sum(), (draws[1:] >= 0).sum())
+    return ratio_interval(draws) | {
+        "by_seed": tuple(np.exp(by_seed)),
+        "p": min(1.0, 2 * (1 + beyond) / (1 + n_bootstrap)),
+        "seeds": min(len(m.seeds(probe, split)) for m in (first, second)),
+        "split": split,
+    }
 
 # %% ../../nbs/results/comparison.ipynb #df206ed8
 REFERENCES = ("random", *CONTROLS)  # objectives of the rows that the others are compared with

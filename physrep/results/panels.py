@@ -33,12 +33,12 @@ def in_lines(title: str, width: int = 17) -> str:
     return "\n".join(textwrap.wrap(title, width))
 
 
-def interval_is_clear(row: Any) -> bool:
-    "Whether the interval of a difference, and the difference of every seed where they are known, exclude zero."
-    side = int(row.low > 0) - int(row.high < 0)
+def interval_is_clear(row: Any, equal: float = 0.0) -> bool:
+    "Whether the interval of a difference (or of a ratio, `equal` at 1), and that of every seed if known, exclude it."
+    side = int(row.low > equal) - int(row.high < equal)
     seeds = getattr(row, "by_seed", ())
     seeds = [float(d) for d in seeds.split()] if isinstance(seeds, str) else seeds  # as the CSV beside a figure has it
-    return side != 0 and all(side * d > 0 for d in (seeds if isinstance(seeds, tuple | list) else ()))
+    return side != 0 and all(side * (d - equal) > 0 for d in (seeds if isinstance(seeds, tuple | list) else ()))
 
 
 def scale_log(ax: Axes, axis: str = "x") -> None:
