@@ -107,9 +107,9 @@ def test_order_and_titles_of_unknown_rows():
     assert title_of("my.losses:Mine", "vit") == "Mine ViT"
 
 
-def test_what_is_missing_is_listed(tmp_path):
+def test_a_study_without_results_says_what_makes_them(tmp_path):
     study = make_study("smoke", systems="shear_flow", only="jepa-convnext", run_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match="no results yet of jepa-convnext-.*; `make reproduce` makes them"):
+    with pytest.raises(FileNotFoundError, match="no results yet of jepa-convnext below .*; `make reproduce`"):
         study.results("shear_flow")
     with pytest.raises(FileNotFoundError, match="preset paper reads The Well, but .* holds none of .*; pass DATA="):
         make_study("paper", data_dir=tmp_path)

@@ -226,7 +226,7 @@ def cell_ratios(study: Study, system: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         if encoder not in random:
             config = PERIODIC if circular else {}
             [untrained] = [row for row in ROWS if row.kind == "random" and row.network == (network, config)]
-            random[encoder], _ = _draws(study.runs(untrained, system), pooled)
+            random[encoder], _ = _draws([run for run in study.runs(untrained, system) if is_scored(run)], pooled)
         logs, split = _draws(runs, pooled)
         draws[cell] = logs - random[encoder]
         failed = sum(not passed(read_metrics(run.folder / "curve.csv")[-1]) for run in runs)

@@ -118,7 +118,7 @@ def plot_few(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figur
 def fine_tuned_table(study: Study) -> pd.DataFrame:
     """Errors on the `main_split` of the rows that were fine-tuned, mean over labels and seeds, beside random weights of
     the same network (`second`), and the paired `difference` from these with its interval and `verdict`."""
-    runs = [r for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)]
+    runs = study.scored("trained", "random")
     files = [run.folder / FINE_TUNED_PREDICTIONS for run in runs if is_scored(run, FINE_TUNED)]
     if not files:
         return pd.DataFrame()

@@ -104,7 +104,11 @@ def paper_order(study: Study) -> pd.DataFrame:
     untrained = [own for row in pair if (own := random_of(row, study.rows))]
     found = []
     for system in study.systems if len(pair) == len(untrained) == 2 else ():
-        ours, theirs, *over = (read_methods(study.folders(row, system))[0] for row in (*pair, *untrained))
+        there = study.results(system)
+        sides = [[folder for folder in study.folders(row, system) if folder in there] for row in (*pair, *untrained)]
+        if not all(sides):
+            continue
+        ours, theirs, *over = (read_methods(side)[0] for side in sides)
         split = main_split({*ours.truth, *theirs.truth})
         probes = [p for p in ours.probes(split) if all(p in m.probes(split) for m in (theirs, *over))]
         found += [{"system": system, "probe": p} | error_ratio(ours, theirs, p, over=over) for p in probes]
@@ -159,7 +163,7 @@ def probe_choices_table(study: Study) -> pd.DataFrame:
     """A line for each encoder and system: error of kernel ridge on `valid` with mean and spread of the tokens as
     `value` and with the mean alone as `second`, and of the attentive probe after each number of epochs."""
     found = []
-    for run in (r for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)):
+    for run in study.scored("trained", "random"):
         choices = read_json(run.folder / "result.json").get("choices")
         if choices is None:  # of an encoder of one token
             continue
@@ -180,7 +184,7 @@ def cost_table(study: Study) -> pd.DataFrame:
     """Means over systems and seeds of what each row has cost: parameters, operations (MFLOP, TFLOP), windows, and
     seconds of training and probing."""
     found = []
-    for run in (r for row in study.kind("trained", "random") for s in study.systems for r in study.runs(row, s)):
+    for run in study.scored("trained", "random"):
         result, flops = read_json(run.folder / "result.json"), cost(run)
         about: dict[str, object] = {"row": title_of(*run.row, rows=study.rows), "parameters": result["parameters"]}
         about |= {"MFLOP a clip": flops["encode"] / 1e6, "MFLOP a window": flops["train"] / 1e6}

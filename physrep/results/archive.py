@@ -213,13 +213,12 @@ def seed_folders(row: str | Path) -> dict[int, Path]:
 
 
 def with_seeds_there(study: Study) -> Study:
-    "The study with all seeds of which every row has a current result in every system, besides its own."
-    common: set[int] | None = None
+    "The study with all seeds of which any row has a current result, besides its own."
+    there: set[int] = set()
     for run in (study.run(row, s) for s in study.systems for row in study.kind("trained", "random", "frozen")):
-        folders = seed_folders(run.folder.parent)
-        seeds = {k for k in folders if k not in study.seeds and (common is None or k in common)}
-        common = {k for k in seeds if is_current(folders[k] / "result.json", probing=study.preset.probing())}
-    return replace(study, seeds=(*study.seeds, *sorted(common or ())))
+        new = {k: path for k, path in seed_folders(run.folder.parent).items() if k not in {*study.seeds, *there}}
+        there |= {k for k, path in new.items() if is_current(path / "result.json", probing=study.preset.probing())}
+    return replace(study, seeds=(*study.seeds, *sorted(there)))
 
 # %% ../../nbs/results/archive.ipynb #9658e1f3
 _SAID = {

@@ -16,7 +16,6 @@ import yaml
 from matplotlib.figure import Figure
 
 from ..core.files import project_root
-from .archive import seed_folders
 from .comparison import Method, error_ratio, pooled_spread, read_methods, summarise
 from .panels import plot_marks
 from .rows import PROBE_TITLES, ROWS, Row, Study, title_of
@@ -64,9 +63,7 @@ def _method(study: Study, system: str, name: str) -> Method | None:
     row = next((row for row in study.rows if name in (row.name, row.objective if row.kind == "baseline" else "")), None)
     if row is None:
         return None
-    folders = study.folders(row, system)
-    folders = folders if row.kind == "baseline" else list(seed_folders(folders[0].parent).values())
-    folders = [folder for folder in folders if (folder / "result.json").is_file()]
+    folders = [folder for folder in study.folders(row, system) if (folder / "result.json").is_file()]
     return read_methods(folders)[0] if folders else None
 
 

@@ -303,15 +303,20 @@ class Study:
         return [run.folder for run in self.runs(row, system)]
 
     def results(self, system: str) -> list[Path]:
-        "The folders of all rows in a system. FileNotFoundError that lists those that have no result."
+        "The folders of all rows and seeds in a system that have results. FileNotFoundError if no trained one is there."
         folders = [folder for row in self.rows for folder in self.folders(row, system)]
-        if missing := [f"{f.parent.name}/{f.name}" for f in folders if not (f / "result.json").is_file()]:
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        there = [folder for folder in folders if (folder / "result.json").is_file()]
+        if not any(folder.name.startswith("seed") for folder in there):
             raise FileNotFoundError(
-                f"no results yet of {', '.join(missing[:8])}{more} below {self.system_folder(system)}; `make "
-                "reproduce` makes them, `make unpack` takes committed ones"
+                f"no results yet of {', '.join(row.name for row in self.kind('trained', 'random', 'frozen'))} below "
+                f"{self.system_folder(system)}; `make reproduce` makes them, `make unpack` takes committed ones"
             )
-        return folders
+        return there
+
+    def scored(self, *kinds: str) -> list[Run]:
+        "The runs of the rows of these kinds that have results, row by row in each system."
+        runs = (run for row in self.kind(*kinds) for system in self.systems for run in self.runs(row, system))
+        return [run for run in runs if (run.folder / "result.json").is_file()]
 
     def kind(self, *kinds: str) -> tuple[Row, ...]:
         "The rows of these kinds."
