@@ -197,7 +197,8 @@ def test_dead_features_do_not_matter_and_tokens_are_standardised_in_half_precisi
     tokens[:, :, 3] = 1.5
     least = 10 * np.finfo(np.float32).eps
     for value in (0.5, 1.5, -3.0):
-        constant = Features(torch.full((1, 2, 1), value), np.ones((1, 2)), np.zeros(1))
+        constant = Features(torch.full((1, 2, 1), value, requires_grad=True), np.ones((1, 2)), np.zeros(1))
+        assert not constant.tokens.requires_grad
         assert constant.moments[0].tolist() == pytest.approx([value, np.log(least * max(1, abs(value)))])
     mean, scale = token_standardiser(tokens)
     flat, alive = tokens.double().flatten(0, 1).numpy(), np.arange(8) != 3
@@ -268,6 +269,7 @@ def test_a_saved_probe_answers_for_raw_fields_and_starts_a_fine_tuning(run, most
     before, labels = encoder_digest(encoder), kept["valid"].labels
     first, again, parts, other = tuned(), tuned(), tuned(accumulate=2), tuned(seed=1)
     frozen_error = squared_error(start.predict_z(kept["valid"]), labels, scaler)
+    assert not any(p.requires_grad for p in first.network.parameters()), "it is no longer trained"
     assert first.trials[0] == {"epoch": 0, "valid_mse": pytest.approx(frozen_error, rel=2e-3)}
     errors = [[t["valid_mse"] for t in one.trials] for one in (first, again, parts, other)]
     assert errors[0] == errors[1] == pytest.approx(errors[2], rel=1e-3) and errors[0][1:] != errors[3][1:]

@@ -74,6 +74,7 @@ def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
     assert metrics[0]["args"] == {"low": 0.4, "high": 0.6, "n": 100}
     assert "| linear | test | mean | 0.500 (0.400 to 0.600) | 0.600 |  | 100 |" in text
     assert "| linear | valid | Reynolds | 0.450 (0.400 to 0.600) |" in text
+    assert "Simulated flows of `shear_flow`, 1024 for training." in text, "256, and 768 without labels"
     for part in ('load_encoder("hf:me/mae")', "Reynolds from 400 to 3200", "`(b, 4, 16, 32, 32)`", "attentive, linear"):
         assert part in text
 
