@@ -63,6 +63,7 @@ def test_a_run_comes_back_from_the_hub(run_folder, tmp_path, hub):
 
 
 def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
+    (tmp_path / "mae").mkdir()  # an empty folder may be there
     folder = save_pretrained(run_folder, tmp_path / "mae", repository="me/mae", license="apache-2.0")
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     facts = yaml.safe_load(front)
