@@ -91,9 +91,9 @@ def test_relative_errors_by_hand():
 
 
 def test_another_sample_is_of_another_flow_if_there_is_one():
-    flow = torch.tensor([0, 0, 0, 1, 1, 2])
-    others = other_samples(flow, 6)
-    assert (flow[others] != flow).all() and others[0] == 3
+    for flow, first in ((torch.tensor([0, 0, 0, 1, 1, 2]), 3), (torch.tensor([0, 1, 0, 1]), 3)):
+        others = other_samples(flow, len(flow))
+        assert (flow[others] != flow).all() and others[0] == first
     assert (other_samples(torch.zeros(4), 4) != torch.arange(4)).all()
 
 

@@ -47,6 +47,13 @@ def saved(path, *, seed: int = 0, std: float = 1.0, shape=(16, 32, 32), **config
     return load_encoder(path)
 
 
+def test_a_channel_that_half_precision_harms_is_not_hidden_by_one_that_it_does_not():
+    tokens = torch.randn(40, 3, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([50.0, 1.0])
+    assert module._survives_rounding(tokens)
+    for harmed in (torch.tensor([0.0, 5e4]), torch.tensor([0.0, 1e6])):  # spread of a rounding; more than it holds
+        assert not module._survives_rounding(tokens + harmed)
+
+
 class Make:
     "Counts how often it is called."
 

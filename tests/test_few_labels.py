@@ -143,6 +143,13 @@ def test_of_few_flows_there_is_no_file_and_not_that_of_other_data(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_an_attentive_probe_of_few_flows_has_one_length_of_enough_updates():
+    features, recipe = toy(8), AttentiveRecipe(epochs=24, batch_size=8, head={"heads": 1})  # three updates an epoch
+    scaler = LabelScaler.fit(SYSTEM, features.labels)
+    probe = few_labels.fit_attentive_on_few(features, scaler, updates=7, recipe=recipe, progress=False)
+    assert [trial["epochs"] for trial in probe.trials] == [3]
+
+
 def test_a_label_that_few_flows_share_names_the_draw():
     features = toy(40)
     labels = features.labels.copy()

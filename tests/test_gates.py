@@ -99,6 +99,8 @@ def test_what_is_constant_or_not_finite_explains_nothing():
         assert feature_gate(lambda x: x, batch, batch)["r2"] == pytest.approx(0)
     flat = [({"r2": true}, torch.cat([true[..., :2], torch.ones(20, 4, 1)], dim=2), None)]
     assert feature_gate(lambda x: x, flat, flat)["r2"] == pytest.approx(2 / 3), "what does not vary counts as 0"
+    small = [({"r2": true}, 1e-3 * true, None)]
+    assert feature_gate(lambda x: x, small, small)["r2"] == pytest.approx(1), "however little it varies"
 
 
 @pytest.mark.parametrize("backbone", ["vit", "convnext"])

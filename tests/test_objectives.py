@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_composite import FIT, POOLED, SHAPE, SYSTEM, encoder
+from test_composite import FIT, POOLED, SHAPE, SYSTEM, clips, encoder
 from torch import nn
 
 from physrep.core.randomness import sample_seeds
@@ -140,6 +140,44 @@ def test_a_forecast_is_drawn_from_the_last_seen_frame_on():
     assert (titles[0], titles[-1]) == (f"frame {last - 4}", f"frame {last}")
     shown = axes[len(titles) : 2 * len(titles)]
     assert [bool(np.isnan(drawn(ax)).all()) for ax in shown] == [False] + [True] * (len(titles) - 1)
+
+
+def test_the_frame_after_a_clip_is_drawn_beside_its_last():
+    objective = make("next_frame", "axial")
+    batch = clips(objective.frames)
+    axes, last = objective.show(batch, sample=1, channel=2).axes, objective.shape[0] - 1
+    assert [ax.get_title() for ax in axes[:2]] == [f"frame {last}", f"frame {last + 1}"]
+    for ax, frame in zip(axes, (last, last + 1)):
+        assert np.allclose(drawn(ax), batch["fields"][1, 2, frame], atol=1e-5)
+    assert np.allclose(drawn(axes[2]), drawn(axes[0])), "nothing is predicted of the last one"
+
+
+@pytest.mark.parametrize("name", ["jepa_sigreg", "masked_jepa"])
+def test_features_are_drawn_beside_the_last_frames_that_they_are_of(name):
+    objective = make(name, "vit")
+    batch = clips(objective.frames)
+    views, axes = objective.clips(batch), objective.show(batch, channel=1).axes
+    for sample, first in enumerate((0, 8)):
+        assert np.allclose(drawn(axes[first]), views[-1][sample, 1, -1])
+        seen = drawn(axes[first + 4])
+        assert np.isnan(seen).any() == objective.task.hides
+        assert np.allclose(seen, np.where(np.isnan(seen), np.nan, views[0][sample, 1, -1]), equal_nan=True)
+
+
+def test_pairs_are_drawn_as_the_likeness_of_their_mean_tokens():
+    objective = make("invariance", "vit")
+    batch = batch_of(objective)
+    sides = [objective.encoder(x).mean(dim=1).detach() for x in objective.clips(batch)]
+    assert np.allclose(drawn(objective.show(batch).axes[0]), drawn(likeness_figure(*sides).axes[0]), atol=1e-5)
+
+
+def test_labels_are_drawn_against_predictions():
+    objective = make("supervised", "vit")
+    batch = batch_of(objective)
+    fig = objective.show(batch)
+    assert fig.get_size_inches() == pytest.approx([6, 3]) and len(fig.axes) == 2
+    for ax, x, y in zip(fig.axes, batch["labels"].T, objective.predict(batch).detach().T):
+        assert np.allclose(ax.lines[0].get_xydata(), torch.stack([x, y], dim=1), atol=1e-5)
 
 
 def test_features_are_drawn_in_the_components_of_the_target():

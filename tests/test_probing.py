@@ -17,7 +17,7 @@ from physrep.data.windows import Windows
 from physrep.models.pretrained import load_encoder
 from physrep.physics.systems import Label, System, get_system
 from physrep.probing import finetune, frozen
-from physrep.probing.evaluate import score_run
+from physrep.probing.evaluate import measure, score_run, valid_scores
 from physrep.probing.features import Features, encoder_digest, features_of, probe_splits, probed_splits
 from physrep.probing.finetune import FINE_TUNED, fine_tune, fit_finetune
 from physrep.probing.frozen import (
@@ -197,7 +197,8 @@ def test_dead_features_do_not_matter_and_tokens_are_standardised_in_half_precisi
     tokens[:, :, 3] = 1.5
     least = 10 * np.finfo(np.float32).eps
     for value in (0.5, 1.5, -3.0):
-        constant = Features(torch.full((1, 2, 1), value), np.ones((1, 2)), np.zeros(1))
+        constant = Features(torch.full((1, 2, 1), value, requires_grad=True), np.ones((1, 2)), np.zeros(1))
+        assert not constant.tokens.requires_grad
         assert constant.moments[0].tolist() == pytest.approx([value, np.log(least * max(1, abs(value)))])
     mean, scale = token_standardiser(tokens)
     flat, alive = tokens.double().flatten(0, 1).numpy(), np.arange(8) != 3
@@ -268,6 +269,7 @@ def test_a_saved_probe_answers_for_raw_fields_and_starts_a_fine_tuning(run, most
     before, labels = encoder_digest(encoder), kept["valid"].labels
     first, again, parts, other = tuned(), tuned(), tuned(accumulate=2), tuned(seed=1)
     frozen_error = squared_error(start.predict_z(kept["valid"]), labels, scaler)
+    assert not any(p.requires_grad for p in first.network.parameters()), "it is no longer trained"
     assert first.trials[0] == {"epoch": 0, "valid_mse": pytest.approx(frozen_error, rel=2e-3)}
     errors = [[t["valid_mse"] for t in one.trials] for one in (first, again, parts, other)]
     assert errors[0] == errors[1] == pytest.approx(errors[2], rel=1e-3) and errors[0][1:] != errors[3][1:]
@@ -312,6 +314,28 @@ def test_a_result_is_todays_until_something_that_decides_it_changes(run, smoke_d
     assert stale(tmp_path / "result.json", **asked) == [f"PROBING was 0, is {PROBING}"]
     write_json(tmp_path / "result.json", {"rows": found["rows"]})
     assert stale(tmp_path / "result.json", **asked) == [], "from elsewhere"
+
+
+def test_scores_on_valid_are_those_of_the_result(run):
+    rows = {
+        (r["probe"], r["split"], r["metric"], r["label"]): r["value"]
+        for r in read_json(run.folder / "result.json")["rows"]
+    }
+    for probe, errors in valid_scores(run, progress=False)["valid"].items():
+        assert errors == pytest.approx({label: rows[probe, "valid", "mse", label] for label in errors}, rel=1e-4)
+
+
+def test_what_is_measured_does_not_depend_on_how_many_clips_are_read_at_a_time(run):
+    windows, sizes = probe_splits(run, ("valid",))["valid"], []
+
+    def watched(clips: np.ndarray, **about) -> np.ndarray:
+        sizes.append(len(clips))
+        return clips.mean((2, 3, 4))
+
+    of_one = 4 * int(np.prod(windows.shape))
+    found = [measure(windows, watched, memory) for memory in (1, 3 * of_one, len(windows) * of_one)]
+    assert sizes[: len(windows)] == [1] * len(windows) and sizes[len(windows)] == 3 and sizes[-1] == len(windows)
+    assert np.allclose(found[0], found[1]) and np.allclose(found[0], found[2])
 
 
 def test_a_rate_that_was_tried_is_kept_until_its_settings_change(run, monkeypatch):

@@ -1,11 +1,15 @@
 """Regularisers against their formulas: VICReg, its pooled kind, SIGReg; precision, order of rows, resume."""
 
 import math
+from inspect import signature
 
 import pytest
 import torch
 
 from physrep.core.randomness import generator
+from physrep.objectives.emulators import NextFrame, NormalisedPixels
+from physrep.objectives.invariance import Invariance
+from physrep.objectives.jepa import JEPA, JEPASig, VICRegOnly
 from physrep.objectives.regularisers import (
     NoRegulariser,
     PooledVICReg,
@@ -158,6 +162,23 @@ def test_pooled_formula(norm):
     assert (parts["rows"], parts["dims"]) == (9, 12)
     assert torch.allclose(parts["loss"], 40 * parts["variance"] + 2 * parts["covariance"] + 3 * parts["invariance"])
     assert torch.equal(regulariser(a, b)["loss"], regulariser(a.mean(1), b.mean(1))["loss"])
+
+
+@pytest.mark.parametrize(
+    "whole, part",
+    [
+        (JEPA, VICReg),
+        (VICRegOnly, VICReg),
+        (Invariance, PooledVICReg),
+        (JEPASig, SIGReg),
+        (NextFrame, NormalisedPixels),
+        (PooledVICReg, VICReg),
+    ],
+)
+def test_defaults_of_a_method_are_those_of_its_parts(whole, part):
+    ours, theirs = ({p.name: p.default for p in signature(x).parameters.values()} for x in (whole, part))
+    shared = (ours.keys() & theirs.keys()) - {"encoder", "target", "weight"}
+    assert shared and {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
 
 
 # SIGReg

@@ -167,6 +167,8 @@ def test_plots_of_few_windows_equal_predictions_and_plain_labels_below_zero():
     ):
         fig = plot_predictions(p, t, system, half_width=np.array([0.1, np.inf]))
         fig.canvas.draw()
+        x, y = system.labels[0].transform(t[:, 0]), system.labels[0].transform(p[:, 0])
+        assert fig.axes[0].get_title().endswith(f"= {1 - ((y - x) ** 2).mean() / max(x.var(), 1e-12):.2f}")
         diagonal, band = fig.axes[0].lines[0].get_xdata(), fig.axes[0].collections[0].get_paths()[0].vertices[:, 1]
         ends, band = system.labels[0].transform(diagonal), system.labels[0].transform(band)
         width = min(0.1, np.ptp(ends))

@@ -63,6 +63,7 @@ def test_a_run_comes_back_from_the_hub(run_folder, tmp_path, hub):
 
 
 def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
+    (tmp_path / "mae").mkdir()  # an empty folder may be there
     folder = save_pretrained(run_folder, tmp_path / "mae", repository="me/mae", license="apache-2.0")
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     facts = yaml.safe_load(front)
@@ -74,6 +75,7 @@ def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
     assert metrics[0]["args"] == {"low": 0.4, "high": 0.6, "n": 100}
     assert "| linear | test | mean | 0.500 (0.400 to 0.600) | 0.600 |  | 100 |" in text
     assert "| linear | valid | Reynolds | 0.450 (0.400 to 0.600) |" in text
+    assert "Simulated flows of `shear_flow`, 1024 for training." in text, "256, and 768 without labels"
     for part in ('load_encoder("hf:me/mae")', "Reynolds from 400 to 3200", "`(b, 4, 16, 32, 32)`", "attentive, linear"):
         assert part in text
 

@@ -43,7 +43,11 @@ def test_a_training_of_so_many_minutes_gives_an_encoder_and_a_probe(flows, tmp_p
         flows, "forecast", "vit", minutes=0.01, preset="smoke", folder=tmp_path, device="cpu", progress=False
     )
     assert read_json(encoder.folder / "config.json")["data"] == {"grid": list(flows.grid)}
-    assert encoder.run.recipe.steps > encoder.run.recipe.warmup and encoder.run.seed == 0
+    assert (
+        tmp_path in encoder.folder.parents
+        and encoder.run.recipe.steps > encoder.run.recipe.warmup
+        and encoder.run.seed == 0
+    )
     assert f"{encoder.run.recipe.steps} updates" in encoder._repr_html_() and "image/png" in encoder._repr_html_()
     clips = flows.memory[:3, :, : encoder.info["shape"][0]]
     probe = physrep.fit(encoder, flows, "linear", device="cpu", progress=False)

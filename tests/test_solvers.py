@@ -307,3 +307,31 @@ def test_steps_are_counted_in_any_unit_of_time(scale):
 def test_k_max_is_the_largest_kept_wavenumber_of_an_axis(make, points):
     g = make(points, (1.0, 3.0))
     assert g.k_max == pytest.approx([float((k.abs() * g.keep).max()) for k in (g.kx, g.ky)])
+
+
+def test_k_max_of_a_layer_is_that_of_its_kept_waves():
+    for nx in (20, 32, 48):
+        assert layer_grid((nx, 24), (3.0, 1.0)).k.max() == pytest.approx(2 * np.pi / 3 * ((nx - 1) // 3))
+
+
+@pytest.mark.parametrize("field", [0, 1])
+def test_given_fields_that_are_not_finite_are_named(field):
+    given = [np.ones((3, 32, 32)) for _ in range(2)]
+    given[field][1, 4, 5] = np.nan
+    with pytest.raises(ValueError, match=f"{('vorticity', 'tracer')[field]} of trajectory 1 is not"):
+        shear_flow.simulate(400.0, 1.0, range(3), grid=32, initial=tuple(given))
+
+
+def test_what_is_drawn_of_a_shear_flow_lies_in_its_range():
+    drawn = shear_flow.draw_start(range(300), (1.0, 3.0))
+    assert {name: sorted(set(drawn[name].tolist())) for name in ("n_shear", "n_blobs", "tilt")} == {
+        "n_shear": [2, 4],
+        "n_blobs": [1, 2, 3],
+        "tilt": [-1, 1],
+    }
+    ranges = dict(
+        y0=(0, 3), phase_1=(0, 2 * np.pi), phase_2=(0, 2 * np.pi), amplitude=(0.05, 0.15), thickness=(0.03, 0.06)
+    )
+    for name, (low, high) in ranges.items():
+        ends = np.array([drawn[name].min(), drawn[name].max()])
+        assert (low <= ends).all() and (ends <= high).all() and np.allclose(ends, (low, high), atol=0.05 * (high - low))

@@ -68,7 +68,8 @@ def test_columns_have_names_and_windows_do_not_influence_each_other(name, measur
     fields = noise(get_system(name))
     values = measure(fields, system=name, **UNITS)
     assert values.shape == (3, len(MEASURES[measure](name))) and values.dtype == np.float64
-    assert np.array_equal(values, measure(torch.from_numpy(fields), system=get_system(name), chunk=2, **UNITS))
+    learnt = torch.from_numpy(fields).requires_grad_()
+    assert np.array_equal(values, measure(learnt, system=get_system(name), chunk=2, **UNITS))
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -61,6 +61,7 @@ def test_formulas():
     x, last = smooth(), smooth(t=1)[:, :, 0]
     assert torch.equal(pixel_target("values")(x), patchify(x, PATCH))
     assert torch.equal(pixel_target("change")(x, last), patchify(x - last[:, :, None], PATCH))
+    assert torch.equal(patch_statistics(torch.ones(1, 4, 4, 4, 4), PATCH)[1], torch.full((1, 4, 4, 4, 4), 1e-3))
     mean, std = patch_statistics(x, PATCH)
     assert torch.equal(pixel_target("patch")(x), patchify((x - mean) / std, PATCH))
     values = pixel_target("patch")(100 * x + 5).view(3, 32, 32, 4)  # (b, n, pixels, c)

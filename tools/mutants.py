@@ -40,12 +40,9 @@ NAMES = re.compile(r"physrep\.(physics|objectives|probing)|from physrep import")
 OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
 OTHER |= {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 OTHER |= {ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
-AXES = re.compile(
-    r"(nan)?(mean|sum|std|var|max|min|median|quantile)|a(max|min)|arg(max|min|sort)|softmax|cumsum|(un)?flatten"
-)
-AXES = re.compile(
-    AXES.pattern + r"|unbind|(un)?squeeze|cat|stack|concatenate|move(axis|dim)|roll|flip|diff|norm|chunk|split"
-)
+_STATISTICS = r"(nan)?(mean|sum|std|var|max|min|median|quantile)|a(max|min)|arg(max|min|sort)|softmax|cumsum|norm|diff"
+_LAYOUT = r"(un)?flatten|unbind|(un)?squeeze|cat|stack|concatenate|move(axis|dim)|roll|flip|chunk|split"
+AXES = re.compile(f"{_STATISTICS}|{_LAYOUT}")  # methods and functions whose ints are axes
 SKIPPED = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 
 
@@ -53,13 +50,20 @@ def text_like(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
+def name_called(parents: list[ast.AST]) -> str:
+    "The name of the method or function of a module that an argument (or an item of one) is given to."
+    return next((getattr(p.func, "attr", "") for p in parents if isinstance(p, ast.Call)), "")
+
+
 def number(node: ast.Constant, parents: list[ast.AST]) -> tuple[str, str]:
     "Kind and text of another number, by where it stands."
-    call = next((p for p in parents[:2] if isinstance(p, ast.Call)), None)
-    name = getattr(call.func, "attr", "") if call else ""
     near = parents[0]
     if isinstance(node.value, int):
-        if AXES.fullmatch(name) or isinstance(near, ast.keyword) and near.arg in ("dim", "axis", "axes"):
+        if (
+            AXES.fullmatch(name_called(parents[:2]))
+            or isinstance(near, ast.keyword)
+            and near.arg in ("dim", "axis", "axes")
+        ):
             return "axis", str(node.value + 1)
         if not isinstance(near, ast.BinOp) or isinstance(near.op, (ast.Add, ast.Sub)):
             return "off by one", str(node.value + 1)
@@ -74,10 +78,8 @@ def variants(node: ast.AST, parents: list[ast.AST]):
                 kind = "sign" if isinstance(op, (ast.Add, ast.Sub)) else "factor"
                 yield kind, ast.unparse(ast.BinOp(left, OTHER[type(op)](), right))
                 yield ("term" if kind == "sign" else "factor"), ast.unparse(left)
-        case ast.UnaryOp(ast.USub(), ast.Constant()) if AXES.fullmatch(
-            getattr(getattr(parents[0], "func", 0), "attr", "")
-        ):
-            yield "axis", str(-node.operand.value - 1)
+        case ast.UnaryOp(ast.USub(), ast.Constant(value)) if AXES.fullmatch(name_called(parents[:1])):
+            yield "axis", str(-value - 1)
         case ast.UnaryOp(ast.USub() | ast.Not() as op, operand):
             yield ("sign" if isinstance(op, ast.USub) else "comparison"), ast.unparse(operand)
         case ast.Compare(left, [op], [right]):
