@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    "A test that needs a GPU is skipped where there is none."
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and PyTorch finds none here")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     "A test that needs more threads takes them; the next one has a single one again."

@@ -53,13 +53,13 @@ FLOWS: dict[str, tuple[Callable, dict, dict]] = {
 }
 
 
-def physics() -> Numbers:
+def physics(device: str = "cpu") -> Numbers:
     "Ten steps of each solver from both families of initial conditions, and what statistics and oracle read from them."
     found = {}
     for name, (simulate, labels, options) in FLOWS.items():
         system = get_system(name)
         for family in ("standard", "shifted"):
-            about = dict(n_frames=11, frame_dt=options["dt"], family=family)
+            about = dict(n_frames=11, frame_dt=options["dt"], family=family, device=device)
             flow = simulate(**labels, seeds=[3], **options, **about)
             for field in system.fields:
                 found[f"{name}, {family}, {field.name}"] = fingerprint(flow[field.name])
@@ -86,37 +86,37 @@ ROWS += [("next_frame", "axial"), ("disco", "vit_code")]
 FOLDER = tempfile.TemporaryDirectory(prefix="physrep-golden-")  # removed when the process ends
 
 
-def small_run(method: str, encoder: str) -> Run:
+def small_run(method: str, encoder: str, device: str = "cpu") -> Run:
     "A run of six updates on a few small flows."
     smoke = get_preset("smoke")
     draws = dict(draws={"train": (6, 1), "valid": (4, 1)}, families={})
     sim = replace(smoke.sim("shear_flow"), grid=32, store_grid=16, n_frames=16, **draws)
     preset = replace(smoke, name="small", sims={"shear_flow": sim}, frames=8, probe_stride=4)
     options = dict(coefficients=SHORTER.get(method), encoder_config=SMALL.get(encoder.partition("_")[0]))
-    options |= dict(data_dir=Path(FOLDER.name) / "data", run_dir=Path(FOLDER.name) / "runs")
+    options |= dict(data_dir=Path(FOLDER.name) / "data", run_dir=Path(FOLDER.name) / device)
     return resolve("shear_flow", method, encoder, preset, steps=6, **options)
 
 
-def trained(method: str, encoder: str) -> Path:
+def trained(method: str, encoder: str, device: str = "cpu") -> Path:
     "The folder of a run that was stopped after its first update and went on, with a branch that ends after two."
-    run, quiet = small_run(method, encoder), dict(progress=False, say=lambda text: None)
-    ensure_data(run, workers=1, progress=False)
+    run, quiet = small_run(method, encoder, device), dict(progress=False, say=lambda text: None, device=device)
+    ensure_data(run, workers=1, progress=False)  # the flows of the CPU
     if run.recipe and not (run.folder / "encoder.safetensors").exists():
         with pytest.raises(TimeUp):
             pretrain(run, minutes=1e-9, **quiet)
     return pretrain(run, **quiet)
 
 
-def training() -> Numbers:
+def training(device: str = "cpu") -> Numbers:
     "Tokens of trained and of branched encoders, losses, and what the online probe and the gate say."
     found = {}
     for method, encoder in ROWS:
-        run, folder = small_run(method, encoder), trained(method, encoder)
-        batches = training_batches(run, training_windows(run))
+        run, folder = small_run(method, encoder, device), trained(method, encoder, device)
+        batches = training_batches(run, training_windows(run), device)
         fields = next(iter(batches["valid"].evaluation(4)))["fields"][:, :, :8]
         for length in (6, 2) if run.recipe else (0,):
             with torch.no_grad():
-                tokens = load_encoder(run.at(length).folder).encoder.eval()(fields)
+                tokens = load_encoder(run.at(length).folder, device).encoder.eval()(fields).cpu()
             # a bias that no loss depends on goes where rounding sends it
             found[f"{method}-{encoder}, {length} updates"] = fingerprint(tokens - tokens.mean(0))
         logged = {"metrics": ("loss", "valid_loss", "effective_rank"), "curve": ("online", "gate", "gate_r2")}
@@ -129,7 +129,7 @@ def training() -> Numbers:
     return found
 
 
-def probing() -> Numbers:
+def probing(device: str = "cpu") -> Numbers:
     "Features of an encoder, every probe of frozen features and one that is fine-tuned, few labels, and one interval."
     from physrep.probing.features import Features, features_of
     from physrep.probing.few_labels import fit_few
@@ -137,11 +137,11 @@ def probing() -> Numbers:
     from physrep.probing.frozen import PROBES, AttentiveRecipe, fit_probe
     from physrep.probing.scores import score
 
-    run = small_run("mae", "vit")
-    encoder = load_encoder(trained("mae", "vit"))
+    run = small_run("mae", "vit", device)
+    encoder = load_encoder(trained("mae", "vit", device), device)
     windows = load_splits(run, ("train", "valid"), frames=run.clip.frames, stride=run.preset.probe_stride)
     scaler = label_scaler(run, windows["train"])
-    read = {split: features_of(encoder, w, scaler, progress=False) for split, w in windows.items()}
+    read = {split: features_of(encoder, w, scaler, device=device, progress=False) for split, w in windows.items()}
     found = {"tokens": fingerprint(read["valid"].tokens.float())}
     rng, made = np.random.default_rng(0), {}  # clearer features: what is chosen on valid shall be chosen everywhere
     shown = rng.normal(size=(2, 4, 6))
@@ -149,7 +149,7 @@ def probing() -> Numbers:
         z = rng.normal(size=(n, 2))
         tokens = np.tanh(np.einsum("nk,ktd->ntd", z, shown)) + 0.1 * rng.normal(size=(n, 4, 6))
         made[split] = Features(tokens.astype(np.float32), scaler.inverse(z), np.arange(n) // 4)
-    options = {"attentive": dict(recipe=AttentiveRecipe(epochs=8, lr=1e-2), progress=False)}
+    options = {"attentive": dict(recipe=AttentiveRecipe(epochs=8, lr=1e-2), device=device, progress=False)}
     for name in sorted(set(PROBES) - {"constant"}):
         probe = fit_probe(name, made["train"], made["valid"], scaler, **options.get(name, {}))
         found[f"{name}, predictions"] = fingerprint(probe.predict_z(made["valid"]))
@@ -158,19 +158,19 @@ def probing() -> Numbers:
     rows = score(probe.predict(made["valid"]), made["valid"].labels, made["valid"].groups, scaler.system, scaler)
     found["interval"] = fingerprint([row[name] for row in rows for name in ("value", "low", "high")])
     start = fit_probe("attentive", read["train"], read["valid"], scaler, **options["attentive"])
-    batches = labelled_batches(run, windows, encoder, scaler)
+    batches = labelled_batches(run, windows, encoder, scaler, device)
     tuned = fit_finetune(encoder, batches["train"], batches["valid"], start=start, epochs=1)
     found["finetune"] = fingerprint(tuned.predict_z(batches["valid"]))
     return found
 
 
-KINDS: dict[str, Callable[[], Numbers]] = {"PHYSICS": physics, "TRAINING": training, "PROBING": probing}
+KINDS: dict[str, Callable[[str], Numbers]] = {"PHYSICS": physics, "TRAINING": training, "PROBING": probing}
 
 
-def differences(found: Numbers, golden: Numbers) -> dict[str, float]:
+def differences(found: Numbers, golden: Numbers, within: float = WITHIN) -> dict[str, float]:
     "How far numbers are from the golden ones of the same name, where that is too far."
     apart = {name: max(abs(a - b) for a, b in zip(found[name], golden[name])) for name in found.keys() & golden.keys()}
-    return {name: round(value, 4) for name, value in sorted(apart.items()) if not value < WITHIN}
+    return {name: round(value, 4) for name, value in sorted(apart.items()) if not value < within}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""The three solvers where their notebooks do not look: arguments, blow-up, precision, storage, odd grids, CUDA."""
+"""The three solvers where their notebooks do not look: arguments, blow-up, precision, storage, odd grids."""
 
 import pickle
 from collections.abc import Callable
@@ -283,14 +283,6 @@ def test_dead_trajectories_are_named_with_a_step_for_the_rate_before():
     assert (str(sent), sent.dt) == (str(caught.value), 0.05)
     with pytest.raises(SimulationBlewUp, match="Re 300, seed 2 and 2 more: try"):
         saved(batch=5, dead=(0, 1, 2, 3, 4))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@each
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-10)])
-def test_cuda_agrees_with_cpu(name, dtype, tolerance):
-    cpu, cuda = (SOLVERS[name].run(n_frames=6, dtype=dtype, device=device) for device in ("cpu", "cuda"))
-    assert all(np.abs(a - b).max() < tolerance for a, b in zip(fields(cpu), fields(cuda)))
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
