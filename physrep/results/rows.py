@@ -72,7 +72,7 @@ PERIODIC = {"padding_mode": "periodic"}  # circular along the axes of a system t
 CIRCULAR: dict[str, Any] = dict(tag="circular", encoder_config=PERIODIC)
 # fmt: off
 ROWS: tuple[Row, ...] = (
-    Row("jepa", "convnext", "JEPA ConvNeXt", "#08306B", "s"),
+    Row("jepa", "convnext", "the paper's JEPA ConvNeXt", "#08306B", "s"),
     Row("jepa", "convnext", "JEPA periodic ConvNeXt", "#0072B2", "P", **CIRCULAR),
     Row("jepa", "vit", "JEPA ViT", "#5BA3D9", "o"),
     Row("masked_jepa", "vit", "masked JEPA ViT", "#00B3B3", "o"),
@@ -422,5 +422,5 @@ def variant_run(study: Study, name: str, variant: Variant, system: str, seed: in
         recipe=recipe,
     )
     run = study.run(changed, system, seed)
-    run = replace(run, clip=replace(run.clip, noise=variant.noise)) if variant.noise else run
+    run = replace(run, clip=replace(run.clip, noise=variant.noise or usual.clip.noise))
     return with_operations_of(run, usual, variant.length), usual

@@ -9,7 +9,7 @@ __all__ = ['TFLOP', 'PRESETS', 'Preset', 'get_preset', 'recipe_from', 'read_pres
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -40,7 +40,8 @@ class Preset:
     train_stride: int | None = 1  # frames between window starts in training; None: the paper's for the system
     probe_stride: int | None = 16  # in probing
     augment: bool = True  # exact symmetries of the system, in pretraining
-    noise: float = 0.0  # std of noise on the (normalised) input
+    noise: float = 0.0  # std of noise on the (normalised) input, in pretraining
+    noises: Mapping[str, float] = field(default_factory=dict)  # row or method, or either with @system -> another one
     probe_epochs: int = 20  # of the attentive probe
     probe_lr: float = 1e-3  # of the attentive probe
     probe_batch: int = 32
@@ -77,6 +78,11 @@ class Preset:
     def coefficients(self, objective: str, encoder: str = "", system: str = "", tag: str = "") -> Mapping:
         "The coefficients of the objective of a row; without any here the objective has its defaults."
         return self._entry("objectives", objective, encoder, system, tag) or {}
+
+    def noise_of(self, objective: str, encoder: str = "", system: str = "", tag: str = "") -> float:
+        "The std of noise on the input of a row."
+        found = self._entry("noises", objective, encoder, system, tag)
+        return self.noise if found is None else found
 
     def encoder_config(self, encoder: str) -> Mapping:
         "The keyword arguments of an encoder; none for one from outside the package. ValueError for an unknown one."
@@ -217,8 +223,13 @@ _QUICK: dict = dict(predictor_lr=3.0)
 _CHOSEN: dict[str, tuple[int, dict, dict]] = {
     "jepa-vit": (404, _NEAR, _QUICK),
     "jepa-vit@active_matter": (391, _NEAR, _QUICK),
-    "jepa-convnext": (157, _POOLED, _QUICK | dict(batch_size=64)),
-    "jepa-convnext@active_matter": (603, _NEAR, _QUICK),
+    "jepa.circular-convnext": (157, _POOLED, _QUICK | dict(batch_size=64)),
+    "jepa.circular-convnext@active_matter": (603, _NEAR, _QUICK),
+}
+# the paper's own: zero padding, a predictor as wide as 2d, five chunks, VICReg that is not centred, noise
+_PUBLISHED: dict[str, tuple[int, dict, dict]] = {
+    name: (steps, dict(predictor_hidden=None, chunks=5, centre=False), {})
+    for name, steps in {"jepa-convnext": 628, "jepa-convnext@active_matter": 603}.items()
 }
 _BY_HAND = Preset(
     name="laptop",
@@ -233,8 +244,12 @@ _BY_HAND = Preset(
 )
 _LAPTOP = replace(
     _BY_HAND,
-    objectives={row: _LAPTOP_OBJECTIVES["jepa"] | changed for row, (_, changed, _) in _CHOSEN.items()},
-    train={row: replace(_BY_HAND.train[row], steps=n, **changed) for row, (n, _, changed) in _CHOSEN.items()},
+    objectives={r: _LAPTOP_OBJECTIVES["jepa"] | changed for r, (_, changed, _) in (_CHOSEN | _PUBLISHED).items()},
+    train={
+        row: replace(_BY_HAND.recipe("jepa"), steps=steps, **changed)
+        for row, (steps, _, changed) in (_CHOSEN | _PUBLISHED).items()
+    },
+    noises={"jepa-convnext": 1.0, "jepa.circular-convnext": 0.0},
     base=_BY_HAND,
 )
 
@@ -437,9 +452,9 @@ def _given(path: Path) -> dict:
             f"{path}: `tuned` is no field any more. Write the recipe of a row under train, as mae-vit, or as "
             "mae-vit@shear_flow for one system, and its coefficients likewise under objectives"
         )
-    for field in ("train", "objectives"):
-        for key in given[field] if isinstance(given.get(field), dict) else ():
-            refuse_old_name(str(key), f"{path}: {field}:")
+    for table in ("train", "objectives"):
+        for key in given[table] if isinstance(given.get(table), dict) else ():
+            refuse_old_name(str(key), f"{path}: {table}:")
     return given
 
 

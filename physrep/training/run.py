@@ -360,7 +360,7 @@ def resolve(
                 size=_clip_size(system, preset, data),
                 stride=stride_of(system, preset.train_stride),
                 augment=preset.augment,
-                noise=preset.noise,
+                noise=preset.noise_of(*row),
             ),
             data=data,
             data_dir=data_dir or None,
