@@ -31,8 +31,8 @@ NAME := $(basename $(notdir $(PRESET)))
 # figures of one system, of some rows or of rows of one's own lie apart and do not take the place of those that are committed
 SELECTION := $(SYSTEM)$(ONLY)$(ROWS)
 DRAWN := runs/$(NAME)$(if $(LENGTH),/$(LENGTH:%x=%)x)$(if $(SELECTION),/selection)/figures
-# the committed figures are those of the laptop preset
-FIGURES := $(if $(filter laptop,$(PRESET)),figures,figures/$(NAME))
+# the committed figures are those of the laptop preset; those of the study, which trains longer, are in figures/16x
+FIGURES := figures$(if $(filter-out laptop,$(PRESET)),/$(NAME))$(if $(LENGTH),/$(LENGTH:%x=%)x)
 CONFIG = preset=$(PRESET) target=$(TARGET) data="$(DATA)" systems="$(SYSTEM)" rows="$(ROWS)" only="$(ONLY)" seeds="$(SEEDS)" length="$(LENGTH)" \
   $(if $(PROFILE),cores=$(CORES)) $(if $(GPUS),gpus=$(GPUS))
 # with a profile, jobs run where it says, e.g. on a cluster

@@ -36,10 +36,8 @@ from ..probing.evaluate import bootstrap_groups
 from ..probing.features import main_split, probe_splits, probed_splits
 from ..probing.records import read_results
 from ..probing.scores import bootstrap_weights
-from ..results.figures import using_style
-from ..results.panels import ERROR, SMALL, WIDTH, in_lines, plot_curves
-from ..results.rows import ROWS, Row, Study, chosen_rows, title_of
-from ..results.table import system_title
+from ..results.panels import ERROR, plot_curves, plot_points
+from ..results.rows import ROWS, Row, Study, chosen_rows
 from ..training.pretrain import restore
 from ..training.run import Run, load_splits
 
@@ -294,22 +292,6 @@ def plot_vrmse(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Fig
 
 def plot_probes(both: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figure:
     "A table of `beside_probe`: a panel for each system, a mark for each run, with the interval of its error."
-    with using_style():
-        fig = Figure(figsize=(WIDTH, 2.7), layout="constrained")
-        axes = fig.subplots(1, both.system.nunique(), squeeze=False)[0]
-        for ax, (system, here) in zip(axes, both.groupby("system", sort=False)):
-            for r in here.itertuples():
-                [row] = [row for row in rows if row.key == (r.objective, r.encoder)]
-                ax.plot([r.vrmse, r.vrmse], [r.low, r.high], color=row.color, lw=1)
-                name = title_of(*row.key, rows=rows)
-                ax.plot(r.vrmse, r.error, row.marker, color=row.color, ms=5, label=name)
-            ax.set(ylim=(0, 1.05 * here.high.max()), xlim=(0, 1.1 * here.vrmse.max()))
-            ax.set_title(in_lines(system_title(str(system))), fontsize=SMALL + 0.5)
-            ax.set_xlabel(f"VRMSE of frame {both.step.iloc[0]}", fontsize=SMALL)
-            ax.grid()
-        axes[0].set_ylabel(f"{ERROR} on {both.split.iloc[0]}, {both.probe.iloc[0]}", fontsize=SMALL)
-        handles = {h.get_label(): h for ax in axes for h in ax.get_lines() if not h.get_label().startswith("_")}
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=SMALL)
-        if title:
-            fig.suptitle(title, fontsize=SMALL + 1.5, x=0.01, ha="left")
-    return fig
+    drawn = both.assign(x=both.vrmse, value=both.error)
+    ylabel = f"{ERROR} on {both.split.iloc[0]}, {both.probe.iloc[0]}"
+    return plot_points(drawn, xlabel=f"VRMSE of frame {both.step.iloc[0]}", ylabel=ylabel, rows=rows, title=title)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_ROWS', 'TRAINED_COLUMNS', 'score_predictions', 'study_errors', 'beside_random', 'plot_table1', 'verdicts',
            'over_random', 'plot_over_random', 'paper_order', 'plot_paper_order', 'read_curves', 'trained_table',
-           'probe_choices_table', 'plot_probe_choices', 'cost_table', 'printed_errors']
+           'gates_beside_errors', 'probe_choices_table', 'plot_probe_choices', 'cost_table', 'printed_errors']
 
 # %% ../../nbs/experiments/table1.ipynb #de24ab5a
 import sys
@@ -153,10 +153,23 @@ def trained_table(study: Study) -> pd.DataFrame:
         mine = curves[(curves.objective == key[0]) & (curves.encoder == key[1]) & (curves.windows > 0)]
         for (system, seed), run in mine.groupby(["system", "seed"], sort=False):
             last = run.sort_values("step").iloc[-1].dropna()
-            about = {"system": system, "row": title_of(*key, rows=study.rows), "seed": seed}
+            about = {"system": system, "objective": key[0], "encoder": key[1]}
+            about |= {"row": title_of(*key, rows=study.rows), "seed": seed}
             about |= {name: last.get(name, np.nan) for name in TRAINED_COLUMNS}
             found.append(about | {"not trained, because": "; ".join(shortcomings(last))})
     return pd.DataFrame(found)
+
+
+def gates_beside_errors(trained: pd.DataFrame, errors: pd.DataFrame, rows: Sequence[Row]) -> pd.DataFrame:
+    """Of each row of a `trained_table` that has a gate, means over seeds: `x`, the variance of its own target that it
+    explains (of pixels, the share of a trivial answer's error that it removes), `value`, its error over that of random
+    weights, and `filled`, whether all its trainings passed."""
+    known = trained.assign(x=trained.gate_r2.fillna(1 - trained.gate), filled=trained["not trained, because"] == "")
+    keys = ["system", "objective", "encoder"]
+    own = known.dropna(subset="x").groupby(keys, sort=False).agg(x=("x", "mean"), filled=("filled", "all"))
+    read = beside_random(errors, rows)
+    read = read.assign(value=read.value / read.second).set_index(keys)[["split", "value"]].dropna()
+    return own.join(read, how="inner").reset_index()
 
 # %% ../../nbs/experiments/table1.ipynb #65bd10d3
 def probe_choices_table(study: Study) -> pd.DataFrame:
