@@ -25,7 +25,7 @@ from ..core.names import refuse_text_numbers
 from ..core.provenance import provenance
 from ..data.scaling import Normaliser
 from ..data.windows import Windows
-from .jobs import is_scored, windows_there
+from .jobs import windows_there
 from .learning_curves import CURVE_PROBE, CURVE_RESULT, score_snapshots, shorter_runs
 from ..objectives.gates import Moments, r_squared
 from ..physics.systems import SYSTEMS
@@ -160,8 +160,9 @@ def _scored(
     full, last = max(runs.items())  # of the lengths
     shorter = {full * one.recipe.steps / last.recipe.steps: (one, CURVE_RESULT) for one in shorter_runs(last)}
     files = shorter | {length: (run, "result.json") for length, run in runs.items()}
-    current = {reached: (run, name) for reached, (run, name) in files.items() if is_scored(run, name, windows)}
-    return {reached: (run, run.folder / name) for reached, (run, name) in current.items()}
+    found = {reached: (run, run.folder / name) for reached, (run, name) in files.items()}
+    asked = dict(probing=study.preset.probing(), windows=windows)
+    return {reached: pair for reached, pair in found.items() if is_current(pair[1], config=pair[0].as_dict(), **asked)}
 
 
 def _measured(run: Run, file: Path) -> dict:
