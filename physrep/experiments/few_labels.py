@@ -132,12 +132,13 @@ def fine_tuned_table(study: Study) -> pd.DataFrame:
         if other is None:
             lines.append({})
             continue
-        found = compare_predictions(methods[key], other, metric="mse", probe="finetune").query("label == 'mean'")
+        apart = compare_predictions(methods[key], other, metric="mse", probe="finetune").query("label == 'mean'")
         names = {"difference": "difference", "low": "difference_low", "high": "difference_high"}
-        one = found[list(names)].rename(columns=names).iloc[0].to_dict()
-        lines.append({"second": found.b.item(), **one, "verdict": verdicts(found)[0]})
+        one = apart[list(names)].rename(columns=names).iloc[0].to_dict()
+        lines.append({"second": apart.b.item(), **one, "verdict": verdicts(apart)[0]})
     columns = ["system", "objective", "encoder", "split", "value", "low", "high", "seeds"]
-    return pd.concat([table[columns], pd.DataFrame(lines)], axis=1)
+    found = pd.DataFrame(lines, columns=["second", "difference", "difference_low", "difference_high", "verdict"])
+    return pd.concat([table[columns], found], axis=1)
 
 
 def plot_fine_tuned(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -> Figure:
