@@ -107,7 +107,7 @@ verify: $(READY)  ## say which committed figures are stale, and why
 	@$(BIN)/python -m physrep.results.verify figures
 
 weights: $(READY)  ## take the encoders and probes that come with the package from the runs of the laptop preset
-	@$(BIN)/python tools/weights.py
+	@$(BIN)/python tools/weights.py $(LENGTH)
 
 test: $(READY)  ## export in sync, ruff, mypy, notebooks, tests; ends with `N passed, N failed`; ALL=1 adds the long ones
 	@$(BIN)/python tools/run_tests.py $(if $(ALL),--all)

@@ -1,9 +1,13 @@
-"""Takes the encoders and probes that come with the package from the runs of preset laptop: seed 0, both probes.
+"""Takes the encoders and probes that come with the package from the runs of preset laptop, seed 0.
 
-Beside them it writes the heads of summary statistics, with the errors of all readers on `test`: physrep.explore shows
-them."""
+    python tools/weights.py 16x     of trainings of that length
+
+In each system it is the encoder without labels on the ViT whose probes have the lowest error on `valid` (geometric mean
+of kernel ridge and attentive). Beside it are the heads of summary statistics, with the errors of all readers on `test`:
+physrep.explore shows them."""
 
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +20,24 @@ from physrep.physics.statistics import summary_statistics
 from physrep.probing.evaluate import baseline_folder, measured_features
 from physrep.probing.features import probe_splits
 from physrep.probing.frozen import fit_probe, load_probe
-from physrep.training.run import resolve
+from physrep.results.comparison import summarise
+from physrep.results.rows import Study, make_study
+from physrep.results.table import mean_errors
+from physrep.training.run import Run
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "physrep" / "weights"  # here, wherever physrep is imported from
-SHIPPED_ROWS = [
-    ("active_matter", "mae", "vit"),
-    ("rayleigh_benard", "invariance", "vit"),
-    ("shear_flow", "forecast", "vit"),
-]
 FILES = ("encoder.safetensors", "probe-linear.safetensors", "probe-attentive.safetensors")
+
+
+def best_run(study: Study, system: str) -> Run | None:
+    "The run that is read best on `valid`, of those whose encoder is here; None without any."
+    read = []
+    for run in study.scored("trained"):
+        here = run.system.name == system and (run.folder / FILES[0]).is_file()
+        if here and run.encoder == "vit" and run.objective != "supervised":
+            errors = mean_errors(summarise([run.folder], n_bootstrap=0), split="valid").set_index("probe").value
+            read.append((errors["kernel"] * errors["attentive"], run))
+    return min(read, key=lambda pair: pair[0])[1] if read else None
 
 
 def write_statistics(folder: Path, windows: Mapping[str, Windows], errors: Mapping[str, Mapping[str, float]]) -> None:
@@ -38,11 +51,15 @@ def write_statistics(folder: Path, windows: Mapping[str, Windows], errors: Mappi
 
 
 if __name__ == "__main__":
-    for row in SHIPPED_ROWS:
-        run, target = resolve(*row, "laptop"), WEIGHTS / "-".join(row)
-        folder = run.folder
-        if missing := [name for name in FILES if not (folder / name).is_file()]:
-            raise SystemExit(f"{folder} has no {', '.join(missing)}; train and probe it first")
+    study = make_study("laptop", only="all", length=sys.argv[1] if len(sys.argv) > 1 else "")
+    for system in study.systems:
+        run = best_run(study, system)
+        if run is None:
+            print(f"{system}: no encoder of this length, what is in {WEIGHTS} stays")
+            continue
+        folder, target = run.folder, WEIGHTS / f"{system}-{run.objective}-{run.encoder}"
+        for old in WEIGHTS.glob(f"{system}-*"):
+            shutil.rmtree(old)
         target.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             shutil.copyfile(folder / name, target / name)
