@@ -65,6 +65,14 @@ def test_what_a_table_needs_comes_back_to_the_byte_and_nothing_else(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["archives", "others", "runs"]
 
 
+def test_of_a_training_the_evaluations_are_kept(tmp_path):
+    there = scored(tmp_path / "runs")
+    (there / "metrics.csv").write_text("step,loss,valid_loss\n1,0.5,0.75\n10,0.4,\n20,0.3,0.25\n")
+    moved(tmp_path / "runs", tmp_path / "archives", tmp_path / "others")
+    kept = (tmp_path / "others" / RUN / "metrics.csv").read_text()
+    assert kept == "step,loss,valid_loss\n1,0.5,0.75\n20,0.3,0.25\n"
+
+
 def test_machines_add_to_an_archive_and_the_last_result_of_a_run_counts(tmp_path):
     archives = tmp_path / "archives"
     scored(tmp_path / "one")

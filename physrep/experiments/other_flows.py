@@ -326,14 +326,14 @@ def ask_control(name: str, run: Run, clips: Clips) -> None:
 
 
 def _ask_blocks(run: Run, clips: Clips, **reading: Any) -> dict[tuple[str, str], np.ndarray]:
-    "What probes read from the tokens after each block."
+    "What probes read from the tokens after each block, on the main split."
     found: dict[tuple[str, str], np.ndarray] = {}
     ours = {s: clips.windows[s] for s in ("train", *clips.scored)}
     for k, seen in enumerate(block_features(load_encoder(run.folder), ours, clips.scaler, **reading), 1):
         means = {s: replace(f, tokens=f.tokens[..., : f.dim // 2]) for s, f in seen.items()}
         found |= _predictions(seen, clips.scaler, at=f"@{k}")
         found |= _predictions(means, clips.scaler, {MEANS: {}, "linear": {}}, at=f"@{k}")
-    return found
+    return {key: predicted for key, predicted in found.items() if key[1] == main_split(clips.windows)}
 
 
 def ask_run(run: Run, clips: Clips, *, device: str = "cpu") -> None:

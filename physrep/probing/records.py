@@ -179,7 +179,8 @@ def _checked(arrays: Mapping[str, np.ndarray], n_labels: int) -> dict[str, np.nd
         kind, *_, split = name.split("/")
         if f"groups/{split}" not in arrays or f"truth/{split}" not in arrays:
             raise ValueError(f"{name} has no truth or no groups of split {split!r}")
-        checked[name] = np.ascontiguousarray(values, dtype=np.int64 if kind == "groups" else np.float64)
+        dtype = {"groups": np.int64, "prediction": np.float32}.get(kind, np.float64)  # predictions are most of a file
+        checked[name] = np.ascontiguousarray(values, dtype=dtype)
         n = len(arrays[f"groups/{split}"])
         shape = (n,) if kind == "groups" else (n, n_labels)
         if checked[name].shape != shape or not n:

@@ -102,6 +102,16 @@ def _scored(folder: Path) -> Iterator[tuple[str, Path]]:
             yield str(one.relative_to(folder)), one
 
 
+def _packed(file: Path) -> bytes:
+    "What is kept of a file: all, or of `metrics.csv` the rows of evaluations."
+    if file.name != "metrics.csv":
+        return file.read_bytes()
+    header, *rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    names = header.rstrip().split(",")
+    at = names.index("valid_loss") if "valid_loss" in names else 0
+    return "".join([header, *(row for row in rows if row.rstrip("\n").split(",")[at])]).encode()
+
+
 def pack(
     folder: str | Path,  # of a system, `runs/<preset>/<system>`
     archives: str | Path,  # its archives are `<archives>/seed<k>.zip` and `baselines.zip`
@@ -116,7 +126,7 @@ def pack(
     state = {name: "written" if one else "old" for name, one in current.items()}
     added: dict[Path, dict[str, dict[str, bytes]]] = {}
     for name in (name for name in runs if state[name] == "written"):
-        files = {inside: file.read_bytes() for inside, file in kept_files(runs[name]).items()}
+        files = {inside: _packed(file) for inside, file in kept_files(runs[name]).items()}
         added.setdefault(archives / f"{_seed_of(name)}.zip", {})[name] = files
     before = {path: read_archive(path) if path.is_file() else {} for path in added}
     for path, found in added.items():
