@@ -38,9 +38,12 @@ def table(name: str) -> pd.DataFrame:
     return pd.read_csv(ROOT / "figures" / f"{name}.csv")
 
 
-def errors(probe: str) -> pd.Series:
+STUDY = "16x/"  # folder of the figures of the longer trainings
+
+
+def errors(probe: str, folder: str = "") -> pd.Series:
     "Mean error with all labels on the split that tables show: (system, objective, encoder) -> value."
-    found = table("table1")
+    found = table(f"{folder}table1")
     found = found[found.split == main_split(set(found.split))]
     found = found[(found.probe == probe) & (found.label == "mean") & (found.metric == "mse")]
     most = found.groupby("system").labelled_flows.transform("max")
@@ -100,14 +103,27 @@ def digits(value: float, n: int = 2) -> str:
     return f"{value:.{n}f}"
 
 
+def in_table(key: tuple[str, str], system: str, folder: str) -> str:
+    "An error as the README's table has it; a dash for a row without one."
+    value = errors("kernel", folder).get((system, *key))
+    return "–" if value is None else digits(value, 3 if system == "rayleigh_benard" else 2)
+
+
 def readme_row(key: tuple[str, str]) -> tuple[str, ...]:
-    found = errors("kernel")
-    return tuple(digits(found[(s, *key)], 3 if s == "rayleigh_benard" else 2) for s in SYSTEMS)
+    "Errors in each system: of a trained row those of the study, and those of `make reproduce`."
+    once = key[0].startswith("random") or key[1] == "none"
+    return tuple(in_table(key, system, f) for system in SYSTEMS for f in ([""] if once else [STUDY, ""]))
+
+
+def readme_line(title: str, key: tuple[str, str]) -> str:
+    "The pattern of a row in the README's table."
+    once = key[0].startswith("random") or key[1] == "none"
+    return rf"\| {title} " + 3 * (r"\| (\S+) " if once else r"\| (\S+) \((\S+)\) ") + r"\|"
 
 
 # a pattern with a group for each number -> what the numbers are
 README: dict[str, Callable[[], tuple]] = {
-    rf"\| {title} \| (\S+) \| (\S+) \| (\S+) \|": (lambda key=key: readme_row(key)) for title, key in ROWS.items()
+    readme_line(title, key): (lambda key=key: readme_row(key)) for title, key in ROWS.items()
 } | {
     r"lower error than MAE on a ViT in (\d+) of (\d+) comparisons.*has the higher error in (\d+)": lambda: (
         *verdicts("paper_order", "better"),
