@@ -102,7 +102,8 @@ def few_table(study: Study, probe: str = "kernel") -> pd.DataFrame:
     files = [run.folder / "result.json" for pair in own for run in study.runs(*pair)]
     few = [study.run(*pair, draw) for pair in own for draw in range(DRAWS)]
     files += [run.folder / TRAINED_ON_FEW for run in few if is_scored(run, TRAINED_ON_FEW)]
-    heads = read_results([file for file in files if file.is_file()]) if own else df.head(0)
+    files = [file for file in files if file.is_file()]
+    heads = read_results(files) if files else df.head(0)
     heads = heads[(heads.metric == "mse") & (heads.label == "mean") & (heads.split == split) & (heads.probe == "head")]
     return pd.concat([df, heads], ignore_index=True)
 
