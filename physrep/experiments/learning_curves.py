@@ -52,10 +52,10 @@ def score_snapshots(
 # %% ../../nbs/experiments/learning_curves.ipynb #8074f75e
 def learning_curves(study: Study) -> pd.DataFrame:
     """The errors (on the `main_split`) of the encoders of every trained row on its way, the last one too: `system`,
-    `objective`, `encoder`, `seed`, `split`, `value`, `low`, `high`, `step`, `operations`. Runs without encoders on the
-    way are left out."""
+    `objective`, `encoder`, `seed`, `split`, `value`, `low`, `high`, `step`, `operations`. Runs without a result at
+    their end are left out."""
     found = []
-    for run in (r for row in study.kind("trained") for s in study.systems for r in study.runs(row, s)):
+    for run in study.scored("trained"):
         files = {one.folder / CURVE_RESULT: one.recipe.steps for one in shorter_runs(run)}
         files |= {run.folder / "result.json": run.recipe.steps}
         total = cost(run)["total"]
