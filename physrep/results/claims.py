@@ -114,7 +114,7 @@ def plot_claims(table: pd.DataFrame, rows: Sequence[Row] = ROWS, title: str = ""
     titles = {row.objective if row.kind == "baseline" else row.name: title_of(*row.key, rows=rows) for row in rows}
     first = [BEST if probe == "kernel" else titles[name] for name, probe in zip(table["first"], table.probe)]
     lines = [f"{ours} / {titles[theirs]}" for ours, theirs in zip(first, table.second)]
-    drawn = table.assign(panel=table.system, line=lines)
+    drawn = table.drop(columns=["first", "second"]).assign(panel=table.system, line=lines)
     drawn = drawn.assign(filled=table.finding.isin(("lower", "higher")), color="#0072B2")
     label = f"ratio of errors on {table.split.iloc[0]} (left of 1: the first is lower)"
     return plot_marks(drawn, xlabel=label, at=1.0, title=title)
