@@ -24,6 +24,7 @@ ROWS = {  # as the README's table calls them
     "random weights, periodic ConvNeXt": ("random.circular", "convnext"),
     "JEPA, periodic ConvNeXt": ("jepa.circular", "convnext"),
     "random weights, ViT": ("random", "vit"),
+    "JEPA, ViT": ("jepa", "vit"),
     "masked JEPA, ViT": ("masked_jepa", "vit"),
     "MAE, ViT": ("mae", "vit"),
     "forecast, ViT": ("forecast", "vit"),
@@ -99,6 +100,28 @@ def speed(reader: str) -> float:
     return table("benchmarks").set_index("reader").windows_per_second[reader]
 
 
+def over_random(objective: str, system: str = "shear_flow") -> str:
+    "The error of a row on the ViT over that of random weights, after the longer training."
+    found = errors("kernel", STUDY)[system]
+    return digits(found[objective, "vit"] / found["random", "vit"])
+
+
+def gate(objective: str, system: str) -> float:
+    return table(f"{STUDY}gates").query("objective == @objective and system == @system and encoder == 'vit'").x.item()
+
+
+def block(objective: str, at: int) -> float:
+    found = table(f"{STUDY}blocks").query("probe == 'kernel' and split == 'test' and system == 'active_matter'")
+    return found.query("objective == @objective and encoder == 'vit' and block == @at").value.item()
+
+
+OTHERS = ("shifted", "long_box")
+
+
+def covered(how: str, flows: str) -> float:
+    return table(f"{STUDY}unlike").query("flows == @flows")[how].mean()
+
+
 def digits(value: float, n: int = 2) -> str:
     return f"{value:.{n}f}"
 
@@ -125,24 +148,36 @@ def readme_line(title: str, key: tuple[str, str]) -> str:
 README: dict[str, Callable[[], tuple]] = {
     readme_line(title, key): (lambda key=key: readme_row(key)) for title, key in ROWS.items()
 } | {
-    r"lower error than MAE on a ViT in (\d+) of (\d+) comparisons.*has the higher error in (\d+)": lambda: (
-        *verdicts("paper_order", "better"),
-        len(table("paper_order")),
-        *verdicts("paper_order", "worse"),
+    r"MAE has (\S+) of the error of random weights on the shear flow.*predicts (\S+) of the variance": lambda: (
+        over_random("mae"),
+        digits(gate("jepa", "shear_flow")),
     ),
-    r"target is near, and gains in (\d+) of 12": lambda: gains("jepa.circular", "convnext"),
+    r"JEPA on the ViT ends at (\S+) times the error": lambda: (over_random("jepa"),),
     r"random weights in (\d+) of (\d+) comparisons and raises": lambda: (
         *verdicts("over_random", "better"),
         len(table("over_random")),
     ),
-    r"Forecasts gain most, in (\d+) of": lambda: gains("forecast"),
-    r"raises the error in (\d+) of 12": lambda: gains("masked_jepa", verdict="worse"),
 }
 PAGE: dict[str, Callable[[], tuple]] = {
-    r"higher error in (\d+) of (\d+) comparisons and the lower in (\d+)": lambda: (
-        *verdicts("paper_order", "worse"),
-        len(table("paper_order")),
+    r"JEPA gains more than MAE in (\d+) of (\d+) comparisons and less in (\d+)": lambda: (
         *verdicts("paper_order", "better"),
+        len(table("paper_order")),
+        *verdicts("paper_order", "worse"),
+    ),
+    r"MAE falls to (\S+) on the shear flow and (\S+) in active matter, JEPA ends at (\S+) and (\S+)\.": lambda: tuple(
+        digits(errors("kernel", STUDY)[system, objective, "vit"])
+        for objective in ("mae", "jepa")
+        for system in ("shear_flow", "active_matter")
+    ),
+    r"JEPA explains (\S+) of its target on the shear flow and (\S+) in active matter": lambda: tuple(
+        digits(gate("jepa", system)) for system in ("shear_flow", "active_matter")
+    ),
+    r"The first block of JEPA is read at (\S+) in active matter, its end at (\S+)\.": lambda: tuple(
+        digits(block("jepa", at)) for at in (1, 0)
+    ),
+    r"hold (\d+) % on flows that start in another way and (\d+) % in the longer box, "
+    r"and widened ones (\d+) % and (\d+)": lambda: tuple(
+        f"{100 * covered(how, flows):.0f}" for how in ("coverage", "widened") for flows in OTHERS
     ),
     r"random weights in (\d+) of (\d+) comparisons and raises it in (\d+)": lambda: (
         *verdicts("over_random", "better"),
