@@ -54,7 +54,10 @@ def _changed_runs(record: Mapping, data_dir: Path) -> list[str]:
 
 
 def _selected(record: Mapping) -> list[str]:
-    "What a figure of SYSTEM=, ONLY= or ROWS= shows in place of all rows in all systems of its preset."
+    """What a figure of SYSTEM=, ONLY= or ROWS= shows in place of all rows in all systems of its preset. One of a longer
+    training shows what there is."""
+    if record["parameters"].get("length"):
+        return []
     preset = get_preset(record["preset"])
     usual = {"rows": [row.name for row in chosen_rows()]} | ({"systems": preset.systems} if preset.sims else {})
     shown = {name: record["parameters"].get(name, usual[name]) for name in usual}
