@@ -92,7 +92,8 @@ def plot_marks(
                 scale_log(ax)
         axes[0].set_yticks(range(len(lines)), lines, fontsize=SMALL)
         axes[0].set_ylim(len(lines) - 0.5, -0.5)
-        fig.supxlabel(xlabel, fontsize=SMALL + 0.5)
+        middle = (len(axes) - 1) // 2
+        axes[middle].set_xlabel(xlabel, fontsize=SMALL + 0.5, x=0.5 if len(axes) % 2 else 1.05)
         if title:
             fig.suptitle(title, fontsize=SMALL + 1.5, x=0.01, ha="left")
         handles = []
