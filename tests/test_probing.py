@@ -35,7 +35,7 @@ from physrep.probing.frozen import (
 )
 from physrep.probing.records import stale
 from physrep.training.loop import warmup_cosine
-from physrep.training.pretrain import pretrain
+from physrep.training.pretrain import pretrain, restore, training_batches, training_windows
 from physrep.training.run import Run, resolve
 
 SYSTEM = get_system("shear_flow")
@@ -247,6 +247,19 @@ def run(smoke_data, tmp_path_factory) -> Run:
     pretrain(run, progress=False, say=lambda _: None)
     score_run(run, progress=False)
     return run
+
+
+def test_an_own_head_answers_in_the_scaling_that_it_was_trained_with(smoke_data, tmp_path):
+    places = dict(data_dir=smoke_data, run_dir=tmp_path, recipe={"unlabelled": "with labels"})
+    run = resolve("shear_flow", "supervised", "vit", "smoke", **places)
+    pretrain(run, progress=False, say=lambda _: None)
+    found = score_run(run, probes=["linear"], progress=False).predictions["head", "valid"]
+    batch = next(iter(training_batches(run, training_windows(run))["valid"].evaluation()))
+    with torch.no_grad():
+        z = restore(run).eval().predict(batch).double().numpy()
+    scaler = LabelScaler.fit(SYSTEM, training_windows(run)["train"].labels)
+    assert not np.allclose(scaler.mean, LabelScaler.fit(SYSTEM, probe_splits(run, ("train",))["train"].labels).mean)
+    assert np.allclose(scaler.inverse(scaler.clip(z))[0], found[0], rtol=1e-4), "the first window of both"
 
 
 @pytest.mark.parametrize("most", [None, 16])  # of 256 tokens

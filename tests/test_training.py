@@ -198,6 +198,7 @@ def test_time_elsewhere_does_not_count(smoke):
         ({"recipe": {"predictor_lr": 0.0}}, "predictor_lr.* must be positive"),
         ({"recipe": {"accumulate": 3}}, "batch_size must be a multiple of accumulate"),
         ({"recipe": {"schedule": "steps"}}, "schedule must be constant or cosine"),
+        ({"recipe": {"unlabelled": "with"}}, 'unlabelled must be true, false or "with labels"'),
         ({"steps": 0}, "must be positive"),
         ({"steps": 2.0}, "steps must be int, got 2.0"),
         ({"tag": "a/b"}, "tag may hold letters"),
@@ -249,12 +250,20 @@ def test_the_papers_presets_scale_labels_with_the_papers_constants():
     assert np.allclose(label_scaler(laptop, train).transform(train.labels).mean(0), 0)
 
 
-def test_labels_that_nobody_is_to_learn_from_are_not_in_batches(smoke):
-    for objective, there in (("mae", False), ("supervised", True)):
-        run = smoke(objective, "vit")
-        batches = training_batches(run, training_windows(run))
-        assert ("labels" in next(iter(batches["train"](0)))) == there, objective
-        assert "labels" in next(iter(batches["valid"].evaluation()))
+@pytest.mark.parametrize(
+    "objective, unlabelled, splits, labels",
+    [
+        ("mae", True, "train+unlabelled", False),
+        ("mae", False, "train", True),
+        ("supervised", True, "train", True),
+        ("supervised", "with labels", "train+unlabelled", True),
+    ],
+)
+def test_labels_that_nobody_is_to_learn_from_are_not_in_batches(objective, unlabelled, splits, labels, smoke):
+    run = smoke(objective, "vit", recipe={"unlabelled": unlabelled})
+    batches = training_batches(run, training_windows(run))
+    assert run.trained_on == splits and ("labels" in next(iter(batches["train"](0)))) == labels
+    assert "labels" in next(iter(batches["valid"].evaluation()))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ FINE_TUNED_PREDICTIONS = FINE_TUNED.replace("result", "predictions").replace("js
 DRAWS = max(FEW.values())  # of so many flows; after the last one the first again
 
 
+def _supervised(study: Study) -> list[Row]:
+    "The rows that are trained with the labels that probes see, and no others."
+    return [row for row in study.rows if row.reads_labels and not row.recipe.get("unlabelled")]
+
+
 def train_on_few(
     run: Run,
     *,
@@ -98,7 +103,7 @@ def few_table(study: Study, probe: str = "kernel") -> pd.DataFrame:
     df = df[(df.metric == "mse") & (df.label == "mean") & (df.split == split) & (df.probe == probe)]
     alone = [row.key for row in study.rows if row.reads_labels]
     df = df[[key not in alone for key in zip(df.objective, df.encoder)]]
-    own = [(row, system) for row in study.rows if row.reads_labels for system in study.systems]
+    own = [(row, system) for row in _supervised(study) for system in study.systems]
     files = [run.folder / "result.json" for pair in own for run in study.runs(*pair)]
     few = [study.run(*pair, draw) for pair in own for draw in range(DRAWS)]
     files += [run.folder / TRAINED_ON_FEW for run in few if is_scored(run, TRAINED_ON_FEW)]
@@ -152,7 +157,7 @@ def plot_fine_tuned(table: pd.DataFrame, rows: Sequence[Row], title: str = "") -
 # %% ../../nbs/experiments/few_labels.ipynb #9f938b5b
 def parts(study: Study, finetune: bool = True) -> list[str]:
     "The jobs that are not done yet: `supervised/<row>/<system>/<seed>`, `finetune/<row>/<system>/<seed>`."
-    kinds = [("supervised", TRAINED_ON_FEW, [row for row in study.rows if row.reads_labels], tuple(range(DRAWS)))]
+    kinds = [("supervised", TRAINED_ON_FEW, _supervised(study), tuple(range(DRAWS)))]
     without_labels = [row for row in study.kind("trained", "random") if not row.reads_labels]
     kinds += [("finetune", FINE_TUNED, without_labels, study.seeds)] if finetune else []
     return [

@@ -49,7 +49,7 @@ from physrep.probing.frozen import (
 from .records import run_name, write_predictions, write_result
 from .scores import score
 from ..training.presets import Preset, get_preset
-from ..training.pretrain import restore
+from ..training.pretrain import restore, training_windows
 from ..training.run import Run, label_scaler, system_folder
 
 # %% ../../nbs/probing/evaluate.ipynb #e73f417d
@@ -293,7 +293,7 @@ def score_run(
             whole = probed.features[split]
             if run.preset.probe_tokens:  # its head reads every token
                 whole = features_of(encoder, windows[split], scaler, **reading)
-            predictions["head", split] = _own_head(run, whole, scaler)
+            predictions["head", split] = _own_head(run, whole, label_scaler(run, training_windows(run)["train"]))
     row = {"objective": run.row[0], "encoder": run.row[1], "seed": run.seed, "run": run.path}
     made = {**made_of(run), "provenance": record}
     if len(asked) == len(FROZEN) and not (run.recipe and run.reads_labels):

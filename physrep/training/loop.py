@@ -60,7 +60,7 @@ class Recipe:
     clip_norm: float = 1.0  # largest norm of the gradient
     accumulate: int = 1  # micro-batches an update
     precision: str = "float32"  # or "bfloat16": autocast; losses that need statistics take them in float32
-    unlabelled: bool = True  # train on the split `unlabelled` too, where there is one and the objective reads no labels
+    unlabelled: bool | str = True  # train on the split `unlabelled` too, where no labels are read; or "with labels"
     evaluations: int = 10  # on held-out windows
     checkpoint_seconds: float = 30.0  # wall time between checkpoints
 
@@ -78,6 +78,8 @@ class Recipe:
             wrong = "warmup must be a number of updates, decay a share in (0, 1] and weight_decay a number from 0"
         elif self.schedule not in ("constant", "cosine") or self.precision not in ("float32", "bfloat16"):
             wrong = "schedule must be constant or cosine, and precision float32 or bfloat16"
+        elif self.unlabelled not in (True, False, "with labels"):
+            wrong = 'unlabelled must be true, false or "with labels"'
         if wrong:
             raise ValueError(f"{wrong}, got {self}")
 

@@ -135,9 +135,11 @@ class Run:
 
     @property
     def trained_on(self) -> str:
-        "The splits of training as `Windows` takes them: `train`, or `train+unlabelled` for what reads no labels."
-        more = isinstance(self.data, SimPreset) and "unlabelled" in self.data.splits
-        wanted = more and self.recipe is not None and self.recipe.unlabelled and not self.reads_labels
+        """The splits of training as `Windows` takes them: `train`, or `train+unlabelled` for what reads no labels, and
+        for a recipe that is given theirs."""
+        there = isinstance(self.data, SimPreset) and "unlabelled" in self.data.splits
+        asked = self.recipe.unlabelled if self.recipe else False
+        wanted = there and (asked == "with labels" or asked and not self.reads_labels)
         return "train+unlabelled" if wanted else "train"
 
     def as_dict(self) -> dict:
