@@ -23,7 +23,7 @@ from physrep.explore.pictures import at_even_heights
 from physrep.explore.readers import Session, encoder_folders, encoder_info, explorable_systems
 from physrep.explore.solve import Flow, ParameterRange, cell_centres, fine_enough, solve
 from physrep.explore.your_flow import open_upload, unlike_html
-from physrep.models.pretrained import SHIPPED, load_encoder
+from physrep.models.pretrained import SHIPPED, load_encoder, model_folder
 from physrep.physics.spectral import SimulationBlewUp
 from physrep.physics.systems import get_system
 from physrep.probing.frozen import probe_encoder
@@ -128,12 +128,12 @@ def test_an_answer_stands_on_its_bar_where_it_lies_in_the_range():
 
 
 def test_a_probe_that_kept_its_clips_says_how_unlike_a_window_is(smoke_data, tmp_path):
-    encoder = load_encoder("shear_flow-forecast-vit")
+    encoder = load_encoder("shear_flow")
     windows = {s: Windows(smoke_data, "shear_flow", s, frames=16, stride=16) for s in ("train", "valid")}
     scaler = LabelScaler.fit(encoder.system, windows["train"].labels)
     found = probe_encoder(encoder, windows, scaler, get_preset("smoke"), probes=["linear"], progress=False)
     folder = tmp_path / "shear_flow" / "forecast-vit-01234567" / "seed0"
-    shutil.copytree(SHIPPED / "shear_flow-forecast-vit", folder)
+    shutil.copytree(model_folder("shear_flow"), folder)
     found.probes["linear"].save(folder / "probe-linear.safetensors")
     session = Session("shear_flow", runs=tmp_path)
     session.choose([next(title for title in session.folders if "01234567" in title)])

@@ -272,7 +272,7 @@ def test_a_saved_probe_answers_for_raw_fields_and_starts_a_fine_tuning(run, most
     start, raw = load_probe(tmp_path / "probe"), windows["valid"].read(np.arange(8))
     assert np.allclose(start.predict_fields(encoder, raw, 0.2), start.predict(kept["valid"])[:8], rtol=1e-2)
     with pytest.raises(ValueError, match="fitted on features of the encoder with digest"):
-        start.predict_fields(load_encoder("shear_flow-forecast-vit"), raw, 0.2)
+        start.predict_fields(load_encoder("shear_flow"), raw, 0.2)
     scaling = dict(normaliser=Normaliser(encoder.mean, encoder.std), scaler=scaler, batch_size=8)
 
     def tuned(start=start, seed=0, epochs=2, **options):

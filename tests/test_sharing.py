@@ -12,19 +12,19 @@ from helpers import row
 from safetensors.torch import save_file
 
 import physrep
-from physrep.models.pretrained import SHIPPED
+from physrep.models.pretrained import model_folder
 from physrep.probing.features import encoder_digest
 from physrep.probing.records import write_result
 from physrep.probing.sharing import hub_folder, save_pretrained
 from physrep.training.run import resolve
 
-NAME = "shear_flow-forecast-vit"
+NAME = "shear_flow"
 
 
 @pytest.fixture()
 def run_folder(tmp_path):
     "A finished run: encoder, probes, configuration, scores."
-    folder = shutil.copytree(SHIPPED / NAME, tmp_path / "run")
+    folder = shutil.copytree(model_folder(NAME), tmp_path / "run")
     (folder / "config.json").write_text(json.dumps(resolve("shear_flow", "forecast", "vit", "laptop").as_dict()))
     rows = [
         row(split=s, label=label, value=v)
@@ -67,9 +67,11 @@ def test_the_card_has_facts_scores_and_limits(run_folder, tmp_path):
     folder = save_pretrained(run_folder, tmp_path / "mae", repository="me/mae", license="apache-2.0")
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     facts = yaml.safe_load(front)
-    parameters = sum(p.numel() for p in physrep.load_encoder(NAME).encoder.parameters())
+    encoder = physrep.load_encoder(NAME)
+    parameters = sum(p.numel() for p in encoder.encoder.parameters())
     assert facts["license"] == "apache-2.0" and facts["library_name"] == "physrep"
-    assert facts["physrep"]["objective"] == "forecast" and facts["physrep"]["parameters"] == parameters
+    about = (encoder.info["objective"], parameters)
+    assert (facts["physrep"]["objective"], facts["physrep"]["parameters"]) == about
     metrics = [r["metrics"][0] for r in facts["model-index"][0]["results"]]
     assert [m["value"] for m in metrics] == [0.45, 0.45, 0.5, 0.5]
     assert metrics[0]["args"] == {"low": 0.4, "high": 0.6, "n": 100}
@@ -97,9 +99,7 @@ def test_an_encoder_without_records_says_so(tmp_path):
 
 
 def test_a_probe_of_another_encoder_is_not_published(run_folder, tmp_path):
-    shutil.copyfile(
-        SHIPPED / "active_matter-mae-vit" / "probe-linear.safetensors", run_folder / "probe-linear.safetensors"
-    )
+    shutil.copyfile(model_folder("active_matter") / "probe-linear.safetensors", run_folder / "probe-linear.safetensors")
     with pytest.raises(ValueError, match="probe-linear.safetensors was fitted on another encoder"):
         save_pretrained(run_folder, tmp_path / "mae")
     with pytest.raises(FileExistsError, match="run is not an empty folder"):

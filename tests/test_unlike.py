@@ -20,7 +20,7 @@ from physrep.training.presets import get_preset
 @pytest.fixture(scope="module")
 def probed(smoke_data):
     "An encoder, its probe of some flows, and clips `(8, c, t, h, w)` of the same kind."
-    encoder = physrep.load_encoder("shear_flow-forecast-vit")
+    encoder = physrep.load_encoder("shear_flow")
     windows = {s: Windows(smoke_data, "shear_flow", s, frames=16, stride=16) for s in ("train", "valid")}
     scaler = LabelScaler.fit(encoder.system, windows["train"].labels)
     found = probe_encoder(encoder, windows, scaler, get_preset("smoke"), probes=["kernel"], progress=False)
@@ -81,5 +81,5 @@ def test_a_probe_without_it_works_and_says_that_it_does_not_know(probed):
         assert np.array_equal(plain.predict_fields(encoder, 9 * clips, 0.2)[:1].shape, (1, 2))
     with pytest.raises(ValueError, match="does not know what its training clips looked like"):
         plain.unlike(encoder, clips, 0.2)
-    shipped = physrep.load_probe("shear_flow-forecast-vit", "linear")
+    shipped = physrep.load_probe("shear_flow", "linear")
     assert shipped.predict_fields(encoder, clips, 0.2).shape == (8, 2)

@@ -159,11 +159,12 @@ SHIPPED = Path(importlib.util.find_spec("physrep").origin).resolve().parent / "w
 
 
 def model_folder(path: str | Path) -> Path:
-    """A run folder, or the folder of an encoder that comes with physrep, by its name (`shear_flow-forecast-vit`).
+    """A run folder, or the folder of an encoder that comes with physrep, by its name or its system (`shear_flow`).
 
     FileNotFoundError, with the names that there are, if it is neither."""
     path = Path(path)
-    for folder in (path, SHIPPED / path.name if len(path.parts) == 1 else path):
+    shipped = [SHIPPED / path.name, *SHIPPED.glob(f"{path.name}-*")] if len(path.parts) == 1 else []
+    for folder in (path, *shipped):
         if folder.is_dir():
             return folder
     names = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
@@ -214,16 +215,8 @@ def read_encoder(path: str | Path) -> tuple[nn.Module, dict]:
 
 # %% ../../nbs/models/pretrained.ipynb #f293a2af
 def load_encoder(path: str | Path, device: str | torch.device = "cpu") -> LoadedEncoder:
-    """The frozen encoder at `path`, as for `read_encoder`.
-
-    ValueError, too, for an encoder of several systems: `physrep.experiments.across.load_joint` loads those."""
-    encoder, info = read_encoder(path)
-    if "systems" in info:
-        raise ValueError(
-            f"{path} reads {', '.join(info['systems'])} in shared channels:"
-            " physrep.experiments.across.load_joint(path, system) loads it for one of them"
-        )
-    return LoadedEncoder(encoder, info).to(device)
+    "The frozen encoder at `path`, as for `read_encoder`."
+    return LoadedEncoder(*read_encoder(path)).to(device)
 
 # %% ../../nbs/models/pretrained.ipynb #6c634cf9
 FARTHEST = 1e7  # std from 0: beyond that all values of a float32 field are the same number
@@ -247,7 +240,7 @@ def _problem(info: Mapping[str, Any]) -> str:
     if not isinstance(channels, list) or not channels or not all(isinstance(c, str) for c in channels):
         return f"channels must be a list of names, got {channels!r:.60}"
     system, n = info.get("system"), len(channels)
-    known = [*SYSTEMS, *([system] if "definition" in info or "systems" in info else [])]
+    known = [*SYSTEMS, *([system] if "definition" in info else [])]
     shape, dt = info.get("shape"), info.get("dt", math.nan)
     sizes = _is_list(shape, 3, above=0) and all(isinstance(side, int) for side in shape)
     checks = {
