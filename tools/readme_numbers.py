@@ -110,6 +110,11 @@ def gate(objective: str, system: str) -> float:
     return table(f"{STUDY}gates").query("objective == @objective and system == @system and encoder == 'vit'").x.item()
 
 
+def claim(first: str, second: str, system: str) -> float:
+    found = table(f"{STUDY}claims").query("first == @first and second == @second and system == @system")
+    return found.value.item()
+
+
 def block(objective: str, at: int) -> float:
     found = table(f"{STUDY}blocks").query("probe == 'kernel' and split == 'test' and system == 'active_matter'")
     return found.query("objective == @objective and encoder == 'vit' and block == @at").value.item()
@@ -152,7 +157,9 @@ README: dict[str, Callable[[], tuple]] = {
         over_random("mae"),
         digits(gate("jepa", "shear_flow")),
     ),
-    r"JEPA on the ViT ends at (\S+) times the error": lambda: (over_random("jepa"),),
+    r"reads JEPA on the ViT at (\S+) times the error of MAE on the shear flow": lambda: (
+        digits(claim("jepa-vit", "mae-vit", "shear_flow"), 1),
+    ),
     r"random weights in (\d+) of (\d+) comparisons and raises": lambda: (
         *verdicts("over_random", "better"),
         len(table("over_random")),
