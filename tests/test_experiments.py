@@ -28,10 +28,11 @@ from physrep.probing.records import read_results
 from physrep.results.archive import kept_files
 from physrep.results.rows import CONTROLS, ROWS, Row, make_study, variant_run
 from physrep.results.table import mean_errors
-from physrep.training.cost import cost
+from physrep.training.cost import cost, example_batch
 from physrep.training.loop import TrainingDiverged
 from physrep.training.presets import get_preset
 from physrep.training.pretrain import pretrain
+from physrep.training.run import build, resolve
 
 LAPTOP = make_study("laptop")
 SYSTEM = "shear_flow"
@@ -339,12 +340,11 @@ def test_channels_of_another_system_are_given_by_what_they_mean():
     assert torch.equal(seen[0][:, place], x[:, other_flows.shared_names(here).index("velocity_x")])
 
 
-def test_an_update_in_plain_pytorch_computes_the_same(study):
-    run = study.run(study.rows[0], SYSTEM)
-    from physrep.training.pretrain import build
-
+@pytest.mark.parametrize("encoder", ["vit", "convnext"])
+def test_an_update_in_plain_pytorch_computes_the_same(encoder):
+    run = resolve(SYSTEM, "jepa", encoder, "smoke")
     objective = build(run)
-    batch = {"fields": torch.randn(2, *((run.system.n_channels,) + tuple(run.clip_shape))), "seeds": torch.arange(2)}
+    batch = example_batch(run, objective, 2)
     ours = float(objective(batch)["loss"].detach())
     with plainly():
         assert float(objective(batch)["loss"].detach()) == pytest.approx(ours, rel=1e-5)
@@ -352,7 +352,7 @@ def test_an_update_in_plain_pytorch_computes_the_same(study):
 
 def test_updates_and_readers_are_timed(study, tmp_path):
     rows = [row for row in study.rows if row.name == "mae-vit"]
-    updates = time_updates(study, rows, [2], repeats=1)
+    updates = time_updates([study.run(row, SYSTEM) for row in rows], [2], repeats=1)
     assert (updates.seconds > 0).all() and updates.times_plain.notna().all()
     reading = time_readers(reading_file(tmp_path), windows=2, repeats=1)
     assert {"physrep", "copy in memory"} <= set(reading.reader) and (reading.windows_per_second > 0).all()
