@@ -30,7 +30,7 @@ setuptools.setup(
         "Topic :: Scientific/Engineering :: Physics",
     ],
     packages=setuptools.find_packages(include=["physrep", "physrep.*"]),
-    package_data={"physrep": ["py.typed", "weights/*/*.safetensors"]},
+    package_data={"physrep": ["py.typed", "weights/*/*.safetensors", "weights/*/README.md"]},
     entry_points={"console_scripts": ["physrep = physrep.experiments.command:main"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

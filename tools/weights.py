@@ -3,8 +3,8 @@
     python tools/weights.py 16x     of trainings of that length
 
 In each system it is the encoder without labels on the ViT whose probes have the lowest error on `valid` (geometric mean
-of kernel ridge and attentive). Beside it are the heads of summary statistics, with the errors of all readers on `test`:
-physrep.explore shows them."""
+of kernel ridge and attentive). Beside it are a card with its errors on `test` and on other flows, and the heads of
+summary statistics, with the errors of all readers on `test`, which physrep.explore shows."""
 
 import shutil
 import sys
@@ -12,14 +12,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from physrep.core.files import read_json
 from physrep.data.scaling import LabelScaler
 from physrep.data.windows import Windows
+from physrep.experiments.other_flows import ASKED
 from physrep.explore.readers import SHOWN_PROBES, STATISTICS_HEADS, errors_of
 from physrep.models.pretrained import load_encoder
 from physrep.physics.statistics import summary_statistics
 from physrep.probing.evaluate import baseline_folder, measured_features
 from physrep.probing.features import probe_splits
 from physrep.probing.frozen import fit_probe, load_probe
+from physrep.probing.sharing import model_card
 from physrep.results.comparison import summarise
 from physrep.results.rows import Study, make_study
 from physrep.results.table import mean_errors
@@ -38,6 +41,21 @@ def best_run(study: Study, system: str) -> Run | None:
             errors = mean_errors(summarise([run.folder], n_bootstrap=0), split="valid").set_index("probe").value
             read.append((errors["kernel"] * errors["attentive"], run))
     return min(read, key=lambda pair: pair[0])[1] if read else None
+
+
+def write_card(folder: Path, run: Run) -> None:
+    "Writes the card of an encoder, with its errors on flows like those of the training and on others."
+    files = {"result.json": ("test", "shifted"), ASKED: ("long_box",)}
+    rows = [
+        row
+        for name, splits in files.items()
+        if (run.folder / name).is_file()
+        for row in read_json(run.folder / name)["rows"]
+        if row["split"] in splits and row["probe"] in (*SHOWN_PROBES, "kernel")
+    ]
+    about = dict(where=folder.name, rows=rows, config=run.as_dict(), probes=SHOWN_PROBES)
+    text = model_card(folder.name, load_encoder(folder), **about)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def write_statistics(folder: Path, windows: Mapping[str, Windows], errors: Mapping[str, Mapping[str, float]]) -> None:
@@ -63,7 +81,7 @@ if __name__ == "__main__":
         target.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             shutil.copyfile(folder / name, target / name)
-        load_encoder(target)
+        write_card(target, run)
         for name in FILES[1:]:
             load_probe(target / name)
         statistics, equations = (baseline_folder(n, run) for n in ("statistics", "equations"))
