@@ -104,7 +104,7 @@ unpack: $(READY)  ## take the results in figures/results/ into runs/: rows of yo
 	@$(BIN)/python -m physrep.results.archive unpack --preset $(PRESET)
 
 verify: $(READY)  ## say which committed figures are stale, and why
-	@$(BIN)/python -m physrep.results.verify figures && $(BIN)/python -m physrep.results.verify figures/16x
+	@failed=0; for folder in figures figures/16x; do $(BIN)/python -m physrep.results.verify $$folder || failed=1; done; exit $$failed
 
 weights: $(READY)  ## take the encoders and probes that come with the package from the runs of the laptop preset
 	@$(BIN)/python tools/weights.py $(LENGTH)

@@ -50,11 +50,11 @@ def test_every_shipped_encoder_can_be_explored(session):
 
 def test_runs_of_ones_own_are_listed_beside_encoders_of_the_same_name(tmp_path):
     title, shipped = next(iter(encoder_folders("shear_flow", tmp_path).items()))
-    for name in ("forecast-vit-01234567", "forecast-vit-89abcdef"):
+    for name in ("forecast-vit-01234567-802", "forecast-vit-89abcdef-802"):
         shutil.copytree(shipped, tmp_path / "shear_flow" / name / "seed0")
     found = encoder_folders("shear_flow", tmp_path)
     assert found[title] == shipped
-    assert {f"{title} (01234567)", f"{title} (89abcdef)"} < set(found)
+    assert {f"{title} (01234567-802)", f"{title} (89abcdef-802)"} < set(found)
 
 
 def test_a_flow_that_its_time_step_cannot_follow_is_stopped():

@@ -126,9 +126,13 @@ def test_the_same_figure_is_the_same_bytes_and_current(tmp_path, capsys):
 
 def test_what_changed_since_a_figure_was_drawn_is_named(tmp_path, smoke_data, monkeypatch):
     [of] = ({s: fingerprint(find_files(smoke_data, "shear_flow", s)) for s in ("train", "test")},)
-    drawn(tmp_path, data={"shear_flow": of}, runs={"shear_flow": ["mae-vit-00000000/seed0", "mine-vit-00000000/seed0"]})
-    why = ["shear_flow: run mae-vit-00000000 is mae-vit-"]
-    assert state(tmp_path)[0] == "stale" and [text[:44] for text in state(tmp_path)[1]] == why, "another configuration"
+    drawn(
+        tmp_path,
+        data={"shear_flow": of},
+        runs={"shear_flow": ["mae-vit-00000000-802/seed0", "mine-vit-00000000/seed0"]},
+    )
+    why = ["shear_flow: run mae-vit-00000000-802 has the hash "]
+    assert state(tmp_path)[0] == "stale" and [text[:50] for text in state(tmp_path)[1]] == why, "another configuration"
     drawn(tmp_path, data={"shear_flow": of | {"test": "0123456789abcdef"}})
     assert state(tmp_path) == ("stale", ["data of shear_flow, split test, are not those that were used"])
     drawn(tmp_path, kinds=("TRAINING",))

@@ -239,7 +239,9 @@ PAGE: dict[str, Callable[[], tuple]] = {
         digits(few("rayleigh_benard", "invariance", 16)),
         digits(few("rayleigh_benard", "spectra", 16, "none")),
     ),
-    r"update of a ViT is (\S+) times": lambda: (digits(table("benchmarks").times_plain.median()),),
+    r"update of a ViT is (\S+) times": lambda: (
+        digits(table("benchmarks").query("what == 'update' and encoder == 'vit'").times_plain.median()),
+    ),
     r"read (\S+) times as fast as by The Well's own reader, which is (\S+) of": lambda: (
         digits(speed("physrep") / speed("The Well's reader"), 1),
         digits(speed("physrep") / speed("copy in memory")),

@@ -37,7 +37,7 @@ def best_run(study: Study, system: str) -> Run | None:
     read = []
     for run in study.scored("trained"):
         here = run.system.name == system and (run.folder / FILES[0]).is_file()
-        if here and run.encoder == "vit" and run.objective != "supervised":
+        if here and run.encoder == "vit" and run.objective != "supervised" and not run.tag:
             errors = mean_errors(summarise([run.folder], n_bootstrap=0), split="valid").set_index("probe").value
             read.append((errors["kernel"] * errors["attentive"], run))
     return min(read, key=lambda pair: pair[0])[1] if read else None
@@ -76,6 +76,8 @@ if __name__ == "__main__":
             print(f"{system}: no encoder of this length, what is in {WEIGHTS} stays")
             continue
         folder, target = run.folder, WEIGHTS / f"{system}-{run.objective}-{run.encoder}"
+        if lacking := [name for name in FILES if not (folder / name).is_file()]:
+            raise SystemExit(f"{folder} has no {', '.join(lacking)}: probe it first, physrep probe")
         for old in WEIGHTS.glob(f"{system}-*"):
             shutil.rmtree(old)
         target.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,8 @@ def time_updates(
     """A line for each run and batch size: seconds of an update, windows a second, 10^9 operations a second, and
     `times_plain`: seconds of the plain formulation over these."""
     keep_memory()
-    clock = time.process_time if device == "cpu" else time.perf_counter
+    alone = device == "cpu" and torch.get_num_threads() == 1  # then what else runs on the machine is not timed
+    clock = time.process_time if alone else time.perf_counter
     lines = []
     for usual in runs:
         ways: dict[str, Callable[[], object]] = {}

@@ -43,7 +43,7 @@ DRAWS = max(FEW.values())  # of so many flows; after the last one the first agai
 
 def _supervised(study: Study) -> list[Row]:
     "The rows that are trained with the labels that probes see, and no others."
-    return [row for row in study.rows if row.reads_labels and not row.recipe.get("unlabelled")]
+    return [row for row in study.rows if row.reads_labels and study.run(row, study.systems[0]).trained_on == "train"]
 
 
 def train_on_few(

@@ -10,6 +10,7 @@ __all__ = ['CURVE_PROBE', 'CURVE_RESULT', 'shorter_runs', 'score_snapshots', 'le
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.files import project_root
@@ -52,12 +53,16 @@ def score_snapshots(
 # %% ../../nbs/experiments/learning_curves.ipynb #8074f75e
 def learning_curves(study: Study) -> pd.DataFrame:
     """The errors (on the `main_split`) of the encoders of every trained row on its way, the last one too: `system`,
-    `objective`, `encoder`, `seed`, `split`, `value`, `low`, `high`, `step`, `operations`. Runs without a result at
-    their end are left out."""
+    `objective`, `encoder`, `seed`, `split`, `value`, `low`, `high`, `step`, `operations`. A training that has
+    not got to a quarter of its length is left out."""
     found = []
-    for run in study.scored("trained"):
-        files = {one.folder / CURVE_RESULT: one.recipe.steps for one in shorter_runs(run)}
-        files |= {run.folder / "result.json": run.recipe.steps}
+    for run in (r for row in study.kind("trained") for s in study.systems for r in study.runs(row, s)):
+        ends = [*shorter_runs(run), run]
+        results = [one.folder / "result.json" for one in ends]
+        if not any(file.is_file() for file in results[-2:]):
+            continue
+        kept = [file if file.is_file() else file.with_name(CURVE_RESULT) for file in results]
+        files = {file: one.recipe.steps for file, one in zip(kept, ends)}
         total = cost(run)["total"]
         for path, step in files.items():
             if path.is_file():
@@ -93,9 +98,9 @@ def still_falling(curves: pd.DataFrame) -> pd.Series:
 
 def ranks(curves: pd.DataFrame) -> pd.DataFrame:
     """Rank of every row at every point of its training, 1 the best: an index (system, objective, encoder), and a column
-    for each point, 0 the end of the training, -1 a quarter of it."""
-    steps = curves.groupby(["system", "objective", "encoder", "seed"]).step
-    point = 1 - steps.rank(method="dense", ascending=False).astype(int)
+    for each point, 0 the end of the longest training of a system, -1 a quarter of it."""
+    longest = curves.groupby("system").operations.transform("max")
+    point = (np.log2(curves.operations / longest) / 2).round().astype(int)
     errors = curves.assign(point=point).groupby(["system", "objective", "encoder", "point"], sort=False).value.mean()
     table = errors.unstack("point")
     return table.groupby(level="system", sort=False).rank(method="min").astype("Int64")

@@ -328,7 +328,7 @@ def ask_control(name: str, run: Run, clips: Clips) -> None:
 def _ask_blocks(run: Run, clips: Clips, **reading: Any) -> dict[tuple[str, str], np.ndarray]:
     "What probes read from the tokens after each block, on the main split."
     found: dict[tuple[str, str], np.ndarray] = {}
-    ours = {s: clips.windows[s] for s in ("train", *clips.scored)}
+    ours = {s: clips.windows[s] for s in dict.fromkeys(("train", "valid", main_split(clips.windows)))}
     for k, seen in enumerate(block_features(load_encoder(run.folder), ours, clips.scaler, **reading), 1):
         means = {s: replace(f, tokens=f.tokens[..., : f.dim // 2]) for s, f in seen.items()}
         found |= _predictions(seen, clips.scaler, at=f"@{k}")
@@ -471,8 +471,8 @@ _READ: tuple[tuple[str, Sequence[str]], ...] = ((ASKED, ()), ("result.json", (PR
 
 
 def blocks_table(study: Study) -> pd.DataFrame:
-    """Errors of what probes read after each block, and of features and statistics together, on every split, columns of
-    `summarise`: `block` is 0 for what is read from the end of the encoder."""
+    """Errors of what probes read after each block, and of features and statistics together, on the main split, columns
+    of `summarise`: `block` is 0 for what is read from the end of the encoder."""
     pairs = [(row, s) for row in study.kind("trained", "random") for s in study.systems]
     tables = [_summary(study.folders(row, s), result, probes) for row, s in pairs for result, probes in _READ]
     table = pd.concat([one for one in tables if len(one)] or tables, ignore_index=True)

@@ -31,6 +31,7 @@ from ..probing.frozen import Probe, load_probe
 from ..probing.unlike import distance, unlike_text
 from ..results.rows import title_of
 from ..training.presets import get_preset
+from ..training.run import parts_of_name
 
 # %% ../../nbs/explore/readers.ipynb #573360e4
 SHOWN_PROBES = ("linear", "attentive")
@@ -54,7 +55,8 @@ def explorable_systems() -> list[str]:
 
 def encoder_folders(system: str, runs: str | Path | None = None) -> dict[str, Path]:
     """The encoders of a system with their folders, by title: those of the package, then those of finished runs below
-    `runs` (default: `runs/laptop` of the project, if there is one). The second of a title has the hash of its run."""
+    `runs` (default: `runs/laptop` of the project, if there is one). The second of a title has the hash and the updates
+    of its run."""
     found = {}
     for folder in shipped_folders(system):
         info = encoder_info(folder)
@@ -65,10 +67,11 @@ def encoder_folders(system: str, runs: str | Path | None = None) -> dict[str, Pa
         return found
     for folder in sorted((runs / system).glob("*/seed0")):
         if (folder / f"probe-{SHOWN_PROBES[0]}.safetensors").is_file() and (info := encoder_info(folder)):
-            name, _, short_hash = folder.parent.name.rpartition("-")
-            tag = f" {name.partition('.')[2].rpartition('-')[0]}" if "." in name else ""
+            name = folder.parent.name
+            row, _ = parts_of_name(name)
+            tag = f" {row.partition('.')[2].rpartition('-')[0]}" if "." in row else ""
             title = f"{title_of(info['objective'], info['name'])}{tag}"
-            found[title if title not in found else f"{title} ({short_hash})"] = folder
+            found[title if title not in found else f"{title} ({name.removeprefix(f'{row}-')})"] = folder
     return found
 
 # %% ../../nbs/explore/readers.ipynb #7ff756c4

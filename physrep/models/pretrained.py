@@ -163,11 +163,11 @@ def model_folder(path: str | Path) -> Path:
 
     FileNotFoundError, with the names that there are, if it is neither."""
     path = Path(path)
-    shipped = [SHIPPED / path.name, *SHIPPED.glob(f"{path.name}-*")] if len(path.parts) == 1 else []
-    for folder in (path, *shipped):
+    names = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+    meant = [SHIPPED / name for name in names if path == Path(name) or name.startswith(f"{path}-")]
+    for folder in (*([path] if (path / "encoder.safetensors").is_file() else []), *meant, path):
         if folder.is_dir():
             return folder
-    names = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
     raise FileNotFoundError(
         f"no encoder at {path}: give a finished run folder, its encoder.safetensors, or a name that comes with physrep"
         f" ({', '.join(names)})"

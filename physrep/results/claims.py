@@ -60,7 +60,8 @@ def holm(p: Sequence[float]) -> np.ndarray:
 # %% ../../nbs/results/claims.ipynb #9b1ae82f
 def _method(study: Study, system: str, name: str) -> Method | None:
     "All seeds of a row, or a baseline, that have a result; None without any."
-    row = next((row for row in study.rows if name in (row.name, row.objective if row.kind == "baseline" else "")), None)
+    names = {row.objective if row.kind == "baseline" else row.name: row for row in study.rows}
+    row = names.get(name)
     if row is None:
         return None
     folders = [folder for folder in study.folders(row, system) if (folder / "result.json").is_file()]
@@ -79,7 +80,8 @@ def _best(study: Study, system: str, probe: str) -> str:
 
 def claims_table(study: Study, claims: Claims | None = None, n_bootstrap: int = 20_000) -> pd.DataFrame:
     """A line for each claim and system of which both sides are there: `system`, `first`, `second`, `probe`, what
-    `error_ratio` gives, `corrected` (p of the whole list) and `finding`: lower, higher, undecided, or exploratory.
+    `error_ratio` gives, `corrected` (p, for the whole list: what has no result yet counts as 1) and
+    `finding`: lower, higher, undecided, or exploratory.
     Empty if trainings have another length than the one that was named."""
     claims = claims or read_claims()
     found = []
@@ -101,7 +103,8 @@ def claims_table(study: Study, claims: Claims | None = None, n_bootstrap: int = 
     if not found:
         return pd.DataFrame(found)
     table = pd.DataFrame(found)
-    table["corrected"] = holm(table.p)
+    missing = len(claims.pairs) * len(study.preset.systems) - len(table)
+    table["corrected"] = holm([*table.p, *[1.0] * missing])[: len(table)]
     one_side = np.array([max(seeds) < 1 or min(seeds) > 1 for seeds in table.by_seed])
     decided = (table.corrected < claims.level) & one_side
     table["finding"] = np.where(table.value < 1, "lower", "higher")

@@ -159,7 +159,7 @@ def _word(name: str, rows: Sequence[Row]) -> str:
     "The title of an objective, an encoder or a probe; of `my_package.module:Class` it is `Class`."
     if name in ENCODER_TITLES:
         return ENCODER_TITLES[name]
-    named = [row for row in rows if name in (row.objective, row.key[0])]
+    named = [row for row in rows if row.title and name in (row.objective, row.key[0])]
     if row := min(named, key=lambda row: len(row.title), default=None):  # not that of a special one
         return row.title.removesuffix(f" {_word(row.encoder, ())}") or _word(name, ())  # with its tag
     return PROBE_TITLES.get(name, name.split(":")[-1])

@@ -22,6 +22,7 @@ from ..data.sets import find_files, fingerprint
 from ..physics.systems import SYSTEMS
 from .rows import ROWS, Study, chosen_rows
 from ..training.presets import PRESETS, get_preset
+from ..training.run import parts_of_name
 
 # %% ../../nbs/results/verify.ipynb #2ec20651
 def _broken_files(folder: Path, record: Mapping) -> list[str]:
@@ -44,12 +45,13 @@ def _changed_runs(record: Mapping, data_dir: Path) -> list[str]:
     rows = {row.name: row for row in study.kind("trained", "random")}
     for system, paths in record["runs"].items():
         for name in sorted({path.partition("/")[0] for path in paths}):
+            row, then = parts_of_name(name)
             try:
-                today = study.run(rows[name.rpartition("-")[0]], system).path.partition("/")[0]
+                today = study.run(rows[row], system).hash
             except (KeyError, ValueError, FileNotFoundError):  # no row of the table, or none of that preset
                 continue
-            if today != name:
-                why.append(f"{system}: run {name} is {today} today: its configuration changed")
+            if today != then:
+                why.append(f"{system}: run {name} has the hash {today} today: its configuration changed")
     return why
 
 
