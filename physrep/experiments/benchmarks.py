@@ -140,7 +140,14 @@ def time_updates(
 
 def papers_step() -> Run:
     "The paper's JEPA on its ConvNeXt, for clips of 16 frames of 64x64 points, in float32."
-    run = resolve("shear_flow", "jepa", "convnext", "paper", recipe={"precision": "float32"})
+    run = resolve(
+        "shear_flow",
+        "jepa",
+        "convnext",
+        "paper",
+        recipe={"precision": "float32", "schedule": "constant"},
+        coefficients={"chunks": 1},
+    )
     return replace(run, clip=replace(run.clip, size=64))
 
 # %% ../../nbs/experiments/benchmarks.ipynb #7c005a53
