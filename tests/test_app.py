@@ -198,7 +198,8 @@ def test_a_flow_of_the_user_is_checked_and_read(page, keep, tmp_path):
     load(page, tmp_path / "flow.npy")
     page.locator(".physrep-status", has_text="All fits").wait_for()
     page.locator(".physrep-yours tr", has_text="equation oracle").first.wait_for()
-    assert page.locator(".physrep-yours .physrep-note", has_text="nothing was kept").count() == 1, "of unlike clips"
+    said = page.locator(".physrep-yours .physrep-good, .physrep-yours .physrep-warn")
+    assert said.count() >= 1, "how unlike the training it is"
     wanted = rows_of(answers_html(session.read(0, flow), session.ranges))
     assert answers(page, ".physrep-yours") == [row for row in wanted if row[0] != "the truth"], "an array has no labels"
     keep("5_your_flow")
