@@ -61,8 +61,9 @@ def learning_curves(study: Study) -> pd.DataFrame:
         results = [one.folder / "result.json" for one in ends]
         if not any(file.is_file() for file in results[-2:]):
             continue
-        kept = [file if file.is_file() else file.with_name(CURVE_RESULT) for file in results]
-        files = {file: one.recipe.steps for file, one in zip(kept, ends)}
+        on_the_way = [file.with_name(CURVE_RESULT) for file in results[:-1]]
+        found_at = [one if one.is_file() else end for one, end in zip(on_the_way, results)]
+        files = {file: one.recipe.steps for file, one in zip([*found_at, results[-1]], ends)}
         total = cost(run)["total"]
         for path, step in files.items():
             if path.is_file():
