@@ -100,6 +100,10 @@ def speed(reader: str) -> float:
     return table("benchmarks").set_index("reader").windows_per_second[reader]
 
 
+def measured(what: str) -> pd.DataFrame:
+    return table("benchmarks").query("what == @what")
+
+
 def over_random(objective: str, system: str = "shear_flow") -> str:
     "The error of a row on the ViT over that of random weights, after the longer training."
     found = errors("kernel", STUDY)[system]
@@ -253,8 +257,14 @@ PAGE: dict[str, Callable[[], tuple]] = {
         digits(few("rayleigh_benard", "spectra", 16, "none")),
     ),
     r"update of a ViT is (\S+) times": lambda: (
-        digits(table("benchmarks").query("what == 'update' and encoder == 'vit'").times_plain.median()),
+        digits(measured("update").query("encoder == 'vit'").times_plain.median()),
     ),
+    r"points, is (\S+) times as fast as": lambda: (digits(measured("paper's step").times_plain.item()),),
+    r"solver needs (\S+) core-seconds, and Dedalus, at the same error, (\S+)\.\n": lambda: (
+        digits(measured("solver").set_index("solver").seconds["physrep"].iloc[0]),
+        digits(measured("solver").query("solver == 'Dedalus RK222' and error < 1.5e-5").seconds.iloc[0], 1),
+    ),
+    r"probes of one encoder take (\S+) core-seconds": lambda: (digits(measured("probing").seconds.item(), 0),),
     r"read (\S+) times as fast as by The Well's own reader, which is (\S+) of": lambda: (
         digits(speed("physrep") / speed("The Well's reader"), 1),
         digits(speed("physrep") / speed("copy in memory")),
