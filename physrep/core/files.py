@@ -63,7 +63,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # threads and containers share a pid
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors leaves files that nobody else can read, e.g. of a cluster's group
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
