@@ -49,7 +49,7 @@ class RelativeBias(nn.Module):
         position_buckets(torch.zeros(1), buckets=buckets, max_distance=max_distance)  # raises for what does not fit
         self.buckets = buckets
         self.max_distance = max_distance
-        self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(buckets, heads), std=0.02))
+        self.table = nn.Parameter(torch.empty(buckets, heads).normal_(std=0.02))
 
     def distance(self, n: int, periodic: bool) -> Tensor:
         return relative_positions(n, periodic=periodic)

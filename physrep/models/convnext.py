@@ -265,6 +265,14 @@ CHOICES = {
 }
 
 
+@torch.no_grad()
+def _cut_normal_(weight: Tensor, std: float) -> None:
+    "Numbers of a normal within two deviations, as `trunc_normal_` of PyTorch 2.13 draws them; older ones draw others."
+    weight.normal_(std=std)
+    while (beyond := weight.abs() > 2 * std).any():
+        weight.copy_(torch.where(beyond, torch.empty_like(weight).normal_(std=std), weight))
+
+
 def init_convnext(module: nn.Module, init: str = "trunc_normal") -> None:
     """Initialisation of ConvNeXt for `module.apply`: truncated normal weights, zero biases.
 
@@ -275,9 +283,9 @@ def init_convnext(module: nn.Module, init: str = "trunc_normal") -> None:
     if isinstance(module, nn.Linear | nn.Conv3d | DepthwiseConv3d):
         if init == "fan_in":
             std = module.weight[0].numel() ** -0.5 / 0.87962566  # which is that of a normal cut at two deviations
-            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-        else:
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            _cut_normal_(module.weight, std)
+        else:  # ConvNeXt cuts it, too, but a hundred deviations away
+            nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
