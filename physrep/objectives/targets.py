@@ -28,7 +28,8 @@ def token_loss(
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     with torch.autocast(prediction.device.type, enabled=False):
-        return LOSSES[kind](_full(_picked(prediction, mask)), _full(_picked(target, mask)))
+        answer, true = (_full(_picked(tokens, mask)) for tokens in (prediction, target))
+        return LOSSES[kind](answer, true.to(answer.dtype))  # PyTorch before 2.13 has no gradient between two kinds
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
