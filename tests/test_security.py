@@ -357,7 +357,7 @@ def test_a_chunk_of_an_upload_that_unpacks_to_more_than_it_says(tmp_path):
         tracer.id.write_direct_chunk((0, 0, 0, 0), packed)
     assert path.stat().st_size < LARGEST
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match="write it again"):
+    with pytest.raises(ValueError, match="write it again|memory allocation failed"):  # HDF5 1.14 says the latter
         flow_from_bytes("a.hdf5", path.read_bytes(), SYSTEM, 0.1, (1.0, 1.0))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16, "KB"
 
