@@ -26,6 +26,7 @@ ROWS = {  # as the README's table calls them
     "random weights, ViT": ("random", "vit"),
     "JEPA, ViT": ("jepa", "vit"),
     "masked JEPA, ViT": ("masked_jepa", "vit"),
+    "MAE, periodic ConvNeXt": ("mae.circular", "convnext"),
     "MAE, ViT": ("mae", "vit"),
     "forecast, ViT": ("forecast", "vit"),
     "invariance, ViT": ("invariance", "vit"),
@@ -110,8 +111,9 @@ def over_random(objective: str, system: str = "shear_flow") -> str:
     return digits(found[objective, "vit"] / found["random", "vit"])
 
 
-def gate(objective: str, system: str) -> float:
-    return table(f"{STUDY}gates").query("objective == @objective and system == @system and encoder == 'vit'").x.item()
+def gate(objective: str, system: str, encoder: str = "vit") -> float:
+    found = table(f"{STUDY}gates").query("objective == @objective and system == @system and encoder == @encoder")
+    return found.x.item()
 
 
 def block(objective: str, at: int) -> float:
@@ -122,11 +124,11 @@ def block(objective: str, at: int) -> float:
 OTHERS = ("shifted", "long_box")
 
 
-def on_the_way(objective: str, encoder: str, tflop: float) -> str:
-    "The error on the shear flow after so many 10^12 operations."
-    found = table(f"{STUDY}learning_curves").query("system == 'shear_flow' and objective == @objective")
+def on_the_way(objective: str, encoder: str, tflop: float, system: str = "shear_flow") -> float:
+    "The error in a system after so many 10^12 operations."
+    found = table(f"{STUDY}learning_curves").query("system == @system and objective == @objective")
     found = found[(found.encoder == encoder) & (found.operations / 1e12 - tflop).abs().lt(0.05 * tflop)]
-    return digits(found.value.item())
+    return found.value.item()
 
 
 def covered(how: str, flows: str) -> float:
@@ -176,28 +178,36 @@ PAGE: dict[str, Callable[[], tuple]] = {
         len(table("paper_order")),
         *verdicts("paper_order", "worse"),
     ),
-    r"MAE falls to (\S+) on the shear flow and (\S+) in active matter, JEPA ends at (\S+) and (\S+)\.": lambda: tuple(
-        digits(errors("kernel", STUDY)[system, objective, "vit"])
-        for objective in ("mae", "jepa")
-        for system in ("shear_flow", "active_matter")
+    r"MAE falls to (\S+) on the shear flow, (\S+) in convection and (\S+) in active matter\. JEPA ends at "
+    r"(\S+), (\S+) and (\S+)\.": lambda: tuple(
+        in_table((objective, "vit"), system, STUDY) for objective in ("mae", "jepa") for system in SYSTEMS
+    ),
+    r"Invariance ends at (\S+) on the shear flow.* invariance has (\S+) there after 40": lambda: (
+        in_table(("invariance", "vit"), "shear_flow", STUDY),
+        digits(on_the_way("invariance", "vit", 40, "rayleigh_benard"), 3),
+    ),
+    r"MAE on it ends at (\S+) on the shear flow": lambda: (
+        in_table(("mae.circular", "convnext"), "shear_flow", STUDY),
     ),
     r"forecast ends at (\S+) and (\S+): it has": lambda: tuple(
         digits(errors("kernel", STUDY)[system, "forecast", "vit"]) for system in ("shear_flow", "active_matter")
     ),
     r"JEPA is lower there: (\S+), and MAE (\S+)\. .* first point, (\S+), and ends at (\S+), where .* have (\S+)\. "
-    r".* ends at (\S+), and they have (\S+)\.\n": lambda: (
-        on_the_way("jepa.circular", "convnext", 40),
-        on_the_way("mae", "vit", 40),
-        on_the_way("jepa.circular", "convnext", 2.5),
+    r".* ends at (\S+), and they have (\S+)\. .* ends at (\S+), and they have (\S+)\.\n": lambda: (
+        *(digits(on_the_way(*one)) for one in (("jepa.circular", "convnext", 40), ("mae", "vit", 40))),
+        digits(on_the_way("jepa.circular", "convnext", 2.5)),
         *(
-            digits(errors("kernel", STUDY)[system, objective, "convnext"])
-            for system in ("shear_flow", "active_matter")
+            in_table((objective, "convnext"), system, STUDY)
+            for system in ("shear_flow", "active_matter", "rayleigh_benard")
             for objective in ("jepa.circular", "random.circular")
         ),
     ),
     PAIR: README[PAIR],
-    r"JEPA explains (\S+) of its target on the shear flow and (\S+) in active matter": lambda: tuple(
-        digits(gate("jepa", system)) for system in ("shear_flow", "active_matter")
+    r"JEPA explains (\S+) of its target on the shear flow, (\S+) in convection and (\S+) in active": lambda: tuple(
+        digits(gate("jepa", system)) for system in SYSTEMS
+    ),
+    r"On the ConvNeXt it explains (\S+) in convection": lambda: (
+        digits(gate("jepa.circular", "rayleigh_benard", "convnext")),
     ),
     r"The first block of JEPA is read at (\S+) in active matter, its end at (\S+)\.": lambda: tuple(
         digits(block("jepa", at)) for at in (1, 0)
