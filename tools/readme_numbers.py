@@ -162,7 +162,7 @@ PAIR = r"MAE gains more(?: than JEPA)? in (\d+) of (\d+) comparisons"
 README: dict[str, Callable[[], tuple]] = {
     readme_line(title, key): (lambda key=key: readme_row(key)) for title, key in ROWS.items()
 } | {
-    r"MAE has (\S+) of the error of random weights on the shear flow.*predicts (\S+) of the variance": lambda: (
+    r"MAE has (\S+) of the error of random weights of its network on.*predicts (\S+) of the variance": lambda: (
         over_random("mae"),
         digits(gate("jepa", "shear_flow")),
     ),
